@@ -1,0 +1,51 @@
+"""4-bit LLMs that still work: learned affine transforms, int4 activations, ready for vLLM."""
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from affinequant.errors import AffineQuantError as AffineQuantError
+from affinequant.recipe import Recipe as Recipe
+from affinequant.scheme import Scheme as Scheme
+
+if TYPE_CHECKING:
+    from affinequant.fit import fit as fit
+    from affinequant.pipeline import Result as Result
+    from affinequant.pipeline import quantize as quantize
+    from affinequant.plan import plan as plan
+    from affinequant.run import Run as Run
+    from affinequant.runtime import load as load
+
+__version__ = "0.1.0"
+__all__ = ["AffineQuantError", "Recipe", "Result", "Run", "Scheme", "fit", "load", "plan", "quantize"]
+
+_LAZY = {
+    "fit": "affinequant.fit",
+    "Result": "affinequant.pipeline",
+    "quantize": "affinequant.pipeline",
+    "plan": "affinequant.plan",
+    "Run": "affinequant.run",
+    "load": "affinequant.runtime",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # torch takes over a second to import: it waits until something that needs it is asked for.
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_LAZY[name]), name)
+    globals()[name] = value
+    return value
+
+
+class _Package(ModuleType):
+    """`affinequant.fit` and `affinequant.plan` are the functions, although submodules of these names exist."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, ModuleType) and name in _LAZY:
+            value = getattr(value, name)
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -1,0 +1,229 @@
+"""Files in: what is in a model folder, checked from headers before anything is read."""
+
+import json
+import math
+import os
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from affinequant.errors import PREFLIGHT, AffineQuantError
+from affinequant.models import Dims, Family
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """Where a tensor is and what it looks like, from its file's header."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes on disk."""
+        return math.prod(self.shape) * _BYTES.get(self.dtype, 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """A model folder: its config and, where weights are there, its table of tensors."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    entries: Mapping[str, Entry]
+
+    def read(self, names: Iterable[str], device: str = "cpu") -> "dict[str, Tensor]":
+        """Those tensors, one file opened at a time."""
+        from safetensors import safe_open
+
+        wanted: dict[str, list[str]] = {}
+        for name in names:
+            wanted.setdefault(self.entries[name].file, []).append(name)
+        found = {}
+        for file, members in wanted.items():
+            with safe_open(self.folder / file, framework="pt", device=device) as handle:
+                found |= {name: handle.get_tensor(name) for name in members}
+        return found
+
+    def names_under(self, prefix: str) -> list[str]:
+        """Names of the tensors inside a module."""
+        return [name for name in self.entries if name.startswith(prefix + ".")]
+
+    def stamp(self) -> dict[str, Any]:
+        """What tells this source from another: sizes, shapes and the config, without reading the weights."""
+        import hashlib
+
+        table = sorted((name, e.dtype, e.shape) for name, e in self.entries.items())
+        times = sorted(
+            (file, (self.folder / file).stat().st_size) for file in {entry.file for entry in self.entries.values()}
+        )
+        text = json.dumps([dict(self.config), table, times], sort_keys=True, default=str)
+        return {"source": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def locate(model: str, *, weights: bool = True) -> Path:
+    """The local folder of MODEL: a folder as it is, `demo` fetched, a hub id downloaded (its config alone
+    without `weights`).
+
+    Raises:
+        AffineQuantError: no such folder, not a model folder, or a hub that cannot be reached.
+    """
+    if model == "demo":
+        from affinequant.demo import demo_model
+
+        return demo_model()
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise AffineQuantError(
+            f"{model} is a file, not a model folder", "MODEL", "give the folder that holds config.json"
+        )
+    parts = model.split("/")
+    if len(parts) != 2 or not all(parts) or model.startswith((".", "~", "/")):
+        raise AffineQuantError(
+            f"no such folder: {model}", "MODEL", "give a model folder, a hub id (org/name) or `demo`"
+        )
+    return _download(model, weights)
+
+
+def open_source(folder: Path, *, weights: bool = True) -> Source:
+    """Read a folder's config and tensor table.
+
+    Raises:
+        AffineQuantError: no config.json or not JSON; weights that are missing, cut short or only in pickle files.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise AffineQuantError(
+            f"{folder} is not a model folder: no config.json", "MODEL", "give the folder that holds it"
+        )
+    try:
+        config = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as problem:
+        raise AffineQuantError(f"config.json is not JSON: {problem}", str(path), "download it again") from None
+    if not isinstance(config, dict):
+        raise AffineQuantError("config.json is not a table", str(path), "download it again")
+    entries = _table(folder) if weights else {}
+    return Source(folder=folder, config=config, entries=entries)
+
+
+def check_tensors(source: Source, family: Family, dims: Dims) -> None:
+    """Every tensor that the family needs is there, in the shape that the config says.
+
+    Raises:
+        AffineQuantError: naming the first one that is not.
+    """
+    shapes = {f"{family.embedding}.weight": (dims.vocab, dims.hidden), f"{family.norm}.weight": (dims.hidden,)}
+    if not dims.tied:
+        shapes[f"{family.head}.weight"] = (dims.vocab, dims.hidden)
+    for index in range(dims.layers):
+        for linear in family.linears:
+            name = f"{family.blocks}.{index}.{linear.name}.weight"
+            shapes[name] = (getattr(dims, linear.rows), getattr(dims, linear.columns))
+        for norm, _ in family.fused_norms():
+            shapes[f"{family.blocks}.{index}.{norm}.weight"] = (dims.hidden,)
+    for name, shape in shapes.items():
+        entry = source.entries.get(name)
+        if entry is None:
+            raise _broken(f"tensor {name} is missing", source.folder)
+        if entry.shape != shape:
+            raise _broken(f"tensor {name} has shape {list(entry.shape)}, config.json says {list(shape)}", source.folder)
+        if entry.dtype not in _FLOATS:
+            raise _broken(f"tensor {name} holds {entry.dtype}, not 16- or 32-bit floats", source.folder)
+
+
+def check_finite(source: Source) -> None:
+    """Read every weight once and refuse NaN or infinity.
+
+    Raises:
+        AffineQuantError: naming the tensor and how many of its values are not finite.
+    """
+    for name, entry in source.entries.items():
+        if entry.dtype in _FLOATS:
+            values = source.read([name])[name]
+            wrong = int((~values.isfinite()).sum())
+            if wrong:
+                raise _broken(f"tensor {name} has {wrong} values that are NaN or infinite", source.folder / entry.file)
+
+
+def _table(folder: Path) -> dict[str, Entry]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (json.JSONDecodeError, KeyError, AttributeError):
+            raise _broken("the shard index cannot be read", index) from None
+    else:
+        files = [path.name for path in sorted(folder.glob("*.safetensors"))]
+    if not files:
+        pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+        if pickles:
+            raise AffineQuantError(
+                f"weights are only in pickle files ({', '.join(pickles[:3])}), which can run code when read",
+                str(folder),
+                "convert them once, in a sandbox if they are not yours: python -c "
+                '"from transformers import AutoModelForCausalLM as M; '
+                f"M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\"",
+                exit_code=PREFLIGHT,
+            )
+        raise AffineQuantError(
+            f"{folder} holds no weights (*.safetensors)", "MODEL", "download the model's weights", exit_code=PREFLIGHT
+        )
+    entries: dict[str, Entry] = {}
+    for file in files:
+        entries |= _header(folder / file)
+    return entries
+
+
+def _header(path: Path) -> dict[str, Entry]:
+    if not path.is_file():
+        raise _broken(f"shard {path.name} is missing", path.parent)
+    size = path.stat().st_size
+    with path.open("rb") as handle:
+        prefix = handle.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
+        if 8 + length > size:
+            raise _broken(f"{path.name} is cut short: its header is not whole", path)
+        try:
+            header = json.loads(handle.read(length))
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            raise _broken(f"{path.name} is not a safetensors file", path) from None
+    header.pop("__metadata__", None)
+    ends = [entry["data_offsets"][1] for entry in header.values()]
+    expected = 8 + length + max(ends, default=0)
+    if size != expected:
+        raise _broken(f"{path.name} is cut short: {size:,} bytes of {expected:,}", path)
+    return {
+        name: Entry(file=path.name, dtype=entry["dtype"], shape=tuple(entry["shape"])) for name, entry in header.items()
+    }
+
+
+def _broken(what: str, where: Path) -> AffineQuantError:
+    return AffineQuantError(what, str(where), "download the model again", exit_code=PREFLIGHT)
+
+
+def _download(model: str, weights: bool) -> Path:
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*", *(["*.safetensors"] if weights else [])]
+    try:
+        return Path(snapshot_download(model, allow_patterns=patterns))
+    except Exception as problem:
+        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else ""
+        raise AffineQuantError(
+            f"no folder {model!r} here, and it could not be downloaded{offline}: {type(problem).__name__}",
+            "MODEL",
+            "check the id and the network, log in with `hf auth login` if it is gated, or give a local folder",
+            exit_code=PREFLIGHT,
+        ) from problem

@@ -1,0 +1,201 @@
+"""The one training loop. An objective says what to minimise; everything else is data."""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """Parameters that share a learning rate."""
+
+    name: str
+    parameters: Sequence[torch.nn.Parameter]
+    lr: float
+    weight_decay: float = 0.0
+
+
+class Objective(Protocol):
+    """Something to minimise."""
+
+    def groups(self) -> Sequence[Group]:
+        """What is trained."""
+        ...
+
+    def loss(self, batch: Any) -> Tensor | Mapping[str, Tensor]:
+        """A scalar, or named scalars that are summed and logged apart."""
+        ...
+
+    def progress(self, t: float) -> Sequence[torch.nn.Parameter]:
+        """Told before each step how far training is, 0 to 1; returns parameters whose optimizer state starts afresh."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FitConfig:
+    """How to minimise. `steps_per_epoch` is the number of batches that `batches(epoch)` gives."""
+
+    epochs: int
+    steps_per_epoch: int
+    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
+    schedule: Literal["constant", "cosine"] = "constant"
+    clip_norm: float | None = None
+    accumulate: int = 1
+    keep_best: bool = False
+    probe_every: int = 0
+    max_backoffs: int = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FitReport:
+    """What happened. Losses are means over an epoch; `stopped` says why training ended."""
+
+    first: float
+    last: float
+    best: float
+    steps: int
+    seconds: float
+    non_finite: int
+    stopped: Literal["done", "nothing to train", "non-finite"]
+    series: Mapping[str, Sequence[float]] = field(default_factory=dict)
+
+
+_OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
+
+
+def fit(
+    objective: Objective,
+    batches: Callable[[int], Iterable[Any]],
+    config: FitConfig,
+    probes: Mapping[str, Callable[[], float]] | None = None,
+) -> FitReport:
+    """Minimise `objective` over `batches(epoch)` for every epoch.
+
+    A non-finite loss or gradient takes the parameters back to the last good state (the start of the epoch), forgets the
+    optimizer's state and halves every rate; after `max_backoffs` of these the last good state stands and the report
+    says so. No printing, no file access, no choice of device.
+
+    Args:
+        probes: named measurements, taken every `probe_every` epochs and logged as series.
+    """
+    groups = [group for group in objective.groups() if group.parameters]
+    parameters = [parameter for group in groups for parameter in group.parameters]
+    if not parameters or config.epochs == 0:
+        return FitReport(
+            first=math.nan, last=math.nan, best=math.nan, steps=0, seconds=0.0, non_finite=0, stopped="nothing to train"
+        )
+    state = _State(objective, groups, parameters, config)
+    began = time.perf_counter()
+    while state.epoch < config.epochs and state.non_finite <= config.max_backoffs:
+        good = [parameter.detach().clone() for parameter in parameters]
+        mean = state.run_epoch(batches(state.epoch))
+        if mean is None:
+            state.back_off(good)
+            continue
+        state.finish_epoch(mean, probes or {})
+    return state.report(time.perf_counter() - began)
+
+
+class _State:
+    """One fit's moving parts."""
+
+    def __init__(
+        self, objective: Objective, groups: list[Group], parameters: list[torch.nn.Parameter], config: FitConfig
+    ) -> None:
+        self.objective, self.groups, self.parameters, self.config = objective, groups, parameters, config
+        self.rate, self.epoch, self.steps, self.non_finite = 1.0, 0, 0, 0
+        self.series: dict[str, list[float]] = {"loss": []}
+        self.best, self.best_values = math.inf, [parameter.detach().clone() for parameter in parameters]
+        self.optimizer = self._new_optimizer()
+
+    def _new_optimizer(self) -> torch.optim.Optimizer:
+        return _OPTIMIZERS[self.config.optimizer](
+            [{"params": list(g.parameters), "lr": g.lr, "weight_decay": g.weight_decay} for g in self.groups]
+        )
+
+    def run_epoch(self, batches: Iterable[Any]) -> float | None:
+        """Mean loss of the epoch, or None at the first non-finite value."""
+        total, count, terms = 0.0, 0, {}
+        span = max(1, self.config.epochs * self.config.steps_per_epoch)
+        for index, batch in enumerate(batches):
+            t = min(1.0, (self.epoch * self.config.steps_per_epoch + index) / span)
+            for parameter in self.objective.progress(t):
+                self.optimizer.state.pop(parameter, None)
+            loss, parts = _summed(self.objective.loss(batch))
+            (loss / self.config.accumulate).backward()
+            value = float(loss.detach())
+            last_of_step = (index + 1) % self.config.accumulate == 0
+            if not math.isfinite(value) or (last_of_step and not self._step(t)):
+                return None
+            total, count = total + value, count + 1
+            for name, part in parts.items():
+                terms[name] = terms.get(name, 0.0) + part
+        for name, part in terms.items():
+            self.series.setdefault(name, []).append(part / max(1, count))
+        return total / max(1, count)
+
+    def _step(self, t: float) -> bool:
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        if not all(bool(gradient.isfinite().all()) for gradient in gradients):
+            return False
+        if self.config.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm)
+        factor = self.rate * (0.5 * (1 + math.cos(math.pi * t)) if self.config.schedule == "cosine" else 1.0)
+        for entry, group in zip(self.optimizer.param_groups, self.groups, strict=True):
+            entry["lr"] = group.lr * factor
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.steps += 1
+        return True
+
+    def back_off(self, good: list[Tensor]) -> None:
+        """Back to the start of the epoch at half the rates."""
+        self.non_finite += 1
+        self.rate /= 2
+        self._restore(good)
+        self.optimizer = self._new_optimizer()
+
+    def finish_epoch(self, mean: float, probes: Mapping[str, Callable[[], float]]) -> None:
+        self.epoch += 1
+        self.series["loss"].append(mean)
+        if mean < self.best:
+            self.best = mean
+            if self.config.keep_best:
+                self.best_values = [parameter.detach().clone() for parameter in self.parameters]
+        if self.config.probe_every and self.epoch % self.config.probe_every == 0:
+            for name, probe in probes.items():
+                self.series.setdefault(name, []).append(probe())
+
+    def report(self, seconds: float) -> FitReport:
+        """The report, with the best parameters put back where that was asked for."""
+        losses = self.series["loss"]
+        if self.config.keep_best and losses:
+            self._restore(self.best_values)
+        self.optimizer.zero_grad(set_to_none=True)
+        return FitReport(
+            first=losses[0] if losses else math.nan,
+            last=losses[-1] if losses else math.nan,
+            best=self.best if losses else math.nan,
+            steps=self.steps,
+            seconds=seconds,
+            non_finite=self.non_finite,
+            stopped="done" if self.epoch == self.config.epochs else "non-finite",
+            series=self.series,
+        )
+
+    def _restore(self, values: list[Tensor]) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for parameter, value in zip(self.parameters, values, strict=True):
+                parameter.copy_(value)
+
+
+def _summed(loss: Tensor | Mapping[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
+    if isinstance(loss, Tensor):
+        return loss, {}
+    return torch.stack(list(loss.values())).sum(), {name: float(term.detach()) for name, term in loss.items()}

@@ -1,0 +1,80 @@
+"""What a checkpoint is written as. A format is a module with `ABOUT`, `supports(...)` and `write(...)`."""
+
+import importlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
+
+from affinequant.errors import unknown_name
+from affinequant.scheme import Scheme
+from affinequant.sites import Placement
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FORMATS: dict[str, str] = {
+    "compressed-tensors": "affinequant.formats.compressed_tensors",
+    "dense": "affinequant.formats.dense",
+}
+"""What `affinequant list formats` shows: name to the module that writes it."""
+
+VERSION = 1
+"""Version of our own part of `config.json`, the key `affinequant` inside `quantization_config`."""
+
+SHARD_BYTES = 4 * 2**30
+"""A shard is closed before it would grow past this; one larger tensor still makes a shard of its own."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contents:
+    """Everything a format writes down: the source, the numbers, and the tensors one stage at a time.
+
+    `stages` is called once and yields flat dicts under full Hugging Face names, the outer tensors first, then the
+    blocks in order. A quantised linear `M` is `M.codes` int8 [N, K], `M.scale` float32 [N, G], for asymmetric weights
+    `M.zero` int8 [N, G], for quantised activations `M.input_clip` float32 [], and `M.bias` where the source has one.
+    """
+
+    config: dict[str, Any]
+    source: Path
+    scheme: Scheme
+    dtype: Literal["bfloat16", "float16"]
+    tied: bool
+    linears: tuple[str, ...]
+    stages: "Callable[[], Iterator[dict[str, Tensor]]]"
+    extra: Mapping[str, Any]
+
+
+class Format(Protocol):
+    """The face of a module named in `FORMATS`."""
+
+    ABOUT: str
+
+    def supports(self, scheme: Scheme, placements: Mapping[str, Placement], *, clipped: bool = False) -> str | None:
+        """None, or why this cannot be written.
+
+        `placements` maps the name of a site to what becomes of its transform; `clipped` says that activation ranges
+        are narrowed.
+        """
+        ...
+
+    def write(self, contents: Contents, out: Path, *, shard_bytes: int = SHARD_BYTES) -> list[Path]:
+        """Write the folder and return its files; a failure leaves no `config.json` behind.
+
+        Raises:
+            AffineQuantError: contents that the format cannot hold.
+            OSError: the folder cannot be written.
+        """
+        ...
+
+
+def find_format(name: str) -> Format:
+    """The format of that name; `auto` is what stock engines load.
+
+    Raises:
+        AffineQuantError: unknown name.
+    """
+    name = "compressed-tensors" if name == "auto" else name
+    if name not in FORMATS:
+        raise unknown_name("format", name, FORMATS, where="--format", listing="formats")
+    return cast(Format, importlib.import_module(FORMATS[name]))

@@ -1,0 +1,200 @@
+"""compressed-tensors: what stock vLLM and transformers load with no code of ours.
+
+The declared config is what those engines really run. Integer activations below 8 bits are ignored by some and refused
+by others, so such a checkpoint declares its weights only; the activation part stands under our own key `affinequant`
+in `quantization_config`, where the engines leave it alone and `affinequant.load` reads it. Symmetric W8A8 is declared
+in full, because the engines do run it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from affinequant.checkpoint import Source
+from affinequant.errors import AffineQuantError
+from affinequant.formats import SHARD_BYTES, VERSION, Contents
+from affinequant.formats.shards import copy_source, write_json, write_shards
+from affinequant.scheme import NumberFormat, Scheme
+from affinequant.sites import Placement
+
+ABOUT = "integers that stock vLLM and transformers load; activations by affinequant.load"
+
+_AGAIN = "write or fetch the folder again"
+
+
+def supports(scheme: Scheme, placements: Mapping[str, Placement], *, clipped: bool = False) -> str | None:
+    """None, or why this cannot be written in the form that stock engines compute correctly."""
+    online = sorted(site for site, placement in placements.items() if placement.how == "online")
+    if online:
+        return f"the transform at {', '.join(online)} acts at run time, which stock engines cannot do"
+    weight = scheme.weight
+    if scheme.activation and weight.bits == 8 and weight.granularity == "group" and not weight.symmetric:
+        return "8-bit weights in asymmetric groups have no integer kernel; leave out the group or add -sym"
+    if clipped and declares_activations(scheme):
+        return f"stock engines quantise the activations of {scheme.name} over their full range, without clipping"
+    return None
+
+
+def declares_activations(scheme: Scheme) -> bool:
+    """Whether stock engines quantise the activations themselves: symmetric W8A8 with one scale per channel."""
+    weight, activation = scheme.weight, scheme.activation
+    return (
+        activation is not None
+        and (weight.bits, activation.bits) == (8, 8)
+        and (weight.symmetric, activation.symmetric) == (True, True)
+        and weight.granularity == "channel"
+    )
+
+
+def write(contents: Contents, out: Path, *, shard_bytes: int = SHARD_BYTES) -> list[Path]:
+    """Write the folder and return its files; `config.json` is the last of them.
+
+    Raises:
+        AffineQuantError: a clipping ratio that stock engines would ignore, or one that is missing.
+        OSError: the folder cannot be written.
+    """
+    clips: dict[str, float] = {}
+
+    def stages():
+        for stage in contents.stages():
+            packed = pack_stage(stage, contents)
+            clips.update(_clips(stage, contents))
+            yield packed
+
+    (out / "config.json").unlink(missing_ok=True)
+    files = write_shards(stages(), out, shard_bytes=shard_bytes)
+    _check_clips(clips, contents)
+    files += copy_source(contents.source, out)
+    config = checkpoint_config(contents) | {"quantization_config": quantization_config(contents, clips)}
+    return [*files, write_json(out / "config.json", config)]
+
+
+def checkpoint_config(contents: Contents) -> dict[str, Any]:
+    """The source's config with the result's dtype and tie, and without how the source was quantised."""
+    config = {key: value for key, value in contents.config.items() if key != "quantization_config"}
+    if "torch_dtype" in config:  # the older spelling of the same key, still read by older engines
+        config["torch_dtype"] = contents.dtype
+    return config | {"dtype": contents.dtype, "tie_word_embeddings": contents.tied}
+
+
+def quantization_config(contents: Contents, clips: Mapping[str, float]) -> dict[str, Any]:
+    """What stands in `config.json`: the part for stock engines, and ours under `affinequant`."""
+    scheme, declared = contents.scheme, declares_activations(contents.scheme)
+    activation = scheme.activation
+    ours = {
+        "version": VERSION,
+        "scheme": scheme.name,
+        "weight": asdict(scheme.weight),
+        "activation": asdict(activation) if activation else None,
+        "input_clip": dict(clips),
+    }
+    group = {
+        "targets": ["Linear"],
+        "weights": _arguments(scheme.weight),
+        "input_activations": _arguments(activation) if activation and declared else None,
+        "output_activations": None,
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized" if declared else "pack-quantized",
+        "quantization_status": "compressed",
+        "ignore": ["lm_head"],
+        "config_groups": {"group_0": group},
+        "affinequant": dict(contents.extra) | ours,
+    }
+
+
+def pack_stage(stage: Mapping[str, Tensor], contents: Contents) -> dict[str, Tensor]:
+    """One stage under the names and in the layout of compressed-tensors; other tensors pass through."""
+    from compressed_tensors.compressors import pack_to_int32
+
+    weight, dtype = contents.scheme.weight, getattr(torch, contents.dtype)
+    linears = [name for name in contents.linears if f"{name}.codes" in stage]
+    parts = {f"{name}.{part}" for name in linears for part in ("codes", "scale", "zero", "input_clip")}
+    packed = {name: tensor for name, tensor in stage.items() if name not in parts}
+    for name in linears:
+        codes, scale = stage[f"{name}.codes"], stage[f"{name}.scale"]
+        assert weight.code_min <= int(codes.min()) and int(codes.max()) <= weight.code_max, name
+        assert torch.equal(scale.to(dtype).float(), scale), f"{name}.scale is not exact in {dtype}"
+        packed[f"{name}.weight_scale"] = scale.to(dtype)
+        if declares_activations(contents.scheme):
+            packed[f"{name}.weight"] = codes
+            continue
+        packed[f"{name}.weight_packed"] = pack_to_int32(codes, weight.bits)
+        packed[f"{name}.weight_shape"] = torch.tensor(codes.shape, dtype=torch.int64)
+        if not weight.symmetric:
+            packed[f"{name}.weight_zero_point"] = pack_to_int32(stage[f"{name}.zero"], weight.bits, packed_dim=0)
+    return packed
+
+
+def unpack_linear(source: Source, name: str, weight: NumberFormat) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(codes int8 [N, K], scale float32 [N, G], zero int8 [N, G] or None) of one linear, as `write` stored it.
+
+    Raises:
+        AffineQuantError: a tensor is missing, or its size is not what the others say.
+    """
+    from compressed_tensors.compressors import unpack_from_int32
+
+    parts = ["weight_scale", *([] if weight.symmetric else ["weight_zero_point"])]
+    whole = f"{name}.weight" in source.entries
+    tensors = _read(source, name, [*parts, *(["weight"] if whole else ["weight_packed", "weight_shape"])])
+    scale, per_word = tensors["weight_scale"].float(), 32 // weight.bits
+    if whole:
+        codes = tensors["weight"]
+    else:
+        rows, columns = tensors["weight_shape"].tolist()
+        _check_size(tensors["weight_packed"], (rows, -(-columns // per_word)), f"{name}.weight_packed")
+        codes = unpack_from_int32(tensors["weight_packed"], weight.bits, torch.Size((rows, columns)))
+    _check_size(scale, (codes.shape[0], weight.groups(codes.shape[1])), f"{name}.weight_scale")
+    if weight.symmetric:
+        return codes, scale, None
+    packed = tensors["weight_zero_point"]
+    _check_size(packed, (-(-scale.shape[0] // per_word), scale.shape[1]), f"{name}.weight_zero_point")
+    return codes, scale, unpack_from_int32(packed, weight.bits, scale.shape, packed_dim=0)
+
+
+def _read(source: Source, name: str, parts: list[str]) -> dict[str, Tensor]:
+    for part in parts:
+        if f"{name}.{part}" not in source.entries:
+            raise AffineQuantError(f"the tensor {name}.{part} is missing", str(source.folder), _AGAIN)
+    tensors = source.read(f"{name}.{part}" for part in parts)
+    return {part: tensors[f"{name}.{part}"] for part in parts}
+
+
+def _check_size(tensor: Tensor, size: tuple[int, int], name: str) -> None:
+    if tuple(tensor.shape) != size:
+        raise AffineQuantError(f"a tensor of size {tuple(tensor.shape)} where {size} was expected", name, _AGAIN)
+
+
+def _arguments(number: NumberFormat) -> dict[str, Any]:
+    return {
+        "num_bits": number.bits,
+        "type": "int",
+        "symmetric": number.symmetric,
+        "strategy": number.granularity,
+        "group_size": number.group_size,
+        "dynamic": number.dynamic,
+    }
+
+
+def _clips(stage: Mapping[str, Tensor], contents: Contents) -> dict[str, float]:
+    if contents.scheme.activation is None:
+        return {}
+    names = [name for name in contents.linears if f"{name}.codes" in stage]
+    return {name: float(stage[f"{name}.input_clip"]) for name in names}
+
+
+def _check_clips(clips: Mapping[str, float], contents: Contents) -> None:
+    if not declares_activations(contents.scheme):
+        return
+    narrowed = [name for name, clip in clips.items() if clip != 1]
+    if narrowed:
+        raise AffineQuantError(
+            f"the activation range of {len(narrowed)} linears is clipped, which stock engines ignore at W8A8",
+            narrowed[0],
+            "quantise with --activation-clip none",
+        )

@@ -1,0 +1,51 @@
+"""Small exact algebra: orthogonal matrices of any size, applied in factors."""
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def hadamard(n: int) -> Float[Tensor, "n n"]:
+    """The orthonormal Sylvester Hadamard matrix of a power of two, in fp64."""
+    assert n > 0 and n & (n - 1) == 0, n
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    while matrix.shape[0] < n:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return matrix / math.sqrt(n)
+
+
+def dct(n: int) -> Float[Tensor, "n n"]:
+    """The orthonormal type-II cosine matrix of any size, in fp64."""
+    k, i = torch.arange(n, dtype=torch.float64), torch.arange(n, dtype=torch.float64)
+    matrix = torch.cos(math.pi / n * torch.outer(k, i + 0.5)) * math.sqrt(2 / n)
+    matrix[0] /= math.sqrt(2)
+    return matrix
+
+
+def orthogonal_factors(n: int, most: int = 128) -> tuple[Float[Tensor, "a a"], Float[Tensor, "b b"]]:
+    """Orthonormal A and B in fp64 with a * b = n, for a rotation A (x) B that spreads every input over all outputs.
+
+    B is a Hadamard matrix of the largest power of two that divides n, up to `most`; A covers the rest: a Hadamard
+    matrix where that is a power of two, else a product of a cosine and a Hadamard matrix, so every width has one.
+    """
+    two = n & -n
+    b = min(two, most)
+    a, odd = n // b, n // two
+    return torch.kron(dct(odd), hadamard(a // odd)), hadamard(b)
+
+
+def kronecker_apply(
+    x: Float[Tensor, "*batch n"], a: Float[Tensor, "a a"], b: Float[Tensor, "b b"]
+) -> Float[Tensor, "*batch n"]:
+    """x (A (x) B) for n = a * b, without forming the product matrix."""
+    parts = x.reshape(*x.shape[:-1], a.shape[0], b.shape[0])
+    return (a.T @ (parts @ b)).reshape(x.shape)
+
+
+def masked_band(n: int, width: int, alpha: float) -> Float[Tensor, "n n"]:
+    """The gradual mask of AffineQuant: 1 on the diagonal, `alpha` where 0 < |i - j| < width, else 0
+    (arXiv 2403.12544)."""
+    distance = (torch.arange(n)[:, None] - torch.arange(n)[None, :]).abs()
+    return torch.where(distance == 0, 1.0, torch.where(distance < width, alpha, 0.0))

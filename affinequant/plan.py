@@ -1,0 +1,308 @@
+"""The preflight: what a recipe will do to a model, what it costs, and every refusal that can be made in seconds.
+
+Nothing here reads a weight or imports torch.
+"""
+
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from affinequant.checkpoint import Source, check_tensors, locate, open_source
+from affinequant.errors import PREFLIGHT, AffineQuantError, unknown_name
+from affinequant.formats import find_format
+from affinequant.models import Dims, Family, resolve, resolve_sites
+from affinequant.recipe import Recipe, parse_bytes
+from affinequant.recipe import resolve as resolve_recipe
+from affinequant.sites import Placement, Site, place
+from affinequant.text import check_source
+from affinequant.transforms import structure_of
+
+GPU_FLOPS = 1.2e14
+CPU_FLOPS_PER_CORE = 3.5e10
+"""Rates behind the minutes of a plan: bfloat16 on a data-centre GPU, float32 on one core with AVX-512."""
+PROCESS_BYTES = 700 * 2**20
+"""What Python, torch and transformers take before any model is there."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What will happen. Sizes in bytes; `minutes` is arithmetic, not a measurement."""
+
+    recipe: Recipe
+    source: Source
+    family: Family
+    dims: Dims
+    sites: Mapping[str, Site]
+    placements: Mapping[str, Placement]
+    device: str
+    source_bytes: int
+    output_bytes: int
+    bits_per_weight: float
+    untied_bytes: int
+    cpu_bytes: int
+    gpu_bytes: int
+    disk_bytes: int
+    offload: str
+    minutes: float
+    notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as plain JSON values."""
+        sites = [
+            {
+                "site": name,
+                "transform": self.recipe.transforms.get(name),
+                "placement": placement.how,
+                "reason": placement.reason,
+                "flops_per_token": placement.flops,
+            }
+            for name, placement in self.placements.items()
+        ]
+        sizes = ("source_bytes", "output_bytes", "untied_bytes", "cpu_bytes", "gpu_bytes", "disk_bytes", "minutes")
+        return {
+            "schema": 1,
+            "model": self.recipe.model,
+            "family": self.family.name,
+            "dims": asdict(self.dims),
+            "scheme": self.recipe.scheme,
+            "tier": self.recipe.tier,
+            "preset": self.recipe.preset,
+            "format": self.recipe.format,
+            "out": str(self.recipe.output_folder()),
+            "device": self.device,
+            "sites": sites,
+            "bits_per_weight": round(self.bits_per_weight, 3),
+            **{name: getattr(self, name) for name in sizes},
+            "offload": self.offload,
+            "notes": list(self.notes),
+        }
+
+
+def plan(model: Recipe | str, **fields: Any) -> Plan:
+    """Resolve a recipe against a model, without reading weights.
+
+    Args:
+        model: a Recipe, or MODEL with the recipe's other fields as keywords.
+
+    Raises:
+        AffineQuantError: whatever can be refused from the config, the headers, the data source and the machine.
+    """
+    recipe = model if isinstance(model, Recipe) else resolve_recipe({"model": model} | fields)
+    folder = locate(recipe.model, weights=False)
+    has_weights = any(folder.glob("*.safetensors*")) or any(folder.glob("*.bin"))
+    source = open_source(folder, weights=has_weights)
+    family, dims = resolve(source.config, where=str(folder / "config.json"))
+    if source.config.get("auto_map") and not recipe.trust_remote_code:
+        raise AffineQuantError(
+            "this model brings code of its own",
+            str(folder),
+            "read that code, then add --trust-remote-code",
+            exit_code=PREFLIGHT,
+        )
+    if has_weights:
+        check_tensors(source, family, dims)
+    sites = {site.name: site for site in resolve_sites(family, dims)}
+    placements = _place_all(recipe, sites)
+    _check_groups(recipe, family, dims)
+    reason = find_format(recipe.format).supports(
+        recipe.parsed_scheme, placements, clipped=recipe.activation_clip != "none"
+    )
+    if reason:
+        raise AffineQuantError(
+            f"format {recipe.format} cannot hold this: {reason}", "--format", "see `affinequant list formats`"
+        )
+    check_source(recipe.data)
+    return _with_costs(recipe, source, family, dims, sites, placements)
+
+
+def _place_all(recipe: Recipe, sites: Mapping[str, Site]) -> dict[str, Placement]:
+    for name in recipe.transforms:
+        if name not in sites:
+            raise unknown_name("site", name, sites, where="--transform")
+    if recipe.tier == "online":
+        raise AffineQuantError(
+            "the online tier is not built yet: every transform there is folds into the weights",
+            "--tier",
+            "use --tier merged",
+        )
+    placements = {}
+    for name, site in sites.items():
+        chosen = recipe.transforms.get(name)
+        if chosen is None or chosen == "none":
+            placements[name] = Placement(how="folded", reason="nothing to fold")
+            continue
+        placement = place(site, structure_of(chosen, where="--transform"))
+        if placement.how != "folded":
+            raise AffineQuantError(
+                f"{chosen} at {name} is {placement.how}: {placement.reason}",
+                "--transform",
+                f"choose one that folds at {name}: {_folding(site)}",
+            )
+        placements[name] = placement
+    return placements
+
+
+def _folding(site: Site) -> str:
+    from affinequant.transforms import TRANSFORMS
+
+    names = [name for name in TRANSFORMS if place(site, structure_of(name, where="")).how == "folded"]
+    return ", ".join(names)
+
+
+def _check_groups(recipe: Recipe, family: Family, dims: Dims) -> None:
+    group = recipe.parsed_scheme.weight.group_size
+    widths = sorted({getattr(dims, linear.columns) for linear in family.linears})
+    rows = sorted({getattr(dims, linear.rows) for linear in family.linears})
+    if group and any(width % group for width in widths):
+        common = math.gcd(*widths)
+        fits = [size for size in range(8, common + 1, 8) if common % size == 0]
+        near = min(fits, key=lambda size: abs(math.log(size / group)), default=None)
+        wrong = ", ".join(str(width) for width in widths if width % group)
+        fix = recipe.scheme.replace(f"-g{group}", f"-g{near}" if near else "")
+        raise AffineQuantError(
+            f"groups of {group} do not divide {wrong} inputs",
+            "--scheme",
+            f"use {fix!r}"
+            + (f": {near} is the nearest that divides all of {widths}" if near else ", one scale per channel"),
+            exit_code=PREFLIGHT,
+        )
+    if any(width % 8 for width in widths + rows):
+        raise AffineQuantError(
+            f"widths {sorted({*widths, *rows})} are not all multiples of 8, which packed storage needs",
+            "MODEL",
+            "this model cannot be packed",
+            exit_code=PREFLIGHT,
+        )
+
+
+def _with_costs(
+    recipe: Recipe,
+    source: Source,
+    family: Family,
+    dims: Dims,
+    sites: Mapping[str, Site],
+    placements: Mapping[str, Placement],
+) -> Plan:
+    scheme, rotated = recipe.parsed_scheme, "residual" in recipe.transforms
+    shapes = [(getattr(dims, linear.rows), getattr(dims, linear.columns)) for linear in family.linears]
+    per_block = sum(rows * columns for rows, columns in shapes)
+    bits = sum(rows * columns * scheme.bits_per_weight(columns) for rows, columns in shapes)
+    table = dims.vocab * dims.hidden
+    untied = 2 * table if dims.tied and rotated else 0
+    outer = 2 * table * (1 if dims.tied and not rotated else 2)
+    dense = recipe.format == "dense"
+    output = int(outer + dims.layers * (2 * per_block if dense else bits / 8)) + 4 * dims.hidden * (dims.layers + 1)
+    device = _device(recipe)
+    width = 2 if (device == "cuda" and recipe.dtype != "float32") or recipe.dtype == "bfloat16" else 4
+    stream = recipe.samples * recipe.seq_len * dims.hidden * width
+    work = per_block * 44 + _graph_bytes(recipe, dims, width)
+    around = max(8 * table * 3, work) if device == "cpu" else 8 * table * 3
+    cpu = PROCESS_BYTES + around + 4 * stream
+    budget, offload = parse_bytes(recipe.cpu_memory, flag="--cpu-memory"), recipe.offload
+    if offload == "auto":
+        offload = "disk" if budget is not None and cpu > budget >= cpu - 4 * stream else "cpu"
+    if offload == "disk":
+        cpu -= 4 * stream
+    stored = dims.layers * (per_block + 2 * dims.hidden) + 2 * outer
+    made = Plan(
+        recipe=recipe,
+        source=source,
+        family=family,
+        dims=dims,
+        sites=sites,
+        placements=placements,
+        device=device,
+        source_bytes=sum(entry.size for entry in source.entries.values())
+        or 2 * (table * (2 - dims.tied) + dims.layers * per_block),
+        output_bytes=output,
+        bits_per_weight=bits / per_block,
+        untied_bytes=untied,
+        cpu_bytes=cpu,
+        gpu_bytes=work + 2**30 if device == "cuda" else 0,
+        disk_bytes=output + stored + 4 * stream + (4 * stream if offload == "disk" else 0),
+        offload=offload,
+        minutes=_minutes(recipe, dims, per_block, device),
+        notes=_notes(recipe, dims, untied),
+    )
+    _check_budgets(made)
+    return made
+
+
+def _graph_bytes(recipe: Recipe, dims: Dims, width: int) -> int:
+    """Activations that one step keeps for its backward pass, or one batch of a forward pass."""
+    tokens = recipe.batch_size * recipe.seq_len
+    kept = 14 if recipe.epochs else 4
+    return tokens * (kept * dims.hidden + kept * dims.mlp) * max(width, 4) // 2 + tokens * recipe.seq_len * 4
+
+
+def _minutes(recipe: Recipe, dims: Dims, per_block: int, device: str) -> float:
+    tokens = recipe.samples * recipe.seq_len
+    forward = 2 * tokens * (per_block + recipe.seq_len * dims.query)
+    passes = 3.0 + (3.5 * recipe.epochs) + (2.5 if recipe.rounding == "gptq" else 0)
+    gram = 2 * tokens * (3 * dims.hidden**2 + dims.mlp**2) if recipe.rounding == "gptq" else 0
+    search = 2 * 40 * per_block * dims.hidden if "search" in recipe.weight_clip else 0
+    steps = recipe.epochs * math.ceil(recipe.samples / recipe.batch_size) * per_block * 120
+    rate = GPU_FLOPS if device == "cuda" else CPU_FLOPS_PER_CORE * (os.cpu_count() or 1)
+    return dims.layers * (passes * forward + gram + search + steps) / rate / 60
+
+
+def _notes(recipe: Recipe, dims: Dims, untied: int) -> tuple[str, ...]:
+    notes = []
+    if untied:
+        notes.append(
+            "rotating the residual stream unties the head from the embedding: "
+            f"the folder grows by {untied / 2**20:,.0f} MB"
+        )
+    if recipe.parsed_scheme.activation is not None and recipe.scheme != "w8a8":
+        notes.append("stock engines run this checkpoint with 16-bit activations; affinequant.load runs the integers")
+    if recipe.model == "demo":
+        from affinequant.demo import MODEL_NOTE
+
+        notes.append(MODEL_NOTE)
+    return tuple(notes)
+
+
+def _device(recipe: Recipe) -> str:
+    if recipe.device != "auto":
+        return recipe.device
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1")
+    return "cuda" if Path("/proc/driver/nvidia/version").exists() and not hidden else "cpu"
+
+
+def _check_budgets(made: Plan) -> None:
+    recipe = made.recipe
+    for flag, need in (("--gpu-memory", made.gpu_bytes), ("--cpu-memory", made.cpu_bytes)):
+        budget = parse_bytes(getattr(recipe, flag[2:].replace("-", "_")), flag=flag)
+        if budget is not None and need > budget:
+            fix = f"allow {need / 2**30:.1f}GB"
+            if recipe.samples > 1:
+                fix += f", or use fewer --samples than {recipe.samples} or a shorter --seq-len than {recipe.seq_len}"
+            raise AffineQuantError(
+                f"the plan needs {need / 2**30:.1f} GB, {budget / 2**30:.1f} GB are allowed",
+                flag,
+                fix,
+                exit_code=PREFLIGHT,
+            )
+
+
+def check_disk(made: Plan) -> None:
+    """The disk that will hold the output has room for it and for the run's own files.
+
+    Raises:
+        AffineQuantError: with what is needed and what is free.
+    """
+    folder = made.recipe.output_folder().absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < made.disk_bytes:
+        raise AffineQuantError(
+            f"the disk is too small: {made.disk_bytes / 2**30:.2f} GB needed, {free / 2**30:.2f} GB free",
+            str(folder),
+            "free some room, or write elsewhere with -o",
+            exit_code=PREFLIGHT,
+        )

@@ -1,0 +1,101 @@
+"""What is said while a run works. The pipeline talks to a `Progress`; nothing else in the library prints."""
+
+import sys
+import time
+from collections.abc import Mapping
+from typing import IO, Any, Protocol
+
+
+class Progress(Protocol):
+    """Listens to a run."""
+
+    def say(self, text: str) -> None:
+        """One line about what is going on."""
+        ...
+
+    def begin(self, total: int, done: int) -> None:
+        """`total` blocks are to be worked on, `done` of which are on disk already."""
+        ...
+
+    def block(self, index: int, report: Mapping[str, Any]) -> None:
+        """A block has been committed."""
+        ...
+
+    def end(self) -> None:
+        """No more blocks."""
+        ...
+
+
+class Silent:
+    """Says nothing: what a library call gets unless it asks."""
+
+    def say(self, text: str) -> None:
+        """Nothing."""
+
+    def begin(self, total: int, done: int) -> None:
+        """Nothing."""
+
+    def block(self, index: int, report: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    def end(self) -> None:
+        """Nothing."""
+
+
+class Console:
+    """A line per block and, on a terminal, a bar with the time that is left. Everything goes to stderr."""
+
+    def __init__(self, stream: IO[str] | None = None, *, verbose: bool = False) -> None:
+        from rich.console import Console as Rich
+
+        self.rich = Rich(file=stream or sys.stderr, highlight=False, soft_wrap=True)
+        self.bar: Any = None
+        self.task: Any = None
+        self.total, self.fresh, self.began = 0, 0, 0.0
+        self.verbose = verbose
+
+    def say(self, text: str) -> None:
+        """One line."""
+        self.rich.print(text, markup=False)
+
+    def begin(self, total: int, done: int) -> None:
+        """Start the bar."""
+        self.total, self.fresh, self.began = total, 0, time.monotonic()
+        if done:
+            self.say(f"resuming: {done} of {total} blocks are on disk")
+        if self.rich.is_terminal:
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import Progress as Bar
+
+            self.bar = Bar(
+                TextColumn("blocks"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=self.rich
+            )
+            self.task = self.bar.add_task("blocks", total=total, completed=done)
+            self.bar.start()
+
+    def block(self, index: int, report: Mapping[str, Any]) -> None:
+        """`12/32  loss 3.1e-03 -> 1.2e-03  SQNR 24.1 dB  cond 41  11 s  9.8 GB`."""
+        self.fresh += 1
+        parts = [f"{index + 1:>3}/{self.total}"]
+        if report.get("loss_first") is not None:
+            parts.append(f"loss {report['loss_first']:.1e} -> {report['loss_last']:.1e}")
+        parts.append(f"SQNR {report['sqnr']:.1f} dB")
+        if report.get("condition", 1.0) > 1.0:
+            parts.append(f"cond {report['condition']:.3g}")
+        parts += [f"{report['seconds']:.0f} s", f"{report['peak_bytes'] / 2**30:.1f} GB"]
+        parts += [f"! {event}" for event in report.get("events", ())]
+        if self.bar is None:
+            left = (time.monotonic() - self.began) / self.fresh * (self.total - index - 1)
+            parts.append(f"~{left / 60:.0f} min left" if left >= 90 else f"~{left:.0f} s left")
+        else:
+            self.bar.update(self.task, completed=index + 1)
+        self.say("  ".join(parts))
+        if self.verbose:
+            for name, figures in report.get("linears", {}).items():
+                self.say(f"        {name:<20} SQNR {figures['sqnr']:5.1f} dB  input clip {figures['clip']:.2f}")
+
+    def end(self) -> None:
+        """Take the bar away."""
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None

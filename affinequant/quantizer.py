@@ -1,0 +1,143 @@
+"""Integer grids: ranges to scales, values to codes, and the straight-through forms that training needs."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from affinequant.scheme import NumberFormat
+
+SMALLEST_SCALE = 1e-8
+CLIP_START = 4.0
+"""Logit at which a learned range starts: sigmoid(4) = 0.982 of the full one (arXiv 2308.13137, AffineQuant alike)."""
+
+
+class _Round(torch.autograd.Function):
+    """Round half to even; the gradient passes straight through."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.round()
+
+    @staticmethod
+    def backward(ctx, *grad: Tensor) -> Tensor:
+        return grad[0]
+
+
+def grouped(weight: Float[Tensor, "rows columns"], fmt: NumberFormat) -> Float[Tensor, "rows groups width"]:
+    """A weight seen as groups that share a scale (one group per row for a per-channel format)."""
+    return weight.reshape(weight.shape[0], fmt.groups(weight.shape[1]), -1)
+
+
+def weight_range(
+    weight: Float[Tensor, "rows columns"], fmt: NumberFormat
+) -> tuple[Float[Tensor, "rows groups"], Float[Tensor, "rows groups"]]:
+    """Smallest and largest value of each group, zero always inside."""
+    parts = grouped(weight, fmt)
+    return parts.amin(-1).clamp_max(0.0), parts.amax(-1).clamp_min(0.0)
+
+
+def grid(
+    low: Float[Tensor, "*s"], high: Float[Tensor, "*s"], fmt: NumberFormat, store: torch.dtype = torch.float32
+) -> tuple[Float[Tensor, "*s"], Float[Tensor, "*s"]]:
+    """(scale, zero) of the grid over [low, high]; value = (code - zero) * scale.
+
+    `store` is the dtype in which scales are kept: they are rounded to it here, so that codes fit what engines read.
+    Differentiable in the range, straight through the roundings.
+    """
+    if fmt.symmetric:
+        scale = torch.maximum(high, -low) / fmt.code_max
+        zero = torch.zeros_like(scale)
+    else:
+        scale = (high - low) / (2**fmt.bits - 1)
+        zero = None
+    scale = scale.clamp_min(SMALLEST_SCALE)
+    if store != torch.float32:
+        scale = scale + (scale.detach().to(store).to(scale.dtype) - scale.detach())
+    if zero is None:
+        zero = (_round(-low / scale) + fmt.code_min).clamp(fmt.code_min, fmt.code_max)
+    return scale, zero
+
+
+def codes_of(
+    weight: Float[Tensor, "rows columns"],
+    scale: Float[Tensor, "rows groups"],
+    zero: Float[Tensor, "rows groups"],
+    fmt: NumberFormat,
+) -> Float[Tensor, "rows columns"]:
+    """The nearest codes, as floats that hold whole numbers."""
+    parts = grouped(weight, fmt)
+    codes = _round(parts / scale[..., None]) + zero[..., None]
+    return codes.clamp(fmt.code_min, fmt.code_max).reshape(weight.shape)
+
+
+def dequantize(
+    codes: Tensor, scale: Float[Tensor, "rows groups"], zero: Float[Tensor, "rows groups"], fmt: NumberFormat
+) -> Float[Tensor, "rows columns"]:
+    """(codes - zero) * scale, in the dtype of the scale."""
+    parts = grouped(codes.to(scale.dtype), fmt)
+    return ((parts - zero[..., None]) * scale[..., None]).reshape(codes.shape)
+
+
+def fake_quantize(
+    weight: Float[Tensor, "rows columns"],
+    low: Float[Tensor, "rows groups"],
+    high: Float[Tensor, "rows groups"],
+    fmt: NumberFormat,
+    store: torch.dtype = torch.float32,
+) -> Float[Tensor, "rows columns"]:
+    """Weights rounded to the grid over [low, high], differentiable in weights and range."""
+    scale, zero = grid(low, high, fmt, store)
+    return dequantize(codes_of(weight, scale, zero, fmt), scale, zero, fmt)
+
+
+def quantize_activation(
+    x: Float[Tensor, "*b n"], fmt: NumberFormat, clip: Float[Tensor, ""] | float = 1.0
+) -> tuple[Float[Tensor, "*b n"], Float[Tensor, "*b 1"], Float[Tensor, "*b 1"]]:
+    """(codes, scale, zero) of each token's own grid, its range narrowed to `clip` of what the token spans.
+
+    Computed in fp32 with one reciprocal per token, step by step as the integer kernels do, so that codes agree exactly.
+    """
+    x = x.float()
+    if fmt.symmetric:
+        scale = (x.abs().amax(-1, keepdim=True) * clip / fmt.code_max).clamp_min(SMALLEST_SCALE)
+        inverse = 1.0 / scale
+        return _round((x * inverse).clamp(fmt.code_min, fmt.code_max)), scale, torch.zeros_like(scale)
+    low = x.amin(-1, keepdim=True).clamp_max(0.0) * clip
+    high = x.amax(-1, keepdim=True).clamp_min(0.0) * clip
+    scale = ((high - low) / (2**fmt.bits - 1)).clamp_min(SMALLEST_SCALE)
+    inverse = 1.0 / scale
+    zero = (_round(-low * inverse) + fmt.code_min).clamp(fmt.code_min, fmt.code_max)
+    return (_round(x * inverse) + zero).clamp(fmt.code_min, fmt.code_max), scale, zero
+
+
+def fake_quantize_activation(
+    x: Float[Tensor, "*b n"], fmt: NumberFormat, clip: Float[Tensor, ""] | float = 1.0
+) -> Float[Tensor, "*b n"]:
+    """Activations rounded to each token's grid, in their own dtype; differentiable in x and clip."""
+    codes, scale, zero = quantize_activation(x, fmt, clip)
+    return ((codes - zero) * scale).to(x.dtype)
+
+
+class LearnedRange(nn.Module):
+    """Learned weight clipping: the range of each group is sigmoid(logit) of its minimum and of its maximum."""
+
+    def __init__(self, rows: int, groups: int) -> None:
+        super().__init__()
+        self.low_logit = nn.Parameter(torch.full((rows, groups), CLIP_START))
+        self.high_logit = nn.Parameter(torch.full((rows, groups), CLIP_START))
+
+    def forward(
+        self, weight: Float[Tensor, "rows columns"], fmt: NumberFormat
+    ) -> tuple[Float[Tensor, "rows groups"], Float[Tensor, "rows groups"]]:
+        """(low, high) for this weight."""
+        low, high = weight_range(weight, fmt)
+        return low * self.low_logit.sigmoid().to(low), high * self.high_logit.sigmoid().to(high)
+
+
+def to_integers(codes: Float[Tensor, "*s"]) -> Int[Tensor, "*s"]:
+    """Whole-number floats as int8."""
+    return codes.to(torch.int8)
+
+
+def _round(x: Tensor) -> Tensor:
+    return _Round.apply(x)  # pyright: ignore[reportReturnType]

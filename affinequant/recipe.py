@@ -1,0 +1,266 @@
+"""What is asked for: one frozen dataclass from which flags, TOML keys, help and the fingerprint are all made."""
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from affinequant.errors import AffineQuantError, unknown_name
+from affinequant.scheme import Scheme
+
+Tier = Literal["merged", "online"]
+Rounding = Literal["nearest", "gptq"]
+Clip = Literal["none", "search", "learn", "learn+search"]
+Loss = Literal["mse", "relative"]
+Propagate = Literal["quantized", "full"]
+Device = Literal["auto", "cpu", "cuda"]
+Dtype = Literal["auto", "float32", "bfloat16"]
+Offload = Literal["auto", "cpu", "disk"]
+Format = Literal["auto", "compressed-tensors", "dense"]
+Schedule = Literal["constant", "cosine"]
+
+
+def _option(default: Any, group: str, text: str, *, same_bytes: bool = False, factory: Any = MISSING) -> Any:
+    """A recipe field: its default, its help group and text, and whether changing it leaves the result's bytes alone."""
+    metadata = {"group": group, "help": text, "same_bytes": same_bytes}
+    if factory is not MISSING:
+        return field(default_factory=factory, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """Everything that decides what a run does. The command line, `recipe.toml` and `quantize(...)` all fill this.
+
+    Raises:
+        AffineQuantError: a value that is not allowed, named by field, with the nearest that is.
+    """
+
+    model: str = _option(MISSING, "what", "a local folder, a hub id, or `demo` (SmolLM2-135M)")
+    scheme: str = _option("w4a4", "what", "number formats of weights and activations")
+    tier: Tier = _option("merged", "what", "merged: no cost at run time, any engine; online: small matmuls at run time")
+    preset: str = _option("default", "what", "named settings for everything in the group `method`")
+    format: Format = _option("auto", "what", "what to write; auto picks what stock engines load")
+
+    transforms: dict[str, str] = _option(MISSING, "method", "which transform acts at which site", factory=dict)
+    rounding: Rounding = _option("gptq", "method", "round weights to nearest, or by GPTQ on the quantised inputs")
+    weight_clip: Clip = _option("search", "method", "narrow each weight range: not, by search, or learned")
+    activation_clip: Clip = _option("search", "method", "narrow each activation range: not, by search, or learned")
+    epochs: int = _option(0, "method", "passes over the calibration samples in each block; 0 learns nothing")
+    batch_size: int = _option(4, "method", "samples per step")
+    lr: float = _option(5e-3, "method", "learning rate of the transforms")
+    clip_lr: float = _option(1e-2, "method", "learning rate of the clipping factors")
+    schedule: Schedule = _option("cosine", "method", "how the learning rates change over a block")
+    loss: Loss = _option(
+        "relative", "method", "squared error of the block's output, as it is or over the token's power"
+    )
+    propagate: Propagate = _option("full", "method", "train a block on full-precision or on quantised inputs")
+    aux_loss: bool = _option(False, "method", "add the error against the full-precision block on the same inputs")
+    alpha: float = _option(0.1, "method", "stability factor: weight of entries off the diagonal in the gradual mask")
+    balance: float = _option(0.5, "method", "start of a diagonal: activation maximum to this power over weight's rest")
+    damping: float = _option(0.01, "method", "GPTQ: fraction of the mean Hessian diagonal added to it")
+
+    data: str = _option(
+        "wikitext2", "data", "calibration text: wikitext2, c4, demo, a .txt or .jsonl file, a folder, hf:ID"
+    )
+    samples: int = _option(128, "data", "calibration sequences")
+    seq_len: int = _option(2048, "data", "tokens per calibration sequence")
+    seed: int = _option(0, "data", "seed of every random choice")
+
+    device: Device = _option("auto", "machine", "where blocks are computed", same_bytes=True)
+    dtype: Dtype = _option("auto", "machine", "compute type; auto: float32 on a CPU, bfloat16 on a GPU")
+    gpu_memory: str = _option("", "machine", "refuse a plan that needs more GPU memory, e.g. 22GB", same_bytes=True)
+    cpu_memory: str = _option("", "machine", "refuse a plan that needs more main memory, e.g. 16GB", same_bytes=True)
+    offload: Offload = _option("auto", "machine", "where activations wait between blocks", same_bytes=True)
+    trust_remote_code: bool = _option(False, "machine", "run code that comes with the model (never without this)")
+
+    out: str = _option("", "output", "folder to write; default ./MODEL-SCHEME", same_bytes=True)
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(Recipe)
+        for entry in fields(self):
+            _check_type(entry.name, getattr(self, entry.name), hints[entry.name])
+        Scheme.parse(self.scheme)
+        if self.preset not in PRESETS:
+            raise unknown_name("preset", self.preset, PRESETS, where="--preset", listing="presets")
+        for name, least in (("samples", 1), ("seq_len", 8), ("batch_size", 1), ("epochs", 0), ("seed", 0)):
+            if getattr(self, name) < least:
+                flag = "--" + name.replace("_", "-")
+                raise AffineQuantError(f"{name} = {getattr(self, name)}", flag, f"use {least} or more")
+        for name, low, high in (("alpha", 0.0, 1.0), ("balance", 0.0, 1.0), ("damping", 0.0, 1.0)):
+            if not low <= getattr(self, name) <= high:
+                raise AffineQuantError(f"{name} = {getattr(self, name)}", f"--{name}", f"use {low} to {high}")
+        for name in ("lr", "clip_lr"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                flag = "--" + name.replace("_", "-")
+                raise AffineQuantError(f"{name} = {getattr(self, name)}", flag, "use a finite rate of 0 or more")
+        for name in ("gpu_memory", "cpu_memory"):
+            parse_bytes(getattr(self, name), flag="--" + name.replace("_", "-"))
+
+    @property
+    def parsed_scheme(self) -> Scheme:
+        """The scheme as numbers."""
+        return Scheme.parse(self.scheme)
+
+    def output_folder(self) -> Path:
+        """Where the checkpoint goes: `out`, or a folder here named after the model and the scheme."""
+        return Path(self.out) if self.out else Path(f"{Path(self.model).name}-{self.parsed_scheme.name}")
+
+    def fingerprint(self) -> dict[str, Any]:
+        """The fields that decide the bytes of the result, as plain JSON values."""
+        skipped = {entry.name for entry in fields(self) if entry.metadata["same_bytes"]}
+        return {name: value for name, value in asdict(self).items() if name not in skipped}
+
+    def to_toml(self) -> str:
+        """The resolved recipe as TOML; `Recipe.from_toml` and `--config` read it back to an equal recipe."""
+        lines, tables = [], []
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if isinstance(value, dict):
+                tables += ["", f"[{entry.name}]", *(f"{key} = {_toml(item)}" for key, item in value.items())]
+            else:
+                lines.append(f"{entry.name} = {_toml(value)}")
+        return "\n".join(lines + tables) + "\n"
+
+    @staticmethod
+    def from_toml(path: str | Path, **overrides: Any) -> "Recipe":
+        """Read a recipe file; keyword arguments win over it."""
+        try:
+            values = tomllib.loads(Path(path).read_text())
+        except OSError as problem:
+            raise AffineQuantError(
+                f"cannot read {path}: {problem.strerror}", "--config", "give a recipe.toml"
+            ) from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
+            raise AffineQuantError(f"{path} is not TOML: {problem}", "--config", "correct that line") from None
+        return resolve(values | overrides, where=str(path))
+
+
+def resolve(values: Mapping[str, Any], *, where: str = "quantize()") -> Recipe:
+    """A recipe from the fields that were given: a preset fills what was not, and the scheme may adjust the preset.
+
+    Raises:
+        AffineQuantError: unknown field, preset or value.
+    """
+    known = [entry.name for entry in fields(Recipe)]
+    for name in values:
+        if name not in known:
+            raise unknown_name("recipe field", name, known, where=where)
+    if "model" not in values:
+        raise AffineQuantError("no model was named", where, "give a folder, a hub id or `demo`")
+    preset = values.get("preset", "default")
+    if preset not in PRESETS:
+        raise unknown_name("preset", str(preset), PRESETS, where="--preset", listing="presets")
+    merged = dict(PRESETS[preset].settings)
+    if values["model"] == "demo":
+        merged |= {"data": "demo", **PRESETS[preset].demo}
+    merged |= values
+    merged["transforms"] = dict(PRESETS[preset].settings.get("transforms", {})) | dict(values.get("transforms", {}))
+    scheme = Scheme.parse(str(merged.get("scheme", "w4a4")))
+    if scheme.activation is None and "activation_clip" not in values:
+        merged["activation_clip"] = "none"
+    return replace(Recipe(**merged), scheme=scheme.name)
+
+
+def parse_bytes(text: str, *, flag: str) -> int | None:
+    """`22GB`, `512MB`, `1.5GiB` to bytes (GB and GiB both mean 2**30); None for an empty string."""
+    if not text:
+        return None
+    number = text.strip().upper().removesuffix("B").removesuffix("I")
+    unit = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}.get(number[-1:])
+    try:
+        size = float(number[:-1] if unit else number) * (unit or 1)
+    except ValueError:
+        size = -1.0
+    if not 0 < size < float("inf"):
+        raise AffineQuantError(f"{text!r} is not a size", flag, "write it like 22GB or 512MB")
+    return int(size)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preset:
+    """Named recipe settings. `demo` holds what differs on the embedded model, sized for two CPU cores."""
+
+    about: str
+    settings: Mapping[str, Any]
+    demo: Mapping[str, Any] = field(default_factory=dict)
+
+
+_ROTATED = {"residual": "hadamard", "vo": "hadamard"}
+_PAPER = {"attn_in": "diagonal", "qk": "rope-pair", "vo": "banded", "mlp_in": "diagonal", "mlp_mid": "diagonal"}
+_SMALL = {"samples": 32, "seq_len": 256}
+
+PRESETS: dict[str, Preset] = {
+    "rtn": Preset(
+        about="round to nearest; no calibration, the floor",
+        settings={"rounding": "nearest", "weight_clip": "none", "activation_clip": "none", "samples": 1},
+        demo={"samples": 1, "seq_len": 256},
+    ),
+    "smoothquant": Preset(
+        about="SmoothQuant: diagonals at the norms, not learned; round to nearest (arXiv 2211.10438)",
+        settings={
+            "transforms": {"attn_in": "diagonal", "mlp_in": "diagonal"},
+            "rounding": "nearest",
+            "weight_clip": "none",
+            "activation_clip": "none",
+        },
+        demo=_SMALL,
+    ),
+    "paper": Preset(
+        about="AffineQuant as published: gradual band mask, learned clipping, round to nearest (arXiv 2403.12544)",
+        settings={
+            "transforms": _PAPER,
+            "rounding": "nearest",
+            "weight_clip": "learn",
+            "activation_clip": "none",
+            "epochs": 20,
+            "batch_size": 1,
+            "schedule": "constant",
+            "loss": "mse",
+            "propagate": "quantized",
+        },
+        demo={"samples": 32, "seq_len": 256, "epochs": 6, "batch_size": 4},
+    ),
+    "fast": Preset(
+        about="fixed rotation, GPTQ, clipping searched for weights and activations; no gradient",
+        settings={"transforms": _ROTATED, "samples": 64},
+        demo={"samples": 32, "seq_len": 512},
+    ),
+    "default": Preset(
+        about="the rotation of `fast`, then learned diagonals, per-head matrices and clipping, then GPTQ",
+        settings={
+            "transforms": {"residual": "hadamard"} | _PAPER,
+            "epochs": 6,
+            "clip_lr": 5e-2,
+            "weight_clip": "learn+search",
+            "activation_clip": "learn+search",
+        },
+        demo={"samples": 32, "seq_len": 256, "epochs": 6},
+    ),
+}
+"""What `affinequant list presets` shows. A preset decides nothing that a flag cannot override."""
+
+
+def _check_type(name: str, value: Any, hint: Any) -> None:
+    flag = "--" + name.replace("_", "-")
+    if get_origin(hint) is Literal:
+        if value not in get_args(hint):
+            raise unknown_name(name.replace("_", " "), str(value), get_args(hint), where=flag)
+        return
+    if get_origin(hint) is dict:
+        if not isinstance(value, dict) or not all(isinstance(item, str) for pair in value.items() for item in pair):
+            raise AffineQuantError(f"{name} = {value!r}", flag, "give SITE=TRANSFORM pairs")
+        return
+    allowed = (int, float) if hint is float else hint
+    if not isinstance(value, allowed) or (isinstance(value, bool) and hint is not bool):
+        raise AffineQuantError(f"{name} = {value!r}", flag, f"give a value of type {hint.__name__}")
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+        return f'"{escaped}"'
+    return repr(value)

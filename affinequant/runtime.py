@@ -1,0 +1,189 @@
+"""`load`: a checkpoint folder as a transformers model, its activations quantised for real where the scheme says so."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from affinequant_kernels import Weight, linear, prepare_weight
+from jaxtyping import Float, Int8
+from torch import Tensor, nn
+
+from affinequant.checkpoint import Source, open_source
+from affinequant.errors import AffineQuantError
+from affinequant.formats import VERSION
+from affinequant.formats.compressed_tensors import unpack_linear
+from affinequant.quantizer import dequantize
+from affinequant.recipe import Device, Dtype
+from affinequant.scheme import NumberFormat
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_AGAIN = "write or fetch the folder again"
+
+
+def load(path: str | Path, *, device: Device = "auto", dtype: Dtype = "auto") -> "PreTrainedModel":
+    """The model of a local folder, in eval mode, ready for `generate()`.
+
+    A checkpoint of this package with quantised activations computes its linears on integers; one without has its
+    weights dequantised. A folder that this package did not write loads as transformers loads it. `auto` is the GPU
+    where there is one; then bfloat16 on a GPU and float32 on a CPU. Code from the folder is never run.
+
+    Raises:
+        AffineQuantError: no such folder, another version, or tensors that are missing, truncated or not finite.
+    """
+    source = open_source(Path(path))
+    target = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    auto = torch.bfloat16 if target.type == "cuda" else torch.float32
+    kind = {"auto": auto, "float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+    ours = "affinequant" in (source.config.get("quantization_config") or {})
+    model: Any = _quantized(source, target, kind) if ours else _plain(source.folder, kind)
+    _check_finite(model, source.folder)
+    return model.to(target).eval()
+
+
+class IntegerLinear(nn.Module):
+    """y = x W^T + b on integers: activations quantised token by token, weights kept as integers.
+
+    Args:
+        codes: signed weight codes; value = (code - zero) * scale.
+        activation: the grid of a token.
+        clip: ratio by which a token's range is narrowed.
+    """
+
+    def __init__(
+        self,
+        codes: Int8[Tensor, "d_out d_in"],
+        scale: Float[Tensor, "d_out groups"],
+        zero: Int8[Tensor, "d_out groups"] | None,
+        bias: Float[Tensor, " d_out"] | None,
+        *,
+        bits: int,
+        activation: NumberFormat,
+        clip: float,
+    ) -> None:
+        super().__init__()
+        for name, tensor in prepare_weight(codes, scale, zero, bits=bits)._asdict().items():
+            self.register_buffer(name, tensor, persistent=False)
+        self.register_buffer("bias", bias, persistent=False)
+        self.out_features, self.in_features = codes.shape
+        self.bits, self.activation, self.clip = bits, activation, clip
+
+    def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
+        """The product in the dtype of x; accumulators are exact, the scales act in float32."""
+        weight = Weight(*(getattr(self, name) for name in Weight._fields))
+        grid = self.activation
+        return linear(
+            x, weight, act_bits=grid.bits, act_symmetric=grid.symmetric, clip=self.clip, bias=self._buffers["bias"]
+        )
+
+    def extra_repr(self) -> str:
+        """Sizes and formats, for print(model)."""
+        return f"{self.in_features}, {self.out_features}, w{self.bits}a{self.activation.bits}, clip={self.clip:.4g}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "IntegerLinear":
+        # model.to(bfloat16) moves the numbers of the grid, but must not round them.
+        def keep(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep, recurse)
+
+
+def _plain(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, output_loading_info=True, use_safetensors=True, local_files_only=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as problem:
+        what = (str(problem).strip() or type(problem).__name__).splitlines()[0]
+        raise AffineQuantError(f"transformers cannot load it: {what}", str(folder), _AGAIN) from problem
+    model, info = loaded
+    if info["missing_keys"]:  # transformers goes on with random numbers
+        names = sorted(info["missing_keys"])
+        raise AffineQuantError(f"{len(names)} tensors are missing, among them {names[0]}", str(folder), _AGAIN)
+    return model
+
+
+def _quantized(source: Source, device: torch.device, dtype: torch.dtype) -> "PreTrainedModel":
+    declared = source.config["quantization_config"]
+    ours = declared["affinequant"]
+    if ours.get("version") != VERSION:
+        raise AffineQuantError(
+            f"a checkpoint of version {ours.get('version')!r}; this affinequant reads version {VERSION}",
+            str(source.folder / "config.json"),
+            "install the affinequant that wrote it",
+        )
+    model = _skeleton(source.folder, dtype)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and name not in declared["ignore"]:
+            model.set_submodule(name, _linear(source, name, module, ours).to(device))
+    for name, parameter in list(model.named_parameters()):
+        if parameter.is_meta:
+            module, _, leaf = name.rpartition(".")
+            value = _read(source, name, like=parameter).to(device, dtype)
+            setattr(model.get_submodule(module), leaf, nn.Parameter(value, requires_grad=False))
+    model.tie_weights()
+    return model
+
+
+def _linear(source: Source, name: str, module: nn.Linear, ours: Mapping[str, Any]) -> nn.Module:
+    """One quantised linear: integer where activations are quantised, else dequantised into the plain module."""
+    weight, dtype = NumberFormat(**ours["weight"]), module.weight.dtype
+    codes, scale, zero = unpack_linear(source, name, weight)
+    _check_shape(codes, module.weight, name)
+    bias = None if module.bias is None else _read(source, f"{name}.bias", like=module.bias).to(dtype)
+    if ours["activation"] is None:
+        value = dequantize(codes, scale, torch.zeros_like(scale) if zero is None else zero.float(), weight)
+        module.weight = nn.Parameter(value.to(dtype), requires_grad=False)
+        if bias is not None:
+            module.bias = nn.Parameter(bias, requires_grad=False)
+        return module
+    if name not in ours["input_clip"]:
+        raise AffineQuantError(f"{name} has no entry in input_clip", str(source.folder / "config.json"), _AGAIN)
+    activation, clip = NumberFormat(**ours["activation"]), float(ours["input_clip"][name])
+    try:
+        return IntegerLinear(codes, scale, zero, bias, bits=weight.bits, activation=activation, clip=clip)
+    except ValueError as problem:
+        raise AffineQuantError(f"{name}: {problem}", str(source.folder), _AGAIN) from None
+
+
+def _skeleton(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":
+    """The model without weights: parameters stay on `meta`, buffers that follow from the config exist."""
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    config: Any = AutoConfig.from_pretrained(folder, local_files_only=True)
+    del config.quantization_config
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    for name, module in list(model.named_modules()):
+        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+            model.set_submodule(name, type(module)(config))
+    if (folder / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    model.config.name_or_path = model.name_or_path = str(folder)
+    return model
+
+
+def _read(source: Source, name: str, *, like: Tensor) -> Tensor:
+    if name not in source.entries:
+        raise AffineQuantError(f"the tensor {name} is missing", str(source.folder), _AGAIN)
+    tensor = source.read([name])[name]
+    _check_shape(tensor, like, name)
+    return tensor
+
+
+def _check_shape(tensor: Tensor, like: Tensor, name: str) -> None:
+    if tensor.shape != like.shape:
+        what = f"a tensor of size {tuple(tensor.shape)} where config.json says {tuple(like.shape)}"
+        raise AffineQuantError(what, name, _AGAIN)
+
+
+def _check_finite(model: nn.Module, folder: Path) -> None:
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise AffineQuantError(f"{name} holds values that are not finite", str(folder), _AGAIN)

@@ -1,0 +1,98 @@
+"""Which numbers a checkpoint is made of. Pure data: nothing here touches a tensor."""
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from affinequant.errors import AffineQuantError, unknown_name
+
+Granularity = Literal["channel", "group", "token"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NumberFormat:
+    """One integer grid: `bits` wide, one scale per output channel, per group of inputs, or per token."""
+
+    bits: int
+    symmetric: bool
+    granularity: Granularity
+    group_size: int | None = None
+    dynamic: bool = False
+
+    @property
+    def code_min(self) -> int:
+        """Smallest code; codes are signed whether or not the grid is symmetric."""
+        return -(2 ** (self.bits - 1))
+
+    @property
+    def code_max(self) -> int:
+        """Largest code."""
+        return 2 ** (self.bits - 1) - 1
+
+    def groups(self, width: int) -> int:
+        """How many scales a row of `width` inputs has."""
+        return width // self.group_size if self.group_size else 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scheme:
+    """Weights and activations. `activation` is None where activations stay in 16 bits."""
+
+    name: str
+    weight: NumberFormat
+    activation: NumberFormat | None
+
+    @staticmethod
+    def parse(text: str) -> "Scheme":
+        """Read `w4a4`, `w4a16-g64`, `w4a8-sym`, ...
+
+        Weights are asymmetric per output channel and activations asymmetric per token unless the name says `sym`;
+        `gN` gives weights one scale per N inputs; `w8a8` is symmetric, the form that engines have kernels for.
+
+        Raises:
+            AffineQuantError: unknown name (with the nearest known one), or bits that nothing here can store.
+        """
+        match = re.fullmatch(r"w(\d+)a(\d+)(kv\d+)?(?:-g(\d+))?(?:-(sym|asym))?", text.strip().lower())
+        if match is None:
+            raise unknown_name("scheme", text, SCHEMES, where="--scheme", listing="schemes")
+        weight_bits, act_bits = int(match[1]), int(match[2])
+        if weight_bits not in (4, 8) or act_bits not in (4, 8, 16) or (weight_bits, act_bits) == (8, 4):
+            raise unknown_name("scheme", text, SCHEMES, where="--scheme", listing="schemes")
+        if match[3]:
+            raise AffineQuantError(
+                f"scheme {text!r} asks for a quantised KV cache, which cannot be written yet",
+                "--scheme",
+                f"use {text.lower().replace(match[3], '')!r}; the cache then stays in 16 bits",
+            )
+        group = int(match[4]) if match[4] else None
+        if group == 0:
+            raise AffineQuantError("a group of 0 inputs", "--scheme", "use -g32, -g64 or -g128, or leave it out")
+        default = "sym" if (weight_bits, act_bits) == (8, 8) else "asym"
+        symmetric = (match[5] or default) == "sym"
+        weight = NumberFormat(
+            bits=weight_bits, symmetric=symmetric, granularity="group" if group else "channel", group_size=group
+        )
+        activation = (
+            None
+            if act_bits == 16
+            else NumberFormat(bits=act_bits, symmetric=symmetric, granularity="token", dynamic=True)
+        )
+        suffix = f"-{match[5]}" if match[5] and match[5] != default else ""
+        name = f"w{weight_bits}a{act_bits}" + (f"-g{group}" if group else "") + suffix
+        return Scheme(name=name, weight=weight, activation=activation)
+
+    def bits_per_weight(self, width: int, scale_bits: int = 16) -> float:
+        """Stored bits per weight of a row of `width` inputs: codes, scales and zero points."""
+        overhead = scale_bits + (0 if self.weight.symmetric else self.weight.bits)
+        return self.weight.bits + overhead * self.weight.groups(width) / width
+
+
+SCHEMES: dict[str, str] = {
+    "w4a4": "4-bit weights per channel, 4-bit activations per token",
+    "w4a8": "4-bit weights per channel, 8-bit activations per token",
+    "w4a16": "4-bit weights per channel, 16-bit activations",
+    "w4a16-g64": "4-bit weights in groups of 64, 16-bit activations",
+    "w4a16-g128": "4-bit weights in groups of 128, 16-bit activations",
+    "w8a8": "8-bit symmetric weights and activations",
+}
+"""What `affinequant list schemes` shows and what has a flag of its own; `Scheme.parse` reads every combination."""

@@ -1,0 +1,140 @@
+"""The network one block at a time: an empty model of the original code, whose tensors are lent to it for each call."""
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from affinequant.checkpoint import Source
+from affinequant.models import Dims, Family
+
+OnInput = Callable[[str, Tensor], Tensor]
+"""(site, x) -> x: sees, and may replace, what the linears behind a site read."""
+
+
+class StopForward(Exception):
+    """Raised by an `OnInput` that has seen all it needs."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decoder:
+    """The model's own code on the meta device; weights are passed to each call and never kept."""
+
+    model: nn.Module
+    family: Family
+    dims: Dims
+    device: torch.device
+    dtype: torch.dtype
+
+    def block(self, index: int) -> nn.Module:
+        """Block `index`, without weights."""
+        return self.model.get_submodule(f"{self.family.blocks}.{index}")
+
+    def embed(
+        self, ids: Int[Tensor, "samples tokens"], outer: Mapping[str, Tensor]
+    ) -> tuple[Float[Tensor, "samples tokens hidden"], dict[str, Any]]:
+        """(hidden states before block 0, the keyword arguments that the model gives its blocks).
+
+        The arguments are caught at block 0 by a pre-hook. They are made for one sequence and broadcast over a batch.
+
+        Raises:
+            RuntimeError: an argument depends on the batch, which no supported family does.
+        """
+        caught: list[tuple[Tensor, dict[str, Any]]] = []
+
+        def catch(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            caught.append((args[0], kwargs))
+            raise StopForward
+
+        name = f"{self.family.embedding}.weight"
+        handle = self.block(0).register_forward_pre_hook(catch, with_kwargs=True)
+        try:
+            hidden = []
+            for row in ids:
+                with contextlib.suppress(StopForward):
+                    functional_call(
+                        self.model, {name: outer[name]}, (row[None],), {"use_cache": False}, tie_weights=False
+                    )
+                hidden.append(caught[-1][0].detach())
+                del caught[:-1]
+        finally:
+            handle.remove()
+        kwargs = {key: value for key, value in caught[-1][1].items() if key != "use_cache"}
+        for key, value in kwargs.items():
+            if isinstance(value, Tensor) and value.ndim and value.shape[0] != 1 and value.shape[0] == len(ids) > 1:
+                raise RuntimeError(f"argument {key} depends on the batch")
+        return torch.cat(hidden), kwargs
+
+
+def open_decoder(
+    source: Source,
+    family: Family,
+    dims: Dims,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    trust_remote_code: bool = False,
+) -> Decoder:
+    """The original Hugging Face model of `source`, empty but for its buffers."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
+    with init_empty_weights(include_buffers=False), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=trust_remote_code
+        )
+    model.eval().requires_grad_(False)
+    for name, buffer in list(model.named_buffers()):
+        owner, _, leaf = name.rpartition(".")
+        model.get_submodule(owner)._buffers[leaf] = buffer.to(device)
+    return Decoder(model=model, family=family, dims=dims, device=device, dtype=dtype)
+
+
+def run_block(
+    block: nn.Module,
+    family: Family,
+    tensors: Mapping[str, Tensor],
+    x: Float[Tensor, "batch tokens hidden"],
+    kwargs: Mapping[str, Any],
+    on_input: OnInput | None = None,
+) -> Float[Tensor, "batch tokens hidden"]:
+    """One block with `tensors` (named within it) as its weights.
+
+    `on_input(site, x)` is asked once per site and call, whatever the number of linears that read the site.
+    """
+    handles = []
+    if on_input is not None:
+        for site, members in family.input_groups():
+            hook = _shared_hook(site, on_input)
+            handles += [block.get_submodule(member).register_forward_pre_hook(hook) for member in members]
+    try:
+        result = functional_call(block, dict(tensors), (x,), dict(kwargs))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return result[0] if isinstance(result, tuple) else result
+
+
+def _shared_hook(site: str, on_input: OnInput) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        if not seen or seen[0][0] is not args[0]:
+            seen[:] = [(args[0], on_input(site, args[0]))]
+        return (seen[0][1], *args[1:])
+
+    return hook
+
+
+def slices(count: int, size: int) -> Iterator[slice]:
+    """Consecutive slices of at most `size` over `count` rows."""
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))

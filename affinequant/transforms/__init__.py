@@ -1,0 +1,72 @@
+"""The transforms there are, by name. Each is built for a site and acts as x P on activations and W P^-T on weights."""
+
+import importlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Protocol
+
+from affinequant.errors import unknown_name
+from affinequant.sites import Site, Structure
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Transform(Protocol):
+    """An invertible linear map P on the features of a site.
+
+    `copies` repeats each head of P for that many consecutive heads of the tensor (query heads per KV head).
+    """
+
+    def parameters(self) -> "Iterator[torch.nn.Parameter]":
+        """What is learned."""
+        ...
+
+    def to(self, device: "torch.device") -> "Transform":
+        """Itself, moved."""
+        ...
+
+    def double(self) -> "Transform":
+        """Itself, in fp64."""
+        ...
+
+    def on_activations(self, x: "torch.Tensor", copies: int = 1) -> "torch.Tensor":
+        """x P over the last axis, [..., width * copies]."""
+        ...
+
+    def on_weights(self, w: "torch.Tensor", copies: int = 1) -> "torch.Tensor":
+        """w P^-T over the last axis, [..., width * copies]."""
+        ...
+
+    def progress(self, t: float) -> bool:
+        """Told before each step how far training is (0 to 1); True when parameters were released for training."""
+        ...
+
+    def condition(self) -> float:
+        """Condition number of P (the largest over heads)."""
+        ...
+
+
+TRANSFORMS: dict[str, tuple[str, str, str]] = {
+    "diagonal": ("diagonal", "affinequant.transforms.diagonal:Diagonal", "one positive factor per feature"),
+    "rope-pair": (
+        "rope-pair",
+        "affinequant.transforms.rope_pair:RopePair",
+        "a scaled rotation per frequency pair",
+    ),
+    "banded": ("per-head", "affinequant.transforms.banded:Banded", "dense per head under the gradual mask"),
+    "hadamard": ("hadamard", "affinequant.transforms.hadamard:Hadamard", "fixed rotation with random signs, any width"),
+}
+"""name -> (structure, where it is, what it is)."""
+
+
+def structure_of(name: str, *, where: str) -> Structure:
+    """The structure of a transform, which decides its placement."""
+    if name not in TRANSFORMS:
+        raise unknown_name("transform", name, TRANSFORMS, where=where, listing="transforms")
+    return TRANSFORMS[name][0]  # pyright: ignore[reportReturnType]
+
+
+def build(name: str, site: Site, *, seed: int, alpha: float, start: "torch.Tensor | None" = None) -> "Transform":
+    """The transform `name` for `site`; `start` [width] is the diagonal to start from where it has one."""
+    module, _, attribute = TRANSFORMS[name][1].partition(":")
+    return getattr(importlib.import_module(module), attribute)(site, seed=seed, alpha=alpha, start=start)
