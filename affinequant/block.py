@@ -81,7 +81,7 @@ class BlockObjective:
     def progress(self, t: float) -> Sequence[nn.Parameter]:
         """Widen the gradual mask by epoch: the diagonal alone in the first, everything in the last."""
         epochs = self.job.recipe.epochs
-        fraction = min(int(t * epochs), epochs - 1) / max(1, epochs - 1) if epochs > 1 else 1.0
+        fraction = min(int(t * epochs + 1e-6), epochs - 1) / max(1, epochs - 1) if epochs > 1 else 1.0
         if fraction == self.fraction:
             return ()
         self.fraction = fraction
@@ -117,13 +117,12 @@ class BlockObjective:
         return fake_quantize_activation(x, self.job.scheme.activation, self.clips[site].sigmoid())
 
 
-def folded_exactly(objective: BlockObjective) -> Tensors:
-    """The block's tensors with the transforms folded in fp64, for good."""
+def folded_exactly(objective: BlockObjective, exact: Tensors) -> Tensors:
+    """The fp64 tensors of the block with the objective's transforms folded in, for good."""
     job = objective.job
-    tensors = {name: tensor.double() for name, tensor in objective.tensors.items()}
     transforms = {name: module.double() for name, module in objective.transforms.items()}
     with torch.no_grad():
-        return fold_all(tensors, job.sites, transforms, norm_offset=job.decoder.family.norm_offset)
+        return fold_all(exact, job.sites, transforms, norm_offset=job.decoder.family.norm_offset)
 
 
 def starts(job: BlockJob, tensors: Tensors, x: Float[Tensor, "samples tokens hidden"]) -> dict[str, Tensor]:

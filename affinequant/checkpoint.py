@@ -161,8 +161,8 @@ def _table(folder: Path) -> dict[str, Entry]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
-            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (json.JSONDecodeError, KeyError, AttributeError):
+            files = sorted({str(file) for file in json.loads(index.read_text())["weight_map"].values()})
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise _broken("the shard index cannot be read", index) from None
     else:
         files = [path.name for path in sorted(folder.glob("*.safetensors"))]
@@ -197,16 +197,17 @@ def _header(path: Path) -> dict[str, Entry]:
             raise _broken(f"{path.name} is cut short: its header is not whole", path)
         try:
             header = json.loads(handle.read(length))
-        except (json.JSONDecodeError, UnicodeDecodeError):
+            header.pop("__metadata__", None)
+            end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+            entries = {
+                name: Entry(file=path.name, dtype=entry["dtype"], shape=tuple(entry["shape"]))
+                for name, entry in header.items()
+            }
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise _broken(f"{path.name} is not a safetensors file", path) from None
-    header.pop("__metadata__", None)
-    ends = [entry["data_offsets"][1] for entry in header.values()]
-    expected = 8 + length + max(ends, default=0)
-    if size != expected:
-        raise _broken(f"{path.name} is cut short: {size:,} bytes of {expected:,}", path)
-    return {
-        name: Entry(file=path.name, dtype=entry["dtype"], shape=tuple(entry["shape"])) for name, entry in header.items()
-    }
+    if size != 8 + length + end:
+        raise _broken(f"{path.name} is cut short: {size:,} bytes of {8 + length + end:,}", path)
+    return entries
 
 
 def _broken(what: str, where: Path) -> AffineQuantError:

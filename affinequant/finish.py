@@ -100,7 +100,7 @@ def token_losses(
 
 def _contents(made: Plan, run: Run, names: list[str]) -> Contents:
     family = made.family
-    rotated = made.recipe.transforms.get("residual", "none") != "none"
+    rotated = "residual" in made.recipe.transforms
     return Contents(
         config=dict(made.source.config),
         source=made.source.folder,
@@ -139,7 +139,7 @@ def _stream_losses(made: Plan, run: Run, decoder: Decoder, tokens: Tokens) -> di
     count = max(1, min(len(tokens.ids), VERIFY_TOKENS // tokens.ids.shape[1]))
     losses = {}
     with torch.no_grad():
-        for name, stream in run.latest_carry().items():
+        for name, stream in run.carry(stage_name(made.dims.layers - 1)).items():
             rows = [
                 token_losses(logits_of, row.to(decoder.device), ids.to(decoder.device))
                 for row, ids in zip(stream[:count], tokens.ids, strict=False)

@@ -76,9 +76,9 @@ def fit(
 ) -> FitReport:
     """Minimise `objective` over `batches(epoch)` for every epoch.
 
-    A non-finite loss or gradient takes the parameters back to the last good state (the start of the epoch), forgets the
-    optimizer's state and halves every rate; after `max_backoffs` of these the last good state stands and the report
-    says so. No printing, no file access, no choice of device.
+    A non-finite loss or gradient takes the parameters back to the last good state (the start of an epoch whose loss was
+    finite), forgets the optimizer's state and halves every rate; after `max_backoffs` of these the last good state
+    stands and the report says so. No printing, no file access, no choice of device.
 
     Args:
         probes: named measurements, taken every `probe_every` epochs and logged as series.
@@ -91,18 +91,23 @@ def fit(
         )
     state = _State(objective, groups, parameters, config)
     began = time.perf_counter()
-    while state.epoch < config.epochs and state.non_finite <= config.max_backoffs:
-        good = [parameter.detach().clone() for parameter in parameters]
+    while state.non_finite <= config.max_backoffs:
+        if state.epoch == config.epochs:
+            if state.judge_end():
+                break
+            state.back_off()
+            continue
         mean = state.run_epoch(batches(state.epoch))
         if mean is None:
-            state.back_off(good)
+            state.back_off()
             continue
-        state.finish_epoch(mean, probes or {})
+        score = state.evaluate(batches(state.epoch)) if config.keep_best else mean
+        state.finish_epoch(mean, score, probes or {})
     return state.report(time.perf_counter() - began)
 
 
 class _State:
-    """One fit's moving parts."""
+    """One fit's moving parts. `good`: the newest parameters, at an epoch's start, whose loss was seen to be finite."""
 
     def __init__(
         self, objective: Objective, groups: list[Group], parameters: list[torch.nn.Parameter], config: FitConfig
@@ -110,8 +115,13 @@ class _State:
         self.objective, self.groups, self.parameters, self.config = objective, groups, parameters, config
         self.rate, self.epoch, self.steps, self.non_finite = 1.0, 0, 0, 0
         self.series: dict[str, list[float]] = {"loss": []}
-        self.best, self.best_values = math.inf, [parameter.detach().clone() for parameter in parameters]
+        self.good, self.good_epoch = self._copies(), 0
+        self.best, self.best_values = math.inf, self.good
+        self.last_batch: Any = None
         self.optimizer = self._new_optimizer()
+
+    def _copies(self) -> list[Tensor]:
+        return [parameter.detach().clone() for parameter in self.parameters]
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
         return _OPTIMIZERS[self.config.optimizer](
@@ -120,24 +130,31 @@ class _State:
 
     def run_epoch(self, batches: Iterable[Any]) -> float | None:
         """Mean loss of the epoch, or None at the first non-finite value."""
-        total, count, terms = 0.0, 0, {}
-        span = max(1, self.config.epochs * self.config.steps_per_epoch)
+        start, total, terms = self._copies(), 0.0, {}
+        count = self.config.steps_per_epoch
+        span = max(1, self.config.epochs * count)
         for index, batch in enumerate(batches):
-            t = min(1.0, (self.epoch * self.config.steps_per_epoch + index) / span)
+            t = min(1.0, (self.epoch * count + index) / span)
             for parameter in self.objective.progress(t):
                 self.optimizer.state.pop(parameter, None)
             loss, parts = _summed(self.objective.loss(batch))
-            (loss / self.config.accumulate).backward()
+            size = min(self.config.accumulate, count - index // self.config.accumulate * self.config.accumulate)
+            (loss / size).backward()
             value = float(loss.detach())
-            last_of_step = (index + 1) % self.config.accumulate == 0
-            if not math.isfinite(value) or (last_of_step and not self._step(t)):
+            if not math.isfinite(value):
                 return None
-            total, count = total + value, count + 1
+            if index == 0:
+                self.good, self.good_epoch = start, self.epoch
+            ends = (index + 1) % self.config.accumulate == 0 or index + 1 == count
+            if ends and not self._step(t):
+                return None
+            self.last_batch = batch
+            total += value
             for name, part in parts.items():
-                terms[name] = terms.get(name, 0.0) + part
+                terms[name] = terms.get(name, 0.0) + part / count
         for name, part in terms.items():
-            self.series.setdefault(name, []).append(part / max(1, count))
-        return total / max(1, count)
+            self.series.setdefault(name, []).append(part)
+        return total / count
 
     def _step(self, t: float) -> bool:
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
@@ -153,20 +170,34 @@ class _State:
         self.steps += 1
         return True
 
-    def back_off(self, good: list[Tensor]) -> None:
-        """Back to the start of the epoch at half the rates."""
+    def judge_end(self) -> bool:
+        """Whether the parameters after the last step still give a finite loss."""
+        return math.isfinite(self.evaluate([self.last_batch]))
+
+    def evaluate(self, batches: Iterable[Any]) -> float:
+        """Mean loss at the present parameters."""
+        with torch.no_grad():
+            losses = [float(_summed(self.objective.loss(batch))[0]) for batch in batches]
+        return sum(losses) / len(losses)
+
+    def back_off(self) -> None:
+        """Back to the last good parameters at half the rates; epochs after them are done again."""
         self.non_finite += 1
         self.rate /= 2
-        self._restore(good)
+        self._restore(self.good)
+        for values in self.series.values():
+            del values[self.good_epoch :]
+        self.epoch = self.good_epoch
         self.optimizer = self._new_optimizer()
 
-    def finish_epoch(self, mean: float, probes: Mapping[str, Callable[[], float]]) -> None:
+    def finish_epoch(self, mean: float, score: float, probes: Mapping[str, Callable[[], float]]) -> None:
+        """Log the epoch; `score` judges the parameters that it ends with."""
         self.epoch += 1
         self.series["loss"].append(mean)
-        if mean < self.best:
-            self.best = mean
+        if score < self.best:
+            self.best = score
             if self.config.keep_best:
-                self.best_values = [parameter.detach().clone() for parameter in self.parameters]
+                self.best_values = self._copies()
         if self.config.probe_every and self.epoch % self.config.probe_every == 0:
             for name, probe in probes.items():
                 self.series.setdefault(name, []).append(probe())
@@ -174,7 +205,10 @@ class _State:
     def report(self, seconds: float) -> FitReport:
         """The report, with the best parameters put back where that was asked for."""
         losses = self.series["loss"]
-        if self.config.keep_best and losses:
+        done = self.epoch == self.config.epochs and self.non_finite <= self.config.max_backoffs
+        if not done:
+            self._restore(self.good)
+        elif self.config.keep_best:
             self._restore(self.best_values)
         self.optimizer.zero_grad(set_to_none=True)
         return FitReport(
@@ -184,7 +218,7 @@ class _State:
             steps=self.steps,
             seconds=seconds,
             non_finite=self.non_finite,
-            stopped="done" if self.epoch == self.config.epochs else "non-finite",
+            stopped="done" if done else "non-finite",
             series=self.series,
         )
 

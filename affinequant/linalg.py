@@ -25,7 +25,7 @@ def dct(n: int) -> Float[Tensor, "n n"]:
 
 
 def orthogonal_factors(n: int, most: int = 128) -> tuple[Float[Tensor, "a a"], Float[Tensor, "b b"]]:
-    """Orthonormal A and B in fp64 with a * b = n, for a rotation A (x) B that spreads every input over all outputs.
+    """Orthonormal A and B in fp64 with a * b = n, for a rotation A (x) B without large entries (at most sqrt(2 / n)).
 
     B is a Hadamard matrix of the largest power of two that divides n, up to `most`; A covers the rest: a Hadamard
     matrix where that is a power of two, else a product of a cosine and a Hadamard matrix, so every width has one.

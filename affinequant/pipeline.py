@@ -15,7 +15,7 @@ import affinequant
 from affinequant.block import BlockJob, BlockObjective, build_transforms, folded_exactly, starts
 from affinequant.checkpoint import check_finite, locate, open_source
 from affinequant.data import Tokens, calibration_tokens
-from affinequant.errors import AffineQuantError
+from affinequant.errors import QUALITY, AffineQuantError
 from affinequant.finish import finish, peak_bytes, publish, stage_name, store_dtype
 from affinequant.fit import FitConfig, FitReport, fit
 from affinequant.fold import Tensors, rotate_block, rotate_outer
@@ -29,6 +29,7 @@ from affinequant.run import Run
 from affinequant.stream import Decoder, open_decoder
 from affinequant.transforms import Transform, build
 from affinequant.transforms.banded import Banded
+from affinequant.transforms.chain import Chain
 from affinequant.workspace import open_workspace
 
 
@@ -71,6 +72,8 @@ def quantize(
     made = make_plan(recipe)
     with open_workspace(made, overwrite=overwrite, resume=resume) as workspace:
         if workspace.finished:
+            recipe_part = made.recipe.fingerprint() | made.source.stamp()
+            Run(workspace.run_folder).check_same(recipe_part, all_fields=False)
             listen.say(f"{workspace.out} is finished already")
             return Result(path=workspace.out, report=json.loads((workspace.out / "report.json").read_text()))
         check_disk(made)
@@ -130,13 +133,22 @@ def _block_stage(
     target = job.run_all(values, full)
     start = starts(job, values, full) if _wants_start(made.recipe) else {}
     objective = BlockObjective(job, values, build_transforms(job, start))
-    fitted = fit(objective, _batches(job, objective, values, full, quantized, target), _fit_config(made.recipe))
-    objective.tensors = exact
-    folded = folded_exactly(objective)
-    rounded = round_block(job, folded, quantized, objective)
-    lent = {name: tensor.to(job.decoder.dtype) for name, tensor in rounded.tensors.items()}
-    after = job.run_all(lent, quantized, quantized_input(job, rounded.clips))
-    report = _block_report(objective, fitted, rounded, after, target, began)
+    fitted = fit(objective, _batches(job, values, full, quantized, target), _fit_config(made.recipe))
+    rounded, after = _round_and_run(job, objective, exact, quantized)
+    events = _fit_events(fitted)
+    if fitted.steps and not bool(after.isfinite().all()):
+        events.append("what was learned gave non-finite outputs: the closed-form start was taken instead")
+        objective = BlockObjective(job, values, build_transforms(job, start))
+        rounded, after = _round_and_run(job, objective, exact, quantized)
+    if not bool(after.isfinite().all()):
+        raise AffineQuantError(
+            f"block {job.index} gives non-finite outputs even unlearned",
+            stage_name(job.index),
+            "try --dtype float32, or another calibration text",
+            exit_code=QUALITY,
+        )
+    report = _block_report(objective, fitted, rounded, after, target, events)
+    report["seconds"] = time.perf_counter() - began
     prefix = f"{made.family.blocks}.{job.index}."
     run.commit(
         stage_name(job.index),
@@ -151,6 +163,15 @@ def _block_stage(
 def _plain(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Keywords as recipe values: paths become strings, None means not given."""
     return {name: str(v) if isinstance(v, Path) else v for name, v in fields.items() if v is not None}
+
+
+def _round_and_run(
+    job: BlockJob, objective: BlockObjective, exact: Tensors, quantized: Tensor
+) -> tuple[Rounded, Tensor]:
+    """Fold what the objective holds into the exact tensors, round, and pass the quantised stream through."""
+    rounded = round_block(job, folded_exactly(objective, exact), quantized, objective)
+    lent = {name: tensor.to(job.decoder.dtype) for name, tensor in rounded.tensors.items()}
+    return rounded, job.run_all(lent, quantized, quantized_input(job, rounded.clips))
 
 
 def _load_block(made: Plan, job: BlockJob, rotation: Transform | None) -> Tensors:
@@ -183,8 +204,8 @@ def _outer_stage(made: Plan, run: Run, tokens: Tokens, decoder: Decoder, rotatio
 
 
 def _rotation(made: Plan) -> Transform | None:
-    name = made.recipe.transforms.get("residual", "none")
-    if name == "none":
+    name = made.recipe.transforms.get("residual")
+    if name is None:
         return None
     return build(name, made.sites["residual"], seed=made.recipe.seed, alpha=made.recipe.alpha).double()
 
@@ -202,7 +223,7 @@ def _job(made: Plan, decoder: Decoder, index: int, kwargs: Mapping[str, Any]) ->
 
 
 def _wants_start(recipe: Recipe) -> bool:
-    return any(site != "residual" and name not in ("none", "hadamard") for site, name in recipe.transforms.items())
+    return any(site != "residual" and not name.startswith("hadamard") for site, name in recipe.transforms.items())
 
 
 def _fit_config(recipe: Recipe) -> FitConfig:
@@ -213,9 +234,7 @@ def _fit_config(recipe: Recipe) -> FitConfig:
     )
 
 
-def _batches(
-    job: BlockJob, objective: BlockObjective, values: Tensors, full: Tensor, quantized: Tensor, target: Tensor
-):
+def _batches(job: BlockJob, values: Tensors, full: Tensor, quantized: Tensor, target: Tensor):
     """epoch -> (inputs, target[, auxiliary target]) in an order that the seed, the block and the epoch decide."""
     recipe = job.recipe
     inputs = quantized if recipe.propagate == "quantized" else full
@@ -230,13 +249,13 @@ def _batches(
 
 
 def _block_report(
-    objective: BlockObjective, fitted: FitReport, rounded: Rounded, after: Tensor, target: Tensor, began: float
+    objective: BlockObjective, fitted: FitReport, rounded: Rounded, after: Tensor, target: Tensor, events: list[str]
 ) -> dict[str, Any]:
     noise = (after.float() - target.float()).square().sum((-2, -1))
     power = target.float().square().sum((-2, -1))
     conditions = {name: float(module.condition()) for name, module in objective.transforms.items()}
     dominance = {
-        name: module.dominance() for name, module in objective.transforms.items() if isinstance(module, Banded)
+        name: module.dominance() for name, module in objective.transforms.items() if isinstance(module, Banded | Chain)
     }
     return {
         "loss_first": fitted.first if fitted.steps else None,
@@ -249,8 +268,7 @@ def _block_report(
         "conditions": conditions,
         "dominance": dominance,
         "linears": dict(rounded.linears),
-        "events": [*_fit_events(fitted), *rounded.events],
-        "seconds": time.perf_counter() - began,
+        "events": [*events, *rounded.events],
         "peak_bytes": peak_bytes(objective.job.decoder.device),
     }
 

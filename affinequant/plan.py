@@ -19,7 +19,7 @@ from affinequant.recipe import Recipe, parse_bytes
 from affinequant.recipe import resolve as resolve_recipe
 from affinequant.sites import Placement, Site, place
 from affinequant.text import check_source
-from affinequant.transforms import structure_of
+from affinequant.transforms import TRANSFORMS, structures_of
 
 GPU_FLOPS = 1.2e14
 CPU_FLOPS_PER_CORE = 3.5e10
@@ -132,24 +132,23 @@ def _place_all(recipe: Recipe, sites: Mapping[str, Site]) -> dict[str, Placement
     placements = {}
     for name, site in sites.items():
         chosen = recipe.transforms.get(name)
-        if chosen is None or chosen == "none":
+        if chosen is None:
             placements[name] = Placement(how="folded", reason="nothing to fold")
             continue
-        placement = place(site, structure_of(chosen, where="--transform"))
-        if placement.how != "folded":
-            raise AffineQuantError(
-                f"{chosen} at {name} is {placement.how}: {placement.reason}",
-                "--transform",
-                f"choose one that folds at {name}: {_folding(site)}",
-            )
-        placements[name] = placement
+        parts = [place(site, structure) for structure in structures_of(chosen, where="--transform")]
+        for part in parts:
+            if part.how != "folded":
+                raise AffineQuantError(
+                    f"{chosen} at {name} is {part.how}: {part.reason}",
+                    "--transform",
+                    f"choose one that folds at {name}: {_folding(site)}",
+                )
+        placements[name] = Placement(how="folded", reason="; ".join(dict.fromkeys(part.reason for part in parts)))
     return placements
 
 
 def _folding(site: Site) -> str:
-    from affinequant.transforms import TRANSFORMS
-
-    names = [name for name in TRANSFORMS if place(site, structure_of(name, where="")).how == "folded"]
+    names = [name for name in TRANSFORMS if place(site, structures_of(name, where="")[0]).how == "folded"]
     return ", ".join(names)
 
 

@@ -1,5 +1,6 @@
 """What is asked for: one frozen dataclass from which flags, TOML keys, help and the fingerprint are all made."""
 
+import os
 import tomllib
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
@@ -43,7 +44,9 @@ class Recipe:
     preset: str = _option("default", "what", "named settings for everything in the group `method`")
     format: Format = _option("auto", "what", "what to write; auto picks what stock engines load")
 
-    transforms: dict[str, str] = _option(MISSING, "method", "which transform acts at which site", factory=dict)
+    transforms: dict[str, str] = _option(
+        MISSING, "method", "which transform acts at which site; none for none, a+b for both in turn", factory=dict
+    )
     rounding: Rounding = _option("gptq", "method", "round weights to nearest, or by GPTQ on the quantised inputs")
     weight_clip: Clip = _option("search", "method", "narrow each weight range: not, by search, or learned")
     activation_clip: Clip = _option("search", "method", "narrow each activation range: not, by search, or learned")
@@ -105,7 +108,9 @@ class Recipe:
 
     def output_folder(self) -> Path:
         """Where the checkpoint goes: `out`, or a folder here named after the model and the scheme."""
-        return Path(self.out) if self.out else Path(f"{Path(self.model).name}-{self.parsed_scheme.name}")
+        if self.out:
+            return Path(self.out)
+        return Path(f"{Path(os.path.abspath(self.model)).name}-{self.parsed_scheme.name}")
 
     def fingerprint(self) -> dict[str, Any]:
         """The fields that decide the bytes of the result, as plain JSON values."""
@@ -134,6 +139,10 @@ class Recipe:
             ) from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
             raise AffineQuantError(f"{path} is not TOML: {problem}", "--config", "correct that line") from None
+        if not {"preset", "scheme"}.isdisjoint(overrides):
+            values = _chosen(values, where=str(path))
+        if "transforms" in overrides and isinstance(values.get("transforms", {}), dict):
+            overrides = overrides | {"transforms": values.get("transforms", {}) | overrides["transforms"]}
         return resolve(values | overrides, where=str(path))
 
 
@@ -156,11 +165,21 @@ def resolve(values: Mapping[str, Any], *, where: str = "quantize()") -> Recipe:
     if values["model"] == "demo":
         merged |= {"data": "demo", **PRESETS[preset].demo}
     merged |= values
-    merged["transforms"] = dict(PRESETS[preset].settings.get("transforms", {})) | dict(values.get("transforms", {}))
+    chosen = dict(PRESETS[preset].settings.get("transforms", {})) | dict(values.get("transforms", {}))
+    merged["transforms"] = {site: name for site, name in chosen.items() if name != "none"}
     scheme = Scheme.parse(str(merged.get("scheme", "w4a4")))
-    if scheme.activation is None and "activation_clip" not in values:
+    # Stock engines quantise the activations of W8A8 themselves, over the full range.
+    if (scheme.activation is None or scheme.name == "w8a8") and "activation_clip" not in values:
         merged["activation_clip"] = "none"
     return replace(Recipe(**merged), scheme=scheme.name)
+
+
+def _chosen(values: Mapping[str, Any], *, where: str) -> dict[str, Any]:
+    """A file's values without those that its own preset and scheme had filled in: another preset fills them anew."""
+    names = {name: values[name] for name in ("model", "scheme", "preset") if name in values}
+    base = resolve({"model": "demo"} | names, where=where)
+    filled = {"activation_clip"}.union(*({*preset.settings, *preset.demo} for preset in PRESETS.values()))
+    return {name: value for name, value in values.items() if name not in filled or value != getattr(base, name)}
 
 
 def parse_bytes(text: str, *, flag: str) -> int | None:
@@ -230,7 +249,7 @@ PRESETS: dict[str, Preset] = {
     "default": Preset(
         about="the rotation of `fast`, then learned diagonals, per-head matrices and clipping, then GPTQ",
         settings={
-            "transforms": {"residual": "hadamard"} | _PAPER,
+            "transforms": {"residual": "hadamard"} | _PAPER | {"vo": "hadamard+banded"},
             "epochs": 6,
             "clip_lr": 5e-2,
             "weight_clip": "learn+search",

@@ -35,8 +35,9 @@ def round_block(
 
     With rounding `nearest` and nothing to search, `x` is not used. `learned` holds ranges found in training, if any.
     """
-    work = {name: tensor.float() for name, tensor in tensors.items()}
-    stored = {name: tensor.to(job.store) for name, tensor in tensors.items()}
+    weights = {f"{linear.name}.weight" for linear in job.decoder.family.linears}
+    stored = {name: tensor.to(job.store) for name, tensor in tensors.items() if name not in weights}
+    work = {name: (tensor if name in weights else stored[name]).float() for name, tensor in tensors.items()}
     clips: dict[str, float] = {}
     figures: dict[str, dict[str, float]] = {}
     events: list[str] = []
@@ -48,7 +49,6 @@ def round_block(
             value = dequantize(codes, scale, zero, job.scheme.weight)
             figures[member] = {"sqnr": _decibel(weight, value), "clip": clips[site]}
             work[f"{member}.weight"] = value
-            del stored[f"{member}.weight"]
             stored |= {f"{member}.codes": to_integers(codes), f"{member}.scale": scale}
             if not job.scheme.weight.symmetric:
                 stored[f"{member}.zero"] = to_integers(zero)

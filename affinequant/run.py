@@ -36,7 +36,7 @@ class Run:
         plain = json.loads(json.dumps(fingerprint))
         known = run.folder / "fingerprint.json"
         if known.exists():
-            _check_same(json.loads(known.read_text()), plain, run.folder)
+            run.check_same(plain)
         else:
             _write_atomic(known, json.dumps(plain, indent=1))
         for left in run.stages.glob("*.tmp"):
@@ -47,6 +47,23 @@ class Run:
     def exists(folder: str | Path) -> bool:
         """Whether `folder` holds a run."""
         return (Path(folder) / "fingerprint.json").exists()
+
+    def check_same(self, fields: Mapping[str, Any], *, all_fields: bool = True) -> None:
+        """Compare a fingerprint, or with `all_fields=False` a part of one, with the run's own.
+
+        Raises:
+            AffineQuantError: naming each field that differs, with both values.
+        """
+        old, new = json.loads((self.folder / "fingerprint.json").read_text()), json.loads(json.dumps(fields))
+        names = sorted({*old, *new} if all_fields else new)
+        differ = [name for name in names if old.get(name) != new.get(name)]
+        if differ:
+            shown = "; ".join(f"{name}: {old.get(name)!r} there, {new.get(name)!r} now" for name in differ)
+            raise AffineQuantError(
+                f"this folder holds a run of another recipe ({shown})",
+                str(self.folder),
+                "use another -o, repeat the first recipe to resume it, or --overwrite to start again",
+            )
 
     def pending(self, names: Iterable[str]) -> list[str]:
         """Those of `names` that are not committed yet, in order."""
@@ -96,25 +113,10 @@ class Run:
         """What the stage after `name` starts from."""
         return load_file(self.stages / name / "carry.safetensors")
 
-    def latest_carry(self) -> dict[str, Tensor]:
-        """The carried state of the newest stage that has one."""
-        return load_file(next(self.stages.glob("*/carry.safetensors")))
-
     def drop_tensors(self) -> None:
         """Keep the reports only: for a run whose result has been written and checked."""
         for path in self.stages.glob("*/*.safetensors"):
             path.unlink()
-
-
-def _check_same(old: Mapping[str, Any], new: Mapping[str, Any], folder: Path) -> None:
-    differ = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
-    if differ:
-        shown = "; ".join(f"{key}: {old.get(key)!r} there, {new.get(key)!r} now" for key in differ)
-        raise AffineQuantError(
-            f"this folder holds a run of another recipe ({shown})",
-            str(folder.parent if folder.name == ".run" else folder),
-            "use another -o, repeat the first recipe to resume it, or --overwrite to start again",
-        )
 
 
 def _write_atomic(path: Path, text: str) -> None:

@@ -38,12 +38,9 @@ def open_workspace(made: Plan, *, overwrite: bool, resume: bool) -> Iterator[Wor
     """
     out = made.recipe.output_folder()
     check_output(out, made.source.folder, overwrite=overwrite, resume=resume)
-    if overwrite and out.exists():
-        for path in out.iterdir():
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     try:
         (out / RUN_FOLDER).mkdir(parents=True, exist_ok=True)
-        handle = (out / RUN_FOLDER / "lock").open("w")
+        handle = (out / RUN_FOLDER / "lock").open("a")
     except OSError as problem:
         raise _unwritable(out, problem) from None
     with handle:
@@ -53,7 +50,16 @@ def open_workspace(made: Plan, *, overwrite: bool, resume: bool) -> Iterator[Wor
             raise AffineQuantError(
                 "another process is working in this folder", str(out), "wait for it, or use another -o"
             ) from None
+        if overwrite:
+            _empty(out)
         yield Workspace(out=out, finished=(out / "report.json").exists() and Run.exists(out / RUN_FOLDER))
+
+
+def _empty(out: Path) -> None:
+    """Remove everything but the lock that this process holds."""
+    inside = [path for path in (out / RUN_FOLDER).iterdir() if path.name != "lock"]
+    for path in (*inside, *(path for path in out.iterdir() if path.name != RUN_FOLDER)):
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def check_output(out: Path, source: Path, *, overwrite: bool, resume: bool) -> None:

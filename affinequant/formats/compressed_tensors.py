@@ -6,13 +6,12 @@ in `quantization_config`, where the engines leave it alone and `affinequant.load
 in full, because the engines do run it.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from affinequant.checkpoint import Source
 from affinequant.errors import AffineQuantError
@@ -20,6 +19,9 @@ from affinequant.formats import SHARD_BYTES, VERSION, Contents
 from affinequant.formats.shards import copy_source, write_json, write_shards
 from affinequant.scheme import NumberFormat, Scheme
 from affinequant.sites import Placement
+
+if TYPE_CHECKING:  # a plan asks `supports`, and must not wait for torch
+    from torch import Tensor
 
 ABOUT = "integers that stock vLLM and transformers load; activations by affinequant.load"
 
@@ -110,6 +112,7 @@ def quantization_config(contents: Contents, clips: Mapping[str, float]) -> dict[
 
 def pack_stage(stage: Mapping[str, Tensor], contents: Contents) -> dict[str, Tensor]:
     """One stage under the names and in the layout of compressed-tensors; other tensors pass through."""
+    import torch
     from compressed_tensors.compressors import pack_to_int32
 
     weight, dtype = contents.scheme.weight, getattr(torch, contents.dtype)
@@ -137,6 +140,7 @@ def unpack_linear(source: Source, name: str, weight: NumberFormat) -> tuple[Tens
     Raises:
         AffineQuantError: a tensor is missing, or its size is not what the others say.
     """
+    import torch
     from compressed_tensors.compressors import unpack_from_int32
 
     parts = ["weight_scale", *([] if weight.symmetric else ["weight_zero_point"])]

@@ -1,17 +1,19 @@
 """dense: the dequantised weights in 16 bits, for inspection and for engines that know no integers."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from affinequant.formats import SHARD_BYTES, Contents
 from affinequant.formats.compressed_tensors import checkpoint_config
 from affinequant.formats.shards import copy_source, write_json, write_shards
-from affinequant.quantizer import dequantize
 from affinequant.scheme import Scheme
 from affinequant.sites import Placement
+
+if TYPE_CHECKING:  # a plan asks `supports`, and must not wait for torch
+    from torch import Tensor
 
 ABOUT = "dequantised weights in 16 bits, rounded to them once more; any engine, no gain in size"
 
@@ -36,6 +38,10 @@ def write(contents: Contents, out: Path, *, shard_bytes: int = SHARD_BYTES) -> l
 
 
 def _dense_stage(stage: Mapping[str, Tensor], contents: Contents) -> dict[str, Tensor]:
+    import torch
+
+    from affinequant.quantizer import dequantize
+
     dtype = getattr(torch, contents.dtype)
     linears = [name for name in contents.linears if f"{name}.codes" in stage]
     parts = {f"{name}.{part}" for name in linears for part in ("codes", "scale", "zero", "input_clip")}

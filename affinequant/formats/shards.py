@@ -4,15 +4,17 @@ Nothing is visible under its final name before it is complete and on the disk, a
 without one was interrupted.
 """
 
+from __future__ import annotations
+
 import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from safetensors.torch import save_file
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz", ".ot")
 OWN = ("config.json", "recipe.toml", "report.json", "report.html")
@@ -27,6 +29,8 @@ def write_shards(stages: Iterable[dict[str, Tensor]], out: Path, *, shard_bytes:
     Raises:
         OSError: the folder cannot be written, or the disk is full.
     """
+    from safetensors.torch import save_file
+
     out.mkdir(parents=True, exist_ok=True)
     for pattern in ("model.safetensors*", "model-*.safetensors*"):
         for stale in out.glob(pattern):  # of an earlier or interrupted write, perhaps with another number of shards

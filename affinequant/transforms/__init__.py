@@ -59,14 +59,25 @@ TRANSFORMS: dict[str, tuple[str, str, str]] = {
 """name -> (structure, where it is, what it is)."""
 
 
-def structure_of(name: str, *, where: str) -> Structure:
-    """The structure of a transform, which decides its placement."""
-    if name not in TRANSFORMS:
-        raise unknown_name("transform", name, TRANSFORMS, where=where, listing="transforms")
-    return TRANSFORMS[name][0]  # pyright: ignore[reportReturnType]
+def structures_of(name: str, *, where: str) -> tuple[Structure, ...]:
+    """The structures of a transform, which decide its placement: one, or one per part of `first+second`."""
+    parts = name.split("+")
+    for part in parts:
+        if part not in TRANSFORMS:
+            raise unknown_name("transform", part, TRANSFORMS, where=where, listing="transforms")
+    return tuple(TRANSFORMS[part][0] for part in parts)  # pyright: ignore[reportReturnType]
 
 
 def build(name: str, site: Site, *, seed: int, alpha: float, start: "torch.Tensor | None" = None) -> "Transform":
-    """The transform `name` for `site`; `start` [width] is the diagonal to start from where it has one."""
-    module, _, attribute = TRANSFORMS[name][1].partition(":")
-    return getattr(importlib.import_module(module), attribute)(site, seed=seed, alpha=alpha, start=start)
+    """The transform `name` for `site`. `first+second` acts one after the other; the diagonal `start` [width] goes to
+    the first, since what follows acts on features that have been mixed or balanced already."""
+    parts = []
+    for position, part in enumerate(name.split("+")):
+        module, _, attribute = TRANSFORMS[part][1].partition(":")
+        made = getattr(importlib.import_module(module), attribute)
+        parts.append(made(site, seed=seed + position, alpha=alpha, start=None if position else start))
+    if len(parts) == 1:
+        return parts[0]
+    from affinequant.transforms.chain import Chain
+
+    return Chain(parts)

@@ -1,0 +1,5 @@
+"""`python -m affinequant`."""
+
+from affinequant.cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,133 @@
+"""What a person or a script sees: stdout for the result, stderr for progress and errors."""
+
+import json
+import math
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from affinequant.errors import AffineQuantError
+from affinequant.progress import Console, Silent
+
+if TYPE_CHECKING:
+    from rich.console import Console as Rich
+
+PLAIN_WIDTH = 240
+"""Columns where the output is no terminal: long enough that no line is folded."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Screen:
+    """How to talk, as the flags say. `json`: stdout holds one JSON object and nothing else."""
+
+    json: bool = False
+    quiet: bool = False
+    verbose: bool = False
+
+    @staticmethod
+    def of(typed: Sequence[str]) -> "Screen":
+        """From the words as typed, since errors of the parser need it too."""
+        return Screen(
+            json="--json" in typed,
+            quiet="-q" in typed or "--quiet" in typed,
+            verbose="-v" in typed or "--verbose" in typed,
+        )
+
+    def listener(self) -> Console | Silent:
+        """What a run reports its progress to."""
+        return Silent() if self.quiet else Console(verbose=self.verbose)
+
+    def say(self, text: str) -> None:
+        """A line of progress."""
+        if not self.quiet:
+            print(text, file=sys.stderr, flush=True)
+
+    def print(self, text: str = "") -> None:
+        """A line of the result."""
+        if not self.json:
+            print(text)
+
+    def table(
+        self, columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[int] = (), title: str = ""
+    ) -> None:
+        """A table of the result; `right` are the columns that are set flush right."""
+        if self.json:
+            return
+        from rich.table import Table
+        from rich.text import Text
+
+        console = rich_console(sys.stdout)
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", show_header=any(columns))
+        for index, column in enumerate(columns):
+            table.add_column(column, justify="right" if index in right else "left", overflow="fold")
+        for row in rows:
+            table.add_row(*(Text(cell) for cell in row))
+        if title:
+            print(f"{title}:")
+        # Rich pads every line to the width of the table.
+        with console.capture() as captured:
+            console.print(table)
+        print("\n".join(line.rstrip() for line in captured.get().splitlines()))
+
+    def facts(self, pairs: Mapping[str, str]) -> None:
+        """Names and values, one a line."""
+        width = max(map(len, pairs), default=0)
+        for name, value in pairs.items():
+            self.print(f"{name:<{width}}  {value}")
+
+    def result(self, value: Mapping[str, Any]) -> None:
+        """The one JSON object, where it was asked for."""
+        if self.json:
+            print(json.dumps(plain_json(value), indent=2, ensure_ascii=False))
+
+    def error(self, problem: AffineQuantError) -> None:
+        """Three parts on stderr; with --json also the object on stdout."""
+        print(f"affinequant: {problem}", file=sys.stderr, flush=True)
+        self.result({"schema": 1, "error": {"what": problem.what, "where": problem.where, "fix": problem.fix}})
+        sys.stdout.flush()
+
+
+def rich_console(stream: IO[str]) -> "Rich":
+    """A rich console that adds nothing of its own: no colour of numbers, no emoji, no folding without a terminal."""
+    from rich.console import Console as Rich
+
+    console = Rich(file=stream, highlight=False, emoji=False)
+    return console if console.is_terminal else Rich(file=stream, highlight=False, emoji=False, width=PLAIN_WIDTH)
+
+
+def plain_json(value: Any) -> Any:
+    """The value with null for numbers that JSON does not have."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {str(key): plain_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain_json(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def size(count: float) -> str:
+    """Bytes for people: `269 MB`, `1.34 GB`."""
+    return f"{count / 2**30:.2f} GB" if count >= 2**30 else f"{count / 2**20:.{0 if count >= 2**24 else 2}f} MB"
+
+
+def minutes(value: float) -> str:
+    """Minutes for people: `40 s`, `3.5 min`, `6 h 20 min`."""
+    if value < 1.5:
+        return f"{max(value * 60, 1):.0f} s"
+    return f"{value:.1f} min" if value < 90 else f"{value // 60:.0f} h {value % 60:.0f} min"
+
+
+def spoken(path: str | Path) -> str:
+    """A path as it can be typed and cannot be taken for a hub id."""
+    text = str(path)
+    return shlex.quote(text if text.startswith(("/", "./", "../", "~")) else f"./{text}")
+
+
+def with_error(value: float, stderr: float | None, *, sign: bool = False) -> str:
+    """`12.34 +- 0.56`."""
+    text = f"{value:+.4g}" if sign else f"{value:.4g}"
+    return text if stderr is None else f"{text} +- {stderr:.2g}"

@@ -1,0 +1,113 @@
+"""`affinequant plan`: sites, sizes, minutes and memory, from a config.json alone."""
+
+import argparse
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from affinequant.cli.arguments import Parser, add_recipe, recipe_of
+from affinequant.cli.output import Screen, minutes, size
+
+if TYPE_CHECKING:
+    from affinequant.plan import Plan
+
+USAGE = "MODEL [--w4a4 | --scheme NAME] [--preset NAME] ..."
+EPILOG = """
+For each site the table says what becomes of its transform: folded into the weights (free), online (a small matmul at
+run time; its cost is given), or refused. -v adds what every other transform would be there. Minutes and gigabytes are
+arithmetic, not measurements. A config.json without weights is enough.
+
+examples:
+  affinequant plan meta-llama/Llama-2-70b-hf --w4a4 --cpu-memory 64GB
+  affinequant plan ./my-llama --w4a16-g128 --preset fast --json
+"""
+
+
+def add_arguments(parser: Parser) -> None:
+    """MODEL and the recipe's flags."""
+    from affinequant.cli.quantize import model_help
+
+    parser.add_argument("model", metavar="MODEL", nargs="?", help=model_help())
+    add_recipe(parser)
+
+
+def run(args: argparse.Namespace, screen: Screen) -> int:
+    """Print the plan."""
+    from affinequant.cli.quantize import fetch_demo
+    from affinequant.plan import plan
+
+    recipe = recipe_of(args)
+    fetch_demo(recipe.model, screen)
+    print_plan(plan(recipe), screen)
+    return 0
+
+
+def print_plan(made: "Plan", screen: Screen) -> None:
+    """The plan as tables, or as JSON."""
+    from affinequant.cli.quantize import header
+
+    block = block_flops(made)
+    screen.facts({name: text for name, text in header(made).items() if not name.startswith(("plan", "size", "note"))})
+    screen.print()
+    _print_sites(made, block, screen)
+    if screen.verbose:
+        screen.print()
+        _print_choices(made, block, screen)
+    screen.print()
+    screen.facts(_figures(made))
+    for note in made.notes:
+        screen.print(f"note: {note}")
+    value = made.to_json()
+    for site in value["sites"]:
+        site["percent_of_block"] = round(100 * site["flops_per_token"] / block, 3)
+    screen.result(value)
+
+
+def block_flops(made: "Plan") -> int:
+    """Floating-point operations per token of one block's linears: what an online transform is held against."""
+    dims = made.dims
+    return 2 * sum(getattr(dims, linear.rows) * getattr(dims, linear.columns) for linear in made.family.linears)
+
+
+def _print_sites(made: "Plan", block: int, screen: Screen) -> None:
+    rows = []
+    for name, placement in made.placements.items():
+        transform = made.recipe.transforms.get(name, "none")
+        how = "-" if transform == "none" else placement.how
+        cost = f"{placement.flops:,}" if placement.flops else "0"
+        rows.append([name, transform, how, cost, f"{100 * placement.flops / block:.1f} %", placement.reason])
+    columns = ["site", "transform", "placement", "FLOPs/token", "of the block", "reason"]
+    screen.table(columns, rows, right=(3, 4))
+
+
+def _print_choices(made: "Plan", block: int, screen: Screen) -> None:
+    from affinequant.sites import STRUCTURES, place
+
+    rows = []
+    for name, site in made.sites.items():
+        for structure in STRUCTURES:
+            placement = place(site, structure)
+            rows.append([name, structure, placement.how, f"{100 * placement.flops / block:.1f} %", placement.reason])
+    columns = ["site", "structure", "placement", "of the block", "reason"]
+    screen.table(columns, rows, right=(3,), title="every structure at every site")
+
+
+def _figures(made: "Plan") -> dict[str, str]:
+    free = shutil.disk_usage(_existing(made.recipe.output_folder())).free
+    untied = f", {size(made.untied_bytes)} of them a head of its own" if made.untied_bytes else ""
+    figures: dict[str, Any] = {
+        "size": f"{size(made.source_bytes)} -> {size(made.output_bytes)}{untied}",
+        "bits per weight": f"{made.bits_per_weight:.2f} in the blocks' linears, scales and zero points included",
+        "time": f"about {minutes(made.minutes)} on {made.device}",
+        "memory": f"{size(made.cpu_bytes)}; activations between blocks: {made.offload}",
+        "GPU memory": size(made.gpu_bytes) if made.gpu_bytes else "",
+        "disk": f"{size(made.disk_bytes)} while it runs; {size(free)} free",
+    }
+    return {name: text for name, text in figures.items() if text}
+
+
+def _existing(folder: Path) -> Path:
+    folder = folder.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return folder

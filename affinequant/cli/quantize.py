@@ -1,0 +1,153 @@
+"""`affinequant quantize`: the header, the run, the table, and what to type next."""
+
+import argparse
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from affinequant.cli.arguments import Parser, add_recipe, recipe_of
+from affinequant.cli.output import Screen, minutes, size, spoken
+from affinequant.cli.plan import print_plan
+from affinequant.recipe import PRESETS, Recipe
+from affinequant.scheme import SCHEMES
+
+if TYPE_CHECKING:
+    from affinequant.pipeline import Result
+    from affinequant.plan import Plan
+
+USAGE = "MODEL [--w4a4 | --scheme NAME] [--preset NAME] [-o DIR] ..."
+PRESETS_TEXT = "presets:\n" + "\n".join(f"  {name:<12} {preset.about}" for name, preset in PRESETS.items())
+EPILOG = f"""
+{PRESETS_TEXT}
+  A preset is named settings for `how`, and how much data; flags win over it. `affinequant list presets` shows them.
+
+examples:
+  affinequant quantize meta-llama/Llama-2-7b-hf --w4a4
+  affinequant quantize ./my-llama --w4a16-g128 --preset fast --data my-text.jsonl --samples 64 -o my-llama-4bit
+  affinequant quantize ./my-llama --w4a4 --dry-run               what it would do and cost
+  affinequant quantize --config my-llama-4bit/recipe.toml -o again    the same once more
+
+An output folder that holds a run of the same recipe is resumed: after Ctrl-C or a crash type the same command again.
+"""
+
+
+def add_arguments(parser: Parser) -> None:
+    """MODEL, the recipe's flags, and how to treat the output folder."""
+    parser.add_argument("model", metavar="MODEL", nargs="?", help=model_help())
+    add_recipe(parser)
+    add_run(parser)
+
+
+def add_run(parser: Parser) -> None:
+    """Flags about the run itself."""
+    group = parser.add_argument_group("run")
+    group.add_argument("--dry-run", action="store_true", help="print the plan and stop; no weights are loaded")
+    group.add_argument("--resume", action="store_true", help="insist on a run to take up in the output folder")
+    group.add_argument("--overwrite", action="store_true", help="empty the output folder first, whatever is in it")
+
+
+def model_help() -> str:
+    """What MODEL may be."""
+    return str(Recipe.__dataclass_fields__["model"].metadata["help"])
+
+
+def run(args: argparse.Namespace, screen: Screen) -> int:
+    """Plan, quantise, report."""
+    recipe = recipe_of(args)
+    made = prepare(recipe, args, screen)
+    if args.dry_run:
+        print_plan(made, screen)
+        return 0
+    done = quantize(made, args, screen)
+    following = next_commands(done)
+    screen.facts(outcome(done))
+    print_next(following, screen)
+    screen.result({"schema": 1, "path": done.path.absolute(), "report": done.report, "next": following})
+    return 0
+
+
+def prepare(recipe: Recipe, args: argparse.Namespace, screen: Screen) -> "Plan":
+    """The plan, after everything that can be refused without weights has been.
+
+    Raises:
+        AffineQuantError: see `affinequant.plan` and `affinequant.workspace`.
+    """
+    from affinequant.plan import check_disk, plan
+
+    fetch_demo(recipe.model, screen)
+    made = plan(recipe)
+    from affinequant.workspace import check_output
+
+    check_output(made, overwrite=args.overwrite, resume=args.resume)
+    check_disk(made)
+    return made
+
+
+def fetch_demo(model: str, screen: Screen) -> None:
+    """Fetch and convert the demo's model where it is wanted, and say so."""
+    if model == "demo":
+        from affinequant.demo import demo_model
+
+        demo_model(screen.say)
+
+
+def quantize(made: "Plan", args: argparse.Namespace, screen: Screen) -> "Result":
+    """The header, and the run with its progress on stderr."""
+    for name, value in header(made).items():
+        screen.say(f"{name:<8}{value}")
+    if screen.verbose:
+        screen.say(made.recipe.to_toml())
+    import affinequant
+
+    listen = screen.listener()
+    try:
+        return affinequant.quantize(made.recipe, progress=listen, overwrite=args.overwrite, resume=args.resume)
+    finally:
+        # An exception must not leave a terminal without its cursor.
+        listen.end()
+
+
+def header(made: "Plan") -> dict[str, str]:
+    """The plan in a few lines."""
+    recipe = made.recipe
+    at = ", ".join(f"{site} {name}" for site, name in recipe.transforms.items() if name != "none") or "no transform"
+    memory = f"{size(made.cpu_bytes)} memory" + (f", {size(made.gpu_bytes)} on the GPU" if made.gpu_bytes else "")
+    lines = {
+        "model": f"{recipe.model} ({made.family.name}, {made.dims.layers} blocks of width {made.dims.hidden})",
+        "scheme": f"{recipe.scheme}: {SCHEMES.get(recipe.scheme, 'as the name says')}; tier {recipe.tier}",
+        "method": f"preset {recipe.preset}; {at}; rounding {recipe.rounding}",
+        "data": f"{recipe.data}, {recipe.samples} samples of {recipe.seq_len} tokens, seed {recipe.seed}",
+        "plan": f"about {minutes(made.minutes)} on {made.device}, {memory}, {size(made.disk_bytes)} disk",
+        "size": f"{size(made.source_bytes)} -> {size(made.output_bytes)}, {made.bits_per_weight:.2f} bits per weight",
+        "out": str(recipe.output_folder()),
+    }
+    return lines | {"note" + " " * index: note for index, note in enumerate(made.notes)}
+
+
+def outcome(done: "Result") -> dict[str, str]:
+    """The final table."""
+    report = done.report
+    losses: Mapping[str, Any] = report["calibration_perplexity"]
+    lines = {
+        "size": f"{size(report['bytes'])} (from {size(report['plan']['source_bytes'])})",
+        "bits per weight": f"{report['bits_per_weight']:.2f}",
+        "perplexity": f"{losses['full']:.2f} -> {losses['quantized']:.2f} on calibration text, before and after",
+        "time": minutes(report["seconds"] / 60),
+        "peak memory": size(report["peak_bytes"]),
+        "path": str(done.path),
+    }
+    if report["events"]:
+        lines["events"] = "; ".join(report["events"])
+    return lines
+
+
+def next_commands(done: "Result") -> list[str]:
+    """What to type next."""
+    folder = spoken(done.path)
+    return [f"vllm serve {folder}", f"affinequant eval {folder}"]
+
+
+def print_next(commands: list[str], screen: Screen) -> None:
+    """Under the result."""
+    screen.print("\nnext:")
+    for command in commands:
+        screen.print(f"  {command}")
