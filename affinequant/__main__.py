@@ -1,5 +1,8 @@
 """`python -m affinequant`."""
 
+import sys
+
 from affinequant.cli import main
 
-raise SystemExit(main())
+if __name__ == "__main__":
+    sys.exit(main())

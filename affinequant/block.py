@@ -3,6 +3,7 @@
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from affinequant.quantizer import CLIP_START, LearnedRange, fake_quantize, fake_
 from affinequant.recipe import Recipe
 from affinequant.scheme import Scheme
 from affinequant.sites import Site
-from affinequant.stream import Decoder, run_block, slices
+from affinequant.stream import Decoder, like_on_disk, run_block, slices
 from affinequant.transforms import Transform, build
 
 
@@ -30,15 +31,18 @@ class BlockJob:
     scheme: Scheme
     kwargs: Mapping[str, Any]
     store: torch.dtype
+    scratch: Path | None = None
+    """Where activations wait between blocks; None for memory."""
 
     def run(self, tensors: Mapping[str, Tensor], x: Tensor, on_input=None) -> Tensor:
-        """The block on a batch."""
-        return run_block(self.decoder.block(self.index), self.decoder.family, tensors, x, self.kwargs, on_input)
+        """The block on a batch, in the compute dtype whatever the tensors are in."""
+        lent = {name: tensor.to(self.decoder.dtype) for name, tensor in tensors.items()}
+        return run_block(self.decoder.block(self.index), self.decoder.family, lent, x, self.kwargs, on_input)
 
     def run_all(self, tensors: Mapping[str, Tensor], x: Tensor, on_input=None) -> Tensor:
         """The block on every sample, a batch at a time, without gradients; the result lies where `x` lies."""
         with torch.no_grad():
-            result = torch.empty_like(x)
+            result = like_on_disk(x, self.scratch)
             for part in slices(len(x), self.recipe.batch_size):
                 result[part] = self.run(tensors, x[part].to(self.decoder.device), on_input).to(x)
         return result
@@ -91,9 +95,9 @@ class BlockObjective:
     def loss(self, batch: tuple[Tensor, ...]) -> Mapping[str, Tensor]:
         """`block`: error against the target; `auxiliary`: against the full-precision block on the same inputs."""
         x, *targets = (part.to(self.job.decoder.device) for part in batch)
-        y = self.job.run(self.quantized(), x, self.on_input)
+        y = self.job.run(self.quantized(), x, self.on_input).float()
         measure = _relative if self.job.recipe.loss == "relative" else nn.functional.mse_loss
-        return {name: measure(y, target) for name, target in zip(("block", "auxiliary"), targets, strict=False)}
+        return {name: measure(y, target.float()) for name, target in zip(("block", "auxiliary"), targets, strict=False)}
 
     def folded(self) -> Tensors:
         """The block's tensors with every transform folded in."""

@@ -27,6 +27,8 @@ from affinequant.stream import Decoder
 from affinequant.workspace import Workspace
 
 VERIFY_TOKENS = 4096
+HEADER_BYTES = 8192
+"""Room for one block's entries in the headers of safetensors files, when sizes are held against the plan."""
 TOLERANCE = 0.02
 """Nats per token by which a reloaded checkpoint may differ from the run that wrote it, beyond chance."""
 
@@ -178,6 +180,10 @@ def _report(made: Plan, run: Run, out: Path, tokens: Tokens, files: list[Path], 
     blocks = [run.report(name) for name in names[1:]]
     known = {path.name for path in files} | {"recipe.toml"}
     size = sum((out / name).stat().st_size for name in known)
+    weights = sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    events = [f"block {i}: {event}" for i, block in enumerate(blocks) for event in block["events"]]
+    if abs(weights - made.output_bytes) > 0.02 * made.output_bytes + HEADER_BYTES * len(blocks):
+        events.append(f"weights take {weights:,} bytes, the plan said {made.output_bytes:,}")
     return {
         "schema": 1,
         "model": str(Path(made.recipe.model).absolute()) if Path(made.recipe.model).is_dir() else made.recipe.model,
@@ -188,11 +194,12 @@ def _report(made: Plan, run: Run, out: Path, tokens: Tokens, files: list[Path], 
         "calibration": tokens.summary(),
         "bits_per_weight": made.bits_per_weight,
         "bytes": size,
-        "bytes_planned": made.output_bytes,
+        "weight_bytes": weights,
+        "weight_bytes_planned": made.output_bytes,
         "files": sorted(known | {"report.json"}),
         "blocks": blocks,
         "non_finite": sum(block["non_finite"] for block in blocks),
-        "events": [f"block {i}: {event}" for i, block in enumerate(blocks) for event in block["events"]],
+        "events": events,
         "env": {
             "affinequant": affinequant.__version__,
             "torch": torch.__version__,

@@ -1,7 +1,5 @@
 """From real weights to codes: GPTQ on the inputs that the layer will see, and ranges found by search."""
 
-from collections.abc import Callable
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -16,7 +14,8 @@ from affinequant.quantizer import (
 )
 from affinequant.scheme import NumberFormat
 
-WEIGHT_RATIOS = tuple(1.0 - 0.04 * step for step in range(12))
+WEIGHT_RATIOS = tuple(1.0 - 0.05 * step for step in range(1, 10))
+END_RATIOS = (0.8, 0.9, 1.1)
 ACTIVATION_RATIOS = tuple(1.0 - 0.04 * step for step in range(11))
 MAX_DAMPING_TRIES = 8
 
@@ -33,25 +32,29 @@ def search_weight_range(
 ) -> tuple[Float[Tensor, "rows groups"], Float[Tensor, "rows groups"]]:
     """(low, high) per group that minimise the output error e H e^T of rounding to nearest.
 
-    Ratios are tried on both ends together, then on each alone. A group is judged by its own block of H.
+    Ratios are tried on both ends together, then nearby ones on each end alone. A group is judged by its own block of H.
     """
     low, high = weight_range(weight, fmt)
     blocks = _diagonal_blocks(hessian, fmt.groups(weight.shape[1]))
 
     def error(at_low: Tensor, at_high: Tensor) -> Tensor:
         scale, zero = grid(at_low, at_high, fmt, store)
-        wrong = grouped(dequantize(codes_of(weight, scale, zero, fmt), scale, zero, fmt) - weight, fmt)
-        return torch.einsum("rgi,gij,rgj->rg", wrong, blocks, wrong)
+        wrong = grouped(dequantize(codes_of(weight, scale, zero, fmt), scale, zero, fmt) - weight, fmt).transpose(0, 1)
+        return ((wrong @ blocks) * wrong).sum(-1).mT
 
-    together = _best_ratio(lambda ratio: error(low * ratio, high * ratio), WEIGHT_RATIOS)
-    best_low, best_high = low * together, high * together
+    best_error = error(low, high)
+    best_low, best_high = low, high
+    for ratio in WEIGHT_RATIOS:
+        candidate = (low * ratio, high * ratio)
+        best_low, best_high, best_error = _better(best_low, best_high, best_error, *candidate, error(*candidate))
     if fmt.symmetric:
         return best_low, best_high
-    low_only = _best_ratio(lambda ratio: error(low * ratio, best_high), WEIGHT_RATIOS)
-    best_low = torch.where(error(low * low_only, best_high) < error(best_low, best_high), low * low_only, best_low)
-    high_only = _best_ratio(lambda ratio: error(best_low, high * ratio), WEIGHT_RATIOS)
-    better = error(best_low, high * high_only) < error(best_low, best_high)
-    return best_low, torch.where(better, high * high_only, best_high)
+    for end in (0, 1):
+        start_low, start_high = best_low, best_high
+        for ratio in END_RATIOS:
+            candidate = (start_low * ratio, start_high) if end == 0 else (start_low, start_high * ratio)
+            best_low, best_high, best_error = _better(best_low, best_high, best_error, *candidate, error(*candidate))
+    return best_low, best_high
 
 
 def search_activation_clip(
@@ -59,11 +62,12 @@ def search_activation_clip(
 ) -> float:
     """The clip ratio that minimises the layer's output error over its power, averaged over tokens."""
     power = (x @ weight.mT).square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
-    gram = weight.mT @ weight
+    gram = weight.mT @ weight if len(weight) > weight.shape[1] else None
 
     def error(ratio: float) -> float:
         wrong = fake_quantize_activation(x, fmt, ratio) - x
-        return float((((wrong @ gram) * wrong).sum(-1) / power).mean())
+        squared = (wrong @ weight.mT).square() if gram is None else (wrong @ gram) * wrong
+        return float((squared.sum(-1) / power).mean())
 
     return min(ACTIVATION_RATIOS, key=error)
 
@@ -126,13 +130,13 @@ def _diagonal_blocks(matrix: Tensor, count: int) -> Tensor:
     return matrix.reshape(count, width, count, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
 
 
-def _best_ratio(error: Callable[[float], Tensor], ratios: tuple[float, ...]) -> Tensor:
-    """For each group, the ratio with the smallest error (the widest where equal)."""
-    best_error = error(ratios[0])
-    best = torch.full_like(best_error, ratios[0])
-    for ratio in ratios[1:]:
-        now = error(ratio)
-        better = now < best_error
-        best = torch.where(better, torch.full_like(best, ratio), best)
-        best_error = torch.where(better, now, best_error)
-    return best
+def _better(
+    low: Tensor, high: Tensor, error: Tensor, other_low: Tensor, other_high: Tensor, other_error: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of two ranges for each group, the one with the smaller error (the first where equal)."""
+    better = other_error < error
+    return (
+        torch.where(better, other_low, low),
+        torch.where(better, other_high, high),
+        torch.where(better, other_error, error),
+    )

@@ -111,7 +111,7 @@ def quantize_blocks(made: Plan, run: Run, tokens: Tokens, listen: Progress) -> D
         carry = run.carry(names[first - 1] if first else "outer")
         full, quantized = carry["full"], carry.get("quantized", carry["full"])
         for index in range(first, len(names)):
-            job = _job(made, decoder, index, kwargs)
+            job = _job(made, decoder, index, kwargs, run.folder if made.offload == "disk" else None)
             full, quantized = _block_stage(made, run, job, rotation, full, quantized, listen)
     listen.end()
     return decoder
@@ -129,7 +129,7 @@ def _block_stage(
     """Load, fit, fold, round, commit; returns both streams after the block."""
     began = time.perf_counter()
     exact = _load_block(made, job, rotation)
-    values = {name: tensor.to(job.decoder.dtype) for name, tensor in exact.items()}
+    values = {name: tensor.float() for name, tensor in exact.items()}
     target = job.run_all(values, full)
     start = starts(job, values, full) if _wants_start(made.recipe) else {}
     objective = BlockObjective(job, values, build_transforms(job, start))
@@ -170,8 +170,7 @@ def _round_and_run(
 ) -> tuple[Rounded, Tensor]:
     """Fold what the objective holds into the exact tensors, round, and pass the quantised stream through."""
     rounded = round_block(job, folded_exactly(objective, exact), quantized, objective)
-    lent = {name: tensor.to(job.decoder.dtype) for name, tensor in rounded.tensors.items()}
-    return rounded, job.run_all(lent, quantized, quantized_input(job, rounded.clips))
+    return rounded, job.run_all(rounded.tensors, quantized, quantized_input(job, rounded.clips))
 
 
 def _load_block(made: Plan, job: BlockJob, rotation: Transform | None) -> Tensors:
@@ -210,7 +209,7 @@ def _rotation(made: Plan) -> Transform | None:
     return build(name, made.sites["residual"], seed=made.recipe.seed, alpha=made.recipe.alpha).double()
 
 
-def _job(made: Plan, decoder: Decoder, index: int, kwargs: Mapping[str, Any]) -> BlockJob:
+def _job(made: Plan, decoder: Decoder, index: int, kwargs: Mapping[str, Any], scratch: Path | None) -> BlockJob:
     return BlockJob(
         decoder=decoder,
         index=index,
@@ -219,6 +218,7 @@ def _job(made: Plan, decoder: Decoder, index: int, kwargs: Mapping[str, Any]) ->
         scheme=made.recipe.parsed_scheme,
         kwargs=kwargs,
         store=store_dtype(made),
+        scratch=scratch,
     )
 
 

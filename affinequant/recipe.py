@@ -123,6 +123,8 @@ class Recipe:
         for entry in fields(self):
             value = getattr(self, entry.name)
             if isinstance(value, dict):
+                # What the preset has and this recipe has not must be taken away again by whoever reads the file.
+                value = dict.fromkeys(PRESETS[self.preset].settings.get(entry.name, {}), "none") | value
                 tables += ["", f"[{entry.name}]", *(f"{key} = {_toml(item)}" for key, item in value.items())]
             else:
                 lines.append(f"{entry.name} = {_toml(value)}")

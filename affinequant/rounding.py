@@ -13,7 +13,7 @@ from affinequant.gptq import GPTQFailure, gptq, search_activation_clip, search_w
 from affinequant.quantizer import codes_of, dequantize, fake_quantize_activation, grid, to_integers, weight_range
 from affinequant.stream import StopForward, slices
 
-SAMPLE_TOKENS = 2048
+SAMPLE_TOKENS = 1024
 """Tokens on which activation clipping is searched."""
 
 

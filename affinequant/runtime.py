@@ -43,6 +43,37 @@ def load(path: str | Path, *, device: Device = "auto", dtype: Dtype = "auto") ->
     return model.to(target).eval()
 
 
+def self_test() -> dict[str, dict[str, Any]]:
+    """Whether the integer kernels give on this CPU what their reference gives, bit for bit, on random layers.
+
+    By the name of the case: `passed`, and `text` in words.
+    """
+    from affinequant_kernels import reference
+    from affinequant_kernels.cpu import engine
+
+    random = torch.Generator().manual_seed(0)
+    results = {}
+    for name, bits, act_bits, groups in (
+        ("w4a4", 4, 4, 1),
+        ("w4a8", 4, 8, 1),
+        ("w4a4 in groups", 4, 4, 3),
+        ("w8a8", 8, 8, 1),
+    ):
+        low, high = -(2 ** (bits - 1)), 2 ** (bits - 1)
+        codes = torch.randint(low, high, (96, 192), generator=random, dtype=torch.int8)
+        scale = torch.rand(96, groups, generator=random) + 0.01
+        zero = None if bits == 8 else torch.randint(low, high, (96, groups), generator=random, dtype=torch.int8)
+        weight = prepare_weight(codes, scale, zero, bits=bits)
+        x = torch.randn(33, 192, generator=random)
+        symmetric = zero is None
+        fast = linear(x, weight, act_bits=act_bits, act_symmetric=symmetric, clip=0.9)
+        slow = reference.linear_dyn(x, weight, act_bits=act_bits, act_symmetric=symmetric, clip=0.9)
+        passed = torch.equal(fast, slow)
+        outcome = "equals its reference" if passed else f"DIFFERS by {float((fast - slow).abs().max()):.3g}"
+        results[name] = {"passed": passed, "text": f"{outcome} ({engine()})"}
+    return results
+
+
 class IntegerLinear(nn.Module):
     """y = x W^T + b on integers: activations quantised token by token, weights kept as integers.
 

@@ -1,9 +1,11 @@
 """The network one block at a time: an empty model of the original code, whose tensors are lent to it for each call."""
 
 import contextlib
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -132,6 +134,15 @@ def _shared_hook(site: str, on_input: OnInput) -> Callable[[nn.Module, tuple[Any
         return (seen[0][1], *args[1:])
 
     return hook
+
+
+def like_on_disk(x: Tensor, folder: Path | None) -> Tensor:
+    """Room for a tensor like `x`: in memory, or backed by a file in `folder` that goes with the tensor."""
+    if folder is None:
+        return torch.empty_like(x)
+    with tempfile.NamedTemporaryFile(dir=folder) as file:
+        file.truncate(x.nbytes)
+        return torch.from_file(file.name, shared=True, size=x.numel(), dtype=x.dtype).view(x.shape)
 
 
 def slices(count: int, size: int) -> Iterator[slice]:

@@ -39,7 +39,9 @@ COMMANDS: dict[str, Command] = {
     "plan": Command(module="affinequant.cli.plan", about="what a run would do and cost; no weights are loaded"),
     "eval": Command(module="affinequant.cli.evaluate", about="score a checkpoint next to the model it was made from"),
     "inspect": Command(module="affinequant.cli.inspect", about="bits, sizes and errors per layer; the recipe"),
-    "list": Command(module="affinequant.cli.lists", about="schemes, models, transforms, formats, presets, data, metrics"),
+    "list": Command(
+        module="affinequant.cli.lists", about="schemes, models, transforms, formats, presets, data, metrics"
+    ),
     "env": Command(module="affinequant.cli.env", about="versions, devices, kernel self-test: paste into a bug report"),
 }
 
@@ -61,6 +63,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Said by transformers about itself, not about the run.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     screen = Screen.of(typed)
+    if screen.quiet or not sys.stderr.isatty():
+        # Bars are drawn over and over, which no file wants; TQDM_DISABLE reaches those that have no setting.
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TQDM_DISABLE", "1")
     try:
         code = _dispatch(typed, screen)
         sys.stdout.flush()
@@ -106,7 +112,12 @@ def _dispatch(typed: list[str], screen: Screen) -> int:
 
 
 def _overview() -> str:
-    lines = ["usage: affinequant COMMAND ...", "", "4-bit copies of LLMs that still work, for vLLM and transformers.", ""]
+    lines = [
+        "usage: affinequant COMMAND ...",
+        "",
+        "4-bit copies of LLMs that still work, for vLLM and transformers.",
+        "",
+    ]
     lines += ["commands:", *(f"  {name:<10}{command.about}" for name, command in COMMANDS.items())]
     return "\n".join(lines) + "\n" + _EPILOG.rstrip()
 

@@ -44,6 +44,7 @@ class Parser(argparse.ArgumentParser):
         found = re.match(r"argument ([^:]+): (.*)", message, re.DOTALL)
         flag, what = (found[1].split("/")[-1], found[2]) if found else ("", message)
         what = what.replace("expected one argument", "a value is missing")
+        what = what.replace("not allowed with argument", f"{flag} cannot go together with")
         if required := re.match(r"the following arguments are required: (.*)", message):
             what = f"{required[1]} is missing"
         raise AffineQuantError(what, flag or self.prog, f"`{self.prog} --help` shows what can be given")
@@ -170,7 +171,7 @@ def _help(entry: "Field[Any]") -> str:
     default = PRESETS["default"].settings.get(entry.name, entry.default)
     if entry.name in _BY_PRESET:
         text += f" (default: by preset; {default})"
-    elif default is not MISSING and default not in ("", False):
+    elif default is not MISSING and default != "" and default is not False:
         text += f" (default: {default})"
     return text.replace("%", "%%")
 

@@ -66,7 +66,7 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
 
 
 def prepare(recipe: Recipe, args: argparse.Namespace, screen: Screen) -> "Plan":
-    """The plan, after everything that can be refused without weights has been.
+    """The plan, after everything that can be refused without reading a weight has been.
 
     Raises:
         AffineQuantError: see `affinequant.plan` and `affinequant.workspace`.
@@ -75,10 +75,15 @@ def prepare(recipe: Recipe, args: argparse.Namespace, screen: Screen) -> "Plan":
 
     fetch_demo(recipe.model, screen)
     made = plan(recipe)
-    from affinequant.workspace import check_output
+    from affinequant.run import Run
+    from affinequant.workspace import RUN_FOLDER, check_output
 
-    check_output(made, overwrite=args.overwrite, resume=args.resume)
-    check_disk(made)
+    out = recipe.output_folder()
+    check_output(out, made.source.folder, overwrite=args.overwrite, resume=args.resume)
+    if Run.exists(out / RUN_FOLDER) and not args.overwrite:
+        Run(out / RUN_FOLDER).check_same(recipe.fingerprint(), all_fields=False)
+    if args.overwrite or not (out / "report.json").exists():
+        check_disk(made)
     return made
 
 

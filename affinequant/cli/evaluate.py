@@ -1,0 +1,147 @@
+"""`affinequant eval`: perplexity and tasks, next to the model that the checkpoint was made from."""
+
+import argparse
+from typing import TYPE_CHECKING
+
+from affinequant.cli.arguments import Parser, choice, whole
+from affinequant.cli.output import Screen, minutes, with_error
+from affinequant.errors import AffineQuantError
+from affinequant.recipe import Device, Dtype
+
+if TYPE_CHECKING:
+    from affinequant_evals.harness import Row, Scorecard
+
+DEFAULT_WINDOWS = 6
+USAGE = "CKPT [--text FILE|demo] [--tasks A,B] [--suite quick|paper] ..."
+EPILOG = f"""
+Without options: perplexity on {DEFAULT_WINDOWS} windows of the demo's held-out text. The baseline (the model that the
+checkpoint was made from, or --baseline) sees the same tokens and prompts; +- is one standard error, of the
+pairwise differences where it stands at the difference.
+
+examples:
+  affinequant eval my-llama-w4a4
+  affinequant eval my-llama-w4a4 --text my-text.txt --seq-len 2048 --windows 20
+  affinequant eval my-llama-w4a4 --tasks piqa,arc_easy,hellaswag,lambada_openai --limit 100
+  affinequant eval my-llama-w4a4 --suite paper --json
+"""
+
+
+def add_arguments(parser: Parser) -> None:
+    """CKPT, what to measure, and against what."""
+    parser.add_argument("checkpoint", metavar="CKPT", help="a checkpoint folder, any model folder, a hub id or `demo`")
+    group = parser.add_argument_group("what to measure")
+    group.add_argument("--text", metavar="SOURCE", help="perplexity on `demo`, `wikitext2` or a file")
+    group.add_argument("--tasks", metavar="A,B", help="lm-eval tasks; four of them need no hub")
+    group.add_argument("--suite", metavar="quick|paper", help="a named set of texts and tasks")
+    group = parser.add_argument_group("how")
+    group.add_argument("--seq-len", type=whole, metavar="N", help="tokens per window of text (default: 2048)")
+    group.add_argument("--windows", type=whole, metavar="N", help="windows of text (default: all that are whole)")
+    group.add_argument("--limit", type=whole, metavar="N", help="documents per task (default: all, or the suite's)")
+    group.add_argument(
+        "--num-fewshot", type=whole, metavar="N", help="solved examples per prompt (default: the task's)"
+    )
+    group.add_argument("--bos", metavar="auto|yes|no", help="BOS before each window and prompt (default: auto)")
+    group.add_argument(
+        "--baseline", metavar="MODEL|none", help="what to compare with (default: the checkpoint's source)"
+    )
+    group = parser.add_argument_group("machine")
+    group.add_argument("--device", metavar="auto|cpu|cuda", default="auto", help="where to compute (default: auto)")
+    group.add_argument(
+        "--dtype", metavar="auto|float32|bfloat16", default="auto", help="auto: float32 on a CPU, bfloat16 on a GPU"
+    )
+
+
+def run(args: argparse.Namespace, screen: Screen) -> int:
+    """Score, print the table; 1 where a metric failed."""
+    card = score(args, screen)
+    print_card(card, screen)
+    screen.result(card.to_json())
+    return 1 if card.failed or (card.baseline and card.baseline.failed) else 0
+
+
+def score(args: argparse.Namespace, screen: Screen) -> "Scorecard":
+    """The scorecard that was asked for.
+
+    Raises:
+        AffineQuantError: something that is not there, or an option without what it applies to.
+    """
+    text, windows = args.text, args.windows
+    tasks = tuple(name.strip() for name in (args.tasks or "").split(",") if name.strip())
+    if args.tasks is not None and not tasks:
+        raise AffineQuantError("no task is named", "--tasks", "give names, e.g. --tasks piqa,arc_easy")
+    if not (text or tasks or args.suite):
+        text, windows = "demo", windows or DEFAULT_WINDOWS
+    _check_applies(args, texts=bool(text or args.suite), tasks=bool(tasks or args.suite))
+    device, dtype = choice(args.device, Device, "--device"), choice(args.dtype, Dtype, "--dtype")
+    from affinequant_evals.checkpoint import eval_checkpoint
+
+    return eval_checkpoint(
+        args.checkpoint,
+        text=text,
+        tasks=tasks,
+        suite=args.suite,
+        limit=args.limit,
+        num_fewshot=args.num_fewshot,
+        seq_len=args.seq_len,
+        windows=windows,
+        bos=args.bos,
+        baseline=args.baseline,
+        device=device,
+        dtype=dtype,
+        verbose=screen.verbose,
+        say=screen.say,
+    )
+
+
+def print_card(card: "Scorecard", screen: Screen) -> None:
+    """The scores as a table, and how they were measured."""
+    deltas = card.compare(card.baseline) if card.baseline else {}
+    rows = []
+    for row in card.rows:
+        if row.score is None:
+            rows.append([row.name, f"failed: {row.error}", "", "", ""])
+            continue
+        other = card.baseline.score(row.name) if card.baseline else None
+        delta = deltas.get(row.name)
+        rows.append(
+            [
+                row.name,
+                with_error(row.score.value, row.score.stderr),
+                with_error(other.value, other.stderr) if other else _missing(card, row.name),
+                with_error(delta.value, delta.stderr, sign=True) if delta else "",
+                f"{row.better} is better",
+            ]
+        )
+    screen.table(["metric", "value", "baseline", "difference", ""], rows)
+    screen.print()
+    baseline = card.baseline.subject if card.baseline else "none"
+    seconds = card.seconds + (card.baseline.seconds if card.baseline else 0)
+    machine = f"{card.env.get('device', '?')} in {card.env.get('dtype', '?')}"
+    screen.facts({"checkpoint": card.subject, "baseline": baseline, "time": f"{minutes(seconds / 60)} on {machine}"})
+    for line in (*(_how(row) for row in card.rows if row.score), *(f"note: {note}" for note in card.notes)):
+        if line:
+            screen.print(line)
+
+
+def _missing(card: "Scorecard", name: str) -> str:
+    failed = [row.error for row in card.baseline.failed if row.name == name] if card.baseline else []
+    return f"failed: {failed[0]}" if failed else "-"
+
+
+def _how(row: "Row") -> str:
+    about = row.score.about if row.score else {}
+    if "windows" not in about:
+        return ""
+    return (
+        f"{row.name}: {about['windows']} windows of {about['seq_len']} tokens of {about['text']}, "
+        f"BOS: {about['bos']}, {about['tokens_scored']:,} tokens scored"
+    )
+
+
+def _check_applies(args: argparse.Namespace, *, texts: bool, tasks: bool) -> None:
+    for flag, value in (("--limit", args.limit), ("--num-fewshot", args.num_fewshot)):
+        if value is not None and not tasks:
+            raise AffineQuantError(f"{flag} is about tasks, and none is asked for", flag, "add --tasks or --suite")
+    for flag, value in (("--seq-len", args.seq_len), ("--windows", args.windows)):
+        if value is not None and not texts:
+            raise AffineQuantError(f"{flag} is about text, and none is asked for", flag, "add --text or --suite")

@@ -1,0 +1,263 @@
+"""`affinequant inspect`: what is in an output folder, finished or not, without loading a model."""
+
+import argparse
+import json
+import shlex
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from affinequant.checkpoint import Source, locate, open_source
+from affinequant.cli.arguments import Parser
+from affinequant.cli.output import Screen, minutes, size
+from affinequant.errors import PREFLIGHT, AffineQuantError
+from affinequant.recipe import PRESETS, Recipe, resolve
+
+USAGE = "CKPT [-v] [--json]"
+EPILOG = """
+Per block: bits and size, how well its output survived (SQNR in dB, on the calibration text, errors of earlier blocks
+included; higher is better), the loss before and after learning, and the largest condition number of its transforms.
+-v adds every linear and the whole recipe. On a folder whose run has not finished: how far it is, and how to go on.
+"""
+State = Literal["finished", "unfinished", "failed", "checkpoint only"]
+_RUN, _REPORT, _FAILED = ".run/fingerprint.json", "report.json", "report.failed.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """What an output folder says about itself. `resume`: the command that goes on, where one is needed."""
+
+    folder: Path
+    state: State
+    config: Mapping[str, Any]
+    report: Mapping[str, Any]
+    recipe: Mapping[str, Any]
+    blocks: Sequence[Mapping[str, Any]]
+    total: int | None
+    resume: str
+
+
+def add_arguments(parser: Parser) -> None:
+    """CKPT."""
+    parser.add_argument("checkpoint", metavar="CKPT", help="an output folder of `quantize`, finished or not")
+
+
+def run(args: argparse.Namespace, screen: Screen) -> int:
+    """Print what is there."""
+    found = look(Path(args.checkpoint).expanduser())
+    sizes = _block_sizes(found)
+    screen.facts(_summary(found))
+    screen.print()
+    _print_blocks(found, sizes, screen)
+    if found.report.get("events"):
+        screen.print("\nevents:")
+        for event in found.report["events"]:
+            screen.print(f"  {event}")
+    _print_recipe(found, screen)
+    if found.resume:
+        screen.print(f"\nto go on:\n  {found.resume}")
+    screen.result(_as_json(found, sizes))
+    return 0
+
+
+def look(folder: Path) -> Found:
+    """Read the folder's own files.
+
+    Raises:
+        AffineQuantError: no such folder, or one that no run of this package made, with the reason.
+    """
+    if not folder.is_dir():
+        what = f"{folder} is a file" if folder.exists() else f"no such folder: {folder}"
+        raise AffineQuantError(what, "CKPT", "give the output folder of `affinequant quantize`")
+    config = _read_json(folder / "config.json")
+    report, failed = _read_json(folder / _REPORT), _read_json(folder / _FAILED)
+    declared = config.get("quantization_config") or {}
+    running = _read_json(folder / _RUN)
+    state: State = "finished"
+    if report.get("blocks") is None:
+        state = "failed" if failed else "unfinished" if running else "checkpoint only"
+    if state == "checkpoint only" and "affinequant" not in declared:
+        raise _foreign(folder, config, declared)
+    report = report if state == "finished" else failed
+    recipe = _read_toml(folder / "recipe.toml") or _recipe_of_run(running, folder)
+    blocks = report.get("blocks") or _committed(folder)
+    return Found(
+        folder=folder,
+        state=state,
+        config=config,
+        report=report,
+        recipe=recipe,
+        blocks=blocks,
+        total=len(blocks) if state != "unfinished" else _layers(str(recipe.get("model", ""))),
+        resume=_resume(recipe, running, folder) if state == "unfinished" else "",
+    )
+
+
+def _summary(found: Found) -> dict[str, str]:
+    report, recipe = found.report, found.recipe
+    ours = (found.config.get("quantization_config") or {}).get("affinequant") or {}
+    of = "?" if found.total is None else str(found.total)
+    states: dict[State, str] = {
+        "finished": "finished and verified",
+        "unfinished": f"unfinished: {len(found.blocks)} of {of} blocks are done",
+        "failed": "FAILED its verification; see report.failed.json",
+        "checkpoint only": "a checkpoint without report.json: sizes and clipping only",
+    }
+    lines = {"folder": str(found.folder), "state": states[found.state]}
+    names = {name: recipe.get(name, ours.get(name)) for name in ("model", "scheme", "tier", "preset")}
+    lines |= {name: str(value) for name, value in names.items() if value is not None}
+    if report:
+        lines["bits"] = f"{report['bits_per_weight']:.2f} per weight of the blocks' linears"
+        planned = size(report["weight_bytes_planned"])
+        lines["size"] = f"{size(report['bytes'])}; weights {size(report['weight_bytes'])}, planned {planned}"
+        losses = report.get("calibration_perplexity", {})
+        if losses:
+            lines["perplexity"] = f"{losses['full']:.2f} -> {losses['quantized']:.2f} on calibration text"
+        check = report["verified"]
+        lines["verified"] = f"{check['nats']:+.4f} +- {check['stderr']:.4f} nats per token after reloading"
+        data = report["calibration"]
+        lines["data"] = f"{data['source']}, {data['samples']} x {data['seq_len']} tokens, BOS: {data['bos']}"
+        if "seconds" in report:
+            lines["cost"] = f"{minutes(report['seconds'] / 60)}, peak memory {size(report['peak_bytes'])}"
+    return lines
+
+
+def _print_blocks(found: Found, sizes: Mapping[str, int], screen: Screen) -> None:
+    bits = found.report.get("bits_per_weight")
+    rows = []
+    for index, block in enumerate(found.blocks):
+        loss = f"{block['loss_first']:.2e} -> {block['loss_last']:.2e}" if block.get("loss_first") is not None else "-"
+        worst = max(block["conditions"], key=block["conditions"].get, default="")
+        condition = f"{block['condition']:.3g}" + (f" ({worst})" if worst and block["condition"] > 1 else "")
+        known = size(sizes[str(index)]) if str(index) in sizes else "-"
+        figures = [f"{bits:.2f}" if bits else "-", known, f"{block['sqnr']:.1f}", condition, loss]
+        rows.append([str(index), *figures, f"{block['seconds']:.1f}", "; ".join(block["events"])])
+        if screen.verbose:
+            rows += [
+                [f"  {name}", "", "", f"{one['sqnr']:.1f}", "", f"input clip {one['clip']:.2f}", "", ""]
+                for name, one in block["linears"].items()
+            ]
+    if "outside" in sizes:
+        rows.append(["outside", "16", size(sizes["outside"]), "", "", "embedding, final norm, head", "", ""])
+    columns = ["block", "bits", "size", "SQNR dB", "condition", "loss", "s", "events"]
+    screen.table(columns, rows, right=(1, 2, 3, 6))
+
+
+def _print_recipe(found: Found, screen: Screen) -> None:
+    recipe = found.recipe
+    if not recipe:
+        return
+    screen.print("\nmade by:")
+    toml = found.folder / "recipe.toml"
+    again = f"affinequant quantize --config {shlex.quote(str(toml))} -o ..."
+    screen.print(f"  {again if toml.exists() else found.resume}")
+    if screen.verbose:
+        for name, value in recipe.items():
+            screen.print(f"  {name} = {json.dumps(value)}")
+
+
+def _as_json(found: Found, sizes: Mapping[str, int]) -> dict[str, Any]:
+    report = {name: value for name, value in found.report.items() if name not in ("schema", "blocks", "plan", "files")}
+    blocks = [
+        {"bytes": sizes.get(str(index)), **{name: value for name, value in block.items()}}
+        for index, block in enumerate(found.blocks)
+    ]
+    return {
+        "schema": 1,
+        "path": found.folder.absolute(),
+        "state": found.state,
+        "blocks_done": len(found.blocks),
+        "blocks_total": found.total,
+        "resume": found.resume or None,
+        "recipe": found.recipe,
+        "bytes_outside_blocks": sizes.get("outside"),
+        **report,
+        "blocks": blocks,
+    }
+
+
+def _block_sizes(found: Found) -> dict[str, int]:
+    """Bytes of each block by its number, and of what lies `outside`, from the headers of the shards."""
+    if found.state not in ("finished", "checkpoint only"):
+        return {}
+    source: Source = open_source(found.folder)
+    sizes: dict[str, int] = {}
+    for name, entry in source.entries.items():
+        _, inside, rest = name.partition(".layers.")
+        key = rest.split(".")[0] if inside else "outside"
+        sizes[key] = sizes.get(key, 0) + entry.size
+    return sizes
+
+
+def _committed(folder: Path) -> list[dict[str, Any]]:
+    return [_read_json(path) for path in sorted(folder.glob(".run/stages/block.*[0-9]/report.json"))]
+
+
+def _recipe_of_run(running: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    names = {entry.name for entry in fields(Recipe)}
+    known = {name: value for name, value in running.items() if name in names}
+    return known | {"out": str(folder)} if known else {}
+
+
+def _resume(recipe: Mapping[str, Any], running: Mapping[str, Any], folder: Path) -> str:
+    """The shortest command that gives the recipe of an unfinished run."""
+    start = {name: recipe[name] for name in ("model", "scheme", "preset")}
+    base = resolve(start)
+    words = ["affinequant", "quantize", str(recipe["model"]), "--scheme", base.scheme, "--preset", base.preset]
+    transforms = dict.fromkeys(PRESETS[base.preset].settings.get("transforms", {}), "none") | recipe["transforms"]
+    for site, name in transforms.items():
+        if base.transforms.get(site, "none") != name:
+            words += ["--transform", f"{site}={name}"]
+    for name, value in recipe.items():
+        if name in ("transforms", "out", "device") or value == getattr(base, name):
+            continue
+        flag = name.replace("_", "-")
+        words += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
+    # Another device gives other bytes, so a run keeps to the one it began on.
+    return shlex.join([*words, "--device", str(running["device"]), "-o", str(folder)])
+
+
+def _layers(model: str) -> int | None:
+    """How many blocks the model has, if it is at hand."""
+    from affinequant.demo import MODEL_FOLDER
+    from affinequant.wheels import cache_folder
+
+    folder = cache_folder() / MODEL_FOLDER if model == "demo" else None
+    try:
+        found = folder or locate(model, weights=False)
+        return int(open_source(found, weights=False).config["num_hidden_layers"])
+    except (AffineQuantError, KeyError, TypeError, ValueError):
+        return None
+
+
+def _foreign(folder: Path, config: Mapping[str, Any], declared: Mapping[str, Any]) -> AffineQuantError:
+    fix = "give the output folder of `affinequant quantize`"
+    if not config:
+        return AffineQuantError(f"{folder} is no checkpoint: it has no config.json and holds no run", "CKPT", fix)
+    if declared:
+        method = declared.get("quant_method", "unknown")
+        what = f"{folder} was quantised by something else (quant_method {method!r}), which keeps no report"
+        return AffineQuantError(what, "CKPT", fix, exit_code=PREFLIGHT)
+    what = f"{folder} is a model that is not quantised, or a checkpoint whose report.json is gone"
+    return AffineQuantError(what, "CKPT", f"`affinequant quantize {shlex.quote(str(folder))}` would quantise it")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as problem:
+        raise AffineQuantError(f"{path.name} cannot be read: {problem}", str(path), "write the folder again") from None
+    return value if isinstance(value, dict) else {}
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as problem:
+        raise AffineQuantError(f"{path.name} cannot be read: {problem}", str(path), "write the folder again") from None

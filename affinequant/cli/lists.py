@@ -1,0 +1,138 @@
+"""`affinequant list`: what there is to choose from."""
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from affinequant.cli.arguments import Parser
+from affinequant.cli.output import Screen
+from affinequant.errors import unknown_name
+
+USAGE = "[schemes|models|transforms|formats|presets|data|metrics]"
+EPILOG = """
+Without a word all of them are listed. Each name can be used where a flag asks for one:
+  schemes     --scheme w4a16-g64, or --w4a4 and so on for those that are listed
+  transforms  --transform SITE=NAME
+  formats     --format NAME
+  presets     --preset NAME
+  data        --data NAME and, for evaluation, --text NAME
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Listing:
+    """A table: its columns, and rows whose first cell is the name. `below` gives a further line to a row."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    below: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def lines(self) -> list[Sequence[str]]:
+        """The rows as they are shown."""
+        shown: list[Sequence[str]] = []
+        for row in self.rows:
+            shown.append(row)
+            settings = [f"{name}={value}" for name, value in self.below.get(row[0], {}).items()]
+            for start in range(0, len(settings), 4):
+                shown.append(("", "  " + " ".join(settings[start : start + 4])))
+        return shown
+
+
+def add_arguments(parser: Parser) -> None:
+    """What to list."""
+    parser.add_argument("topic", metavar="WHAT", nargs="?", help="one of the names above (default: all)")
+
+
+def run(args: argparse.Namespace, screen: Screen) -> int:
+    """Print one table, or all."""
+    if args.topic is not None and args.topic not in TOPICS:
+        raise unknown_name("topic", args.topic, TOPICS, where="affinequant list")
+    topics = [args.topic] if args.topic else list(TOPICS)
+    found = {topic: TOPICS[topic]() for topic in topics}
+    for index, (topic, listing) in enumerate(found.items()):
+        if index:
+            screen.print()
+        screen.table(listing.columns, listing.lines(), title=topic if len(found) > 1 else "")
+    screen.result({"schema": 1, "list": {topic: _as_json(listing) for topic, listing in found.items()}})
+    return 0
+
+
+def _as_json(listing: Listing) -> list[dict[str, Any]]:
+    rows = [dict[str, Any](zip(listing.columns, row, strict=True)) for row in listing.rows]
+    return [row | ({"settings": listing.below[row["name"]]} if listing.below else {}) for row in rows]
+
+
+def _schemes() -> Listing:
+    from affinequant.scheme import SCHEMES
+
+    pattern = ("wNaM[-gG][-sym|-asym]", "w 4 or 8, a 4, 8 or 16 bits; groups of G; symmetric or not")
+    return Listing(columns=("name", "about"), rows=[*SCHEMES.items(), pattern])
+
+
+def _models() -> Listing:
+    from affinequant.models import FAMILIES
+
+    rows = [
+        (name, ", ".join(family.architectures), ", ".join(spec.name for spec in family.sites))
+        for name, family in FAMILIES.items()
+    ]
+    return Listing(columns=("family", "architectures in config.json", "sites"), rows=rows)
+
+
+def _transforms() -> Listing:
+    from affinequant.models.llama import LLAMA
+    from affinequant.sites import Site, place
+    from affinequant.transforms import TRANSFORMS, structures_of
+
+    sites = [Site(name=spec.name, kind=spec.kind, width=64, sources=(), sinks=()) for spec in LLAMA.sites]
+    rows = []
+    for name, (structure, _, about) in TRANSFORMS.items():
+        folds = [site.name for site in sites if place(site, structures_of(name, where="")[0]).how == "folded"]
+        rows.append((name, structure, ", ".join(folds), about))
+    return Listing(columns=("name", "structure", "folds at", "about"), rows=rows)
+
+
+def _formats() -> Listing:
+    from affinequant.formats import FORMATS, find_format
+
+    rows = [
+        ("auto", "what stock engines load: compressed-tensors"),
+        *((name, find_format(name).ABOUT) for name in FORMATS),
+    ]
+    return Listing(columns=("name", "about"), rows=rows)
+
+
+def _presets() -> Listing:
+    from affinequant.recipe import PRESETS
+
+    below = {}
+    for name, preset in PRESETS.items():
+        transforms = preset.settings.get("transforms", {})
+        below[name] = dict(transforms) | {key: one for key, one in preset.settings.items() if key != "transforms"}
+    rows = [(name, preset.about) for name, preset in PRESETS.items()]
+    return Listing(columns=("name", "about"), rows=rows, below=below)
+
+
+def _data() -> Listing:
+    from affinequant.text import DATA
+
+    return Listing(columns=("source", "about"), rows=list(DATA.items()))
+
+
+def _metrics() -> Listing:
+    from affinequant_evals.suites import METRICS, SUITES
+
+    suites = [(f"--suite {name}", suite.about) for name, suite in SUITES.items()]
+    return Listing(columns=("name", "about"), rows=[*METRICS.items(), *suites])
+
+
+TOPICS: dict[str, Callable[[], Listing]] = {
+    "schemes": _schemes,
+    "models": _models,
+    "transforms": _transforms,
+    "formats": _formats,
+    "presets": _presets,
+    "data": _data,
+    "metrics": _metrics,
+}

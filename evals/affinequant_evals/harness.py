@@ -1,0 +1,280 @@
+"""The one evaluation harness: ordered metrics on a subject, failures kept apart, differences with standard errors.
+
+Nothing here knows language models: a subject is whatever a suite's metrics take.
+"""
+
+import importlib.metadata
+import math
+import os
+import platform
+import random
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
+
+from affinequant.errors import AffineQuantError
+from affinequant.wheels import Say, quiet
+
+if TYPE_CHECKING:
+    from affinequant.run import Run
+
+Better = Literal["lower", "higher"]
+S = TypeVar("S")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """A measured value, its standard error, and over how many observations.
+
+    Attributes:
+        stderr: None where one observation, or the kind of metric, allows no estimate.
+        parts: each observation's part in the value, linearised about it, so that `stderr` is their standard deviation
+            over sqrt(n), and the differences of two scores' parts give the error of the difference.
+        key: names the observations; two scores are paired only where it is the same.
+        about: how it was measured, as plain JSON values.
+    """
+
+    value: float
+    stderr: float | None
+    n: int
+    parts: tuple[float, ...] = ()
+    key: str = ""
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+
+def mean_score(values: Sequence[float], *, key: str = "", about: Mapping[str, Any] | None = None) -> Score:
+    """The mean of the values, e.g. an accuracy over documents."""
+    values = tuple(float(value) for value in values)
+    mean = math.fsum(values) / len(values)
+    return Score(value=mean, stderr=_stderr(values), n=len(values), parts=values, key=key, about=about or {})
+
+
+def exp_mean_score(values: Sequence[float], *, key: str = "", about: Mapping[str, Any] | None = None) -> Score:
+    """exp(mean of the values), e.g. a perplexity from losses; its error by the delta method."""
+    value = math.exp(math.fsum(values) / len(values))
+    parts = tuple(value * float(item) for item in values)
+    return Score(value=value, stderr=_stderr(parts), n=len(parts), parts=parts, key=key, about=about or {})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Metric(Generic[S]):
+    """One number of a subject."""
+
+    name: str
+    better: Better
+    function: Callable[[S], Score]
+
+    def __call__(self, subject: S) -> Score:
+        """Measure."""
+        return self.function(subject)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Battery(Generic[S]):
+    """Several numbers that come out of one pass over a subject, each with the direction that is better."""
+
+    name: str
+    function: Callable[[S], Mapping[str, tuple[Better, Score]]]
+
+    def __call__(self, subject: S) -> Mapping[str, tuple[Better, Score]]:
+        """Measure."""
+        return self.function(subject)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Suite(Generic[S]):
+    """Metrics in the order in which they run."""
+
+    name: str
+    metrics: tuple[Metric[S] | Battery[S], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One line of a scorecard: a score, or why there is none."""
+
+    name: str
+    better: Better | None
+    score: Score | None
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delta:
+    """A score minus the baseline's. `paired`: both saw the same observations, and the error is that of the pairs."""
+
+    value: float
+    stderr: float | None
+    paired: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scorecard:
+    """What one subject scored on a suite, and the baseline's scorecard on the same suite where there is one."""
+
+    subject: str
+    rows: tuple[Row, ...]
+    env: Mapping[str, Any]
+    seconds: float
+    baseline: "Scorecard | None" = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def failed(self) -> tuple[Row, ...]:
+        """The rows that have an error in place of a score."""
+        return tuple(row for row in self.rows if row.score is None)
+
+    def score(self, name: str) -> Score | None:
+        """The score of that name, if it was measured."""
+        return next((row.score for row in self.rows if row.name == name), None)
+
+    def compare(self, baseline: "Scorecard") -> dict[str, Delta]:
+        """This scorecard minus `baseline`, for every metric that both have."""
+        pairs = {row.name: (row.score, baseline.score(row.name)) for row in self.rows}
+        return {name: _delta(mine, other) for name, (mine, other) in pairs.items() if mine and other}
+
+    def against(self, baseline: "Scorecard") -> "Scorecard":
+        """This scorecard with `baseline` inside."""
+        return replace(self, baseline=baseline)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values; `baseline` is null where there is none."""
+        deltas = self.compare(self.baseline) if self.baseline else {}
+        return {
+            "schema": 1,
+            "checkpoint": self.subject,
+            "baseline": {"checkpoint": self.baseline.subject, "seconds": self.baseline.seconds}
+            if self.baseline
+            else None,
+            "metrics": {row.name: self._entry(row, deltas.get(row.name)) for row in self.rows},
+            "env": dict(self.env),
+            "notes": list(self.notes),
+            "seconds": self.seconds,
+        }
+
+    def _entry(self, row: Row, delta: Delta | None) -> dict[str, Any]:
+        score = row.score
+        other = self.baseline.score(row.name) if self.baseline else None
+        entry: dict[str, Any] = {
+            "value": score.value if score else None,
+            "stderr": score.stderr if score else None,
+            "n": score.n if score else 0,
+            "better": row.better,
+            "baseline": other.value if other else None,
+            "baseline_stderr": other.stderr if other else None,
+            "delta": asdict(delta) if delta else None,
+            "about": dict(score.about) if score else {},
+        }
+        return entry | ({"error": row.error} if row.error else {})
+
+
+def evaluate(subject: S, suite: Suite[S], *, run: "Run | None" = None, say: Say = quiet) -> Scorecard:
+    """Measure every metric of a suite; one that fails becomes a row with its error, and the rest still run.
+
+    Args:
+        subject: what the metrics take; its `name`, if it has one, stands in the scorecard.
+        run: keeps each metric's rows as they are done, so that the same evaluation started again goes on from there.
+        say: told what is being measured.
+    """
+    started = time.monotonic()
+    rows: list[Row] = []
+    for index, metric in enumerate(suite.metrics, start=1):
+        stage = f"score.{re.sub(r'[^A-Za-z0-9._-]+', '_', metric.name)}"
+        if run and run.committed(stage):
+            rows += [_row_from_json(entry) for entry in run.report(stage)["rows"]]
+            continue
+        say(f"{index}/{len(suite.metrics)} {metric.name}")
+        new = _measure(metric, subject)
+        if run and not any(row.error for row in new):
+            run.commit(stage, report={"rows": [asdict(row) for row in new]})
+        rows += new
+    return Scorecard(
+        subject=str(getattr(subject, "name", type(subject).__name__)),
+        rows=tuple(rows),
+        env=environment(),
+        seconds=round(time.monotonic() - started, 1),
+    )
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, as they belong to every result."""
+    packages = ("affinequant", "torch", "transformers", "compressed-tensors", "datasets", "lm_eval")
+    versions = {name: version for name in packages if (version := _version(name))}
+    return versions | {
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "cpus": os.cpu_count(),
+    }
+
+
+def _measure(metric: Metric[S] | Battery[S], subject: S) -> list[Row]:
+    try:
+        with _fixed_seeds():
+            if isinstance(metric, Metric):
+                return [_row(metric.name, metric.better, metric(subject))]
+            return [_row(name, better, score) for name, (better, score) in metric(subject).items()]
+    except AffineQuantError as problem:
+        reason = f"{problem.what}; {problem.fix}"
+    except Exception as problem:
+        reason = f"{type(problem).__name__}: {problem}"
+    return [Row(name=metric.name, better=getattr(metric, "better", None), score=None, error=reason)]
+
+
+def _row(name: str, better: Better, score: Score) -> Row:
+    if not math.isfinite(score.value):
+        return Row(name=name, better=better, score=None, error=f"the value is {score.value}")
+    return Row(name=name, better=better, score=score)
+
+
+def _row_from_json(entry: dict[str, Any]) -> Row:
+    score = Score(**entry["score"] | {"parts": tuple(entry["score"]["parts"])})
+    return Row(name=entry["name"], better=entry["better"], score=score)
+
+
+def _delta(mine: Score, other: Score) -> Delta:
+    value = mine.value - other.value
+    if mine.key and mine.key == other.key and len(mine.parts) == len(other.parts) > 0:
+        parts = [left - right for left, right in zip(mine.parts, other.parts, strict=True)]
+        return Delta(value=value, stderr=_stderr(parts), paired=True)
+    if mine.stderr is None or other.stderr is None:
+        return Delta(value=value, stderr=None, paired=False)
+    return Delta(value=value, stderr=math.hypot(mine.stderr, other.stderr), paired=False)
+
+
+def _stderr(parts: Sequence[float]) -> float | None:
+    count = len(parts)
+    if count < 2:
+        return None
+    mean = math.fsum(parts) / count
+    return math.sqrt(math.fsum((part - mean) ** 2 for part in parts) / (count - 1) / count)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+@contextmanager
+def _fixed_seeds(seed: int = 0) -> Iterator[None]:
+    """Every metric starts from the same random state, and leaves the caller's as it was."""
+    numpy, torch = sys.modules.get("numpy"), sys.modules.get("torch")
+    state = random.getstate(), numpy and numpy.random.get_state(), torch and torch.random.get_rng_state()
+    random.seed(seed)
+    if numpy:
+        numpy.random.seed(seed)
+    if torch:
+        torch.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(state[0])
+        if numpy:
+            numpy.random.set_state(state[1])
+        if torch:
+            torch.random.set_rng_state(state[2])

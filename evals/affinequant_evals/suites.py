@@ -1,0 +1,117 @@
+"""Named suites, and what can be measured."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from affinequant.data import evaluation_text
+from affinequant.errors import unknown_name
+from affinequant.wheels import Say, quiet
+from affinequant_evals.harness import Suite
+from affinequant_evals.perplexity import Bos, LanguageModel, c4_windows, cut_windows, perplexity
+from affinequant_evals.tasks import TaskOptions, task_batteries
+
+METRICS: dict[str, str] = {
+    "perplexity@TEXT,seqN": "exp of the mean next-token loss over windows of N tokens; lower is better",
+    "TASK,acc": "share of an lm-eval task's documents answered right; higher is better",
+    "TASK,acc_norm": "the same with each answer's likelihood divided by its length; higher is better",
+    "lambada_openai,perplexity": "perplexity of the last word; lower is better",
+}
+"""What `affinequant list metrics` shows. An lm-eval task brings whatever other metrics it has."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measurements:
+    """What is measured: perplexity of texts, and tasks. None means all windows, all documents, lm-eval's own shots."""
+
+    about: str = "as asked"
+    texts: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ()
+    windows: int | None = None
+    limit: int | None = None
+    num_fewshot: int | None = None
+    seq_len: int = 2048
+    bos: Bos = "auto"
+
+
+SUITES: dict[str, Measurements] = {
+    "quick": Measurements(
+        about="perplexity on 6 windows of the demo's text and 100 documents of four tasks; no hub needed",
+        texts=("demo",),
+        tasks=("piqa", "arc_easy", "hellaswag", "lambada_openai"),
+        windows=6,
+        limit=100,
+    ),
+    "paper": Measurements(
+        about="as AffineQuant was evaluated: WikiText-2 test, the older C4, six tasks without shots; needs a hub",
+        texts=("wikitext2", "c4"),
+        tasks=("piqa", "arc_easy", "arc_challenge", "boolq", "hellaswag", "winogrande"),
+        num_fewshot=0,
+        bos="first",
+    ),
+}
+
+
+def find_suite(name: str) -> Measurements:
+    """The suite of that name.
+
+    Raises:
+        AffineQuantError: unknown, with the nearest spelling.
+    """
+    if name not in SUITES:
+        raise unknown_name("suite", name, SUITES, where="--suite")
+    return SUITES[name]
+
+
+def build_suite(
+    wanted: Measurements, tokenizer: Any, *, name: str = "", verbose: bool = False, say: Say = quiet
+) -> Suite[LanguageModel]:
+    """The metrics of `wanted`, with every text read and every task name checked before anything is measured.
+
+    Raises:
+        AffineQuantError: a text or task that is not there (exit 2 or 3), or too little text (exit 3).
+    """
+    # Tasks speak of a BOS in each prompt or none; the papers put none there.
+    options = TaskOptions(
+        limit=wanted.limit,
+        num_fewshot=wanted.num_fewshot,
+        bos="no" if wanted.bos == "first" else wanted.bos,
+        verbose=verbose,
+    )
+    batteries = task_batteries(wanted.tasks, options, say)
+    windows = [_windows(text, wanted, tokenizer, say) for text in wanted.texts]
+    return Suite(name=name, metrics=(*map(perplexity, windows), *batteries))
+
+
+def _windows(text: str, wanted: Measurements, tokenizer: Any, say: Say) -> Any:
+    if text == "c4" and wanted.bos == "first":
+        return c4_windows(tokenizer, seq_len=wanted.seq_len, count=wanted.windows or 256)
+    name, content = evaluation_text(text, say=say)
+    return cut_windows(name, content, tokenizer, seq_len=wanted.seq_len, windows=wanted.windows, bos=wanted.bos)
+
+
+def measurements(
+    *,
+    suite: str | None,
+    text: str | None,
+    tasks: Sequence[str],
+    limit: int | None,
+    num_fewshot: int | None,
+    seq_len: int | None,
+    windows: int | None,
+    bos: Bos | None,
+) -> Measurements:
+    """A suite with what was given in its place; a text or tasks without a suite are measured alone.
+
+    Raises:
+        AffineQuantError: unknown suite, or a policy for BOS that is not one.
+    """
+    if bos not in (None, "auto", "yes", "no"):
+        raise unknown_name("BOS policy", str(bos), ("auto", "yes", "no"), where="--bos")
+    if suite is None and (text or tasks):
+        start = Measurements(texts=(text,) if text else (), tasks=tuple(tasks))
+    else:
+        start = find_suite(suite or "quick")
+    given: dict[str, Any] = {"limit": limit, "num_fewshot": num_fewshot, "seq_len": seq_len, "windows": windows}
+    given |= {"bos": bos, "texts": (text,) if text else None, "tasks": tuple(tasks) or None}
+    return replace(start, **{name: value for name, value in given.items() if value is not None})

@@ -1,0 +1,303 @@
+"""The CPU path: oneDNN int8 matmuls on weights that are unpacked once, and row quantisation in cache-sized blocks.
+
+Equal to reference.py bit for bit. What makes it fast and still exact:
+* `onednn::qlinear_pointwise` on a weight that `qlinear_prepack` laid out for this machine's int8 units returns
+  float(int32 accumulator) * weight_scale, rounded once each. Zero points are integers, taken off before the scale;
+  below 2^24 fp32 holds them exactly, above it `torch._int_mm` gives the int32.
+* Whether this build and machine really compute that is checked once per process with extreme values; otherwise
+  `torch._int_mm`, otherwise fp64.
+
+Shapes: m rows (tokens), k input features, n output features, g groups.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int8, Int32
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from .reference import SCALE_FLOOR, Rows
+from .weight import Weight, integer_weight, kind_of, unpack
+
+Engine = Literal["onednn", "int_mm", "float64"]
+
+# Elements that stay in a core's second-level cache while a block of rows is quantised.
+BLOCK_ELEMENTS = 1 << 18
+# Rows of the output worked on at once: bounds the fp32 intermediate, which costs page faults when it is large.
+CHUNK_ROWS = 512
+# Integers that fp32 holds exactly lie below this.
+EXACT = 1 << 24
+
+
+def row_quant(x: Float[Tensor, "m k"], *, bits: int, symmetric: bool, clip: float, with_rowsum: bool = True) -> Rows:
+    """As `reference.row_quant`. Works on blocks of rows, each by vectorised, threaded torch ops."""
+    m, k = x.shape
+    rows = max(1, min(m, BLOCK_ELEMENTS // max(k, 1)))
+    q = torch.empty(m, k, dtype=torch.int8)
+    scale = torch.empty(m)
+    zero = torch.zeros(m, dtype=torch.int32)
+    rowsum = torch.empty(m, dtype=torch.int32)
+    scratch = torch.empty(rows, k)
+    quantise = _symmetric_block if symmetric else _asymmetric_block
+    for start in range(0, m, rows):
+        block = slice(start, min(start + rows, m))
+        quantise(x[block], scratch[: min(rows, m - start)], bits, clip, q[block], scale[block], zero[block])
+        if with_rowsum:
+            torch.sum(q[block], 1, dtype=torch.int32, out=rowsum[block])
+    return Rows(q, scale, zero, rowsum)
+
+
+def _symmetric_block(
+    x: Tensor, scratch: Tensor, bits: int, clip: float, q: Tensor, scale: Tensor, zero: Tensor
+) -> None:
+    del zero  # stays 0
+    high = float((1 << (bits - 1)) - 1)
+    x = x if x.dtype == torch.float32 else scratch.copy_(x)
+    torch.maximum(x.amax(1), x.amin(1).neg_(), out=scale)
+    scale.mul_(clip).div_(high).clamp_(min=SCALE_FLOOR)
+    torch.mul(x, scale.reciprocal().unsqueeze(1), out=scratch)
+    q.copy_(scratch.clamp_(-high - 1.0, high).round_())
+
+
+def _asymmetric_block(
+    x: Tensor, scratch: Tensor, bits: int, clip: float, q: Tensor, scale: Tensor, zero: Tensor
+) -> None:
+    half = 1 << (bits - 1)
+    x = x if x.dtype == torch.float32 else scratch.copy_(x)
+    bottom = x.amin(1).clamp_(max=0.0).mul_(clip)
+    torch.sub(x.amax(1).clamp_(min=0.0).mul_(clip), bottom, out=scale)
+    scale.div_(float(2 * half - 1)).clamp_(min=SCALE_FLOOR)
+    inverse = scale.reciprocal()
+    shift = bottom.neg_().mul_(inverse).round_().sub_(half).clamp_(-half, half - 1)
+    zero.copy_(shift)
+    torch.mul(x, inverse.unsqueeze(1), out=scratch)
+    q.copy_(scratch.round_().add_(shift.unsqueeze(1)).clamp_(-half, half - 1))
+
+
+# One weight, ready to multiply.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Plan:
+    engine: Engine
+    codes: Int8[Tensor, "n k"] | None  # what `_int_mm` and fp64 multiply; None: the weight's own int8 codes
+    packed: tuple[Tensor, ...]  # what oneDNN multiplies: its own layout, one per group
+    no_zero: Tensor  # int32 [n] of 0
+    one: Tensor  # float32 [n] of 1
+
+
+_PLANS: dict[tuple[object, ...], tuple[_Plan, tuple[StorageWeakRef, ...]]] = {}
+
+
+def _identity(tensor: Tensor) -> tuple[object, ...]:
+    # Inference tensors do not count their updates: a weight that is changed in place must be an ordinary tensor.
+    version = -1 if tensor.is_inference() else tensor._version
+    return tensor.untyped_storage()._cdata, tensor.storage_offset(), tuple(tensor.shape), version
+
+
+def _plan(weight: Weight, k: int, using: Engine) -> _Plan:
+    """The plan of this weight: kept as long as its storage lives and is not written to."""
+    parts = [t for t in (weight.qweight, weight.zero, weight.mul) if t is not None]
+    groups = weight.scale.shape[1] if weight.scale.ndim == 2 else 1
+    key = (using, k, groups, weight.mul is None, *(_identity(t) for t in parts))
+    found = _PLANS.get(key)
+    if found is None:
+        clear_cache(dead_only=True)
+        plan = _build(weight, k, groups, using)
+        found = _PLANS[key] = (plan, tuple(StorageWeakRef(t.untyped_storage()) for t in parts))
+    return found[0]
+
+
+def clear_cache(*, dead_only: bool = False) -> None:
+    """Drop the unpacked copies of weights: all, or those of weights that no longer exist (done at every new weight)."""
+    for key in [key for key, (_, alive) in _PLANS.items() if not dead_only or any(r.expired() for r in alive)]:
+        del _PLANS[key]
+
+
+def _build(weight: Weight, k: int, groups: int, using: Engine) -> _Plan:
+    codes = unpack(weight.qweight, k)
+    zero = None if _by_rowsum(weight) else weight.zero
+    if zero is not None or weight.mul is not None:
+        codes = integer_weight(codes, zero, weight.mul).to(torch.int8)
+    packed: tuple[Tensor, ...] = ()
+    if using == "onednn":
+        parts = codes.chunk(groups, 1) if groups > 1 else (codes,)
+        packed = tuple(torch.ops.onednn.qlinear_prepack(part.contiguous(), None) for part in parts)
+    n = codes.shape[0]
+    return _Plan(
+        engine=using,
+        # Never the weight's own tensor: the plan would keep it alive for ever.
+        codes=None if using == "onednn" or codes is weight.qweight else codes,
+        packed=packed,
+        no_zero=torch.zeros(n, dtype=torch.int32),
+        one=torch.ones(n),
+    )
+
+
+def _by_rowsum(weight: Weight) -> bool:
+    """8-bit codes less a zero point do not fit int8: that zero point is taken off by row sums instead."""
+    return weight.qweight.dtype == torch.int8 and weight.zero is not None and weight.zero.ndim == 1
+
+
+def _largest(weight: Weight) -> int:
+    """Bound of |(code - zero) * mul|."""
+    if weight.qweight.dtype == torch.int8 or weight.mul is not None:
+        return 128
+    return 8 if weight.zero is None else 15
+
+
+# The multiplication.
+
+
+def _onednn(q: Tensor, packed: Tensor, scale: Tensor, no_zero: Tensor) -> Float[Tensor, "m n"]:
+    return torch.ops.onednn.qlinear_pointwise(
+        q, 1.0, 0, packed, scale, no_zero, None, 1.0, 0, torch.float32, "none", [], ""
+    )
+
+
+def _onednn_add(q: Tensor, packed: Tensor, scale: Tensor, no_zero: Tensor, total: Tensor) -> Float[Tensor, "m n"]:
+    """total + float(acc) * scale, in place."""
+    one, none = torch.ones(1), torch.zeros(1, dtype=torch.int32)
+    return torch.ops.onednn.qlinear_pointwise.binary_tensor(
+        q, one, none, packed, scale, no_zero, total, None, 1.0, 0, torch.float32, 1.0, 0, "sum", 1.0, "none", [], ""
+    )
+
+
+def _int32(q: Tensor, codes: Tensor, using: Engine) -> Int32[Tensor, "m n"]:
+    if using == "float64":
+        return (q.double() @ codes.double().t()).to(torch.int32)
+    return torch._int_mm(q, codes.t())
+
+
+@functools.cache
+def engine() -> Engine:
+    """The fastest engine whose results on extreme values are exact on this machine."""
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randint(-128, 128, (17, 2048), dtype=torch.int8, generator=generator)
+    codes = torch.randint(-128, 128, (48, 2048), dtype=torch.int8, generator=generator)
+    q[:2], codes[:2] = -128, torch.tensor([[-128], [127]], dtype=torch.int8)
+    scale = torch.rand(48, generator=generator)
+    acc = _int32(q, codes, "float64")
+    scaled = acc.float() * scale
+    no_zero = torch.zeros(48, dtype=torch.int32)
+    try:
+        packed = torch.ops.onednn.qlinear_prepack(codes, None)
+        once = _onednn(q, packed, scale, no_zero)
+        twice = _onednn_add(q, packed, scale, no_zero, scaled.clone())
+        if torch.equal(once, scaled) and torch.equal(twice, scaled + scaled):
+            return "onednn"
+    except (AttributeError, RuntimeError, NotImplementedError):
+        pass  # a build without oneDNN, or with another version's signature
+    try:
+        return "int_mm" if torch.equal(_int32(q, codes, "int_mm"), acc) else "float64"
+    except RuntimeError:
+        return "float64"
+
+
+def linear(
+    q: Int8[Tensor, "m k"],
+    scale: Float[Tensor, " m"],
+    zero: Int32[Tensor, " m"] | None,
+    weight: Weight,
+    bias: Float[Tensor, " n"] | None,
+    out_dtype: torch.dtype,
+    act_bits: int = 8,
+) -> Tensor:
+    """As `reference.linear`. `act_bits` bounds q and zero: 8 is always right, 4 keeps long rows on the fast path."""
+    m, k = q.shape
+    n = weight.qweight.shape[0]
+    plan = _plan(weight, k, _engine_for(k, zero, weight, out_dtype, act_bits))
+    if 0 < m <= CHUNK_ROWS:
+        return _chunk(plan, q, scale, zero, weight, bias, out_dtype)
+    out = torch.empty(m, n, dtype=out_dtype)
+    for start in range(0, m, CHUNK_ROWS):
+        rows = slice(start, start + CHUNK_ROWS)
+        out[rows] = _chunk(plan, q[rows], scale[rows], None if zero is None else zero[rows], weight, bias, out_dtype)
+    return out
+
+
+def _engine_for(k: int, zero: Tensor | None, weight: Weight, out_dtype: torch.dtype, act_bits: int) -> Engine:
+    """oneDNN hands out fp32: where the integers are needed and may be too large for it, another engine."""
+    best = engine()
+    if best != "onednn" or kind_of(weight.scale, weight.mul) == "group":
+        return best
+    if _by_rowsum(weight):
+        return "int_mm"
+    if zero is None and out_dtype != torch.int32:
+        return best
+    # The product and the zero point's correction, each at most this, must both and in their difference be exact.
+    bound = 2 * (1 << (act_bits - 1)) * _largest(weight) * k
+    return best if bound < EXACT else "int_mm"
+
+
+def _chunk(
+    plan: _Plan,
+    q: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    weight: Weight,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    if kind_of(weight.scale, weight.mul) == "group":
+        y = _groups(plan, q, weight)
+        if zero is not None:
+            y.sub_(zero.float().unsqueeze(1) * weight.colsum)
+    elif zero is None and plan.engine == "onednn" and out_dtype != torch.int32:
+        y = _onednn(q, plan.packed[0], weight.scale, plan.no_zero)
+    else:
+        acc = _accumulate(plan, q, zero, weight)
+        if out_dtype == torch.int32:
+            return acc.to(torch.int32)
+        y = acc.float().mul_(weight.scale)
+    y.mul_(scale.unsqueeze(1))
+    if bias is not None:
+        y.add_(bias)
+    return y if out_dtype == torch.float32 else y.to(out_dtype)
+
+
+def _accumulate(plan: _Plan, q: Tensor, zero: Tensor | None, weight: Weight) -> Tensor:
+    """The corrected accumulator: int32, or (oneDNN) the same integers in fp32, which `_engine_for` found to fit."""
+    if plan.engine == "onednn":
+        acc = _onednn(q, plan.packed[0], plan.one, plan.no_zero)
+        return acc if zero is None else acc.addr_(zero.float(), weight.colsum.float(), alpha=-1.0)
+    acc = _int32(q, weight.qweight if plan.codes is None else plan.codes, plan.engine)
+    if _by_rowsum(weight):
+        assert weight.zero is not None
+        acc -= q.sum(1, dtype=torch.int32).unsqueeze(1) * weight.zero
+    return acc if zero is None else acc.addr_(zero, weight.colsum, alpha=-1)
+
+
+def _groups(plan: _Plan, q: Tensor, weight: Weight) -> Float[Tensor, "m n"]:
+    groups = weight.scale.shape[1]
+    size = q.shape[1] // groups
+    scales = weight.scale.t().contiguous()
+    y = torch.zeros(q.shape[0], weight.scale.shape[0])
+    for g in range(groups):
+        part = q[:, g * size : (g + 1) * size].contiguous()
+        if plan.engine == "onednn":
+            y = _onednn_add(part, plan.packed[g], scales[g], plan.no_zero, y)
+        else:
+            codes = (weight.qweight if plan.codes is None else plan.codes)[:, g * size : (g + 1) * size].contiguous()
+            y.add_(_int32(part, codes, plan.engine).float().mul_(scales[g]))
+    return y
+
+
+def linear_dyn(
+    x: Float[Tensor, "m k"],
+    weight: Weight,
+    bias: Float[Tensor, " n"] | None,
+    *,
+    act_bits: int,
+    act_symmetric: bool,
+    clip: float,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """As `reference.linear_dyn`."""
+    rows = row_quant(x, bits=act_bits, symmetric=act_symmetric, clip=clip, with_rowsum=False)
+    return linear(rows.q, rows.scale, None if act_symmetric else rows.zero, weight, bias, out_dtype, act_bits)

@@ -1,0 +1,277 @@
+"""Triton: integer matrix products with the fused epilogue of `reference.linear`.
+
+The weight is the *left* operand (C^T = W A^T): on Hopper it then goes from shared memory to registers, is unpacked
+there, and feeds wgmma without a second trip through shared memory. Activations stay int8 in natural order: a tile of
+weight bytes gives 64 columns from its low nibbles and the next 64 from its high ones (layout hs128), so the two halves
+are two products, and nothing is interleaved. There is no int4 matrix instruction on Hopper; int8 is the fast one.
+
+Symmetric int4 weights stay shifted left by 4 (unpacking costs one instruction per four weights and nibble); the exact
+int32 sum is shifted back once. Zero points never cost a product: they are rank-one corrections in the epilogue.
+
+Shapes: M rows (tokens), N output features, K input features; tile BN x BM, BJ bytes of a row of weights per step.
+"""
+
+# pyright: reportOptionalMemberAccess=false, reportArgumentType=false, reportIndexIssue=false
+# pyright: reportOperatorIssue=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float, Int8, Int32
+from torch import Tensor
+
+from . import tune
+from .asm import INTERPRET, dp4a, nibbles_affine, nibbles_times_16
+from .checks import fail
+from .weight import Weight, kind_of
+
+
+@triton.jit
+def tile_of(pid, N, M, BN: tl.constexpr, BM: tl.constexpr, GROUP: tl.constexpr):
+    """Tile indices such that GROUP tiles of weights are in use at a time: their activations stay in the L2 cache."""
+    tiles_n, tiles_m = tl.cdiv(N, BN), tl.cdiv(M, BM)
+    band = pid // (GROUP * tiles_m)
+    width = tl.minimum(tiles_n - band * GROUP, GROUP)
+    within = pid % (GROUP * tiles_m)
+    return band * GROUP + within % width, within // width
+
+
+@triton.jit
+def load_activations(a_ptr, rm, k, K, EVEN: tl.constexpr):
+    """A^T tile [columns, rows]; columns past K are 0."""
+    at = a_ptr + rm[None, :].to(tl.int64) * K + k[:, None]
+    if EVEN:
+        return tl.load(at)
+    return tl.load(at, mask=(k < K)[:, None], other=0)
+
+
+@triton.jit
+def _group_values(mul_ptr, zero_ptr, rn, column, GROUPS, GROUP_SIZE, HAS_ZERO: tl.constexpr):
+    """Multiplier and zero point, int32 [rows, 1], of the group that holds a column."""
+    at = rn * GROUPS + tl.minimum(column // GROUP_SIZE, GROUPS - 1)
+    mul = tl.load(mul_ptr + at).to(tl.int32)
+    zero = tl.load(zero_ptr + at).to(tl.int32) if HAS_ZERO else tl.zeros_like(mul)
+    return mul[:, None], zero[:, None]
+
+
+@triton.jit
+def store_result(
+    acc, out_ptr, sa_ptr, za_ptr, rowsum_ptr, sw_ptr, zw_ptr, colsum_ptr, bias_ptr, rn, rm, N, M,
+    HAS_ZA: tl.constexpr, HAS_ZW: tl.constexpr, HAS_BIAS: tl.constexpr, RAW: tl.constexpr,
+):  # fmt: skip
+    """Corrections in int32, then float(acc) * weight scale * activation scale + bias, one rounding each."""
+    mask_n, mask_m = rn < N, rm < M
+    if HAS_ZW:
+        zw = tl.load(zw_ptr + rn, mask=mask_n, other=0).to(tl.int32)
+        acc -= zw[:, None] * tl.load(rowsum_ptr + rm, mask=mask_m, other=0)[None, :]
+    if HAS_ZA:
+        za = tl.load(za_ptr + rm, mask=mask_m, other=0)
+        acc -= tl.load(colsum_ptr + rn, mask=mask_n, other=0)[:, None] * za[None, :]
+    if RAW:
+        y = acc
+    else:
+        y = acc.to(tl.float32) * tl.load(sw_ptr + rn, mask=mask_n, other=0.0)[:, None]
+        y = y * tl.load(sa_ptr + rm, mask=mask_m, other=0.0)[None, :]
+        if HAS_BIAS:
+            y += tl.load(bias_ptr + rn, mask=mask_n, other=0.0).to(tl.float32)[:, None]
+    at = rm[:, None].to(tl.int64) * N + rn[None, :]
+    tl.store(out_ptr + at, tl.trans(y).to(out_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
+
+
+@triton.jit
+def _product(
+    a_ptr, w_ptr, mul_ptr, zw_ptr, rn, rm, N, K, stride_w, groups, group_size, first, last,
+    BITS: tl.constexpr, AFFINE: tl.constexpr, HAS_ZW: tl.constexpr, EVEN: tl.constexpr,
+    BN: tl.constexpr, BM: tl.constexpr, BJ: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """int32 [BN, BM] over steps first..last."""
+    rj = tl.arange(0, BJ)
+    acc = tl.zeros([BN, BM], tl.int32)
+    for step in range(first, last):
+        low_k = (step * BJ // 64) * 128 + step * BJ % 64
+        a_low = load_activations(a_ptr, rm, low_k + rj, K, EVEN)
+        a_high = load_activations(a_ptr, rm, low_k + 64 + rj, K, EVEN)
+        if BITS == 4:
+            w = tl.load(w_ptr + rn[:, None].to(tl.int64) * stride_w + (step * BJ + rj)[None, :])
+            if AFFINE:
+                mul_low, zero_low = _group_values(mul_ptr, zw_ptr, rn, low_k, groups, group_size, HAS_ZW)
+                mul_high, zero_high = _group_values(mul_ptr, zw_ptr, rn, low_k + 64, groups, group_size, HAS_ZW)
+                w_low, w_high = nibbles_affine(w, mul_low, zero_low, mul_high, zero_high, ASM)
+            else:
+                w_low, w_high = nibbles_times_16(w, ASM)
+        else:
+            at = w_ptr + rn[:, None].to(tl.int64) * stride_w + (low_k + rj)[None, :]
+            if EVEN:
+                w_low = tl.load(at)
+                w_high = tl.load(at + 64)
+            else:
+                w_low = tl.load(at, mask=(low_k + rj < K)[None, :], other=0)
+                w_high = tl.load(at + 64, mask=(low_k + 64 + rj < K)[None, :], other=0)
+        acc = tl.dot(w_low, a_low, acc, out_dtype=tl.int32)
+        acc = tl.dot(w_high, a_high, acc, out_dtype=tl.int32)
+    if BITS == 4 and not AFFINE:
+        acc = acc >> 4
+    return acc
+
+
+@triton.jit
+def gemm_kernel(
+    a_ptr, w_ptr, out_ptr, sa_ptr, za_ptr, rowsum_ptr, sw_ptr, zw_ptr, mul_ptr, colsum_ptr, bias_ptr, space_ptr,
+    M, N, K, stride_w, groups, group_size,
+    BITS: tl.constexpr, AFFINE: tl.constexpr, HAS_ZA: tl.constexpr, HAS_ZW: tl.constexpr, HAS_BIAS: tl.constexpr,
+    RAW: tl.constexpr, EVEN: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BJ: tl.constexpr,
+    SPLIT: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """Kinds "channel" and "integer" of weight. A persistent loop over tiles, or SPLIT programs per tile along K.
+
+    With SPLIT the partial sums meet in `space` by integer atomics, whose order does not matter; the program that comes
+    last finishes the tile and leaves `space` zeroed for the next call.
+    """
+    steps = tl.cdiv(K, 128) * (64 // BJ)
+    tiles = tl.cdiv(N, BN) * tl.cdiv(M, BM)
+    share = tl.cdiv(steps, SPLIT)
+    first = tl.program_id(1) * share
+    last = tl.minimum(first + share, steps)
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        tile_n, tile_m = tile_of(tile, N, M, BN, BM, 8)
+        rn, rm = tile_n * BN + tl.arange(0, BN), tile_m * BM + tl.arange(0, BM)
+        # Rows past the end repeat the last row: nothing is read out of bounds, and they are not stored.
+        in_n, in_m = tl.minimum(rn, N - 1), tl.minimum(rm, M - 1)
+        acc = _product(
+            a_ptr, w_ptr, mul_ptr, zw_ptr, in_n, in_m, N, K, stride_w, groups, group_size, first, last,
+            BITS, AFFINE, HAS_ZW, EVEN, BN, BM, BJ, ASM,
+        )  # fmt: skip
+        finish = True
+        if SPLIT > 1:
+            at = space_ptr + tiles + tile * (BN * BM) + tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
+            tl.atomic_add(at, acc, sem="relaxed")
+            tl.debug_barrier()  # every thread's sums are out before the ticket is drawn
+            finish = tl.atomic_add(space_ptr + tile, 1, sem="acq_rel") == SPLIT - 1
+            if finish:
+                acc = tl.load(at, cache_modifier=".cg")
+                tl.store(at, tl.zeros([BN, BM], tl.int32))
+                tl.store(space_ptr + tile, 0)
+        if finish:
+            store_result(
+                acc, out_ptr, sa_ptr, za_ptr, rowsum_ptr, sw_ptr, zw_ptr, colsum_ptr, bias_ptr, rn, rm, N, M,
+                HAS_ZA, HAS_ZW and not AFFINE, HAS_BIAS, RAW,
+            )  # fmt: skip
+
+
+@triton.jit
+def gemv_kernel(
+    a_ptr, w_ptr, out_ptr, sa_ptr, za_ptr, rowsum_ptr, sw_ptr, zw_ptr, colsum_ptr, bias_ptr, M, N, words, blocks,
+    HAS_ZA: tl.constexpr, HAS_ZW: tl.constexpr, HAS_BIAS: tl.constexpr, RAW: tl.constexpr,
+    BN: tl.constexpr, BW: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """One row of activations times symmetric int4 weights, both read as int32 words of four bytes; BW words per step."""
+    row = tl.program_id(1)
+    rn, rw = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BW)
+    in_n = tl.minimum(rn, N - 1)[:, None].to(tl.int64)
+    acc = tl.zeros([BN, BW], tl.int32)
+    for start in range(0, blocks * 16, BW):
+        word = start + rw
+        inside = word < blocks * 16
+        w = tl.load(w_ptr + in_n * (blocks * 16) + word[None, :], mask=inside[None, :], other=0)
+        low = word // 16 * 32 + word % 16
+        a_low = tl.load(a_ptr + row * words + low, mask=inside & (low < words), other=0)
+        a_high = tl.load(a_ptr + row * words + low + 16, mask=inside & (low + 16 < words), other=0)
+        a_low, a_high = tl.broadcast_to(a_low[None, :], [BN, BW]), tl.broadcast_to(a_high[None, :], [BN, BW])
+        acc = dp4a((w << 4) & -252645136, a_low, acc, ASM)  # 0xF0F0F0F0
+        acc = dp4a(w & -252645136, a_high, acc, ASM)
+    total = (tl.sum(acc, 1) >> 4)[:, None]
+    store_result(
+        total, out_ptr, sa_ptr, za_ptr, rowsum_ptr, sw_ptr, zw_ptr, colsum_ptr, bias_ptr, rn, row + tl.arange(0, 1),
+        N, M, HAS_ZA, HAS_ZW, HAS_BIAS, RAW,
+    )  # fmt: skip
+
+
+_SPACES: dict[tuple[int, int], Tensor] = {}
+
+
+def _space(integers: int, device: torch.device) -> Tensor:
+    """Zeroed int32 scratch that the kernel leaves zeroed: one per stream, so that calls in flight do not share it."""
+    if device.type != "cuda":
+        return torch.zeros(integers, dtype=torch.int32, device=device)
+    key = (device.index, torch.cuda.current_stream(device).cuda_stream)
+    space = _SPACES.get(key)
+    if space is None or space.numel() < integers:
+        space = torch.zeros(integers, dtype=torch.int32, device=device)
+        # Memory made while a CUDA graph is captured belongs to the graph; its own memset zeroes it at each replay.
+        if not torch.cuda.is_current_stream_capturing():
+            _SPACES[key] = space
+    return space
+
+
+def linear(
+    q: Int8[Tensor, "m k"],
+    scale: Float[Tensor, " m"],
+    zero: Int32[Tensor, " m"] | None,
+    rowsum: Int32[Tensor, " m"] | None,
+    weight: Weight,
+    bias: Float[Tensor, " n"] | None,
+    out_dtype: torch.dtype,
+    config: tune.Config | None = None,
+) -> Tensor:
+    """As `reference.linear`. `config` overrides the table of tune.py."""
+    m, k = q.shape
+    n = weight.qweight.shape[0]
+    out = torch.empty(m, n, dtype=out_dtype, device=q.device)
+    if m == 0:
+        return out
+    kind = kind_of(weight.scale, weight.mul)
+    bits = 4 if weight.qweight.dtype == torch.uint8 else 8
+    config = config or tune.lookup(m, n, k, kind, bits, q.device)
+    if kind == "group":
+        from .gemm_group import group_linear
+
+        return group_linear(q, scale, zero, weight, bias, out, config)
+    if kind == "channel" and weight.zero is not None and rowsum is None:
+        rowsum = q.sum(1, dtype=torch.int32)
+    flags = {
+        "HAS_ZA": zero is not None, "HAS_ZW": weight.zero is not None, "HAS_BIAS": bias is not None,
+        "RAW": out_dtype == torch.int32, "BN": config.bn, "ASM": not INTERPRET,
+    }  # fmt: skip
+    # Arguments that a kernel does not use still need a pointer.
+    rest = tuple(t if t is not None else weight.colsum for t in (zero, rowsum))
+    tail = (weight.colsum, bias if bias is not None else weight.scale)
+    zw = weight.zero if weight.zero is not None else weight.qweight
+    if config.path == "gemv" and kind == "channel" and bits == 4 and k % 4 == 0:
+        gemv_kernel[(triton.cdiv(n, config.bn), m)](
+            q.view(torch.int32), weight.qweight.view(torch.int32), out, scale, *rest, weight.scale, zw, *tail,
+            m, n, k // 4, weight.qweight.shape[1] // 64, BW=config.bj, num_warps=config.warps,
+            enable_fp_fusion=False, **flags,
+        )  # fmt: skip
+        return out
+    _launch_gemm(q, scale, rest, weight, zw, tail, out, config, bits, flags)
+    return out
+
+
+def _launch_gemm(
+    q: Tensor, scale: Tensor, rest: tuple[Tensor, ...], weight: Weight, zw: Tensor, tail: tuple[Tensor, ...],
+    out: Tensor, config: tune.Config, bits: int, flags: dict[str, object],
+) -> None:  # fmt: skip
+    m, k = q.shape
+    n = out.shape[1]
+    groups = weight.mul.shape[1] if weight.mul is not None else 1
+    bj = group_step(k // groups, config.bj) if weight.mul is not None else config.bj
+    tiles = triton.cdiv(n, config.bn) * triton.cdiv(m, config.bm)
+    split = min(config.split, triton.cdiv(k, 128) * (64 // bj))
+    space = _space(tiles * (1 + config.bn * config.bm), q.device) if split > 1 else weight.colsum
+    programs = min(tiles, config.programs or tiles) if split == 1 else tiles
+    gemm_kernel[(programs, split)](
+        q, weight.qweight.view(torch.int8), out, scale, *rest, weight.scale, zw,
+        weight.mul if weight.mul is not None else weight.qweight, *tail, space,
+        m, n, k, weight.qweight.shape[1], groups, k // groups,
+        BITS=bits, AFFINE=weight.mul is not None, EVEN=k % 128 == 0, BM=config.bm, BJ=bj, SPLIT=split,
+        num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=False, **flags,
+    )  # fmt: skip
+
+
+def group_step(group_size: int, bj: int) -> int:
+    """Bytes per step such that the columns of one half-step belong to one group. Raises ValueError where none does."""
+    if group_size % 32:
+        raise fail("group size", "a multiple of 32 on this device", group_size)
+    return min(bj, 64 if group_size % 64 == 0 else 32)

@@ -1,0 +1,195 @@
+"""Triton: products with one fp32 scale per group of a weight (GPTQ, AWQ and most published int4 checkpoints).
+
+Equal to `reference.linear` for kind "group": an exact int32 within each group, then fp32 across groups in ascending
+order, two roundings each. Also `w4a16_linear`, for every kind of weight, with activations in their own float type.
+
+Shapes: M rows (tokens), N output features, K input features; tile BN x BM; blocks of 128 columns.
+"""
+
+# pyright: reportOptionalMemberAccess=false, reportArgumentType=false, reportIndexIssue=false
+# pyright: reportOperatorIssue=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float
+from torch import Tensor
+
+from . import tune
+from .asm import INTERPRET
+from .checks import fail
+from .gemm import group_step, load_activations, tile_of
+from .weight import Weight, kind_of
+
+
+@triton.jit
+def _zero_of(zw_ptr, rn, group, groups):
+    return tl.load(zw_ptr + rn * groups + tl.minimum(group, groups - 1))[:, None]
+
+
+@triton.jit
+def _columns(w_ptr, rn, block, stride_w, K, HALF: tl.constexpr, J0: tl.constexpr, J: tl.constexpr,
+             BITS: tl.constexpr, EVEN: tl.constexpr):  # fmt: skip
+    """Codes, int8 [rows, J], of columns J0 .. J0+J of one half of a block."""
+    rj = J0 + tl.arange(0, J)
+    base = w_ptr + rn[:, None].to(tl.int64) * stride_w
+    if BITS == 4:
+        w = tl.load(base + (block * 64 + rj)[None, :])
+        if HALF == 0:
+            w = w << 4
+        return w >> 4
+    k = block * 128 + HALF * 64 + rj
+    if EVEN:
+        return tl.load(base + k[None, :])
+    return tl.load(base + k[None, :], mask=(k < K)[None, :], other=0)
+
+
+@triton.jit
+def _dot_block(part, a_ptr, w_ptr, zw_ptr, rn, rm, block, group, groups, K, stride_w, HALF: tl.constexpr,
+               J0: tl.constexpr, J: tl.constexpr, BITS: tl.constexpr, HAS_ZW: tl.constexpr, EVEN: tl.constexpr):  # fmt: skip
+    w = _columns(w_ptr, rn, block, stride_w, K, HALF, J0, J, BITS, EVEN)
+    if HAS_ZW:
+        w = w - _zero_of(zw_ptr, rn, group, groups)
+    a = load_activations(a_ptr, rm, block * 128 + HALF * 64 + J0 + tl.arange(0, J), K, EVEN)
+    return tl.dot(w, a, part, out_dtype=tl.int32)
+
+
+@triton.jit
+def _scaled(acc, part, sw_ptr, rn, group, groups):
+    scale = tl.load(sw_ptr + rn * groups + tl.minimum(group, groups - 1))
+    return acc + part.to(tl.float32) * scale[:, None]
+
+
+@triton.jit
+def group_kernel(
+    a_ptr, w_ptr, out_ptr, sa_ptr, za_ptr, sw_ptr, zw_ptr, colsum_ptr, bias_ptr, M, N, K, stride_w, groups,
+    BITS: tl.constexpr, GROUP_SIZE: tl.constexpr, HAS_ZA: tl.constexpr, HAS_ZW: tl.constexpr, HAS_BIAS: tl.constexpr,
+    EVEN: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    tile_n, tile_m = tile_of(tl.program_id(0), N, M, BN, BM, 8)
+    rn, rm = tile_n * BN + tl.arange(0, BN), tile_m * BM + tl.arange(0, BM)
+    in_n, in_m = tl.minimum(rn, N - 1), tl.minimum(rm, M - 1)
+    acc = tl.zeros([BN, BM], tl.float32)
+    if GROUP_SIZE % 128 == 0:
+        for group in range(0, groups):
+            part = tl.zeros([BN, BM], tl.int32)
+            for inner in tl.static_range(GROUP_SIZE // 128):
+                block = group * (GROUP_SIZE // 128) + inner
+                for half in tl.static_range(2):
+                    part = _dot_block(part, a_ptr, w_ptr, zw_ptr, in_n, in_m, block, group, groups, K, stride_w,
+                                      half, 0, 64, BITS, HAS_ZW, EVEN)  # fmt: skip
+            acc = _scaled(acc, part, sw_ptr, in_n, group, groups)
+    else:
+        # 32 or 64: several groups in a block, taken in ascending order of their columns.
+        for block in range(0, tl.cdiv(K, 128)):
+            for half in tl.static_range(2):
+                for piece in tl.static_range(64 // GROUP_SIZE):
+                    group = block * (128 // GROUP_SIZE) + half * (64 // GROUP_SIZE) + piece
+                    part = tl.zeros([BN, BM], tl.int32)
+                    part = _dot_block(part, a_ptr, w_ptr, zw_ptr, in_n, in_m, block, group, groups, K, stride_w,
+                                      half, piece * GROUP_SIZE, GROUP_SIZE, BITS, HAS_ZW, EVEN)  # fmt: skip
+                    acc = _scaled(acc, part, sw_ptr, in_n, group, groups)
+    mask_n, mask_m = rn < N, rm < M
+    if HAS_ZA:
+        za = tl.load(za_ptr + rm, mask=mask_m, other=0).to(tl.float32)
+        acc -= za[None, :] * tl.load(colsum_ptr + rn, mask=mask_n, other=0.0)[:, None]
+    y = acc * tl.load(sa_ptr + rm, mask=mask_m, other=0.0)[None, :]
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + rn, mask=mask_n, other=0.0).to(tl.float32)[:, None]
+    at = rm[:, None].to(tl.int64) * N + rn[None, :]
+    tl.store(out_ptr + at, tl.trans(y).to(out_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
+
+
+def group_linear(
+    q: Tensor, scale: Tensor, zero: Tensor | None, weight: Weight, bias: Tensor | None, out: Tensor, config: tune.Config
+) -> Tensor:
+    """Kind "group" of `gemm.linear`, into `out`."""
+    m, k = q.shape
+    n, groups = weight.scale.shape
+    size = k // groups
+    if size % 128 and size not in (32, 64):
+        raise fail("group size", "32, 64 or a multiple of 128 on this device", size)
+    bm = min(config.bm, 64)  # the fp32 sums take as many registers again
+    group_kernel[(triton.cdiv(n, config.bn) * triton.cdiv(m, bm),)](
+        q, weight.qweight.view(torch.int8), out, scale, zero if zero is not None else weight.colsum, weight.scale,
+        weight.zero if weight.zero is not None else weight.qweight, weight.colsum,
+        bias if bias is not None else weight.scale, m, n, k, weight.qweight.shape[1], groups,
+        BITS=4 if weight.qweight.dtype == torch.uint8 else 8, GROUP_SIZE=size, HAS_ZA=zero is not None,
+        HAS_ZW=weight.zero is not None, HAS_BIAS=bias is not None, EVEN=k % 128 == 0, BN=config.bn, BM=bm,
+        num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=False,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _half(x_ptr, w, rm, k, K, group, groups, rn, sw_ptr, zw_ptr, mul_ptr, acc,
+          GROUPED: tl.constexpr, AFFINE: tl.constexpr, HAS_ZW: tl.constexpr, EVEN: tl.constexpr, FP32: tl.constexpr):  # fmt: skip
+    """acc + W X^T over the columns k of one group; w holds codes."""
+    at = rn * groups + tl.minimum(group, groups - 1)
+    value = w.to(tl.int32)
+    if HAS_ZW:
+        value = value - tl.load(zw_ptr + at).to(tl.int32)[:, None]
+    if AFFINE:
+        value = value * tl.load(mul_ptr + at).to(tl.int32)[:, None]
+    x = load_activations(x_ptr, rm, k, K, EVEN)
+    # These integers are at most 8 bits wide, which every float type holds exactly.
+    if FP32:
+        part = tl.dot(value.to(tl.float32), x.to(tl.float32), input_precision="ieee")
+    else:
+        part = tl.dot(value.to(x.dtype), x)
+    if GROUPED:
+        part = part * tl.load(sw_ptr + at)[:, None]
+    return acc + part
+
+
+@triton.jit
+def a16_kernel(
+    x_ptr, w_ptr, out_ptr, sw_ptr, zw_ptr, mul_ptr, bias_ptr, M, N, K, stride_w, groups, group_size,
+    BITS: tl.constexpr, GROUPED: tl.constexpr, AFFINE: tl.constexpr, HAS_ZW: tl.constexpr, HAS_BIAS: tl.constexpr,
+    EVEN: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, J: tl.constexpr, FP32: tl.constexpr,
+):  # fmt: skip
+    """y = X W^T with integer weights in X's type, scaled in fp32."""
+    tile_n, tile_m = tile_of(tl.program_id(0), N, M, BN, BM, 8)
+    rn, rm = tile_n * BN + tl.arange(0, BN), tile_m * BM + tl.arange(0, BM)
+    in_n, in_m = tl.minimum(rn, N - 1), tl.minimum(rm, M - 1)
+    acc = tl.zeros([BN, BM], tl.float32)
+    for block in range(0, tl.cdiv(K, 128)):
+        for half in tl.static_range(2):
+            for piece in tl.static_range(64 // J):
+                k = block * 128 + half * 64 + piece * J
+                w = _columns(w_ptr, in_n, block, stride_w, K, half, piece * J, J, BITS, EVEN)
+                acc = _half(x_ptr, w, in_m, k + tl.arange(0, J), K, k // group_size, groups, in_n, sw_ptr, zw_ptr,
+                            mul_ptr, acc, GROUPED, AFFINE, HAS_ZW, EVEN, FP32)  # fmt: skip
+    mask_n, mask_m = rn < N, rm < M
+    if not GROUPED:
+        acc = acc * tl.load(sw_ptr + rn, mask=mask_n, other=0.0)[:, None]
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + rn, mask=mask_n, other=0.0).to(tl.float32)[:, None]
+    at = rm[:, None].to(tl.int64) * N + rn[None, :]
+    tl.store(out_ptr + at, tl.trans(acc).to(out_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
+
+
+def w4a16_linear(
+    x: Float[Tensor, "m k"], weight: Weight, bias: Float[Tensor, " n"] | None, out_dtype: torch.dtype
+) -> Tensor:
+    """As `reference.w4a16_linear`, with fp32 sums."""
+    m, k = x.shape
+    n = weight.qweight.shape[0]
+    out = torch.empty(m, n, dtype=out_dtype, device=x.device)
+    kind = kind_of(weight.scale, weight.mul)
+    groups = 1 if kind == "channel" else (weight.mul if weight.mul is not None else weight.scale).shape[1]
+    bm = 16 if m <= 16 else 32 if m <= 32 else 64
+    if m:
+        a16_kernel[(triton.cdiv(n, 64) * triton.cdiv(m, bm),)](
+            x, weight.qweight.view(torch.int8), out, weight.scale,
+            weight.zero if weight.zero is not None else weight.qweight,
+            weight.mul if weight.mul is not None else weight.qweight, bias if bias is not None else weight.scale,
+            m, n, k, weight.qweight.shape[1], groups, k // groups,
+            BITS=4 if weight.qweight.dtype == torch.uint8 else 8, GROUPED=kind == "group",
+            AFFINE=weight.mul is not None, HAS_ZW=weight.zero is not None, HAS_BIAS=bias is not None,
+            EVEN=k % 128 == 0, BN=64, BM=bm, J=64 if kind == "channel" else group_step(k // groups, 64),
+            FP32=INTERPRET or x.dtype == torch.float32, num_warps=4, num_stages=3,
+        )  # fmt: skip
+    return out

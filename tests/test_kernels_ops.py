@@ -1,0 +1,151 @@
+"""The registered ops: opcheck, torch.compile, refusals, and how light the import is."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from affinequant_kernels import Weight, linear, ops, prepare_weight, reference, row_quant
+
+K = 256
+
+
+def sample(kind: str = "channel", bits: int = 4, with_zero: bool = False, n: int = 24) -> Weight:
+    generator = torch.Generator().manual_seed(4)
+    low, high = -(1 << (bits - 1)), 1 << (bits - 1)
+    codes = torch.randint(low, high, (n, K), dtype=torch.int8, generator=generator)
+    scale = torch.rand(n, 4 if kind == "group" else 1, generator=generator) * 0.01 + 1e-3
+    zero = torch.randint(-8, 8, (n, 1 if kind == "channel" else 4), dtype=torch.int8, generator=generator)
+    mul = torch.randint(1, 9, (n, 4), dtype=torch.uint8, generator=generator) if kind == "integer" else None
+    return prepare_weight(codes, scale, zero if with_zero else None, bits=bits, mul=mul)
+
+
+WEIGHTS = [("channel", 4, False), ("channel", 4, True), ("integer", 4, True), ("group", 4, True), ("channel", 8, False)]
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_opcheck_row_quant(symmetric: bool) -> None:
+    torch.library.opcheck(torch.ops.affq.row_quant, (torch.randn(5, K), 4, symmetric, 0.9))
+
+
+@pytest.mark.parametrize("kind, bits, with_zero", WEIGHTS)
+def test_opcheck_linear(kind: str, bits: int, with_zero: bool) -> None:
+    weight = sample(kind, bits, with_zero)
+    rows = row_quant(torch.randn(5, K), symmetric=False)
+    torch.library.opcheck(torch.ops.affq.w4a4_linear, (*rows[:3], None, *weight, torch.randn(24), torch.bfloat16))
+    torch.library.opcheck(torch.ops.affq.w4a4_linear_dyn, (torch.randn(2, 5, K), *weight, None, 8, False, 0.9, None))
+
+
+class Layer(torch.nn.Module):
+    def __init__(self, weight: Weight) -> None:
+        super().__init__()
+        for name, value in weight._asdict().items():
+            self.register_buffer(name, value)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = Weight(self.qweight, self.scale, self.zero, self.mul, self.colsum)
+        y = linear(x * 2, weight, act_symmetric=False, bias=torch.ones(24))
+        rows = row_quant(y.flatten(0, -2), bits=8)
+        return y + rows.scale.view(*y.shape[:-1], 1)
+
+
+@pytest.mark.parametrize("kind, bits, with_zero", WEIGHTS)
+def test_compile_without_a_break_at_any_size(kind: str, bits: int, with_zero: bool) -> None:
+    torch.compiler.reset()  # or each kind counts as one more recompilation of the same code
+    layer = Layer(sample(kind, bits, with_zero))
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True)
+    for m in (3, 1, 17):
+        x = torch.randn(2, m, K)
+        assert torch.equal(compiled(x), layer(x))
+
+
+@pytest.mark.parametrize("kind, bits, with_zero", WEIGHTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ops_equal_reference(kind: str, bits: int, with_zero: bool, dtype: torch.dtype) -> None:
+    weight = sample(kind, bits, with_zero)
+    x = torch.randn(2, 3, K, dtype=dtype)
+    for symmetric in (True, False):
+        wanted = reference.linear_dyn(x.view(6, K), weight, act_bits=8, act_symmetric=symmetric, clip=0.9)
+        got = linear(x, weight, act_bits=8, act_symmetric=symmetric, clip=0.9)
+        assert got.dtype == dtype and torch.equal(got, wanted.view(2, 3, 24))
+        rows = row_quant(x.view(6, K), bits=8, symmetric=symmetric, clip=0.9)
+        parts = torch.ops.affq.w4a4_linear(*rows, *weight, None, dtype)
+        assert torch.equal(parts, wanted)
+
+
+def test_empty_batch() -> None:
+    assert linear(torch.empty(0, K), sample()).shape == (0, 24)
+    assert linear(torch.empty(2, 0, K), sample("group")).shape == (2, 0, 24)
+
+
+def test_transposed_input_is_taken() -> None:
+    x = torch.randn(K, 6).t()
+    assert torch.equal(linear(x, sample()), linear(x.contiguous(), sample()))
+
+
+def refused(message: str, **changes: object) -> None:
+    weight = sample("group", with_zero=True)
+    call: dict[str, object] = {"x": torch.randn(2, K), **weight._asdict(), "bias": None, "bits": 4, "symmetric": True}
+    call |= {"clip": 1.0, "out_dtype": None} | changes
+    with pytest.raises(ValueError, match=message):
+        torch.ops.affq.w4a4_linear_dyn(*call.values())
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"x": torch.randn(2, K + 128)}, r"qweight: expected shape \[any, 192\], got \[24, 128\]"),
+        ({"x": torch.randn(2, K).double()}, "x: expected torch.float32 or .*, got torch.float64"),
+        ({"x": torch.randn(K, 2).t()}, "x: expected a contiguous tensor"),
+        ({"x": torch.tensor(1.0)}, "x: expected shape"),
+        ({"qweight": torch.zeros(24, 128)}, "qweight: expected torch.uint8 or torch.int8"),
+        ({"scale": torch.ones(24, 3)}, "w_scale: expected a number of groups that divides 256 columns, got 3"),
+        ({"scale": torch.ones(23, 4)}, r"w_scale: expected shape \[24, any\], got \[23, 4\]"),
+        ({"scale": torch.ones(24, 4, dtype=torch.float16)}, "w_scale: expected torch.float32"),
+        ({"zero": torch.zeros(24, dtype=torch.int8)}, r"w_zero: expected shape \[24, 4\]"),
+        ({"zero": torch.zeros(24, 4)}, "w_zero: expected torch.int8"),
+        ({"mul": torch.ones(24, 4, dtype=torch.uint8)}, "w_mul: expected None"),
+        ({"colsum": torch.zeros(24, dtype=torch.int32)}, "w_colsum: expected torch.float32"),
+        ({"bias": torch.zeros(23)}, r"bias: expected shape \[24\]"),
+        ({"bits": 2}, "bits: expected 4 or 8"),
+        ({"clip": 2.0}, "clip: expected"),
+        ({"out_dtype": torch.int32}, "out_dtype: expected"),
+        ({"out_dtype": torch.int8}, "out_dtype: expected"),
+    ],
+)
+def test_linear_dyn_refuses(changes: dict[str, object], message: str) -> None:
+    refused(message, **changes)
+
+
+def test_linear_refuses_rows_that_do_not_fit() -> None:
+    weight = sample()
+    q, scale = torch.zeros(3, K, dtype=torch.int8), torch.ones(3)
+    for bad, message in (
+        ((q.float(), scale, None), "q: expected torch.int8"),
+        ((q, torch.ones(2), None), r"scale: expected shape \[3\]"),
+        ((q, scale, torch.zeros(3, dtype=torch.int8)), "zero: expected torch.int32"),
+        ((q[:, ::2], scale, None), "q: expected a contiguous tensor"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            torch.ops.affq.w4a4_linear(*bad, None, *weight, None, torch.float32)
+
+
+def test_import_is_light_and_needs_no_triton() -> None:
+    script = (
+        "import sys; sys.modules['triton'] = None; import affinequant_kernels; assert 'torch' not in sys.modules;"
+        "import torch; from affinequant_kernels import ops; assert torch.ops.affq.row_quant(torch.ones(1, 8))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_public_names_resolve() -> None:
+    import affinequant_kernels
+
+    for name in affinequant_kernels.__all__:
+        assert getattr(affinequant_kernels, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        affinequant_kernels.nonsense  # noqa: B018
+    assert ops.linear is affinequant_kernels.linear

@@ -1,0 +1,60 @@
+"""The whole table site x structure, with its costs, against a golden text."""
+
+from affinequant.models import LLAMA, Dims, resolve_sites
+from affinequant.sites import STRUCTURES, Site, place
+
+LLAMA_2_7B = Dims(
+    layers=32, hidden=4096, mlp=11008, heads=32, kv_heads=32, head_dim=128, vocab=32000, tied=False
+)
+LLAMA_3_8B = Dims(
+    layers=32, hidden=4096, mlp=14336, heads=32, kv_heads=8, head_dim=128, vocab=128256, tied=False
+)
+
+# Online: floating-point operations per token of one block, multiply and add counted apart.
+GOLDEN = """
+site      diagonal  rope-pair  per-head  kronecker         block            dense            hadamard         orthogonal
+residual  refused   refused    refused   refused           refused          refused          folded           folded
+attn_in   folded    refused    refused   online 1,048,576  online 524,288   online 33554432  online 1,048,576 online 33554432
+qk        refused   folded     refused   refused           refused          refused          online 2,097,152 refused
+vo        folded    refused    folded    online 1,310,720  refused          refused          folded           folded
+mlp_in    folded    refused    refused   online 1,048,576  online 524,288   online 33554432  online 1,048,576 online 33554432
+mlp_mid   folded    refused    refused   online 4,711,424  online 1,893,376 refused          online 4,711,424 refused
+"""
+
+
+def sites_of(dims: Dims) -> dict[str, Site]:
+    return {site.name: site for site in resolve_sites(LLAMA, dims)}
+
+
+def cells(text: str) -> list[list[str]]:
+    """Rows of the table; thousands separators and spacing are for the reader."""
+    joined = text.replace("online ", "online:").replace(",", "")
+    return [line.split() for line in joined.strip().splitlines()]
+
+
+def test_the_table_for_llama_2_7b() -> None:
+    rows = [["site", *STRUCTURES]]
+    for name, site in sites_of(LLAMA_2_7B).items():
+        placements = [place(site, structure) for structure in STRUCTURES]
+        rows.append([name, *(f"online:{p.flops}" if p.how == "online" else p.how for p in placements)])
+    assert rows == cells(GOLDEN)
+
+
+def test_grouped_queries_are_counted_where_they_are_the_ones_transformed() -> None:
+    """With 8 KV heads for 32 query heads: q (4096 wide) and k (1024) after RoPE; o's input is 4096 wide."""
+    sites = sites_of(LLAMA_3_8B)
+    assert place(sites["qk"], "hadamard").flops == 2 * (4096 + 1024) * 128
+    assert place(sites["vo"], "kronecker").flops == 2 * 4096 * (32 + 128)
+
+
+def test_only_what_is_online_costs_anything_and_every_answer_has_a_reason() -> None:
+    for site in sites_of(LLAMA_2_7B).values():
+        for structure in STRUCTURES:
+            placement = place(site, structure)
+            assert (placement.flops > 0) == (placement.how == "online")
+            assert placement.reason
+
+
+def test_every_site_has_something_that_folds() -> None:
+    for site in sites_of(LLAMA_2_7B).values():
+        assert any(place(site, structure).how == "folded" for structure in STRUCTURES), site.name

@@ -1,0 +1,75 @@
+"""Sites with their sizes, and the algebra of costs."""
+
+import dataclasses
+
+import pytest
+
+from affinequant.models import FAMILIES, LLAMA, Dims, resolve_sites
+from affinequant.sites import STRUCTURES, Edge, Placement, Site, place
+
+GQA = Dims(layers=2, hidden=64, mlp=128, heads=4, kv_heads=2, head_dim=24, vocab=320, tied=False)
+
+
+def site(kind: str, width: int, heads: int = 1) -> Site:
+    edge = (Edge(module="m", side="columns"),)
+    return Site(name="s", kind=kind, width=width, heads=heads, sources=edge, sinks=edge)  # pyright: ignore[reportArgumentType]
+
+
+def test_sizes_of_a_grouped_llama() -> None:
+    sites = {s.name: s for s in resolve_sites(LLAMA, GQA)}
+    assert {name: (s.width, s.heads, s.head_width) for name, s in sites.items()} == {
+        "residual": (64, 1, 64),
+        "attn_in": (64, 1, 64),
+        "qk": (48, 2, 24),
+        "vo": (48, 2, 24),
+        "mlp_in": (64, 1, 64),
+        "mlp_mid": (128, 1, 128),
+    }
+    assert sites["qk"].sources[0].copies == 2 and sites["qk"].sinks[0].copies == 1
+    assert sites["vo"].sources[0].copies == 1 and sites["vo"].sinks[0].copies == 2
+    scopes = {edge.module: edge.scope for edge in (*sites["residual"].sources, *sites["residual"].sinks)}
+    assert scopes.pop("model.embed_tokens") == "model" and scopes.pop("lm_head") == "model"
+    assert set(scopes.values()) == {"block"}
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=str)
+def test_every_edge_names_a_module_that_the_family_has(family) -> None:
+    linears = {linear.name: linear for linear in family.linears}
+    norms = {norm for norm, _ in family.fused_norms()}
+    for spec in family.sites:
+        for module, side in (*spec.sources, *spec.sinks):
+            if side == "gain":
+                assert module in norms
+            else:
+                assert module in linears or module in (family.embedding, family.head)
+        assert set(spec.grouped) <= {module for module, _ in (*spec.sources, *spec.sinks)}
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=str)
+def test_every_linear_reads_exactly_one_quantised_input(family) -> None:
+    members = [name for _, group in family.input_groups() for name in group]
+    assert sorted(members) == sorted(linear.name for linear in family.linears)
+
+
+def test_inputs_come_in_the_order_of_the_forward_pass() -> None:
+    assert [name for name, _ in LLAMA.input_groups()] == ["attn_in", "vo", "mlp_in", "mlp_mid"]
+
+
+def test_costs_follow_the_factors() -> None:
+    assert place(site("norm", 60), "dense").flops == 2 * 60 * 60
+    assert place(site("norm", 60), "kronecker").flops == 2 * 60 * (6 + 10)
+    assert place(site("norm", 60), "block").flops == 2 * 60 * 6
+    assert place(site("norm", 61), "kronecker").flops == 2 * 61 * (1 + 61)  # a prime has no better factors
+
+
+def test_placements_are_values() -> None:
+    first = place(site("norm", 64), "diagonal")
+    assert first == place(site("norm", 64), "diagonal")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        first.flops = 1  # pyright: ignore[reportAttributeAccessIssue]
+    assert Placement(how="folded", reason="r").flops == 0
+
+
+def test_nothing_non_orthogonal_enters_the_residual_stream() -> None:
+    allowed = {s for s in STRUCTURES if place(site("residual", 64), s).how != "refused"}
+    assert allowed == {"hadamard", "orthogonal"}

@@ -1,0 +1,182 @@
+"""Tiny Llamas and a tokenizer, built in code; and their weights rounded to nearest, for tests of what comes after."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from affinequant.formats import Contents
+from affinequant.scheme import Scheme
+
+LINEARS = (
+    *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
+    *("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+)
+VOCAB = 320
+
+
+def tiny_llama(
+    folder: Path,
+    *,
+    layers: int = 2,
+    hidden: int = 64,
+    heads: int = 4,
+    kv_heads: int = 2,
+    tied: bool = False,
+    shards: int = 1,
+    seed: int = 0,
+    bias: bool = False,
+    mlp: int = 128,
+) -> Path:
+    """Write a Llama of random weights with its tokenizer; norm gains are far from one, so that folding shows."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        architectures=["LlamaForCausalLM"],
+        vocab_size=VOCAB,
+        hidden_size=hidden,
+        intermediate_size=mlp,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=512,
+        tie_word_embeddings=tied,
+        attention_bias=bias,
+        mlp_bias=bias,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
+    generator = torch.Generator().manual_seed(seed)
+    model = LlamaForCausalLM(config).bfloat16()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            scale = 0.3 if name.endswith("bias") else parameter.shape[-1] ** -0.5
+            value = 1 + 0.3 * noise if "norm" in name else noise * (0.5 if "embed" in name else scale)
+            parameter.copy_(value)
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    _tokenizer().save_pretrained(folder)
+    state = {name: tensor for name, tensor in model.state_dict().items() if not (tied and name == "lm_head.weight")}
+    _save(state, Path(folder), shards)
+    return Path(folder)
+
+
+def rounded(folder: Path, scheme: str, *, clip: float = 1.0) -> Contents:
+    """The folder's weights rounded to nearest, as a finished run would hand them to a format."""
+    parsed = Scheme.parse(scheme)
+    config = json.loads((folder / "config.json").read_text())
+    state = {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+    layers = config["num_hidden_layers"]
+    linears = tuple(f"model.layers.{layer}.{name}" for layer in range(layers) for name in LINEARS)
+
+    def stages() -> Iterator[dict[str, Tensor]]:
+        yield {name: tensor for name, tensor in state.items() if ".layers." not in name}
+        for layer in range(layers):
+            prefix = f"model.layers.{layer}."
+            stage = {name: tensor for name, tensor in state.items() if name.startswith(prefix)}
+            for name in linears:
+                if name.startswith(prefix):
+                    stage |= _round(name, stage.pop(f"{name}.weight"), parsed, clip)
+            yield stage
+
+    return Contents(
+        config=config,
+        source=folder,
+        scheme=parsed,
+        dtype="bfloat16",
+        tied=config["tie_word_embeddings"],
+        linears=linears,
+        stages=stages,
+        extra={"tier": "merged", "placements": {}},
+    )
+
+
+def dense_model(contents: Contents) -> Any:
+    """The reference for what a checkpoint computes without activation quantisation: float32, exact products."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(contents.source)
+    config.tie_word_embeddings = contents.tied
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    state: dict[str, Tensor] = {}
+    for stage in contents.stages():
+        for name, tensor in stage.items():
+            module, _, part = name.rpartition(".")
+            if part == "codes":
+                scale, zero = stage[f"{module}.scale"], stage.get(f"{module}.zero")
+                zero = torch.zeros_like(scale) if zero is None else zero.float()
+                width = tensor.shape[1] // scale.shape[1]
+                shifted = tensor.float() - zero.repeat_interleave(width, 1)
+                state[f"{module}.weight"] = shifted * scale.repeat_interleave(width, 1)
+            elif part not in ("scale", "zero", "input_clip"):
+                state[name] = tensor.float()
+    if contents.tied:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    model.load_state_dict(state)
+    return model.eval()
+
+
+def _round(name: str, weight: Tensor, scheme: Scheme, clip: float) -> dict[str, Tensor]:
+    grid = scheme.weight
+    value = weight.float().unflatten(1, (grid.groups(weight.shape[1]), -1))
+    if grid.symmetric:
+        scale = value.abs().amax(-1, keepdim=True) / grid.code_max
+        low = torch.zeros_like(scale)
+    else:
+        low = value.amin(-1, keepdim=True).clamp(max=0)
+        scale = (value.amax(-1, keepdim=True).clamp(min=0) - low) / (2**grid.bits - 1)
+    scale = scale.to(torch.bfloat16).float()
+    zero = (
+        torch.zeros_like(scale)
+        if grid.symmetric
+        else ((-low / scale).round() + grid.code_min).clamp(grid.code_min, grid.code_max)
+    )
+    codes = ((value / scale).round() + zero).clamp(grid.code_min, grid.code_max)
+    tensors = {f"{name}.codes": codes.flatten(1).to(torch.int8), f"{name}.scale": scale[..., 0]}
+    if not grid.symmetric:
+        tensors[f"{name}.zero"] = zero[..., 0].to(torch.int8)
+    if scheme.activation:
+        tensors[f"{name}.input_clip"] = torch.tensor(clip)
+    return tensors
+
+
+def _tokenizer() -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    pairs = ["Ġt", "he", "in", "er", "on", "Ġa", "re", "at", "en", "or"]
+    words = ["<s>", "</s>", *alphabet, *pairs]
+    merges = [(pair[0], pair[1]) for pair in pairs]
+    tokenizer = Tokenizer(models.BPE(vocab={word: place for place, word in enumerate(words)}, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="</s>",
+        model_max_length=512,
+        chat_template="{% for message in messages %}{{ message['content'] }}{% endfor %}",
+    )
+
+
+def _save(state: dict[str, Tensor], folder: Path, shards: int) -> None:
+    if shards == 1:
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+        return
+    names = list(state)
+    table = {}
+    for part in range(shards):
+        file = f"model-{part + 1:05}-of-{shards:05}.safetensors"
+        chosen = names[part::shards]  # a block's tensors lie in several shards
+        save_file({name: state[name] for name in chosen}, folder / file, metadata={"format": "pt"})
+        table |= dict.fromkeys(chosen, file)
+    index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in state.values())}, "weight_map": table}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
