@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from affinequant.checkpoint import Source, check_tensors, locate, open_source
+from affinequant.costs import expected_minutes, graph_bytes
 from affinequant.errors import PREFLIGHT, AffineQuantError, unknown_name
 from affinequant.formats import find_format
 from affinequant.models import Dims, Family, resolve, resolve_sites
@@ -21,9 +22,6 @@ from affinequant.sites import Placement, Site, place
 from affinequant.text import check_source
 from affinequant.transforms import TRANSFORMS, structures_of
 
-GPU_FLOPS = 1.2e14
-CPU_FLOPS_PER_CORE = 3.5e10
-"""Rates behind the minutes of a plan: bfloat16 on a data-centre GPU, float32 on one core with AVX-512."""
 PROCESS_BYTES = 700 * 2**20
 """What Python, torch and transformers take before any model is there."""
 
@@ -198,7 +196,7 @@ def _with_costs(
     device = _device(recipe)
     width = 2 if (device == "cuda" and recipe.dtype != "float32") or recipe.dtype == "bfloat16" else 4
     stream = recipe.samples * recipe.seq_len * dims.hidden * width
-    work = per_block * 44 + _graph_bytes(recipe, dims, width)
+    work = per_block * 44 + graph_bytes(recipe, dims, width)
     around = max(8 * table * 3, work) if device == "cpu" else 8 * table * 3
     cpu = PROCESS_BYTES + around + 4 * stream
     budget, offload = parse_bytes(recipe.cpu_memory, flag="--cpu-memory"), recipe.offload
@@ -224,29 +222,11 @@ def _with_costs(
         gpu_bytes=work + 2**30 if device == "cuda" else 0,
         disk_bytes=output + stored + 4 * stream + (4 * stream if offload == "disk" else 0),
         offload=offload,
-        minutes=_minutes(recipe, dims, per_block, device),
+        minutes=expected_minutes(recipe, dims, per_block, device),
         notes=_notes(recipe, dims, untied),
     )
     _check_budgets(made)
     return made
-
-
-def _graph_bytes(recipe: Recipe, dims: Dims, width: int) -> int:
-    """Activations that one step keeps for its backward pass, or one batch of a forward pass."""
-    tokens = recipe.batch_size * recipe.seq_len
-    kept = 14 if recipe.epochs else 4
-    return tokens * (kept * dims.hidden + kept * dims.mlp) * max(width, 4) // 2 + tokens * recipe.seq_len * 4
-
-
-def _minutes(recipe: Recipe, dims: Dims, per_block: int, device: str) -> float:
-    tokens = recipe.samples * recipe.seq_len
-    forward = 2 * tokens * (per_block + recipe.seq_len * dims.query)
-    passes = 3.0 + (3.5 * recipe.epochs) + (2.5 if recipe.rounding == "gptq" else 0)
-    gram = 2 * tokens * (3 * dims.hidden**2 + dims.mlp**2) if recipe.rounding == "gptq" else 0
-    search = 2 * 40 * per_block * dims.hidden if "search" in recipe.weight_clip else 0
-    steps = recipe.epochs * math.ceil(recipe.samples / recipe.batch_size) * per_block * 120
-    rate = GPU_FLOPS if device == "cuda" else CPU_FLOPS_PER_CORE * (os.cpu_count() or 1)
-    return dims.layers * (passes * forward + gram + search + steps) / rate / 60
 
 
 def _notes(recipe: Recipe, dims: Dims, untied: int) -> tuple[str, ...]:

@@ -42,13 +42,19 @@ class Silent:
         """Nothing."""
 
 
+LEGEND = (
+    "per block: loss before -> after learning; SQNR of its output against full precision (higher is better); "
+    "largest condition number; time; peak memory"
+)
+
+
 class Console:
     """A line per block and, on a terminal, a bar with the time that is left. Everything goes to stderr."""
 
     def __init__(self, stream: IO[str] | None = None, *, verbose: bool = False) -> None:
         from rich.console import Console as Rich
 
-        self.rich = Rich(file=stream or sys.stderr, highlight=False, soft_wrap=True)
+        self.rich = Rich(file=stream or sys.stderr, highlight=False, emoji=False, soft_wrap=True)
         self.bar: Any = None
         self.task: Any = None
         self.total, self.fresh, self.began = 0, 0, 0.0
@@ -63,6 +69,8 @@ class Console:
         self.total, self.fresh, self.began = total, 0, time.monotonic()
         if done:
             self.say(f"resuming: {done} of {total} blocks are on disk")
+        if done < total:
+            self.say(LEGEND)
         if self.rich.is_terminal:
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
             from rich.progress import Progress as Bar

@@ -257,7 +257,7 @@ PRESETS: dict[str, Preset] = {
             "weight_clip": "learn+search",
             "activation_clip": "learn+search",
         },
-        demo={"samples": 32, "seq_len": 256, "epochs": 6},
+        demo={"samples": 32, "seq_len": 512, "epochs": 3, "batch_size": 2},
     ),
 }
 """What `affinequant list presets` shows. A preset decides nothing that a flag cannot override."""

@@ -38,6 +38,7 @@ def open_workspace(made: Plan, *, overwrite: bool, resume: bool) -> Iterator[Wor
     """
     out = made.recipe.output_folder()
     check_output(out, made.source.folder, overwrite=overwrite, resume=resume)
+    there_before = out.exists()
     try:
         (out / RUN_FOLDER).mkdir(parents=True, exist_ok=True)
         handle = (out / RUN_FOLDER / "lock").open("a")
@@ -46,13 +47,28 @@ def open_workspace(made: Plan, *, overwrite: bool, resume: bool) -> Iterator[Wor
     with handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(handle.fileno()).st_nlink == 0:  # the other process gave up just now and took its lock along
+                raise OSError
         except OSError:
             raise AffineQuantError(
                 "another process is working in this folder", str(out), "wait for it, or use another -o"
             ) from None
         if overwrite:
             _empty(out)
-        yield Workspace(out=out, finished=(out / "report.json").exists() and Run.exists(out / RUN_FOLDER))
+        try:
+            yield Workspace(out=out, finished=(out / "report.json").exists() and Run.exists(out / RUN_FOLDER))
+        finally:
+            if not Run.exists(out / RUN_FOLDER):
+                _leave(out, there_before)
+
+
+def _leave(out: Path, there_before: bool) -> None:
+    """Take away the lock and the folders around it, where no run has begun."""
+    (out / RUN_FOLDER / "lock").unlink()
+    for folder in (out / RUN_FOLDER, *([] if there_before else [out])):
+        if any(folder.iterdir()):
+            return
+        folder.rmdir()
 
 
 def _empty(out: Path) -> None:

@@ -111,7 +111,9 @@ def randomised(name: str, site: Site, seed: int) -> Any:
 
 
 @torch.no_grad()
-def each_block(case: Tiny, act: Callable[[Tensors, int], Tensors], outer: Callable[[Tensors], Tensors] = dict) -> Tensors:
+def each_block(
+    case: Tiny, act: Callable[[Tensors, int], Tensors], outer: Callable[[Tensors], Tensors] = dict
+) -> Tensors:
     """The model's weights with `act` applied to every block and `outer` to the rest."""
     blocks = [f"{case.family.blocks}.{index}." for index in range(case.layers)]
     result = outer({name: tensor for name, tensor in case.state.items() if not name.startswith(tuple(blocks))})
@@ -235,7 +237,9 @@ def test_a_dense_matrix_does_not_fold_into_a_norm() -> None:
     case = tiny("llama", "mha")
 
     class Dense:
-        matrix = torch.randn(64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(2)) / 8 + torch.eye(64)
+        matrix = torch.randn(64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(2)) / 8 + torch.eye(
+            64
+        )
 
         def on_activations(self, x: Tensor, copies: int = 1) -> Tensor:
             return x @ self.matrix

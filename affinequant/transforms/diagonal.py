@@ -28,9 +28,9 @@ class Diagonal(nn.Module):
         return False
 
     def condition(self) -> float:
-        """Largest factor over smallest."""
+        """Largest factor over smallest, within a head."""
         spread = self.log_scale.detach()
-        return float((spread.max() - spread.min()).exp())
+        return float((spread.amax(1) - spread.amin(1)).max().exp())
 
     def _repeated(self, copies: int) -> Tensor:
         return self.log_scale.repeat_interleave(copies, 0).reshape(-1)

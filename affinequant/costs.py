@@ -1,0 +1,30 @@
+"""Arithmetic behind a plan: how much memory a step keeps, and how long a run may take."""
+
+import math
+import os
+
+from affinequant.models import Dims
+from affinequant.recipe import Recipe
+
+GPU_FLOPS = 1.2e14
+CPU_FLOPS_PER_CORE = 3.5e10
+"""Rates behind the minutes of a plan: bfloat16 on a data-centre GPU, float32 on one core with AVX-512."""
+
+
+def graph_bytes(recipe: Recipe, dims: Dims, width: int) -> int:
+    """Activations that one step keeps for its backward pass, or one batch of a forward pass."""
+    tokens = recipe.batch_size * recipe.seq_len
+    kept = 14 if recipe.epochs else 4
+    return tokens * (kept * dims.hidden + kept * dims.mlp) * max(width, 4) // 2 + tokens * recipe.seq_len * 4
+
+
+def expected_minutes(recipe: Recipe, dims: Dims, per_block: int, device: str) -> float:
+    """Minutes for the blocks, from the floating-point operations of each pass over them."""
+    tokens = recipe.samples * recipe.seq_len
+    forward = 2 * tokens * (per_block + recipe.seq_len * dims.query)
+    passes = 3.0 + (3.5 * recipe.epochs) + (2.5 if recipe.rounding == "gptq" else 0)
+    gram = 2 * tokens * (3 * dims.hidden**2 + dims.mlp**2) if recipe.rounding == "gptq" else 0
+    search = 2 * 40 * per_block * dims.hidden if "search" in recipe.weight_clip else 0
+    steps = recipe.epochs * math.ceil(recipe.samples / recipe.batch_size) * per_block * 120
+    rate = GPU_FLOPS if device == "cuda" else CPU_FLOPS_PER_CORE * (os.cpu_count() or 1)
+    return dims.layers * (passes * forward + gram + search + steps) / rate / 60

@@ -1,0 +1,157 @@
+"""What a run commits: what lies outside the blocks, then one block after the other."""
+
+import math
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from affinequant.block import BlockJob, BlockObjective, build_transforms, folded_exactly, starts
+from affinequant.data import Tokens
+from affinequant.errors import QUALITY, AffineQuantError
+from affinequant.finish import peak_bytes, stage_name, store_dtype
+from affinequant.fit import FitConfig, FitReport, fit
+from affinequant.fold import Tensors, rotate_block, rotate_outer
+from affinequant.plan import Plan
+from affinequant.progress import Progress
+from affinequant.recipe import Recipe
+from affinequant.rounding import Rounded, quantized_input, round_block
+from affinequant.run import Run
+from affinequant.stream import Decoder
+from affinequant.transforms import Transform
+from affinequant.transforms.banded import Banded
+from affinequant.transforms.chain import Chain
+
+
+def block_stage(
+    made: Plan, run: Run, job: BlockJob, rotation: Transform | None, full: Tensor, quantized: Tensor, listen: Progress
+) -> tuple[Tensor, Tensor]:
+    """Load, fit, fold, round, commit; returns both streams after the block."""
+    began = time.perf_counter()
+    exact = _load_block(made, job, rotation)
+    values = {name: tensor.float() for name, tensor in exact.items()}
+    target = job.run_all(values, full)
+    start = starts(job, values, full) if _wants_start(made.recipe) else {}
+    objective = BlockObjective(job, values, build_transforms(job, start))
+    fitted = fit(objective, _batches(job, values, full, quantized, target), _fit_config(made.recipe))
+    rounded, after = _round_and_run(job, objective, exact, quantized)
+    events = _fit_events(fitted)
+    if fitted.steps and not bool(after.isfinite().all()):
+        events.append("what was learned gave non-finite outputs: the closed-form start was taken instead")
+        objective = BlockObjective(job, values, build_transforms(job, start))
+        rounded, after = _round_and_run(job, objective, exact, quantized)
+    if not bool(after.isfinite().all()):
+        raise AffineQuantError(
+            f"block {job.index} gives non-finite outputs even unlearned",
+            stage_name(job.index),
+            "try --dtype float32, or another calibration text",
+            exit_code=QUALITY,
+        )
+    report = _block_report(objective, fitted, rounded, after, target, events)
+    report["seconds"] = time.perf_counter() - began
+    prefix = f"{made.family.blocks}.{job.index}."
+    run.commit(
+        stage_name(job.index),
+        tensors={prefix + name: tensor for name, tensor in rounded.stored.items()},
+        carry={"full": target, "quantized": after},
+        report=report,
+    )
+    listen.block(job.index, report)
+    return target, after
+
+
+def _round_and_run(
+    job: BlockJob, objective: BlockObjective, exact: Tensors, quantized: Tensor
+) -> tuple[Rounded, Tensor]:
+    """Fold what the objective holds into the exact tensors, round, and pass the quantised stream through."""
+    rounded = round_block(job, folded_exactly(objective, exact), quantized, objective)
+    return rounded, job.run_all(rounded.tensors, quantized, quantized_input(job, rounded.clips))
+
+
+def _load_block(made: Plan, job: BlockJob, rotation: Transform | None) -> Tensors:
+    """The block's tensors in fp64, named within it, the residual stream rotated where the recipe asks for it."""
+    prefix = f"{made.family.blocks}.{job.index}."
+    read = made.source.read(made.source.names_under(prefix[:-1]))
+    tensors = {name[len(prefix) :]: tensor.to(job.decoder.device).double() for name, tensor in read.items()}
+    if rotation is not None:
+        tensors = rotate_block(tensors, made.family, made.sites["residual"], rotation)
+    return tensors
+
+
+def outer_stage(made: Plan, run: Run, tokens: Tokens, decoder: Decoder, rotation: Transform | None) -> None:
+    """Embedding, final norm and head: rotated, never quantised. Carries the embedded calibration tokens."""
+    names = [name for name in made.source.entries if not name.startswith(made.family.blocks + ".")]
+    tensors = made.source.read(names)
+    if made.dims.tied:
+        tensors.pop(f"{made.family.head}.weight", None)
+    if rotation is not None:
+        double = {name: tensor.double() for name, tensor in tensors.items()}
+        tensors = rotate_outer(double, made.family, made.sites["residual"], rotation)
+    store = store_dtype(made)
+    stored = {name: tensor.to(store) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+    del tensors
+    embedding = f"{made.family.embedding}.weight"
+    hidden, _ = decoder.embed(
+        tokens.ids.to(decoder.device), {embedding: stored[embedding].to(decoder.device, decoder.dtype)}
+    )
+    run.commit("outer", tensors=stored, carry={"full": hidden}, report={})
+
+
+def _wants_start(recipe: Recipe) -> bool:
+    return any(site != "residual" and not name.startswith("hadamard") for site, name in recipe.transforms.items())
+
+
+def _fit_config(recipe: Recipe) -> FitConfig:
+    return FitConfig(
+        epochs=recipe.epochs,
+        steps_per_epoch=math.ceil(recipe.samples / recipe.batch_size),
+        schedule=recipe.schedule,
+    )
+
+
+def _batches(job: BlockJob, values: Tensors, full: Tensor, quantized: Tensor, target: Tensor):
+    """epoch -> (inputs, target[, auxiliary target]) in an order that the seed, the block and the epoch decide."""
+    recipe = job.recipe
+    inputs = quantized if recipe.propagate == "quantized" else full
+    auxiliary = [job.run_all(values, inputs)] if recipe.aux_loss and recipe.epochs else []
+
+    def batches(epoch: int) -> Iterator[tuple[Tensor, ...]]:
+        generator = torch.Generator().manual_seed(job.seed("order") + 7919 * epoch)
+        for chosen in torch.randperm(len(inputs), generator=generator).split(recipe.batch_size):
+            yield tuple(part[chosen] for part in (inputs, target, *auxiliary))
+
+    return batches
+
+
+def _block_report(
+    objective: BlockObjective, fitted: FitReport, rounded: Rounded, after: Tensor, target: Tensor, events: list[str]
+) -> dict[str, Any]:
+    noise = (after.float() - target.float()).square().sum((-2, -1))
+    power = target.float().square().sum((-2, -1))
+    conditions = {name: float(module.condition()) for name, module in objective.transforms.items()}
+    dominance = {
+        name: module.dominance() for name, module in objective.transforms.items() if isinstance(module, Banded | Chain)
+    }
+    return {
+        "loss_first": fitted.first if fitted.steps else None,
+        "loss_last": fitted.last if fitted.steps else None,
+        "steps": fitted.steps,
+        "non_finite": fitted.non_finite,
+        "stopped": fitted.stopped,
+        "sqnr": float(10 * torch.log10(power.sum() / noise.sum().clamp_min(1e-30))),
+        "condition": max(conditions.values(), default=1.0),
+        "conditions": conditions,
+        "dominance": dominance,
+        "linears": dict(rounded.linears),
+        "events": [*events, *rounded.events],
+        "peak_bytes": peak_bytes(objective.job.decoder.device),
+    }
+
+
+def _fit_events(fitted: FitReport) -> list[str]:
+    if not fitted.non_finite:
+        return []
+    outcome = "gave up, last finite state kept" if fitted.stopped == "non-finite" else "went on at a lower rate"
+    return [f"{fitted.non_finite} non-finite losses: {outcome}"]

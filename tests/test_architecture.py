@@ -1,0 +1,93 @@
+"""The house: which room may ask which, how large a file may be, what a file may be called."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = {
+    "affinequant_kernels": ROOT / "kernels/affinequant_kernels",
+    "affinequant": ROOT / "affinequant",
+    "affinequant_evals": ROOT / "evals/affinequant_evals",
+    "affinequant_research": ROOT / "research/affinequant_research",
+}
+ORDER = list(PACKAGES)
+# Inside affinequant, from used to user. Rooms on one line do not ask each other except where the line says so.
+LAYERS = [
+    {"errors", "progress"},
+    {"scheme", "sites", "linalg", "wheels"},
+    {"recipe", "quantizer", "transforms", "models", "demo"},
+    {"fold", "checkpoint", "text", "gptq", "fit", "run"},
+    {"formats", "data", "stream"},
+    {"block", "costs", "plan", "runtime"},
+    {"rounding", "workspace"},
+    {"finish"},
+    {"stages"},
+    {"pipeline"},
+    {"report", "serve"},
+    {"cli"},
+    {"__main__"},
+]
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+SAME_LEVEL = {("plan", "costs"), ("text", "demo"), ("checkpoint", "demo")}
+FILES = [path for folder in PACKAGES.values() for path in sorted(folder.rglob("*.py"))]
+BANNED = {"utils", "helpers", "common", "misc", "manager"}
+
+
+def imports(path: Path) -> list[tuple[str, bool]]:
+    """(dotted name, at module level) of every import of a file."""
+    tree = ast.parse(path.read_text())
+    top = set(map(id, tree.body))
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, id(node) in top) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            found.append((node.module, id(node) in top))
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_packages_depend_one_way(path: Path) -> None:
+    package = next(name for name, folder in PACKAGES.items() if path.is_relative_to(folder))
+    for name, top in imports(path):
+        other = name.split(".")[0]
+        if other not in ORDER or ORDER.index(other) <= ORDER.index(package):
+            continue
+        lazy_cli = other == "affinequant_evals" and path.is_relative_to(ROOT / "affinequant/cli") and not top
+        typing_only = other == "affinequant_evals" and path.is_relative_to(ROOT / "affinequant/cli")
+        assert lazy_cli or typing_only, f"{path} imports {name}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "affinequant").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_rooms_ask_downwards(path: Path) -> None:
+    room = path.relative_to(ROOT / "affinequant").parts[0].removesuffix(".py")
+    if room == "__init__":
+        return
+    assert room in LEVEL, f"{room} has no place in LAYERS"
+    for name, top in imports(path):
+        parts = name.split(".")
+        if parts[0] == "affinequant_kernels":
+            assert room in ("runtime", "serve"), f"{room} may not use the kernels"
+        if parts[0] != "affinequant" or len(parts) == 1 or parts[1] == room or not top:
+            continue
+        other = parts[1]
+        assert other in LEVEL, f"{other} has no place in LAYERS"
+        assert LEVEL[other] < LEVEL[room] or (room, other) in SAME_LEVEL, f"{room} asks {other}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_are_small_and_well_named(path: Path) -> None:
+    most = 400 if path.is_relative_to(PACKAGES["affinequant_kernels"]) else 300
+    assert len(path.read_text().splitlines()) <= most
+    assert path.stem not in BANNED and not path.stem.startswith("base_")
+
+
+def test_the_top_level_is_the_house() -> None:
+    shown = {path.name for path in ROOT.iterdir() if not path.name.startswith(".") and path.name != "__pycache__"}
+    allowed = {"pyproject.toml", "README.md", "LICENSE", "affinequant", "kernels", "evals", "research", "tests"}
+    assert shown - {"build", "dist"} <= allowed
+    for name in ("kernels", "evals", "research"):
+        assert not (ROOT / name / "__init__.py").exists()
+        assert (ROOT / name / "README.md").exists()

@@ -1,0 +1,103 @@
+"""Killed at any point and started again: the same bytes. Real processes, killed by the kernel."""
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import affinequant
+from affinequant.recipe import Recipe, resolve
+
+TEXT = " ".join(f"{i} green bottles hang on wall {i * 7 % 13}, and {i % 5} fall down" for i in range(1500))
+
+
+@pytest.fixture(scope="module")
+def recipe(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Recipe]:
+    text = tmp_path_factory.mktemp("text") / "text.txt"
+    text.write_text(TEXT)
+
+    def make(out: Path, preset: str, seed: int = 0) -> Recipe:
+        more = {"epochs": 2} if preset in ("default", "paper") else {}
+        fields = {"preset": preset, "data": str(text), "samples": 4, "seq_len": 32, "seed": seed, "out": str(out)}
+        return resolve({"model": str(tiny(tied=True))} | fields | more)
+
+    return make
+
+
+def final_files(folder: Path) -> dict[str, bytes]:
+    """Every byte of the result but the report, which holds times, and the run's own folder."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes().replace(str(folder).encode(), b"OUT")
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and ".run" not in path.parts and path.name != "report.json"
+    }
+
+
+def killed_at(recipe: Recipe, rename: int, after: bool) -> bool:
+    """Run in a child that kills itself before (or after) its n-th rename; False when it had no n-th one."""
+    child = os.fork()
+    if child == 0:
+        torch.set_num_threads(1)
+        count, real = 0, os.rename
+
+        def rename_or_die(source: str, target: str) -> None:
+            nonlocal count
+            count += 1
+            if count == rename and not after:
+                os.kill(os.getpid(), signal.SIGKILL)
+            real(source, target)
+            if count == rename:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        os.rename = os.replace = rename_or_die
+        try:
+            affinequant.quantize(recipe)
+        finally:
+            os._exit(0 if (Path(recipe.out) / "report.json").exists() else 1)
+    _, status = os.waitpid(child, 0)
+    if os.WIFSIGNALED(status):
+        return True
+    assert os.WEXITSTATUS(status) == 0
+    return False
+
+
+def run_in_child(recipe: Recipe) -> None:
+    """To the end, in a process of its own, with as many threads as those that are killed."""
+    assert not killed_at(recipe, -1, False)
+
+
+@pytest.mark.parametrize("preset", ["fast", "default"])
+def test_killed_at_every_commit_point(preset: str, recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    whole = tmp_path / "whole"
+    run_in_child(recipe(whole, preset))
+    expected = final_files(whole)
+    assert "model.safetensors" in expected
+    kills = 0
+    for after in (False, True):
+        for number in range(1, 40):
+            out = tmp_path / f"{after}-{number}"
+            if not killed_at(recipe(out, preset), number, after):
+                break
+            kills += 1
+            run_in_child(recipe(out, preset))
+            assert final_files(out) == expected, f"killed {'after' if after else 'before'} rename {number}"
+    assert kills >= 2 * 6  # fingerprint, outer, two blocks, weights, config, report: before and after each
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_does_not(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        run_in_child(recipe(tmp_path / name, "default", seed))
+    a, b, c = (final_files(tmp_path / name)["model.safetensors"] for name in "abc")
+    assert a == b
+    assert a != c
+
+
+def test_where_activations_wait_does_not_change_the_bytes(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    run_in_child(recipe(tmp_path / "memory", "default"))
+    run_in_child(replace(recipe(tmp_path / "disk", "default"), offload="disk"))
+    assert final_files(tmp_path / "memory")["model.safetensors"] == final_files(tmp_path / "disk")["model.safetensors"]

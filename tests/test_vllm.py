@@ -1,0 +1,178 @@
+"""Stock vLLM on a CPU loads what is written and computes it: offline on tiny models, and on the real demo checkpoint."""
+
+import gc
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("default")]
+
+PROMPTS = ["The capital of France is", "Two plus two equals", "The opposite of hot is"]
+WINDOW, WINDOWS = 1024, 10
+
+
+@contextmanager
+def engine(folder: Path, length: int) -> Iterator[Any]:
+    """A vLLM engine in this process, gone afterwards."""
+    from vllm import LLM
+
+    llm = LLM(
+        model=str(folder),
+        dtype="bfloat16",
+        max_model_len=length,
+        enforce_eager=True,
+        max_logprobs=1,
+        gpu_memory_utilization=0.3,
+        disable_log_stats=True,
+    )
+    try:
+        yield llm
+    finally:
+        del llm
+        gc.collect()
+
+
+def vllm_losses(folder: Path, windows: list[list[int]]) -> list[float]:
+    """Negative log-likelihood of every token but the first, by prompt logprobs."""
+    from vllm import SamplingParams
+
+    losses = []
+    with engine(folder, len(windows[0]) + 8) as llm:
+        prompts = [{"prompt_token_ids": window} for window in windows]
+        parameters = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
+        for window, result in zip(windows, llm.generate(prompts, parameters, use_tqdm=False), strict=True):
+            for token, entry in zip(window[1:], result.prompt_logprobs[1:], strict=True):
+                losses.append(-entry[token].logprob)
+    return losses
+
+
+def reference_losses(model: Any, windows: list[list[int]]) -> list[float]:
+    """The same in transformers."""
+    losses: list[float] = []
+    with torch.no_grad():
+        for window in windows:
+            ids = torch.tensor([window])
+            logits = model(ids).logits[0, :-1].float()
+            losses += torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none").tolist()
+    return losses
+
+
+def weight_only(folder: Path, dtype: torch.dtype) -> Any:
+    """The checkpoint as stock transformers reads it: 4-bit weights, 16- or 32-bit activations."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    model(torch.tensor([[1, 2, 3]]))  # compressed-tensors unpacks at the first forward of the whole model
+    return model.eval()
+
+
+@pytest.mark.parametrize("scheme", ["w4a4", "w4a16-g32", "w4a16-sym", "w8a8"])
+def test_a_tiny_checkpoint_loads_and_agrees(scheme: str, tiny: Callable[..., Path], tmp_path: Path) -> None:
+    import affinequant
+
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"{i} red foxes and {i % 7} hens" for i in range(2000)))
+    out = tmp_path / "out"
+    # Heads of 32: the smallest that vLLM's attention on a CPU takes.
+    source = tiny(hidden=128, heads=4, kv_heads=2, mlp=256)
+    clip = {"activation_clip": "none"} if scheme == "w8a8" else {}
+    affinequant.quantize(source, scheme=scheme, preset="fast", data=text, samples=4, seq_len=32, out=out, **clip)
+    window = [torch.randint(3, 300, (48,), generator=torch.Generator().manual_seed(0)).tolist()]
+    ours, theirs = reference_losses(weight_only(out, torch.float32), window), vllm_losses(out, window)
+    difference = torch.tensor(ours) - torch.tensor(theirs)
+    spread = torch.tensor(ours).std()
+    assert float(difference.abs().mean()) < 0.05 * float(spread), (ours[:5], theirs[:5])
+
+
+@pytest.mark.slow
+def test_the_real_checkpoint_agrees_in_perplexity(smollm2_w4a4: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from transformers import AutoTokenizer
+
+    from affinequant.data import encode, evaluation_text
+
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_w4a4)
+    ids = encode(tokenizer, evaluation_text("demo")[1])
+    windows = [ids[index * WINDOW : (index + 1) * WINDOW] for index in range(WINDOWS)]
+    served = vllm_losses(smollm2_w4a4, windows)
+    assert len(served) >= 10_000
+    perplexity = {"vllm": math.exp(sum(served) / len(served))}
+    for dtype in (torch.float32, torch.bfloat16):
+        losses = reference_losses(weight_only(smollm2_w4a4, dtype), windows)
+        perplexity[str(dtype)] = math.exp(sum(losses) / len(losses))
+    with capsys.disabled():
+        print(f"\n  perplexity over {len(served)} tokens: {perplexity}")
+    assert perplexity["vllm"] == pytest.approx(perplexity["torch.float32"], rel=0.01)
+
+
+@pytest.mark.slow
+def test_the_server_answers_as_the_reference_does(smollm2_w4a4: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_w4a4)
+    model = weight_only(smollm2_w4a4, torch.float32)
+    expected = []
+    for prompt in PROMPTS:
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        done = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False, pad_token_id=0
+        )
+        expected.append(tokenizer.decode(done[0, ids.shape[1] :]))
+    with server(smollm2_w4a4, tmp_path / "server.log") as port:
+        answers = [complete(port, prompt, 5) for prompt in PROMPTS]
+    assert answers == expected
+    assert "Paris" in answers[0]
+
+
+@contextmanager
+def server(folder: Path, log: Path, port: int = 8199) -> Iterator[int]:
+    """`vllm serve` in a process group of its own, killed afterwards; waits three minutes at most for it."""
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(folder)]
+    command += ["--served-model-name", "m", "--dtype", "bfloat16", "--max-model-len", "256", "--enforce-eager"]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
+    with log.open("w") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 180
+        while not alive(port):
+            assert process.poll() is None, log.read_text()[-3000:]
+            assert time.monotonic() < deadline, log.read_text()[-3000:]
+            time.sleep(1)
+        yield port
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def opener() -> urllib.request.OpenerDirector:
+    """Without the proxies of the environment."""
+    return urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+def alive(port: int) -> bool:
+    """Whether the server says that it is well."""
+    try:
+        with opener().open(f"http://127.0.0.1:{port}/health", timeout=2) as answer:
+            return answer.status == 200
+    except OSError:
+        return False
+
+
+def complete(port: int, prompt: str, tokens: int) -> str:
+    """Greedy text from /v1/completions."""
+    body = json.dumps({"model": "m", "prompt": prompt, "max_tokens": tokens, "temperature": 0}).encode()
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/completions", body, headers)
+    with opener().open(request, timeout=60) as answer:
+        return json.load(answer)["choices"][0]["text"]
