@@ -88,9 +88,10 @@ class _OnGrid(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, scale: Tensor, inverse: Tensor, zero: Tensor, low: int, high: int) -> Tensor:
         steps = x * inverse
-        codes = steps.round().add_(zero)
-        inside = (codes >= low) & (codes <= high)
-        codes.clamp_(low, high).sub_(zero)
+        wide = steps.round().add_(zero)
+        codes = wide.clamp(low, high)
+        inside = codes == wide
+        codes.sub_(zero)
         ctx.save_for_backward(codes, steps, inside, scale)
         return codes * scale
 
@@ -98,10 +99,10 @@ class _OnGrid(torch.autograd.Function):
     def backward(ctx, *grads: Tensor):
         codes, steps, inside, scale = ctx.saved_tensors
         grad = grads[0]
-        passed = grad * inside
+        passed = torch.where(inside, grad, grad.new_zeros(()))
         to_scale = to_zero = None
         if ctx.needs_input_grad[1]:
-            to_scale = ((grad * codes) - passed * steps).sum(-1, keepdim=True)
+            to_scale = (grad * codes).sub_(passed * steps).sum(-1, keepdim=True)
         if ctx.needs_input_grad[3]:
             to_zero = -scale * (grad - passed).sum(-1, keepdim=True)
         return (passed if ctx.needs_input_grad[0] else None), to_scale, None, to_zero, None, None

@@ -167,7 +167,9 @@ def resolve(values: Mapping[str, Any], *, where: str = "quantize()") -> Recipe:
     if values["model"] == "demo":
         merged |= {"data": "demo", **PRESETS[preset].demo}
     merged |= values
-    chosen = dict(PRESETS[preset].settings.get("transforms", {})) | dict(values.get("transforms", {}))
+    given = values.get("transforms", {})
+    _check_type("transforms", given, dict[str, str])
+    chosen = dict(PRESETS[preset].settings.get("transforms", {})) | dict(given)
     merged["transforms"] = {site: name for site, name in chosen.items() if name != "none"}
     scheme = Scheme.parse(str(merged.get("scheme", "w4a4")))
     # Stock engines quantise the activations of W8A8 themselves, over the full range.

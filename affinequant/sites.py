@@ -118,12 +118,16 @@ def _cost(site: Site, structure: Structure) -> int:
     if structure == "block":
         return 2 * n * (per_head if site.heads > 1 else _near_square(n)[0])
     if structure == "hadamard" and site.kind == "rope":
-        return 2 * n * per_head * (site.sources[0].copies + 1)  # every query head and its KV head
+        return 2 * n * per_head * (_copies(site.sources) + 1)  # every query head and its KV head
     if site.kind == "heads":
-        heads = site.heads * site.sinks[0].copies  # acts on what the output projection reads
+        heads = site.heads * _copies(site.sinks)  # acts on what the output projection reads
         return 2 * heads * per_head * (heads + per_head)
     left, right = _near_square(n)
     return 2 * n * (left + right)
+
+
+def _copies(edges: tuple[Edge, ...]) -> int:
+    return max((edge.copies for edge in edges), default=1)
 
 
 def _near_square(n: int) -> tuple[int, int]:

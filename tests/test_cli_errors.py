@@ -1,220 +1,333 @@
-"""Bad input through the command line: exit code, three parts, what the message names, and nothing begun."""
+"""Bad input: each with its exit code, three parts that help, and nothing begun."""
 
 import json
 import shutil
-import struct
+import types
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from affinequant.cli import main
+from affinequant.recipe import resolve
 
-Make = Callable[..., Path]
-Quantize = Callable[..., tuple[int, str]]
+Refuse = Callable[..., str]
+Tiny = Callable[..., Path]
 
 
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
     path = tmp_path / "text.txt"
-    path.write_text(" ".join(f"{i} blue birds on wire {i % 9}" for i in range(1500)))
+    path.write_text("The quick brown fox jumps over the lazy dog, again and again. " * 100)
     return path
 
 
 @pytest.fixture
-def quantize(tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> Quantize:
-    """quantize(model, *flags) -> (exit code, stderr); no block may have been worked on."""
+def refuse(tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> Refuse:
+    """refuse(code, words, *argv): quantising ends so, says those words, and leaves the output as it was."""
 
-    def call(model: object, *flags: str, out: Path | None = None) -> tuple[int, str]:
-        out = out or tmp_path / "out"
-        words = ["quantize", str(model), "--preset", "fast", "--samples", "4", "--seq-len", "32", "-o", str(out)]
-        if "--data" not in flags:
-            words += ["--data", str(text)]
-        code = main([*words, *flags])
-        shown = capsys.readouterr()
-        assert code != 0
-        assert not list(out.glob(".run/stages/block*")) if out.is_dir() else True
-        assert "where:" in shown.err and "fix:" in shown.err, shown.err
-        assert "Traceback" not in shown.err
-        return code, shown.err
+    def check(code: int, words: list[str], *argv: Any, out: Path = tmp_path / "out", data: Any = text) -> str:
+        before = contents(out)
+        options = ["--data", data, "--samples", 4, "--seq-len", 32, "--preset", "fast", "-o", out]
+        assert main([str(word) for word in ["quantize", *argv, *options]]) == code
+        captured = capsys.readouterr()
+        error = captured.err[captured.err.index("affinequant: ") :]
+        what, where, fix = error.rstrip().split("\n")
+        assert where.startswith("  where: ") and fix.startswith("  fix:   ")
+        assert all(part.split(": ", 1)[1].strip() for part in (what, where, fix))
+        for word in words:
+            assert word in error, error
+        assert "Traceback" not in captured.err and captured.out == ""
+        assert contents(out) == before
+        return error
 
-    return call
-
-
-def edit_config(folder: Path, **changes: object) -> Path:
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-    return folder
+    return check
 
 
-def test_no_such_folder(quantize: Quantize) -> None:
-    code, shown = quantize("./nowhere/at/all")
-    assert code == 2 and "no such folder" in shown
+def contents(out: Path) -> Any:
+    return sorted(out.rglob("*")) if out.is_dir() and "proc" not in out.parts else out.exists()
 
 
-def test_not_a_model_folder(quantize: Quantize, tmp_path: Path) -> None:
+# The model.
+
+
+def test_no_such_folder(refuse: Refuse, tmp_path: Path) -> None:
+    refuse(2, ["no such folder", "missing", "hub id"], tmp_path / "missing")
+    refuse(2, ["no such folder"], "missing")
+
+
+def test_a_file_in_place_of_a_folder(refuse: Refuse, text: Path) -> None:
+    refuse(2, ["is a file", "config.json"], text)
+
+
+def test_a_hub_id_without_a_hub(refuse: Refuse) -> None:
+    refuse(3, ["nobody/nothing-here", "HF_HUB_OFFLINE", "local folder"], "nobody/nothing-here")
+
+
+def test_not_a_model_folder(refuse: Refuse, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    code, shown = quantize(tmp_path / "empty")
-    assert code == 2 and "config.json" in shown
+    refuse(2, ["not a model folder", "config.json"], tmp_path / "empty")
 
 
-def test_a_hub_that_cannot_be_reached(quantize: Quantize) -> None:
-    code, shown = quantize("nobody/no-such-model")
-    assert code == 3 and "HF_HUB_OFFLINE" in shown
-
-
-def test_an_unsupported_architecture_is_named_with_the_supported_ones(quantize: Quantize, tiny_copy: Make) -> None:
-    code, shown = quantize(edit_config(tiny_copy(), architectures=["MambaForCausalLM"], model_type="mamba"))
-    assert code == 3 and "MambaForCausalLM" in shown and "LlamaForCausalLM" in shown
-
-
-def test_a_truncated_shard(quantize: Quantize, tiny_copy: Make) -> None:
+@pytest.mark.parametrize("content", ["{", "[]", "\xff"])
+def test_broken_config(refuse: Refuse, tiny_copy: Tiny, content: str) -> None:
     folder = tiny_copy()
-    path = folder / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-1000])
-    code, shown = quantize(folder)
-    assert code == 3 and "cut short" in shown and "model.safetensors" in shown
+    (folder / "config.json").write_bytes(content.encode("latin1"))
+    refuse(2, ["config.json"], folder)
 
 
-def test_a_file_that_is_no_safetensors(quantize: Quantize, tiny_copy: Make) -> None:
-    folder = tiny_copy()
-    (folder / "model.safetensors").write_bytes(struct.pack("<Q", 2) + b"[]")
-    assert quantize(folder)[0] == 3
+def test_unsupported_architecture_is_named_with_the_supported_ones(refuse: Refuse, tiny_copy: Tiny) -> None:
+    folder = change_config(tiny_copy(), architectures=["MambaForCausalLM"])
+    refuse(3, ["MambaForCausalLM", "LlamaForCausalLM", "affinequant list models"], folder)
 
 
-def test_a_missing_shard(quantize: Quantize, tiny_copy: Make) -> None:
+def test_already_quantised(refuse: Refuse, tiny_copy: Tiny) -> None:
+    folder = change_config(tiny_copy(), quantization_config={"quant_method": "gptq"})
+    refuse(3, ["quantised already", "gptq"], folder)
+
+
+# Its weights.
+
+
+def test_truncated_shard(refuse: Refuse, tiny_copy: Tiny) -> None:
     folder = tiny_copy(shards=2)
-    gone = sorted(folder.glob("model-*.safetensors"))[0]
-    gone.unlink()
-    code, shown = quantize(folder)
-    assert code == 3 and gone.name in shown
+    shard = folder / "model-00002-of-00002.safetensors"
+    whole = shard.read_bytes()
+    for left in (len(whole) - 1, 100, 4, 0):
+        shard.write_bytes(whole[:left])
+        refuse(3, [shard.name, "cut short", "download"], folder)
+
+
+@pytest.mark.parametrize("header", [b"no JSON", b"[]", b'{"a": 5}'])
+def test_a_shard_that_is_something_else(refuse: Refuse, tiny_copy: Tiny, header: bytes) -> None:
+    folder = tiny_copy()
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    refuse(3, ["not a safetensors file", "download"], folder)
+
+
+def test_missing_shard(refuse: Refuse, tiny_copy: Tiny) -> None:
+    folder = tiny_copy(shards=2)
+    (folder / "model-00001-of-00002.safetensors").unlink()
+    refuse(3, ["model-00001-of-00002.safetensors", "missing", "download"], folder)
+
+
+def test_missing_weights(refuse: Refuse, tiny_copy: Tiny) -> None:
+    folder = tiny_copy()
+    (folder / "model.safetensors").unlink()
+    refuse(3, ["no weights", "safetensors"], folder)
+
+
+def test_missing_and_misshapen_tensors(refuse: Refuse, tiny_copy: Tiny) -> None:
+    folder = tiny_copy()
+    name = "model.layers.1.mlp.up_proj.weight"
+    change_weights(folder, lambda state: state.pop(name))
+    refuse(3, [name, "missing"], folder)
+    change_weights(folder, lambda state: state.update({name: torch.zeros(8, 8, dtype=torch.bfloat16)}))
+    refuse(3, [name, "[8, 8]", "[128, 64]"], folder)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite(value: float, quantize: Quantize, tiny_copy: Make) -> None:
+def test_weights_that_are_not_finite(refuse: Refuse, tiny_copy: Tiny, value: float) -> None:
     folder = tiny_copy()
-    tensors = load_file(folder / "model.safetensors")
-    name = "model.layers.1.mlp.up_proj.weight"
-    tensors[name][3, 5] = value
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    code, shown = quantize(folder)
-    assert code == 3 and name in shown and "1 values" in shown
+    name = "model.layers.1.self_attn.o_proj.weight"
+    change_weights(folder, lambda state: state[name][3].fill_(value))
+    refuse(3, [name, "64 values", "NaN or infinite"], folder)
 
 
-def test_a_group_that_does_not_divide_names_the_nearest(quantize: Quantize, tiny: Make) -> None:
-    code, shown = quantize(tiny(), "--scheme", "w4a16-g48")
-    assert code == 3 and "w4a16-g64" in shown
+@pytest.mark.parametrize("file", ["pytorch_model.bin", "consolidated.00.pth"])
+def test_pickle_only(refuse: Refuse, tiny_copy: Tiny, tmp_path: Path, file: str) -> None:
+    folder = tiny_copy()
+    (folder / "model.safetensors").unlink()
+    # A pickle that makes a file when it is read.
+    (folder / file).write_bytes(f"cposix\nsystem\n(S'touch {tmp_path / 'sprung'}'\ntR.".encode())
+    refuse(3, [file, "pickle", "save_pretrained"], folder)
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_code_of_the_model_is_not_run(refuse: Refuse, tiny_copy: Tiny, tmp_path: Path) -> None:
+    folder = change_config(tiny_copy(), auto_map={"AutoModelForCausalLM": "modeling_own.Own", "AutoConfig": "c.C"})
+    for file in ("modeling_own.py", "c.py"):
+        (folder / file).write_text(f"open({str(tmp_path / 'sprung')!r}, 'w').close()\n")
+    refuse(3, ["code of its own", "--trust-remote-code"], folder)
+    assert not (tmp_path / "sprung").exists()
+
+
+# What is asked for.
+
+
+def test_group_that_does_not_divide_names_the_nearest(refuse: Refuse, tiny: Tiny) -> None:
+    folder = tiny(hidden=96, mlp=192)
+    refuse(3, ["groups of 64", "96", "'w4a16-g48'"], folder, "--w4a16-g64")
+    refuse(3, ["groups of 1000", "'w4a16-g96'"], folder, "--scheme", "w4a16-g1000")
 
 
 @pytest.mark.parametrize(
-    ("flags", "hint"),
+    ("options", "words"),
     [
-        (["--scheme", "w4a44"], "w4a4"),
-        (["--preset", "fats"], "fast"),
-        (["--sampels", "4"], "--samples"),
-        (["--rounding", "gpqt"], "gptq"),
-        (["--transform", "vo=hadamrd"], "hadamard"),
-        (["--transform", "v0=hadamard"], "vo"),
-        (["--tier", "merge"], "merged"),
+        (["--scheme", "w4a5"], ["unknown scheme 'w4a5'", "did you mean 'w4a"]),
+        (["--scheme", "w4a4kv4"], ["KV cache", "'w4a4'"]),
+        (["--format", "dens"], ["unknown format 'dens'", "did you mean 'dense'"]),
+        (["--tier", "merge"], ["unknown tier 'merge'", "did you mean 'merged'"]),
+        (["--rounding", "gptg"], ["unknown rounding", "did you mean 'gptq'"]),
+        (["--transform", "vo=hadamrd"], ["unknown transform 'hadamrd'", "did you mean 'hadamard'"]),
+        (["--transform", "mlp_up=diagonal"], ["unknown site 'mlp_up'", "did you mean 'mlp_"]),
+        (["--transform", "vo"], ["cannot read 'vo'", "SITE=NAME"]),
+        (["--transform", "vo=none", "--transform", "vo=hadamard"], ["two transforms for the site vo"]),
+        (["--transform", "qk=banded"], ["banded at qk is refused", "RoPE", "rope-pair"]),
+        (["--tier", "online"], ["online tier", "--tier merged"]),
+        (["--w4a4", "--w4a8"], ["--w4a8 cannot go together with --w4a4"]),
+        (["--smaples", "3"], ["unknown option --smaples", "did you mean --samples"]),
+        (["--w4a5"], ["unknown option --w4a5", "did you mean --w4a"]),
+        (["--overwrit"], ["unknown option --overwrit", "did you mean --overwrite"]),
+        (["--epochs", "many"], ["'many' is not a whole number", "--epochs"]),
+        (["--lr", "fast"], ["'fast' is not a number", "--lr"]),
+        (["--lr", "nan"], ["lr = nan", "--lr"]),
+        (["--epochs", "-1"], ["epochs = -1", "0 or more"]),
+        (["--cpu-memory", "plenty"], ["'plenty' is not a size", "22GB"]),
+        (["--trust-remote-code=no"], ["--trust-remote-code takes no value, and got 'no'"]),
+        (["--seed"], ["a value is missing", "--seed"]),
+        (["another"], ["unexpected argument 'another'"]),
+        (["--w8a8", "--activation-clip", "search"], ["w8a8", "clipping"]),
     ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+    ids=lambda value: " ".join(value) if value[0].startswith("-") else "",
 )
-def test_a_misspelt_name_gets_the_nearest(flags: list[str], hint: str, quantize: Quantize, tiny: Make) -> None:
-    code, shown = quantize(tiny(), *flags)
-    assert code == 2 and hint in shown
+def test_values_that_are_not_known(refuse: Refuse, tiny: Tiny, options: list[str], words: list[str]) -> None:
+    refuse(2, words, tiny(), *options)
 
 
-def test_an_unknown_command_gets_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["quantise", "x"]) == 2
-    assert "quantize" in capsys.readouterr().err
+def test_unknown_preset(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["quantize", str(tiny()), "--preset", "papre", "-o", str(tmp_path / "out")]) == 2
+    assert "unknown preset 'papre'" in (error := capsys.readouterr().err) and "did you mean 'paper'" in error
 
 
-def test_a_transform_that_does_not_fold_says_why(quantize: Quantize, tiny: Make) -> None:
-    code, shown = quantize(tiny(), "--transform", "qk=banded")
-    assert code == 2 and "RoPE" in shown and "rope-pair" in shown
+def test_recipe_files(refuse: Refuse, tiny: Tiny, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    refuse(2, ["cannot read", "recipe.toml", "--config"], tiny(), "--config", recipe)
+    recipe.write_text("epochs = = 3")
+    refuse(2, ["not TOML", "line 1"], tiny(), "--config", recipe)
+    recipe.write_text("epoch = 3")
+    refuse(2, ["unknown recipe field 'epoch'", "did you mean 'epochs'", "recipe.toml"], tiny(), "--config", recipe)
+    recipe.write_text("epochs = 'three'")
+    refuse(2, ["epochs = 'three'", "int"], tiny(), "--config", recipe)
 
 
-def test_too_little_text_says_how_much_there_is(quantize: Quantize, tiny: Make, tmp_path: Path) -> None:
+# The data.
+
+
+def test_too_little_text_says_how_much_there_is_and_is_needed(refuse: Refuse, tiny: Tiny, tmp_path: Path) -> None:
     short = tmp_path / "short.txt"
-    short.write_text("only a few words")
-    code, shown = quantize(tiny(), "--data", str(short))
-    assert code == 3 and "128" in shown and "short.txt" in shown
+    short.write_text("XYZ " * 12 + "XY")  # no merges of the tokenizer: a token a character
+    refuse(3, ["short.txt has 50 tokens", "128 are needed", "--samples 1 or --seq-len 12"], tiny(), data=short)
 
 
-@pytest.mark.parametrize("data", ["missing.txt", "wikitext3", "demmo"])
-def test_a_source_that_is_not_there(data: str, quantize: Quantize, tiny: Make) -> None:
-    assert quantize(tiny(), "--data", data)[0] in (2, 3)
+def test_text_that_is_not_there_or_not_text(refuse: Refuse, tiny: Tiny, tmp_path: Path) -> None:
+    refuse(2, ["no such file", "did you mean", "text.txt"], tiny(), data=tmp_path / "txet.txt")
+    refuse(2, ["unknown text source 'wikitext'", "did you mean 'wikitext2'"], tiny(), data="wikitext")
+    (tmp_path / "lines.jsonl").write_text('{"txt": "a"}\n')
+    refuse(2, ["'text'", "line 1"], tiny(), data=tmp_path / "lines.jsonl")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9 " * 1000)
+    refuse(2, ["not UTF-8", "iconv"], tiny(), data=tmp_path / "latin.txt")
+    refuse(3, ["wikitext", "switched off", "--data demo"], tiny(), data="wikitext2")
 
 
-def test_a_folder_that_holds_something_else(quantize: Quantize, tiny: Make, tmp_path: Path) -> None:
+# The output.
+
+
+def test_output_folder_not_empty(refuse: Refuse, tiny: Tiny, tmp_path: Path) -> None:
     out = tmp_path / "full"
     out.mkdir()
-    (out / "thesis.txt").write_text("three years of work")
-    code, shown = quantize(tiny(), out=out)
-    assert code == 2 and "--overwrite" in shown
-    assert (out / "thesis.txt").read_text() == "three years of work"
+    (out / "thesis.txt").write_text("years of work")
+    refuse(2, ["full is not empty", "--overwrite"], tiny(), out=out)
+    refuse(2, ["no run to resume", "--resume"], tiny(), "--resume", out=out)
+    assert (out / "thesis.txt").read_text() == "years of work"
 
 
-def test_overwrite_does_not_empty_the_model_itself(quantize: Quantize, tiny_copy: Make) -> None:
+def test_output_that_overwriting_would_ruin(refuse: Refuse, tiny_copy: Tiny) -> None:
     folder = tiny_copy()
-    assert quantize(folder, "--overwrite", out=folder)[0] == 2
-    assert (folder / "model.safetensors").exists()
+    refuse(2, ["--overwrite would empty", "the model"], folder, "--overwrite", out=folder)
+    refuse(2, ["--overwrite would empty", "the model"], folder, "--overwrite", out=folder.parent)
 
 
-def test_a_folder_that_cannot_be_written(quantize: Quantize, tiny: Make, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    assert quantize(tiny(), out=tmp_path / "file" / "out")[0] in (2, 3)
-    assert quantize(tiny(), out=Path("/proc/affinequant-out"))[0] == 3
+def test_output_that_cannot_be_written(refuse: Refuse, tiny: Tiny, text: Path) -> None:
+    refuse(2, ["is a file", "-o"], tiny(), out=text)
+    refuse(3, ["cannot be written", "-o"], tiny(), out=text / "below")  # root may write everywhere but here
+    if Path("/proc/self").exists():
+        refuse(3, ["/proc", "-o"], tiny(), out=Path("/proc/affinequant-out"))
 
 
-def test_a_disk_that_is_too_small(quantize: Quantize, tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=10, used=9, free=1000))
-    code, shown = quantize(tiny())
-    assert code == 3 and "needed" in shown and "free" in shown
+def test_disk_too_small(refuse: Refuse, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = types.SimpleNamespace(total=2**30, used=2**30, free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    refuse(3, ["disk is too small", "needed", "free", "-o"], tiny())
 
 
-def test_memory_that_is_too_small_says_what_would_fit(quantize: Quantize, tiny: Make) -> None:
-    code, shown = quantize(tiny(), "--cpu-memory", "1MB")
-    assert code == 3 and "GB" in shown
+def test_memory_too_small_says_what_would_fit(refuse: Refuse, tiny: Tiny) -> None:
+    refuse(3, ["needs 0.", "0.1 GB are allowed", "--cpu-memory", "allow 0."], tiny(), "--cpu-memory", "100MB")
 
 
-def test_another_recipe_in_the_same_folder_names_the_field(
-    quantize: Quantize, tiny: Make, tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = ["quantize", str(tiny()), "--preset", "rtn", "--seq-len", "32", "--data", str(text), "-q"]
-    assert main([*words, "-o", str(tmp_path / "done")]) == 0
-    before = (tmp_path / "done/model.safetensors").read_bytes()
-    capsys.readouterr()
-    assert main([*words, "-o", str(tmp_path / "done"), "--seed", "1", "--resume"]) == 2
-    assert "seed: 0 there, 1 now" in capsys.readouterr().err
-    assert (tmp_path / "done/model.safetensors").read_bytes() == before
+def test_run_of_another_recipe_names_the_field(refuse: Refuse, tiny: Tiny, tmp_path: Path, text: Path) -> None:
+    out = tmp_path / "begun"
+    (out / ".run" / "stages").mkdir(parents=True)
+    settings = {"data": str(text), "samples": 4, "seq_len": 32, "preset": "fast", "seed": 7}
+    there = resolve({"model": str(tiny()), "out": str(out)} | settings)
+    (out / ".run" / "fingerprint.json").write_text(json.dumps(there.fingerprint()))
+    refuse(2, ["another recipe", "seed: 7 there, 0 now", "--overwrite"], tiny(), "--resume", out=out)
+    refuse(2, ["another recipe", "scheme: 'w4a4' there, 'w4a8' now"], tiny(), "--w4a8", "--seed", "7", out=out)
 
 
-def test_resume_without_a_run(quantize: Quantize, tiny: Make) -> None:
-    code, shown = quantize(tiny(), "--resume")
-    assert code == 2 and "no run" in shown
+# The other commands.
 
 
-def test_pickle_files_are_refused_with_the_conversion(quantize: Quantize, tiny_copy: Make) -> None:
-    folder = tiny_copy()
-    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
-    (folder / "model.safetensors").unlink()
-    code, shown = quantize(folder)
-    assert code == 3 and "pickle" in shown and "save_pretrained" in shown
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["quantise", "demo"], ["unknown command 'quantise'", "did you mean 'quantize'"]),
+        (["--json-lines"], ["unknown command '--json-lines'", "the command comes first"]),
+        (["eval"], ["CKPT is missing"]),
+        (["eval", "CKPT", "--limit", "3"], ["--limit is about tasks", "--tasks"]),
+        (["eval", "CKPT", "--tasks", "piqa", "--windows", "3"], ["--windows is about text", "--text"]),
+        (["eval", "CKPT", "--tasks", ","], ["no task is named"]),
+        (["eval", "CKPT", "--bos", "maybe"], ["unknown BOS policy 'maybe'"]),
+        (["eval", "CKPT", "--suite", "quik"], ["unknown suite 'quik'", "did you mean 'quick'"]),
+        (["eval", "CKPT", "--device", "gpu"], ["unknown device 'gpu'", "--device"]),
+        (["eval", "CKPT", "--dtype", "float23"], ["unknown dtype 'float23'", "did you mean 'float32'"]),
+        (["eval", "nowhere"], ["no such folder: nowhere"]),
+        (["list", "shemes"], ["unknown topic 'shemes'", "did you mean 'schemes'"]),
+        (["plan"], ["no model was named"]),
+        (["demo", "--model", "x"], ["unknown option --model"]),
+        (["inspect", "nowhere"], ["no such folder: nowhere"]),
+        (["inspect", "CKPT"], ["not quantised", "affinequant quantize"]),
+        (["env", "extra"], ["unexpected argument 'extra'"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) and " " not in value[0] else "",
+)
+def test_other_commands(argv: list[str], words: list[str], tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tiny()) if word == "CKPT" else word for word in argv]) == 2
+    captured = capsys.readouterr()
+    assert "  where: " in captured.err and "  fix:   " in captured.err and captured.out == ""
+    for word in words:
+        assert word in captured.err, captured.err
 
 
-def test_code_of_the_models_own_is_not_run(quantize: Quantize, tiny_copy: Make, tmp_path: Path) -> None:
-    folder = edit_config(tiny_copy(), auto_map={"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"})
-    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    code, shown = quantize(folder)
-    assert code == 3 and "--trust-remote-code" in shown
-    assert not (tmp_path / "ran").exists()
+def test_inspect_refuses_what_others_made(tiny_copy: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = change_config(tiny_copy(), quantization_config={"quant_method": "awq"})
+    assert main(["inspect", str(folder)]) == 3
+    assert "something else (quant_method 'awq')" in capsys.readouterr().err
+    assert main(["inspect", str(tmp_path)]) == 2
+    assert "no config.json and holds no run" in capsys.readouterr().err
 
 
-def test_an_error_is_json_too(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["quantize", "./nowhere/x", "--json"]) == 2
-    answer = json.loads(capsys.readouterr().out)
-    assert set(answer["error"]) >= {"what", "where", "fix"}
+def change_config(folder: Path, **values: Any) -> Path:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    return folder
+
+
+def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    path = folder / "model.safetensors"
+    state = load_file(path)
+    change(state)
+    save_file(state, path, metadata={"format": "pt"})

@@ -116,7 +116,7 @@ def test_a_baseline_that_was_named(tiny: Callable[..., Path], quantized: Path, t
     [
         ({"suite": "quik"}, USAGE, "did you mean 'quick'"),
         ({"text": "nowhere.txt", "seq_len": 32}, USAGE, "check the path"),
-        ({"text": "TEXT", "bos": "maybe"}, USAGE, "auto, yes, no"),
+        ({"text": "TEXT", "seq_len": 32, "bos": "maybe"}, USAGE, "auto, yes, no"),
         ({"text": "TEXT", "seq_len": 4096}, USAGE, "--seq-len 512"),
         ({"text": "TEXT", "seq_len": 32, "windows": 10**6}, PREFLIGHT, "--windows"),
         ({"suite": "paper", "seq_len": 64}, PREFLIGHT, "without a hub"),
@@ -129,8 +129,10 @@ def test_refused_before_a_model_is_loaded(
         pytest.fail("a model was loaded")
 
     monkeypatch.setattr(affinequant, "load", load)
+    if options.get("text") == "TEXT":
+        options["text"] = text
     with pytest.raises(AffineQuantError) as caught:
-        eval_checkpoint(quantized, **(options | ({"text": text} if options.get("text") == "TEXT" else {})))
+        eval_checkpoint(quantized, **options)
     assert caught.value.exit_code == code and words in caught.value.fix
 
 

@@ -55,7 +55,7 @@ def test_what_is_not_there_is_not_shown() -> None:
 def test_verbose_names_every_linear() -> None:
     stream = io.StringIO()
     run(Console(stream, verbose=True))
-    assert stream.getvalue().splitlines()[-1].split() == "mlp.up_proj SQNR 20.0 dB input clip 0.96".split()
+    assert stream.getvalue().splitlines()[-1].split() == ["mlp.up_proj", "SQNR", "20.0", "dB", "input", "clip", "0.96"]
 
 
 def test_text_is_shown_as_it_is() -> None:

@@ -42,12 +42,14 @@ class Parser(argparse.ArgumentParser):
             AffineQuantError: always.
         """
         found = re.match(r"argument ([^:]+): (.*)", message, re.DOTALL)
-        flag, what = (found[1].split("/")[-1], found[2]) if found else ("", message)
+        names, what = (found[1].split("/"), found[2]) if found else ([self.prog], message)
+        flag = next((name for name in names if name.startswith("--")), names[0])
+        what = what.replace("ignored explicit argument", f"{flag} takes no value, and got")
         what = what.replace("expected one argument", "a value is missing")
         what = what.replace("not allowed with argument", f"{flag} cannot go together with")
         if required := re.match(r"the following arguments are required: (.*)", message):
             what = f"{required[1]} is missing"
-        raise AffineQuantError(what, flag or self.prog, f"`{self.prog} --help` shows what can be given")
+        raise AffineQuantError(what, flag, f"`{self.prog} --help` shows what can be given")
 
 
 def parse(name: str, module: ModuleType, about: str, words: Sequence[str]) -> argparse.Namespace | None:

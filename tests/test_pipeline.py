@@ -1,0 +1,119 @@
+"""From a folder to a checked checkpoint, for every preset and scheme, and what happens when a block goes wrong."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import affinequant
+from affinequant import AffineQuantError
+from affinequant.recipe import PRESETS
+
+Make = Callable[..., Path]
+
+
+@pytest.fixture
+def quantize(tiny: Make, tmp_path: Path) -> Callable[..., affinequant.Result]:
+    (tmp_path / "text.txt").write_text(" ".join(f"{i} black crows in tree {i % 17}" for i in range(2500)))
+
+    def call(model: Path | None = None, **fields: Any) -> affinequant.Result:
+        small = {"samples": 6, "seq_len": 32, "data": tmp_path / "text.txt", "out": tmp_path / "out"}
+        if PRESETS[fields.get("preset", "default")].settings.get("epochs"):
+            small["epochs"] = 2
+        return affinequant.quantize(model or tiny(tied=True), **(small | fields))
+
+    return call
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset(preset: str, quantize: Callable[..., affinequant.Result]) -> None:
+    report = quantize(preset=preset).report
+    assert report["verified"]["passed"] and abs(report["verified"]["nats"]) < 1e-3
+    assert report["events"] == [] and report["non_finite"] == 0
+    assert len(report["blocks"]) == 2 and report["calibration"]["source"] == "text.txt"
+    learned = bool(PRESETS[preset].settings.get("epochs"))
+    for block in report["blocks"]:
+        assert (block["steps"] > 0) is learned
+        assert block["condition"] < 1e4
+        assert all(value < 1 for value in block["dominance"].values())
+    assert affinequant.load(report_path(report)).config.model_type == "llama"
+
+
+def report_path(report: Any) -> Path:
+    return Path(report["plan"]["out"])
+
+
+@pytest.mark.parametrize("scheme", ["w4a16", "w4a16-g32", "w4a8", "w4a4-sym", "w4a4-g32", "w8a8", "w4a16-sym"])
+def test_every_scheme(scheme: str, quantize: Callable[..., affinequant.Result]) -> None:
+    clip = {"activation_clip": "none"} if scheme == "w8a8" else {}
+    report = quantize(preset="fast", scheme=scheme, **clip).report
+    assert report["verified"]["passed"] and report["verified"]["compared"]
+
+
+@pytest.mark.parametrize(
+    "shape", [{}, {"kv_heads": 4}, {"shards": 2}, {"bias": True}, {"hidden": 72, "heads": 3, "kv_heads": 1}]
+)
+def test_every_shape(shape: dict[str, Any], tiny: Make, quantize: Callable[..., affinequant.Result]) -> None:
+    report = quantize(tiny(**shape)).report
+    assert report["verified"]["passed"] and abs(report["verified"]["nats"]) < 1e-3
+
+
+def test_in_bfloat16(quantize: Callable[..., affinequant.Result]) -> None:
+    assert quantize(dtype="bfloat16").report["verified"]["passed"]
+
+
+def test_the_auxiliary_loss_is_a_term_of_its_own(quantize: Callable[..., affinequant.Result], tmp_path: Path) -> None:
+    plain = quantize(preset="paper").report["blocks"][1]["loss_first"]
+    more = quantize(preset="paper", aux_loss=True, out=tmp_path / "aux").report["blocks"][1]["loss_first"]
+    assert more > 1.1 * plain
+
+
+def test_a_block_that_cannot_be_learned_takes_its_closed_form_start(
+    quantize: Callable[..., affinequant.Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from affinequant.block import BlockObjective
+
+    real = BlockObjective.loss
+    monkeypatch.setattr(
+        BlockObjective,
+        "loss",
+        lambda self, batch: {"block": real(self, batch)["block"] * (torch.nan if self.job.index == 1 else 1.0)},
+    )
+    report = quantize().report
+    assert report["verified"]["passed"]
+    assert report["blocks"][1]["stopped"] == "non-finite" and report["blocks"][0]["stopped"] == "done"
+    assert any("block 1" in event and "non-finite" in event for event in report["events"])
+
+
+def test_a_file_that_reads_back_otherwise_fails_the_gate(
+    quantize: Callable[..., affinequant.Result], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from affinequant import finish
+
+    real = finish._contents
+
+    def corrupted(*args: Any) -> Any:
+        contents = real(*args)
+        stages = contents.stages
+
+        def wrong():
+            for tensors in stages():
+                yield {n: torch.zeros_like(t) if n.endswith("1.mlp.down_proj.codes") else t for n, t in tensors.items()}
+
+        object.__setattr__(contents, "stages", wrong)
+        return contents
+
+    monkeypatch.setattr(finish, "_contents", corrupted)
+    with pytest.raises(AffineQuantError) as caught:
+        quantize(preset="rtn")
+    assert caught.value.exit_code == 4
+    assert (tmp_path / "out/model.safetensors").exists() and not (tmp_path / "out/report.json").exists()
+
+
+def test_a_finished_folder_is_returned_for_its_own_recipe_only(quantize: Callable[..., affinequant.Result]) -> None:
+    first = quantize(preset="rtn")
+    assert quantize(preset="rtn").report == first.report
+    with pytest.raises(AffineQuantError, match="seed"):
+        quantize(preset="rtn", seed=1)
