@@ -2,6 +2,9 @@
 
 import os
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -101,3 +104,20 @@ def test_where_activations_wait_does_not_change_the_bytes(recipe: Callable[..., 
     run_in_child(recipe(tmp_path / "memory", "default"))
     run_in_child(replace(recipe(tmp_path / "disk", "default"), offload="disk"))
     assert final_files(tmp_path / "memory")["model.safetensors"] == final_files(tmp_path / "disk")["model.safetensors"]
+
+
+@pytest.mark.slow
+def test_the_demo_killed_once_gives_the_same_bytes(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "affinequant", "quantize", "demo", "--preset", "rtn", "-q", "-o"]
+    subprocess.run([*command, str(tmp_path / "whole")], check=True, stdout=subprocess.DEVNULL)
+    out = tmp_path / "killed"
+    process = subprocess.Popen([*command, str(out)], stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
+    while not (out / ".run/stages/block.0007").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    assert not (out / "config.json").exists()
+    subprocess.run([*command, str(out)], check=True, stdout=subprocess.DEVNULL)
+    assert final_files(out) == final_files(tmp_path / "whole")

@@ -9,6 +9,7 @@ from typing import Any
 
 import affinequant
 from affinequant.checkpoint import locate
+from affinequant.demo import demo_model
 from affinequant.errors import AffineQuantError
 from affinequant.recipe import Device, Dtype
 from affinequant.wheels import Say, quiet
@@ -49,7 +50,7 @@ def eval_checkpoint(
     Raises:
         AffineQuantError: anything of the above that is not there or not known (exit 2 or 3), before anything is run.
     """
-    folder = locate(str(checkpoint))
+    folder = _locate(str(checkpoint), say)
     wanted = measurements(
         suite=suite,
         text=text,
@@ -61,7 +62,7 @@ def eval_checkpoint(
         bos=bos,
     )
     _check_length(folder, wanted)
-    other, note = _find_baseline(folder, baseline)
+    other, note = _find_baseline(folder, baseline, say)
     tokenizer = _tokenizer(folder)
     built = build_suite(wanted, tokenizer, name=suite or "", verbose=verbose, say=say)
     card = _score(str(checkpoint), folder, tokenizer, built, device, dtype, say)
@@ -85,12 +86,17 @@ def _score(
     return replace(card, env={**card.env, **placed})
 
 
-def _find_baseline(folder: Path, baseline: str | Path | None) -> tuple[tuple[str, Path] | None, str]:
+def _locate(model: str, say: Say) -> Path:
+    """As `locate`, but a demo that has to be fetched first is said."""
+    return demo_model(say) if model == "demo" else locate(model)
+
+
+def _find_baseline(folder: Path, baseline: str | Path | None, say: Say) -> tuple[tuple[str, Path] | None, str]:
     """Name and folder of the baseline, or None and why there is none. One that was named must exist."""
     if baseline is not None:
         if str(baseline) == NO_BASELINE:
             return None, "no baseline: --baseline none"
-        return (str(baseline), locate(str(baseline))), ""
+        return (str(baseline), _locate(str(baseline), say)), ""
     report = folder / "report.json"
     try:
         model = json.loads(report.read_text()).get("model")
@@ -99,7 +105,7 @@ def _find_baseline(folder: Path, baseline: str | Path | None) -> tuple[tuple[str
     if not isinstance(model, str):
         return None, f"no baseline: {report} names no model; give --baseline MODEL to compare"
     try:
-        return (model, locate(model)), ""
+        return (model, _locate(model, say)), ""
     except AffineQuantError as problem:
         return None, f"no baseline: {problem.what}; give --baseline MODEL to compare"
 

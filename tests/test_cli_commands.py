@@ -1,0 +1,361 @@
+"""Each command for itself: what its help says, what it prints where, its JSON, and how it is taken up again."""
+
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import affinequant
+from affinequant import checkpoint
+from affinequant.cli import COMMANDS, main
+from affinequant.recipe import PRESETS, Recipe, resolve
+from affinequant.run import Run
+from affinequant.scheme import SCHEMES
+
+Tiny = Callable[..., Path]
+Capture = pytest.CaptureFixture[str]
+Patch = pytest.MonkeyPatch
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(" ".join(f"{number} green bottles hang on wall {number % 7}." for number in range(1200)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def options(text: Path) -> list[str]:
+    return ["--data", str(text), "--samples", "4", "--seq-len", "32", "--preset", "fast"]
+
+
+@pytest.fixture(scope="module")
+def made(tiny: Tiny, options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished checkpoint; tests must not change it."""
+    out = tmp_path_factory.mktemp("made") / "tiny w4a4"
+    assert main(["quantize", str(tiny()), *options, "-o", str(out), "-q"]) == 0
+    return out
+
+
+def answer(capsys: Capture, argv: list[str], code: int = 0) -> dict[str, Any]:
+    """The one JSON object on stdout."""
+    capsys.readouterr()
+    assert main([*argv, "--json"]) == code
+    value = json.loads(capsys.readouterr().out)
+    assert value["schema"] == 1
+    return value
+
+
+# Help.
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["-h"], ["help"]], ids=" ".join)
+def test_overview_names_every_command(argv: list[str], capsys: Capture) -> None:
+    assert main(argv) == 0
+    shown = capsys.readouterr()
+    for name, command in COMMANDS.items():
+        assert f"  {name}" in shown.out and command.about in shown.out
+    assert "affinequant demo " in shown.out and "130 interrupted" in shown.out and shown.err == ""
+
+
+def test_nothing_typed_gets_the_overview_on_stderr(capsys: Capture) -> None:
+    assert main([]) == 2
+    shown = capsys.readouterr()
+    assert "usage: affinequant COMMAND" in shown.err and shown.out == ""
+
+
+def test_version(capsys: Capture) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"affinequant {affinequant.__version__}\n"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_of_each_command(name: str, capsys: Capture) -> None:
+    assert main([name, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"usage: affinequant {name} ") and "--json" in shown and "-q, --quiet" in shown
+
+
+def test_help_of_quantize_has_every_field_and_explains_presets(capsys: Capture, monkeypatch: Patch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    assert main(["quantize", "--help"]) == 0
+    shown = capsys.readouterr().out
+    names = {"model": "MODEL", "transforms": "--transform SITE=NAME", "out": "-o DIR, --out DIR"}
+    for entry in fields(Recipe):
+        assert names.get(entry.name, "--" + entry.name.replace("_", "-")) in shown
+    for scheme in SCHEMES:
+        assert f"--{scheme} " in shown
+    for name, preset in PRESETS.items():
+        assert f"  {name:<12} {preset.about}" in shown
+    for title in ("what to make:", "how (", "calibration data:", "machine:", "output:", "run:", "examples:"):
+        assert f"\n{title}" in shown
+    assert "calibration sequences (default: by preset; 128)" in shown
+    assert "seed of every random choice (default: 0)" in shown
+
+
+# plan and --dry-run.
+
+
+def test_plan(tiny: Tiny, options: list[str], capsys: Capture) -> None:
+    assert main(["plan", str(tiny(tied=True)), *options, "--w4a4"]) == 0
+    shown = capsys.readouterr()
+    lines = shown.out.splitlines()
+    row = next(line for line in lines if line.startswith("residual"))
+    assert row.split()[:5] == ["residual", "hadamard", "folded", "0", "0.0"] and "orthogonal" in row
+    assert any(line.split()[:3] == ["qk", "none", "-"] for line in lines)
+    for word in ("bits per weight", "time", "memory", "disk", "note: rotating the residual stream unties"):
+        assert any(line.startswith(word) for line in lines), word
+    assert shown.err == "" and "\x1b" not in shown.out
+
+
+def test_plan_verbose_shows_every_structure(tiny: Tiny, options: list[str], capsys: Capture) -> None:
+    assert main(["plan", str(tiny()), *options, "-v"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    online = next(line for line in lines if line[:2] == ["attn_in", "kronecker"])
+    assert online[2] == "online" and float(online[3]) > 0
+    assert ["qk", "dense", "refused"] in [line[:3] for line in lines]
+
+
+def test_plan_json(tiny: Tiny, options: list[str], capsys: Capture) -> None:
+    value = answer(capsys, ["plan", str(tiny()), *options, "--w4a16-g64"])
+    assert value["scheme"] == "w4a16-g64" and value["bits_per_weight"] == pytest.approx(4.312, abs=1e-3)
+    assert {"site", "transform", "placement", "reason", "flops_per_token", "percent_of_block"} == set(value["sites"][0])
+    for name in ("minutes", "output_bytes", "source_bytes", "cpu_bytes", "disk_bytes", "notes"):
+        assert name in value
+
+
+def test_dry_run_reads_no_weights(
+    tiny: Tiny, options: list[str], tmp_path: Path, capsys: Capture, monkeypatch: Patch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(checkpoint.Source, "read", refuse)
+    argv = ["quantize", str(tiny()), *options, "--dry-run", "-o", str(tmp_path / "out")]
+    assert main(argv) == 0
+    assert "residual" in capsys.readouterr().out
+    assert answer(capsys, argv)["out"] == str(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_flags_win_over_a_recipe_file(tiny: Tiny, options: list[str], tmp_path: Path, capsys: Capture) -> None:
+    file, data = tmp_path / "recipe.toml", {"data": options[1], "samples": 7, "seq_len": 32}
+    recipe = resolve({"model": str(tiny()), "preset": "default", "transforms": {"vo": "none"}} | data)
+    file.write_text(recipe.to_toml())
+    assert Recipe.from_toml(file) == recipe
+
+    def sites(*argv: str) -> dict[str, str | None]:
+        value = answer(capsys, ["plan", "--config", str(file), *argv])
+        return {site["site"]: site["transform"] for site in value["sites"]}
+
+    assert sites()["vo"] is None and sites()["mlp_mid"] == "diagonal"
+    assert sites("--transform", "mlp_mid=none") == sites() | {"mlp_mid": None}
+    # Another preset decides what the file's preset had decided, and nothing that the file had changed.
+    fast = Recipe.from_toml(file, preset="fast")
+    assert (fast.epochs, fast.weight_clip, fast.samples) == (0, "search", 7)
+    assert fast.transforms["residual"] == "hadamard" and "mlp_mid" not in fast.transforms
+    assert Recipe.from_toml(file, scheme="w4a16").activation_clip == "none"
+
+
+# quantize.
+
+
+def test_header_progress_table_and_next_command(
+    tiny: Tiny, options: list[str], tmp_path: Path, capsys: Capture
+) -> None:
+    out = tmp_path / "with space"
+    assert main(["quantize", str(tiny()), *options, "-o", str(out)]) == 0
+    shown = capsys.readouterr()
+    for word in ("model ", "scheme ", "method ", "data ", "plan ", "size ", "out ", "note ", "per block:", "  1/2  "):
+        assert any(line.startswith(word) for line in shown.err.splitlines()), word
+    assert "rounding = " not in shown.err  # the recipe: only with -v
+    lines = shown.out.splitlines()
+    for word in ("size", "bits per weight", "perplexity", "time", "peak memory", "path"):
+        assert any(line.startswith(word) for line in lines), word
+    assert "-> " in next(line for line in lines if line.startswith("perplexity"))
+    assert lines[-2:] == [f"  vllm serve '{out}'", f"  affinequant eval '{out}'"]
+    assert "\x1b" not in shown.out + shown.err
+
+    assert main(["quantize", "--config", str(out / "recipe.toml"), "-v"]) == 0
+    shown = capsys.readouterr()
+    assert "is finished already" in shown.err and 'rounding = "gptq"' in shown.err and "vllm serve" in shown.out
+
+
+def test_another_recipe_needs_another_folder_or_overwrite(
+    made: Path, tiny: Tiny, options: list[str], tmp_path: Path, capsys: Capture
+) -> None:
+    out = Path(shutil.copytree(made, tmp_path / "copy"))
+    argv = ["quantize", str(tiny()), *options, "-o", str(out), "--w4a8", "-q"]
+    before = (out / "model.safetensors").read_bytes()
+    assert main(argv) == 2
+    assert "scheme: 'w4a4' there, 'w4a8' now" in capsys.readouterr().err
+    assert (out / "model.safetensors").read_bytes() == before
+    assert main([*argv, "--overwrite"]) == 0
+    assert json.loads((out / "report.json").read_text())["scheme"] == "w4a8"
+
+
+def test_interrupted_inspected_and_taken_up(
+    tiny: Tiny, options: list[str], tmp_path: Path, capsys: Capture, monkeypatch: Patch
+) -> None:
+    out, commit = tmp_path / "my out", Run.commit
+
+    def interrupt(run: Run, name: str, **parts: Any) -> None:
+        commit(run, name, **parts)
+        if name == "block.0000":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "commit", interrupt)
+    argv = ["quantize", str(tiny()), *options, "--transform", "vo=none", "--lr", "0.001", "-o", str(out)]
+    assert main([*argv, "--overwrite"]) == 130
+    shown = capsys.readouterr()
+    # Emptying the folder once more would throw away what was saved.
+    assert f"to go on: {shlex.join(['affinequant', *argv])}\n" in shown.err
+    assert not (out / "config.json").exists()
+    monkeypatch.undo()
+
+    assert main(["inspect", str(out)]) == 0
+    assert "unfinished: 1 of 2 blocks are done" in capsys.readouterr().out
+    found = answer(capsys, ["inspect", str(out)])
+    assert (found["state"], found["blocks_done"], found["blocks_total"]) == ("unfinished", 1, 2)
+    assert main([*shlex.split(found["resume"])[1:], "--resume"]) == 0
+    assert "resuming: 1 of 2 blocks are on disk" in capsys.readouterr().err
+    assert main([*argv, "--resume"]) == 0
+    assert "finished already" in capsys.readouterr().err
+
+
+def test_json_of_an_interruption_and_of_a_bug(tiny: Tiny, tmp_path: Path, capsys: Capture, monkeypatch: Patch) -> None:
+    monkeypatch.setenv("AFFINEQUANT_CACHE", str(tmp_path))
+    monkeypatch.setattr("affinequant.cli.plan.recipe_of", fails(KeyboardInterrupt()))
+    assert "affinequant plan x" in answer(capsys, ["plan", "x"], code=130)["error"]["fix"]
+    monkeypatch.setattr("affinequant.cli.plan.recipe_of", fails(ZeroDivisionError("a bug")))
+    error = answer(capsys, ["plan", "x"], code=1)["error"]
+    assert error.keys() == {"what", "where", "fix"} and "ZeroDivisionError: a bug" in error["what"]
+    assert "Traceback" in Path(error["where"]).read_text()
+    assert main(["plan", "x", "-v"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_full_disk_says_how_to_go_on(capsys: Capture, monkeypatch: Patch) -> None:
+    full = OSError(28, "No space left on device", "/data/out")
+    monkeypatch.setattr("affinequant.cli.quantize.recipe_of", fails(full))
+    assert main(["quantize", "x y", "--overwrite"]) == 1
+    error = capsys.readouterr().err
+    assert "the disk is full" in error and "/data/out" in error and "go on: affinequant quantize 'x y'\n" in error
+
+
+def test_a_reader_that_stops_reading_is_no_error() -> None:
+    code = "import sys; from affinequant.cli import main; sys.exit(main(['list', 'schemes']))"
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert child.stdout is not None and child.stderr is not None
+    child.stdout.close()
+    assert child.stderr.read() == b"" and child.wait() == 0
+    child.stderr.close()
+
+
+# inspect, eval, list, env.
+
+
+def test_inspect(made: Path, capsys: Capture) -> None:
+    assert main(["inspect", str(made)]) == 0
+    shown = capsys.readouterr()
+    assert "finished and verified" in shown.out and "4.28 per weight" in shown.out and shown.err == ""
+    assert f"affinequant quantize --config '{made / 'recipe.toml'}'" in shown.out
+    rows = [line.split() for line in shown.out.splitlines()]
+    assert [row[1] for row in rows if row[:1] in (["0"], ["1"])] == ["4.28", "4.28"]
+    assert main(["inspect", str(made), "-v"]) == 0
+    verbose = capsys.readouterr().out
+    assert verbose.count("self_attn.q_proj") == 2 and 'rounding = "gptq"' in verbose
+
+
+def test_inspect_json(made: Path, capsys: Capture) -> None:
+    value = answer(capsys, ["inspect", str(made)])
+    assert (value["state"], value["blocks_done"], value["resume"]) == ("finished", 2, None)
+    assert value["recipe"]["preset"] == "fast" and value["events"] == []
+    tensors = sum(block["bytes"] for block in value["blocks"]) + value["bytes_outside_blocks"]
+    assert 0 < (made / "model.safetensors").stat().st_size - tensors < 16384  # the header
+    assert {"sqnr", "condition", "linears", "events"} <= value["blocks"][0].keys()
+
+
+def test_inspect_without_a_report_and_with_broken_weights(made: Path, tmp_path: Path, capsys: Capture) -> None:
+    out = tmp_path / "downloaded"
+    shutil.copytree(made, out, ignore=shutil.ignore_patterns("report.json", "recipe.toml", ".run"))
+    assert main(["inspect", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert "without report.json" in shown and "w4a4" in shown and "outside" in shown
+    weights = out / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    assert main(["inspect", str(out)]) == 3
+    assert "cut short" in capsys.readouterr().err
+
+
+def test_eval(made: Path, text: Path, tiny: Tiny, capsys: Capture) -> None:
+    argv = ["eval", str(made), "--text", str(text), "--seq-len", "32", "--windows", "3"]
+    assert main(argv) == 0
+    shown = capsys.readouterr()
+    row = next(line for line in shown.out.splitlines() if line.startswith("perplexity@text.txt,seq32"))
+    assert row.count("+-") == 3 and "lower is better" in row
+    assert f"baseline    {tiny()}" in shown.out and "3 windows of 32 tokens" in shown.out
+    assert "scoring" in shown.err
+    value = answer(capsys, [*argv, "--baseline", "none", "--bos", "yes", "-q"])
+    assert value["baseline"] is None and "none" in value["notes"][0]
+    assert value["metrics"]["perplexity@text.txt,seq32"]["about"]["bos"] == "each window"
+
+
+def test_eval_where_a_metric_fails_is_1(made: Path, text: Path, capsys: Capture, monkeypatch: Patch) -> None:
+    from affinequant_evals import perplexity
+
+    monkeypatch.setattr(perplexity, "window_losses", fails(RuntimeError("no luck")))
+    argv = ["eval", str(made), "--text", str(text), "--seq-len", "32", "--windows", "1", "--baseline", "none"]
+    assert main(argv) == 1
+    assert "failed: RuntimeError: no luck" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("topic", "names"),
+    [
+        ("schemes", ["w4a4", "w4a16-g64"]),
+        ("models", ["llama", "LlamaForCausalLM"]),
+        ("transforms", ["hadamard", "residual, vo", "rope-pair"]),
+        ("formats", ["auto", "compressed-tensors", "dense"]),
+        ("presets", [*PRESETS, "residual=hadamard"]),
+        ("data", ["wikitext2", "demo", "hf:ID"]),
+        ("metrics", ["perplexity@TEXT", "--suite quick"]),
+    ],
+)
+def test_list(topic: str, names: list[str], capsys: Capture) -> None:
+    assert main(["list", topic]) == 0
+    shown = capsys.readouterr().out
+    for name in names:
+        assert name in shown
+    assert topic in answer(capsys, ["list"])["list"]
+
+
+def test_env(capsys: Capture, monkeypatch: Patch) -> None:
+    assert main(["env"]) == 0
+    shown = capsys.readouterr().out
+    for word in ("python", "torch", "transformers", "threads", "integer units", "cache", "offline"):
+        assert any(line.startswith(word) for line in shown.splitlines()), word
+    assert shown.count("equals its reference") == 4
+    value = answer(capsys, ["env"])
+    assert value["passed"] and value["versions"]["torch"] and value["kernels"]["w4a4"]["passed"]
+
+    from affinequant_kernels import reference
+
+    honest = reference.linear_dyn
+    monkeypatch.setattr(reference, "linear_dyn", lambda *args, **options: honest(*args, **options) + 1)
+    assert main(["env"]) == 1
+    assert "DIFFERS by 1" in capsys.readouterr().out
+
+
+def fails(problem: BaseException) -> Callable[..., None]:
+    def function(*_: Any, **__: Any) -> None:
+        raise problem
+
+    return function
