@@ -183,7 +183,11 @@ def _chosen(values: Mapping[str, Any], *, where: str) -> dict[str, Any]:
     names = {name: values[name] for name in ("model", "scheme", "preset") if name in values}
     base = resolve({"model": "demo"} | names, where=where)
     filled = {"activation_clip"}.union(*({*preset.settings, *preset.demo} for preset in PRESETS.values()))
-    return {name: value for name, value in values.items() if name not in filled or value != getattr(base, name)}
+    kept = {name: value for name, value in values.items() if name not in filled or value != getattr(base, name)}
+    if isinstance(kept.get("transforms"), dict):
+        sites = kept["transforms"].items()
+        kept["transforms"] = {site: name for site, name in sites if name != base.transforms.get(site, "none")}
+    return kept
 
 
 def parse_bytes(text: str, *, flag: str) -> int | None:

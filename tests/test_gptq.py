@@ -1,84 +1,169 @@
-"""GPTQ and the searches: better than plain rounding where they can be, equal where they cannot, never worse."""
+"""Rounding with second-order information, and ranges found by search."""
 
 import pytest
 import torch
 from torch import Tensor
 
 from affinequant.gptq import GPTQFailure, gptq, search_activation_clip, search_weight_range
-from affinequant.quantizer import codes_of, dequantize, fake_quantize, fake_quantize_activation, grid, weight_range
-from affinequant.scheme import NumberFormat
+from affinequant.quantizer import codes_of, dequantize, fake_quantize_activation, grid, weight_range
+from affinequant.scheme import NumberFormat, Scheme
 
-CHANNEL = NumberFormat(bits=4, symmetric=False, granularity="channel")
-GROUP = NumberFormat(bits=4, symmetric=False, granularity="group", group_size=16)
-TOKEN = NumberFormat(bits=4, symmetric=False, granularity="token", dynamic=True)
+SCHEMES = ["w4a4", "w4a4-sym", "w4a16-g16", "w8a8"]
 
 
-def problem(seed: int = 0) -> tuple[Tensor, Tensor]:
-    """A weight [24, 64] and the Hessian of strongly correlated inputs."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(512, 8, generator=generator) @ torch.randn(8, 64, generator=generator)
-    x += 0.1 * torch.randn(512, 64, generator=generator)
-    return torch.randn(24, 64, generator=generator), x.mT @ x / 512
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def output_error(wrong: Tensor, hessian: Tensor) -> float:
-    return float(torch.einsum("ri,ij,rj->", wrong, hessian, wrong))
+def correlated(width: int, tokens: int = 400, seed: int = 1) -> Tensor:
+    """Inputs [tokens, width] whose features share a few directions."""
+    return random(tokens, 6, seed=seed) @ random(6, width, seed=seed + 1) + 0.2 * random(tokens, width, seed=seed + 2)
 
 
-@pytest.mark.parametrize("fmt", [CHANNEL, GROUP], ids=["channel", "group"])
-def test_it_beats_rounding_to_nearest(fmt: NumberFormat) -> None:
-    weight, hessian = problem()
+def rounded(weight: Tensor, hessian: Tensor, scheme: str, **options: float) -> tuple[Tensor, Tensor]:
+    """(GPTQ's values, round-to-nearest's values) on the same grid."""
+    fmt = Scheme.parse(scheme).weight
+    scale, zero = grid(*weight_range(weight, fmt), fmt, torch.bfloat16)
+    codes = gptq(weight, hessian, scale, zero, fmt, **{"damping": 0.01} | options)  # pyright: ignore[reportArgumentType]
+    assert torch.equal(codes, codes.round()) and fmt.code_min <= codes.min() and codes.max() <= fmt.code_max
+    nearest = codes_of(weight, scale, zero, fmt)
+    return dequantize(codes, scale, zero, fmt), dequantize(nearest, scale, zero, fmt)
+
+
+def output_error(x: Tensor, weight: Tensor, value: Tensor) -> float:
+    return float((x @ (weight - value).mT).square().sum() / (x @ weight.mT).square().sum())
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("block", [128, 7])
+def test_it_beats_rounding_to_nearest_on_correlated_inputs(scheme: str, block: int) -> None:
+    weight, x = random(24, 64), correlated(64)
+    value, nearest = rounded(weight, x.mT @ x / len(x), scheme, block=block)
+    assert output_error(x, weight, value) < 0.5 * output_error(x, weight, nearest)
+    unseen = correlated(64, seed=1)[:100] + 0.1 * random(100, 64, seed=9)
+    assert output_error(unseen, weight, value) < output_error(unseen, weight, nearest)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_it_is_rounding_to_nearest_where_inputs_are_independent(scheme: str) -> None:
+    diagonal = torch.diag(random(64).abs() + 0.1)
+    value, nearest = rounded(random(24, 64), diagonal, scheme)
+    assert torch.equal(value, nearest)
+
+
+def test_the_block_of_columns_at_a_time_changes_nothing_but_roundings() -> None:
+    weight, x = random(16, 48), correlated(48)
+    hessian = x.mT @ x / len(x)
+    once, _ = rounded(weight.double(), hessian.double(), "w4a4", block=48)
+    parts, _ = rounded(weight.double(), hessian.double(), "w4a4", block=5)
+    assert torch.equal(once, parts)
+
+
+@pytest.mark.parametrize("scheme", ["w4a4", "w8a8"])
+def test_the_order_of_the_inputs_does_not_matter(scheme: str) -> None:
+    """Columns are taken by importance, wherever they stand."""
+    weight, x = random(16, 40).double(), correlated(40).double()
+    shuffle = torch.randperm(40, generator=torch.Generator().manual_seed(3))
+    plain, _ = rounded(weight, x.mT @ x, scheme)
+    moved, _ = rounded(weight[:, shuffle], x[:, shuffle].mT @ x[:, shuffle], scheme)
+    assert torch.equal(moved, plain[:, shuffle])
+
+
+def test_a_group_keeps_its_grid_whatever_the_order() -> None:
+    """The most important column lies in the last group; each value is on the grid of its own group."""
+    fmt = Scheme.parse("w4a16-g8").weight
+    weight, x = random(4, 32), correlated(32) * torch.linspace(0.5, 4, 32)
+    scale, zero = grid(*weight_range(weight * torch.linspace(0.1, 3, 32), fmt), fmt)
+    codes = gptq(weight, x.mT @ x, scale, zero, fmt, damping=0.01)
+    value = dequantize(codes, scale, zero, fmt)
+    steps = value.reshape(4, 4, 8) / scale[..., None]
+    torch.testing.assert_close(steps, steps.round(), rtol=0, atol=1e-4)
+
+
+SINGULAR = {
+    "rank one": torch.outer(torch.ones(32), torch.ones(32)),
+    "fewer tokens than inputs": correlated(32, tokens=5).mT @ correlated(32, tokens=5),
+    "a dead input": torch.diag((torch.arange(32) != 4).float()),
+    "tiny": 1e-20 * torch.eye(32),
+    "huge": 1e20 * (torch.eye(32) + 1),
+}
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.01])
+@pytest.mark.parametrize("kind", SINGULAR)
+def test_singular_hessians_are_damped(kind: str, damping: float) -> None:
+    value, _ = rounded(random(8, 32), SINGULAR[kind], "w4a4", damping=damping)
+    assert bool(value.isfinite().all())
+
+
+@pytest.mark.parametrize("hessian", [torch.full((16, 16), torch.nan), -torch.eye(16) * 1e30, torch.zeros(16, 16)])
+def test_what_no_damping_mends_is_said(hessian: Tensor) -> None:
+    fmt = Scheme.parse("w4a4").weight
+    weight = random(4, 16)
     scale, zero = grid(*weight_range(weight, fmt), fmt)
-    codes = gptq(weight, hessian, scale, zero, fmt, damping=0.01, block=16)
-    assert torch.equal(codes, codes.round()) and codes.min() >= -8 and codes.max() <= 7
-    ours = output_error(dequantize(codes, scale, zero, fmt) - weight, hessian)
-    nearest = output_error(dequantize(codes_of(weight, scale, zero, fmt), scale, zero, fmt) - weight, hessian)
-    assert ours < 0.6 * nearest
+    try:
+        codes = gptq(weight, hessian, scale, zero, fmt, damping=0.01)
+    except GPTQFailure as failure:
+        assert "not positive definite" in str(failure)
+    else:  # nothing to know is nothing to correct
+        assert not bool(hessian.any()) and torch.equal(codes, codes_of(weight, scale, zero, fmt))
 
 
-def test_blocks_do_not_change_it_and_independent_inputs_are_rounded_to_nearest() -> None:
-    weight, hessian = problem()
-    scale, zero = grid(*weight_range(weight, CHANNEL), CHANNEL)
-    small, large = (
-        gptq(weight, hessian.double().float(), scale, zero, CHANNEL, damping=0.01, block=b) for b in (8, 64)
-    )
-    assert float((small != large).float().mean()) < 0.02  # sums in another order may turn a tie
-    diagonal = torch.diag(torch.linspace(1, 5, 64))
-    assert torch.equal(
-        gptq(weight, diagonal, scale, zero, CHANNEL, damping=0.01), codes_of(weight, scale, zero, CHANNEL)
-    )
+def searched_error(weight: Tensor, hessian: Tensor, fmt: NumberFormat, low: Tensor, high: Tensor) -> Tensor:
+    """e H_g e^T of each group, by a loop."""
+    scale, zero = grid(low, high, fmt, torch.bfloat16)
+    wrong = dequantize(codes_of(weight, scale, zero, fmt), scale, zero, fmt) - weight
+    width = weight.shape[1] // fmt.groups(weight.shape[1])
+    parts = []
+    for start in range(0, weight.shape[1], width):
+        part = wrong[:, start : start + width]
+        parts.append((part @ hessian[start : start + width, start : start + width] * part).sum(-1))
+    return torch.stack(parts, 1)
 
 
-def test_a_singular_hessian_is_damped_and_a_broken_one_refused() -> None:
-    weight, _ = problem()
-    scale, zero = grid(*weight_range(weight, CHANNEL), CHANNEL)
-    rank_one = torch.ones(64, 64)
-    assert bool(gptq(weight, rank_one, scale, zero, CHANNEL, damping=0.0).isfinite().all())
-    with pytest.raises(GPTQFailure):
-        gptq(weight, torch.full((64, 64), torch.nan), scale, zero, CHANNEL, damping=0.01)
+@pytest.mark.parametrize("kind", ["normal", "outlier", "zero rows", "one-sided"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_searched_range_is_never_worse_than_the_whole(scheme: str, kind: str) -> None:
+    fmt, weight, x = Scheme.parse(scheme).weight, random(12, 64), correlated(64)
+    if kind == "outlier":
+        weight[:, 9] *= 12
+    if kind == "zero rows":
+        weight[::2] = 0
+    if kind == "one-sided":
+        weight = weight.abs()
+    hessian = x.mT @ x / len(x)
+    low, high = search_weight_range(weight, hessian, fmt, torch.bfloat16)
+    whole = searched_error(weight, hessian, fmt, *weight_range(weight, fmt))
+    found = searched_error(weight, hessian, fmt, low, high)
+    assert bool((found <= whole * (1 + 1e-4)).all())
+    assert low.shape == high.shape == (12, fmt.groups(64))
+    if kind == "outlier" and fmt.bits == 4:
+        assert float(found.sum()) < 0.9 * float(whole.sum())
 
 
-@pytest.mark.parametrize("fmt", [CHANNEL, GROUP], ids=["channel", "group"])
-def test_a_searched_range_is_never_worse_by_its_own_measure(fmt: NumberFormat) -> None:
-    weight, hessian = problem(1)
-    weight[0, 0] = 9.0
-    if fmt is GROUP:  # a group is judged by its own block of the Hessian
-        hessian = torch.block_diag(*(hessian[i : i + 16, i : i + 16] for i in range(0, 64, 16)))
-    full = fake_quantize(weight, *weight_range(weight, fmt), fmt) - weight
-    found = fake_quantize(weight, *search_weight_range(weight, hessian, fmt, torch.float32), fmt) - weight
-    rows_full = torch.einsum("ri,ij,rj->r", full, hessian, full)
-    rows_found = torch.einsum("ri,ij,rj->r", found, hessian, found)
-    assert bool((rows_found <= rows_full * (1 + 1e-5)).all())
-    assert float(rows_found.sum()) < 0.9 * float(rows_full.sum())
+def test_a_range_is_judged_by_the_inputs_that_occur() -> None:
+    """The outlier's input never fires: the range forgets it. It always fires: the range keeps it."""
+    fmt, weight = Scheme.parse("w4a4").weight, random(6, 32)
+    weight[:, 3] = 20.0
+    silent, loud = torch.ones(32), torch.ones(32)
+    silent[3], loud[3] = 0.0, 1e4
+    assert float(search_weight_range(weight, torch.diag(silent), fmt, torch.float32)[1].max()) < 15
+    assert float(search_weight_range(weight, torch.diag(loud), fmt, torch.float32)[1].min()) > 19
 
 
-def test_a_searched_activation_clip_lowers_the_output_error() -> None:
-    x, weight = torch.randn(256, 64), torch.randn(32, 64)
-    ratio = search_activation_clip(x, weight, TOKEN)
-    assert 0.6 <= ratio < 1.0
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("rows", [8, 200])
+def test_a_searched_activation_clip_is_never_worse_than_none(rows: int, symmetric: bool) -> None:
+    fmt = NumberFormat(bits=4, symmetric=symmetric, granularity="token", dynamic=True)
+    x, weight = random(50, 64), random(rows, 64, seed=3)
+    x[:, 5] *= 10
+    weight[:, 5] *= 0.01  # the outlier hardly counts
 
     def error(clip: float) -> float:
-        wrong = (fake_quantize_activation(x, TOKEN, clip) - x) @ weight.mT
+        wrong = (fake_quantize_activation(x, fmt, clip) - x) @ weight.mT
         return float((wrong.square().sum(-1) / (x @ weight.mT).square().sum(-1)).mean())
 
-    assert error(ratio) < error(1.0)
+    clip = search_activation_clip(x, weight, fmt)
+    assert 0.5 < clip < 1
+    assert error(clip) < error(1.0)
+    assert search_activation_clip(torch.zeros(4, 64), weight, fmt) == 1.0

@@ -116,9 +116,9 @@ def test_the_cache_sees_updates_in_place(engine: cpu.Engine) -> None:
 def test_the_cache_lets_go_of_dead_weights(engine: cpu.Engine, bits: int) -> None:
     for _ in range(5):
         product(sample("channel", bits, False, 40, 96))
-    assert len(cpu._PLANS) == 1
+    assert len(cpu._MADE) == 1
     cpu.clear_cache()
-    assert not cpu._PLANS
+    assert not cpu._MADE
 
 
 def test_weights_made_in_inference_mode(engine: cpu.Engine) -> None:

@@ -1,96 +1,190 @@
-"""Recipes: presets, precedence, TOML, and what a fingerprint leaves out."""
+"""What is asked for: presets, precedence, files that are read back, refusals that name the nearest, fingerprints."""
 
-import tomllib
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from affinequant import AffineQuantError, Recipe, Scheme
-from affinequant.recipe import PRESETS, parse_bytes, resolve
+from affinequant.errors import AffineQuantError
+from affinequant.models import LLAMA
+from affinequant.recipe import PRESETS, Recipe, parse_bytes, resolve
+from affinequant.transforms import structures_of
+
+MACHINE = {"device": "cpu", "gpu_memory": "22GB", "cpu_memory": "16GB", "offload": "disk", "out": "elsewhere"}
 
 
-@pytest.mark.parametrize("model", ["demo", "org/name"])
+def other(name: str, value: Any) -> Any:
+    """A value of a recipe field that is allowed and differs from `value`."""
+    choices = {
+        "model": "other", "scheme": "w8a8", "tier": "online", "preset": "fast", "format": "dense",
+        "transforms": {"vo": "diagonal"}, "rounding": "nearest", "weight_clip": "none", "activation_clip": "none",
+        "schedule": "constant", "loss": "mse", "propagate": "quantized", "data": "c4", "dtype": "bfloat16",
+    }  # fmt: skip
+    if isinstance(value, bool):
+        return not value
+    return choices[name] if name in choices else (value + 1 if isinstance(value, int) else value / 2)
+
+
+def written(tmp_path: Path, text: str) -> Path:
+    (tmp_path / "recipe.toml").write_text(text)
+    return tmp_path / "recipe.toml"
+
+
+@pytest.mark.parametrize("model", ["some/model", "demo"])
 @pytest.mark.parametrize("preset", PRESETS)
-def test_toml_round_trip(preset: str, model: str, tmp_path: Path) -> None:
-    recipe = resolve({"model": model, "preset": preset, "out": 'a "quoted" \\ name'})
-    path = tmp_path / "recipe.toml"
-    path.write_text(recipe.to_toml())
-    assert Recipe.from_toml(path) == recipe
-    assert Recipe.from_toml(path, seed=7).seed == 7
-    assert tomllib.loads(path.read_text())["preset"] == preset
+def test_a_resolved_recipe_survives_its_file(tmp_path: Path, preset: str, model: str) -> None:
+    for scheme in ("w4a4", "w4a16-g64", "w8a8", "w4a8-sym"):
+        recipe = resolve({"model": model, "preset": preset, "scheme": scheme, "lr": 1e-5, "seed": 3} | MACHINE)
+        assert Recipe.from_toml(written(tmp_path, recipe.to_toml())) == recipe
 
 
-def test_what_is_given_wins_over_the_preset_and_none_takes_away() -> None:
-    recipe = resolve({"model": "demo", "preset": "default", "epochs": 2, "transforms": {"qk": "none", "vo": "banded"}})
-    assert recipe.epochs == 2 and recipe.data == "demo"
-    assert "qk" not in recipe.transforms and recipe.transforms["vo"] == "banded"
-    assert recipe.transforms["residual"] == "hadamard"
-    assert resolve({"model": "org/name"}).samples == 128
+@pytest.mark.parametrize("transforms", [{}, {"vo": "none"}, {"vo": "hadamard+banded", "qk": "none"}])
+def test_so_does_one_that_takes_transforms_away(tmp_path: Path, transforms: dict[str, str]) -> None:
+    recipe = resolve({"model": "m", "transforms": transforms})
+    assert Recipe.from_toml(written(tmp_path, recipe.to_toml())) == recipe
+    bare = Recipe(model="m", transforms=transforms)
+    read = Recipe.from_toml(written(tmp_path, bare.to_toml()))
+    assert read.transforms == {site: name for site, name in transforms.items() if name != "none"}
 
 
-@pytest.mark.parametrize(
-    ("values", "hint"),
-    [
-        ({"preset": "defualt"}, "default"),
-        ({"scheme": "w4a44"}, "w4a4"),
-        ({"roundin": "gptq"}, "rounding"),
-        ({"rounding": "gtpq"}, "gptq"),
-        ({"epochs": "many"}, "type int"),
-        ({"samples": 0}, "1 or more"),
-        ({"alpha": 2.0}, "0.0 to 1.0"),
-        ({"cpu_memory": "lots"}, "22GB"),
-        ({"transforms": "vo"}, "SITE=TRANSFORM"),
-    ],
-)
-def test_a_wrong_value_says_what_would_be_right(values: dict[str, Any], hint: str) -> None:
+@pytest.mark.parametrize("text", ['a "quoted" name', "back\\slash", "tab\there", "new\nline", "ümläut/模型"])
+def test_odd_names_survive_the_file(tmp_path: Path, text: str) -> None:
+    recipe = resolve({"model": text, "out": text})
+    assert Recipe.from_toml(written(tmp_path, recipe.to_toml())) == recipe
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_are_sound(preset: str) -> None:
+    known = {entry.name for entry in fields(Recipe)}
+    assert set(PRESETS[preset].settings) | set(PRESETS[preset].demo) <= known
+    assert PRESETS[preset].about
+    for site, name in resolve({"model": "m", "preset": preset}).transforms.items():
+        assert site in {spec.name for spec in LLAMA.sites}
+        structures_of(name, where="test")
+
+
+def test_what_is_given_wins_over_the_preset_and_the_preset_over_defaults() -> None:
+    assert resolve({"model": "m"}).epochs == PRESETS["default"].settings["epochs"] != Recipe(model="m").epochs
+    assert resolve({"model": "m", "epochs": 1}).epochs == 1
+    paper = resolve({"model": "m", "preset": "paper", "batch_size": 2})
+    assert (paper.loss, paper.rounding, paper.batch_size) == ("mse", "nearest", 2)
+    assert resolve({"model": "demo", "preset": "fast"}).samples == PRESETS["fast"].demo["samples"]
+    assert resolve({"model": "demo", "preset": "fast", "samples": 5}).samples == 5
+    assert resolve({"model": "demo"}).data == "demo"
+    assert resolve({"model": "demo", "data": "c4"}).data == "c4"
+
+
+def test_transforms_are_joined_site_by_site() -> None:
+    recipe = resolve({"model": "m", "preset": "paper", "transforms": {"vo": "hadamard", "qk": "none"}})
+    expected = dict(PRESETS["paper"].settings["transforms"]) | {"vo": "hadamard"}
+    del expected["qk"]
+    assert recipe.transforms == expected
+
+
+def test_a_file_gives_way_to_arguments(tmp_path: Path) -> None:
+    path = written(tmp_path, resolve({"model": "m", "preset": "paper", "samples": 7}).to_toml())
+    assert Recipe.from_toml(path, samples=9).samples == 9
+    assert Recipe.from_toml(path, transforms={"vo": "diagonal"}).transforms["vo"] == "diagonal"
+    fast = Recipe.from_toml(path, preset="fast")
+    assert (fast.samples, fast.transforms, fast.rounding) == (7, PRESETS["fast"].settings["transforms"], "gptq")
+
+
+def test_a_file_of_a_person_needs_no_more_than_a_person_writes(tmp_path: Path) -> None:
+    path = written(tmp_path, 'model = "m"\nscheme = "W4A16-G64"\n[transforms]\nqk = "none"\n')
+    recipe = Recipe.from_toml(path)
+    assert (recipe.scheme, recipe.preset) == ("w4a16-g64", "default") and "qk" not in recipe.transforms
+
+
+def test_weight_only_has_no_activation_clip_unless_asked() -> None:
+    assert resolve({"model": "m", "scheme": "w4a16"}).activation_clip == "none"
+    assert resolve({"model": "m", "scheme": "w4a16", "activation_clip": "search"}).activation_clip == "search"
+    assert resolve({"model": "m", "scheme": "w8a8"}).activation_clip == "none"
+    assert resolve({"model": "m", "scheme": "w4a8"}).activation_clip != "none"
+
+
+UNKNOWN = [
+    ({"model": "m", "preset": "fsat"}, "unknown preset 'fsat'", "did you mean 'fast'"),
+    ({"model": "m", "sample": 3}, "unknown recipe field 'sample'", "did you mean 'samples'"),
+    ({"model": "m", "scheme": "w4a44"}, "unknown scheme", "did you mean 'w4a4'"),
+    ({"model": "m", "rounding": "gpqt"}, "unknown rounding 'gpqt'", "did you mean 'gptq'"),
+    ({"model": "m", "weight_clip": "serch"}, "unknown weight clip 'serch'", "did you mean 'search'"),
+    ({"model": "m", "tier": "merge"}, "unknown tier 'merge'", "did you mean 'merged'"),
+    ({"scheme": "w4a4"}, "no model was named", "give a folder"),
+    ({"model": "m", "samples": 0}, "samples = 0", "use 1 or more"),
+    ({"model": "m", "seq_len": 4}, "seq_len = 4", "use 8 or more"),
+    ({"model": "m", "epochs": 1.5}, "epochs = 1.5", "type int"),
+    ({"model": "m", "epochs": True}, "epochs = True", "type int"),
+    ({"model": "m", "aux_loss": 1}, "aux_loss = 1", "type bool"),
+    ({"model": "m", "seed": "7"}, "seed = '7'", "type int"),
+    ({"model": "m", "alpha": 1.5}, "alpha = 1.5", "use 0.0 to 1.0"),
+    ({"model": "m", "alpha": float("nan")}, "alpha = nan", "use 0.0 to 1.0"),
+    ({"model": "m", "lr": float("inf")}, "lr = inf", "finite"),
+    ({"model": "m", "clip_lr": -1.0}, "clip_lr = -1.0", "finite"),
+    ({"model": "m", "gpu_memory": "lots"}, "'lots' is not a size", "22GB"),
+    ({"model": "m", "transforms": {"vo": 3}}, "transforms = ", "SITE=TRANSFORM"),
+    ({"model": "m", "transforms": "hadamard"}, "transforms = ", "SITE=TRANSFORM"),
+    ({"model": 3}, "model = 3", "type str"),
+]
+
+
+@pytest.mark.parametrize(("values", "what", "fix"), UNKNOWN, ids=lambda value: str(value)[:40])
+def test_refusals(values: dict[str, Any], what: str, fix: str) -> None:
     with pytest.raises(AffineQuantError) as caught:
-        resolve({"model": "demo"} | values)
-    assert caught.value.exit_code == 2 and hint in str(caught.value)
-
-
-def test_the_fingerprint_leaves_out_what_leaves_the_bytes_alone() -> None:
-    recipe = resolve({"model": "demo"})
-    same = resolve({"model": "demo", "out": "x", "device": "cpu", "cpu_memory": "9GB", "offload": "disk"})
-    assert recipe.fingerprint() == same.fingerprint()
-    for name, value in (("seed", 1), ("samples", 3), ("scheme", "w4a8"), ("lr", 0.1), ("dtype", "bfloat16")):
-        assert resolve({"model": "demo", name: value}).fingerprint() != recipe.fingerprint()
-
-
-def test_sizes() -> None:
-    assert [parse_bytes(text, flag="") for text in ("", "1GB", "1.5GiB", "512mb", "10")] == [
-        None,
-        2**30,
-        3 * 2**29,
-        2**29,
-        10,
-    ]
+        resolve(values)
+    assert what in caught.value.what and fix in caught.value.fix and caught.value.exit_code == 2
+    assert caught.value.where
 
 
 @pytest.mark.parametrize(
-    ("text", "weight", "group", "symmetric", "activation"),
+    ("text", "what"),
+    [("model =", "is not TOML"), ("\xff", "is not TOML"), ('model = "m"\nsed = 1', "unknown recipe field 'sed'")],
+)
+def test_files_that_cannot_be_read(tmp_path: Path, text: str, what: str) -> None:
+    (tmp_path / "recipe.toml").write_bytes(text.encode("latin-1"))
+    with pytest.raises(AffineQuantError, match=what):
+        Recipe.from_toml(tmp_path / "recipe.toml")
+    with pytest.raises(AffineQuantError, match="cannot read"):
+        Recipe.from_toml(tmp_path / "absent.toml")
+
+
+@pytest.mark.parametrize("entry", fields(Recipe), ids=lambda entry: entry.name)
+def test_the_fingerprint_holds_what_decides_the_bytes_and_only_that(entry: Any) -> None:
+    recipe = Recipe(model="m")
+    now = MACHINE[entry.name] if entry.name in MACHINE else other(entry.name, getattr(recipe, entry.name))
+    changed = replace(recipe, **{entry.name: now})
+    assert (changed.fingerprint() == recipe.fingerprint()) == (entry.name in MACHINE)
+
+
+def test_every_field_explains_itself() -> None:
+    for entry in fields(Recipe):
+        assert entry.metadata["help"] and entry.metadata["group"] in ("what", "method", "data", "machine", "output")
+
+
+def test_the_output_folder_is_named_after_model_and_scheme() -> None:
+    assert resolve({"model": "org/Llama-7b"}).output_folder() == Path("Llama-7b-w4a4")
+    assert resolve({"model": "/models/x/", "scheme": "w4a16-g64"}).output_folder() == Path("x-w4a16-g64")
+    assert resolve({"model": "m", "out": "there"}).output_folder() == Path("there")
+    assert resolve({"model": "."}).output_folder().name == f"{Path.cwd().name}-w4a4"
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
     [
-        ("w4a4", 4, None, False, 4),
-        ("W4A16-G64", 4, 64, False, 16),
-        ("w4a8-sym", 4, None, True, 8),
-        ("w8a8", 8, None, True, 8),
-        ("w8a8-asym", 8, None, False, 8),
-        ("w4a16-g128-asym", 4, 128, False, 16),
+        ("", None),
+        ("22GB", 22 * 2**30),
+        ("1.5GiB", 3 * 2**29),
+        ("512mb", 2**29),
+        ("7k", 7 * 2**10),
+        ("1TB", 2**40),
+        ("99", 99),
     ],
 )
-def test_schemes(text: str, weight: int, group: int | None, symmetric: bool, activation: int) -> None:
-    scheme = Scheme.parse(text)
-    assert (scheme.weight.bits, scheme.weight.group_size, scheme.weight.symmetric) == (weight, group, symmetric)
-    assert (scheme.activation.bits if scheme.activation else 16) == activation
-    assert Scheme.parse(scheme.name) == scheme
+def test_sizes(text: str, size: int | None) -> None:
+    assert parse_bytes(text, flag="--x") == size
 
 
-@pytest.mark.parametrize("text", ["w4a4kv4", "w8a4", "w3a16", "w4a16-g0", "nvfp4", ""])
-def test_schemes_that_cannot_be_written_are_refused(text: str) -> None:
-    with pytest.raises(AffineQuantError):
-        Scheme.parse(text)
-
-
-def test_bits_per_weight_count_scales_and_zeros() -> None:
-    assert Scheme.parse("w4a16-g64").bits_per_weight(576) == pytest.approx(4 + 20 / 64)
-    assert Scheme.parse("w4a4-sym").bits_per_weight(576) == pytest.approx(4 + 16 / 576)
+@pytest.mark.parametrize("text", ["0", "-1GB", "GB", "1XB", "nan", "inf", "1e999"])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(AffineQuantError, match="not a size"):
+        parse_bytes(text, flag="--x")

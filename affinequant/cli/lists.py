@@ -34,8 +34,8 @@ class Listing:
         for row in self.rows:
             shown.append(row)
             settings = [f"{name}={value}" for name, value in self.below.get(row[0], {}).items()]
-            for start in range(0, len(settings), 4):
-                shown.append(("", "  " + " ".join(settings[start : start + 4])))
+            for start in range(0, len(settings), 3):
+                shown.append(("", "  " + " ".join(settings[start : start + 3])))
         return shown
 
 

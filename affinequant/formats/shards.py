@@ -40,6 +40,7 @@ def write_shards(stages: Iterable[dict[str, Tensor]], out: Path, *, shard_bytes:
     for tensors in _batches(stages, shard_bytes):
         temporary = out / f"model-{len(written) + 1:05}.safetensors.tmp"
         save_file(tensors, temporary, metadata={"format": "pt"})
+        temporary.chmod(0o666 & ~_umask())  # safetensors keeps its files to the owner
         total += sum(tensor.nbytes for tensor in tensors.values())
         written.append((temporary, list(tensors)))
     if len(written) == 1:
@@ -103,6 +104,12 @@ def _other_files(source: Path, *, skip: Path) -> list[Path]:
             if not (weights or own or name.startswith(".")):
                 found.append(file)
     return sorted(found)
+
+
+def _umask() -> int:
+    mask = os.umask(0)  # can only be read by setting it
+    os.umask(mask)
+    return mask
 
 
 def _publish(temporary: Path, final: Path) -> Path:

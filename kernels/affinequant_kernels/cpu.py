@@ -13,8 +13,9 @@ Shapes: m rows (tokens), k input features, n output features, g groups.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar, cast
 
 import torch
 from jaxtyping import Float, Int8, Int32
@@ -25,6 +26,7 @@ from .reference import SCALE_FLOOR, Rows
 from .weight import Weight, integer_weight, kind_of, unpack
 
 Engine = Literal["onednn", "int_mm", "float64"]
+T = TypeVar("T")
 
 # Elements that stay in a core's second-level cache while a block of rows is quantised.
 BLOCK_ELEMENTS = 1 << 18
@@ -91,7 +93,8 @@ class _Plan:
     one: Tensor  # float32 [n] of 1
 
 
-_PLANS: dict[tuple[object, ...], tuple[_Plan, tuple[StorageWeakRef, ...]]] = {}
+# What was made from a weight, kept as long as the weight's storage lives and is not written to.
+_MADE: dict[tuple[object, ...], tuple[object, tuple[StorageWeakRef, ...]]] = {}
 
 
 def _identity(tensor: Tensor) -> tuple[object, ...]:
@@ -100,23 +103,26 @@ def _identity(tensor: Tensor) -> tuple[object, ...]:
     return tensor.untyped_storage()._cdata, tensor.storage_offset(), tuple(tensor.shape), version
 
 
-def _plan(weight: Weight, k: int, using: Engine) -> _Plan:
-    """The plan of this weight: kept as long as its storage lives and is not written to."""
-    parts = [t for t in (weight.qweight, weight.zero, weight.mul) if t is not None]
-    groups = weight.scale.shape[1] if weight.scale.ndim == 2 else 1
-    key = (using, k, groups, weight.mul is None, *(_identity(t) for t in parts))
-    found = _PLANS.get(key)
+def _made(parts: tuple[Tensor | None, ...], settings: tuple[object, ...], make: Callable[[], T]) -> T:
+    tensors = [t for t in parts if t is not None]
+    key = (*settings, *(t is None for t in parts), *(_identity(t) for t in tensors))
+    found = _MADE.get(key)
     if found is None:
         clear_cache(dead_only=True)
-        plan = _build(weight, k, groups, using)
-        found = _PLANS[key] = (plan, tuple(StorageWeakRef(t.untyped_storage()) for t in parts))
-    return found[0]
+        found = _MADE[key] = (make(), tuple(StorageWeakRef(t.untyped_storage()) for t in tensors))
+    return cast(T, found[0])
 
 
 def clear_cache(*, dead_only: bool = False) -> None:
     """Drop the unpacked copies of weights: all, or those of weights that no longer exist (done at every new weight)."""
-    for key in [key for key, (_, alive) in _PLANS.items() if not dead_only or any(r.expired() for r in alive)]:
-        del _PLANS[key]
+    for key in [key for key, (_, alive) in _MADE.items() if not dead_only or any(r.expired() for r in alive)]:
+        del _MADE[key]
+
+
+def _plan(weight: Weight, k: int, using: Engine) -> _Plan:
+    groups = weight.scale.shape[1] if weight.scale.ndim == 2 else 1
+    parts = (weight.qweight, weight.zero, weight.mul)
+    return _made(parts, (using, k, groups), lambda: _build(weight, k, groups, using))
 
 
 def _build(weight: Weight, k: int, groups: int, using: Engine) -> _Plan:
@@ -171,7 +177,7 @@ def _onednn_add(q: Tensor, packed: Tensor, scale: Tensor, no_zero: Tensor, total
 def _int32(q: Tensor, codes: Tensor, using: Engine) -> Int32[Tensor, "m n"]:
     if using == "float64":
         return (q.double() @ codes.double().t()).to(torch.int32)
-    return torch._int_mm(q, codes.t())
+    return torch._int_mm(q, codes.t())  # pyright: ignore[reportPrivateImportUsage]
 
 
 @functools.cache
@@ -301,3 +307,19 @@ def linear_dyn(
     """As `reference.linear_dyn`."""
     rows = row_quant(x, bits=act_bits, symmetric=act_symmetric, clip=clip, with_rowsum=False)
     return linear(rows.q, rows.scale, None if act_symmetric else rows.zero, weight, bias, out_dtype, act_bits)
+
+
+def w4a16_linear(
+    x: Float[Tensor, "m k"], weight: Weight, bias: Float[Tensor, " n"] | None, out_dtype: torch.dtype
+) -> Tensor:
+    """As `reference.w4a16_linear`, with the dequantised weight rounded to x's type once and kept."""
+    k = x.shape[1]
+
+    def dequantise() -> Tensor:
+        value = integer_weight(unpack(weight.qweight, k), weight.zero, weight.mul).float()
+        groups = weight.scale.shape[1] if weight.scale.ndim == 2 else 1
+        return (value.unflatten(1, (groups, -1)) * weight.scale.view(-1, groups, 1)).flatten(1).to(x.dtype)
+
+    dense = _made((weight.qweight, weight.scale, weight.zero, weight.mul), (x.dtype, k), dequantise)
+    y = torch.nn.functional.linear(x, dense, None if bias is None else bias.to(x.dtype))
+    return y.to(out_dtype)

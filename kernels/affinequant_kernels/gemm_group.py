@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from . import tune
-from .asm import INTERPRET
+from .asm import INTERPRET, nibbles_affine, nibbles_times_16
 from .checks import fail
 from .gemm import group_step, load_activations, tile_of
 from .weight import Weight, kind_of
@@ -26,71 +26,96 @@ from .weight import Weight, kind_of
 
 @triton.jit
 def _zero_of(zw_ptr, rn, group, groups):
-    return tl.load(zw_ptr + rn * groups + tl.minimum(group, groups - 1))[:, None]
+    return tl.load(zw_ptr + rn * groups + tl.minimum(group, groups - 1)).to(tl.int32)[:, None]
 
 
 @triton.jit
-def _columns(w_ptr, rn, block, stride_w, K, HALF: tl.constexpr, J0: tl.constexpr, J: tl.constexpr,
-             BITS: tl.constexpr, EVEN: tl.constexpr):  # fmt: skip
-    """Codes, int8 [rows, J], of columns J0 .. J0+J of one half of a block."""
+def _halves(
+    w_ptr, zw_ptr, rn, block, low_group, high_group, groups, stride_w, K, J0: tl.constexpr, J: tl.constexpr,
+    BITS: tl.constexpr, HAS_ZW: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """int8 weights of columns J0..J0+J and 64+J0..64+J0+J of a block; times 16 where they have 4 bits and no zero."""
     rj = J0 + tl.arange(0, J)
     base = w_ptr + rn[:, None].to(tl.int64) * stride_w
     if BITS == 4:
         w = tl.load(base + (block * 64 + rj)[None, :])
-        if HALF == 0:
-            w = w << 4
-        return w >> 4
-    k = block * 128 + HALF * 64 + rj
-    if EVEN:
-        return tl.load(base + k[None, :])
-    return tl.load(base + k[None, :], mask=(k < K)[None, :], other=0)
+        if HAS_ZW:
+            low_zero = _zero_of(zw_ptr, rn, low_group, groups)
+            high_zero = _zero_of(zw_ptr, rn, high_group, groups)
+            one = tl.full(low_zero.shape, 1, tl.int32)
+            low, high = nibbles_affine(w, one, low_zero, one, high_zero, ASM)
+        else:
+            low, high = nibbles_times_16(w, ASM)
+    else:
+        k = block * 128 + rj
+        if EVEN:
+            low = tl.load(base + k[None, :])
+            high = tl.load(base + (k + 64)[None, :])
+        else:
+            low = tl.load(base + k[None, :], mask=(k < K)[None, :], other=0)
+            high = tl.load(base + (k + 64)[None, :], mask=(k + 64 < K)[None, :], other=0)
+        if HAS_ZW:
+            low = (low.to(tl.int32) - _zero_of(zw_ptr, rn, low_group, groups)).to(tl.int8)
+            high = (high.to(tl.int32) - _zero_of(zw_ptr, rn, high_group, groups)).to(tl.int8)
+    return low, high
 
 
 @triton.jit
-def _dot_block(part, a_ptr, w_ptr, zw_ptr, rn, rm, block, group, groups, K, stride_w, HALF: tl.constexpr,
-               J0: tl.constexpr, J: tl.constexpr, BITS: tl.constexpr, HAS_ZW: tl.constexpr, EVEN: tl.constexpr):  # fmt: skip
-    w = _columns(w_ptr, rn, block, stride_w, K, HALF, J0, J, BITS, EVEN)
-    if HAS_ZW:
-        w = w - _zero_of(zw_ptr, rn, group, groups)
-    a = load_activations(a_ptr, rm, block * 128 + HALF * 64 + J0 + tl.arange(0, J), K, EVEN)
-    return tl.dot(w, a, part, out_dtype=tl.int32)
+def _add(acc, w, a_ptr, rm, k, K, sw_ptr, rn, group, groups, SHIFT: tl.constexpr, EVEN: tl.constexpr):
+    """acc + float(w a) * scale of the group."""
+    part = tl.dot(w, load_activations(a_ptr, rm, k, K, EVEN), out_dtype=tl.int32)
+    return _scaled(acc, part, sw_ptr, rn, group, groups, SHIFT)
 
 
 @triton.jit
-def _scaled(acc, part, sw_ptr, rn, group, groups):
+def _scaled(acc, part, sw_ptr, rn, group, groups, SHIFT: tl.constexpr):
     scale = tl.load(sw_ptr + rn * groups + tl.minimum(group, groups - 1))
-    return acc + part.to(tl.float32) * scale[:, None]
+    return acc + (part >> SHIFT).to(tl.float32) * scale[:, None]
 
 
 @triton.jit
 def group_kernel(
     a_ptr, w_ptr, out_ptr, sa_ptr, za_ptr, sw_ptr, zw_ptr, colsum_ptr, bias_ptr, M, N, K, stride_w, groups,
     BITS: tl.constexpr, GROUP_SIZE: tl.constexpr, HAS_ZA: tl.constexpr, HAS_ZW: tl.constexpr, HAS_BIAS: tl.constexpr,
-    EVEN: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
+    EVEN: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
+    SHIFT: tl.constexpr = 4 if BITS == 4 and not HAS_ZW else 0
+    J: tl.constexpr = 64 if GROUP_SIZE % 64 == 0 else 32
     tile_n, tile_m = tile_of(tl.program_id(0), N, M, BN, BM, 8)
     rn, rm = tile_n * BN + tl.arange(0, BN), tile_m * BM + tl.arange(0, BM)
     in_n, in_m = tl.minimum(rn, N - 1), tl.minimum(rm, M - 1)
+    rj = tl.arange(0, J)
     acc = tl.zeros([BN, BM], tl.float32)
     if GROUP_SIZE % 128 == 0:
-        for group in range(0, groups):
+        for group in range(groups):
             part = tl.zeros([BN, BM], tl.int32)
             for inner in tl.static_range(GROUP_SIZE // 128):
                 block = group * (GROUP_SIZE // 128) + inner
-                for half in tl.static_range(2):
-                    part = _dot_block(part, a_ptr, w_ptr, zw_ptr, in_n, in_m, block, group, groups, K, stride_w,
-                                      half, 0, 64, BITS, HAS_ZW, EVEN)  # fmt: skip
-            acc = _scaled(acc, part, sw_ptr, in_n, group, groups)
+                low, high = _halves(w_ptr, zw_ptr, in_n, block, group, group, groups, stride_w, K, 0, 64,
+                                    BITS, HAS_ZW, EVEN, ASM)  # fmt: skip
+                k = block * 128 + rj
+                part = tl.dot(low, load_activations(a_ptr, in_m, k, K, EVEN), part, out_dtype=tl.int32)
+                part = tl.dot(high, load_activations(a_ptr, in_m, k + 64, K, EVEN), part, out_dtype=tl.int32)
+            acc = _scaled(acc, part, sw_ptr, in_n, group, groups, SHIFT)
+    elif GROUP_SIZE == 64:
+        for block in range(tl.cdiv(K, 128)):
+            low, high = _halves(w_ptr, zw_ptr, in_n, block, block * 2, block * 2 + 1, groups, stride_w, K, 0, 64,
+                                BITS, HAS_ZW, EVEN, ASM)  # fmt: skip
+            k = block * 128 + rj
+            acc = _add(acc, low, a_ptr, in_m, k, K, sw_ptr, in_n, block * 2, groups, SHIFT, EVEN)
+            acc = _add(acc, high, a_ptr, in_m, k + 64, K, sw_ptr, in_n, block * 2 + 1, groups, SHIFT, EVEN)
     else:
-        # 32 or 64: several groups in a block, taken in ascending order of their columns.
-        for block in range(0, tl.cdiv(K, 128)):
-            for half in tl.static_range(2):
-                for piece in tl.static_range(64 // GROUP_SIZE):
-                    group = block * (128 // GROUP_SIZE) + half * (64 // GROUP_SIZE) + piece
-                    part = tl.zeros([BN, BM], tl.int32)
-                    part = _dot_block(part, a_ptr, w_ptr, zw_ptr, in_n, in_m, block, group, groups, K, stride_w,
-                                      half, piece * GROUP_SIZE, GROUP_SIZE, BITS, HAS_ZW, EVEN)  # fmt: skip
-                    acc = _scaled(acc, part, sw_ptr, in_n, group, groups)
+        # Four groups of 32 in a block, added in ascending order of their columns.
+        for block in range(tl.cdiv(K, 128)):
+            g = block * 4
+            w0, w2 = _halves(w_ptr, zw_ptr, in_n, block, g, g + 2, groups, stride_w, K, 0, 32, BITS, HAS_ZW, EVEN, ASM)
+            w1, w3 = _halves(w_ptr, zw_ptr, in_n, block, g + 1, g + 3, groups, stride_w, K, 32, 32, BITS, HAS_ZW,
+                             EVEN, ASM)  # fmt: skip
+            k = block * 128 + rj
+            acc = _add(acc, w0, a_ptr, in_m, k, K, sw_ptr, in_n, g, groups, SHIFT, EVEN)
+            acc = _add(acc, w1, a_ptr, in_m, k + 32, K, sw_ptr, in_n, g + 1, groups, SHIFT, EVEN)
+            acc = _add(acc, w2, a_ptr, in_m, k + 64, K, sw_ptr, in_n, g + 2, groups, SHIFT, EVEN)
+            acc = _add(acc, w3, a_ptr, in_m, k + 96, K, sw_ptr, in_n, g + 3, groups, SHIFT, EVEN)
     mask_n, mask_m = rn < N, rm < M
     if HAS_ZA:
         za = tl.load(za_ptr + rm, mask=mask_m, other=0).to(tl.float32)
@@ -109,8 +134,8 @@ def group_linear(
     m, k = q.shape
     n, groups = weight.scale.shape
     size = k // groups
-    if size % 128 and size not in (32, 64):
-        raise fail("group size", "32, 64 or a multiple of 128 on this device", size)
+    if size not in (32, 64, 128, 256, 512):
+        raise fail("group size", "32, 64, 128, 256 or 512 on this device", size)
     bm = min(config.bm, 64)  # the fp32 sums take as many registers again
     group_kernel[(triton.cdiv(n, config.bn) * triton.cdiv(m, bm),)](
         q, weight.qweight.view(torch.int8), out, scale, zero if zero is not None else weight.colsum, weight.scale,
@@ -118,9 +143,26 @@ def group_linear(
         bias if bias is not None else weight.scale, m, n, k, weight.qweight.shape[1], groups,
         BITS=4 if weight.qweight.dtype == torch.uint8 else 8, GROUP_SIZE=size, HAS_ZA=zero is not None,
         HAS_ZW=weight.zero is not None, HAS_BIAS=bias is not None, EVEN=k % 128 == 0, BN=config.bn, BM=bm,
-        num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=False,
+        ASM=not INTERPRET, num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=False,
     )  # fmt: skip
     return out
+
+
+@triton.jit
+def _columns(w_ptr, rn, block, stride_w, K, HALF: tl.constexpr, J0: tl.constexpr, J: tl.constexpr,
+             BITS: tl.constexpr, EVEN: tl.constexpr):  # fmt: skip
+    """Codes, int8 [rows, J], of columns J0 .. J0+J of one half of a block."""
+    rj = J0 + tl.arange(0, J)
+    base = w_ptr + rn[:, None].to(tl.int64) * stride_w
+    if BITS == 4:
+        w = tl.load(base + (block * 64 + rj)[None, :])
+        if HALF == 0:
+            w = w << 4
+        return w >> 4
+    k = block * 128 + HALF * 64 + rj
+    if EVEN:
+        return tl.load(base + k[None, :])
+    return tl.load(base + k[None, :], mask=(k < K)[None, :], other=0)
 
 
 @triton.jit
@@ -155,7 +197,7 @@ def a16_kernel(
     rn, rm = tile_n * BN + tl.arange(0, BN), tile_m * BM + tl.arange(0, BM)
     in_n, in_m = tl.minimum(rn, N - 1), tl.minimum(rm, M - 1)
     acc = tl.zeros([BN, BM], tl.float32)
-    for block in range(0, tl.cdiv(K, 128)):
+    for block in range(tl.cdiv(K, 128)):
         for half in tl.static_range(2):
             for piece in tl.static_range(64 // J):
                 k = block * 128 + half * 64 + piece * J

@@ -67,10 +67,14 @@ def _launch(kernel, rows: int, half: int, *tensors: Tensor) -> None:
     tile = max(1, min(64, 4096 // padded))
     if rows:
         # Fusing u * scale + zero into one rounding would differ from the reference.
-        kernel[(triton.cdiv(rows, tile),)](*tensors, rows, H=half, P=padded, R=tile, num_warps=4, enable_fp_fusion=False)
+        kernel[(triton.cdiv(rows, tile),)](
+            *tensors, rows, H=half, P=padded, R=tile, num_warps=4, enable_fp_fusion=False
+        )
 
 
-def kv_pack(k: Float[Tensor, "t h d"]) -> tuple[UInt8[Tensor, "t h half"], Float16[Tensor, "t h"], Float16[Tensor, "t h"]]:
+def kv_pack(
+    k: Float[Tensor, "t h d"],
+) -> tuple[UInt8[Tensor, "t h half"], Float16[Tensor, "t h"], Float16[Tensor, "t h"]]:
     """As `reference.kv_pack`."""
     t, h, d = k.shape
     packed = torch.empty(t, h, d // 2, dtype=torch.uint8, device=k.device)
@@ -81,7 +85,10 @@ def kv_pack(k: Float[Tensor, "t h d"]) -> tuple[UInt8[Tensor, "t h half"], Float
 
 
 def kv_unpack(
-    packed: UInt8[Tensor, "t h half"], scale: Float16[Tensor, "t h"], zero: Float16[Tensor, "t h"], out_dtype: torch.dtype
+    packed: UInt8[Tensor, "t h half"],
+    scale: Float16[Tensor, "t h"],
+    zero: Float16[Tensor, "t h"],
+    out_dtype: torch.dtype,
 ) -> Float[Tensor, "t h d"]:
     """As `reference.kv_unpack`."""
     t, h, half = packed.shape

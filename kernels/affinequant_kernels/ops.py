@@ -1,12 +1,15 @@
 """The ops, registered with torch.library under `affq`: schemas, shapes for torch.compile, and dispatch by device.
 
 On the CPU an op runs cpu.py, on CUDA the Triton kernels. Both equal reference.py. Arguments are checked here, so no
-kernel reads out of bounds; values (finite scales, codes in range) are checked once, in `prepare_weight`.
+kernel reads out of bounds; values (finite scales, codes in range) are checked once, in `prepare_weight`. The ops that
+fuse something with the quantiser, and the key-value cache, are in fused_ops.py, which is registered along with these.
 
 Shapes: m rows (tokens), k input features, n output features, g groups, `bytes` the width of layout hs128.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
@@ -14,20 +17,12 @@ from torch import Tensor
 
 from . import layout
 from .checks import FLOATS, check_quant, check_tensor, fail
+from .library import register
 from .reference import Rows
 from .weight import Weight
 
-_LIBRARY = torch.library.Library("affq", "DEF")
-_WEIGHT = "Tensor qweight, Tensor w_scale, Tensor? w_zero, Tensor? w_mul, Tensor w_colsum, Tensor? bias"
-_ROWS = "(Tensor q, Tensor scale, Tensor zero, Tensor rowsum)"
-_LIBRARY.define(f"row_quant(Tensor x, int bits=4, bool symmetric=True, float clip=1.0) -> {_ROWS}")
-_LIBRARY.define(
-    f"w4a4_linear(Tensor q, Tensor scale, Tensor? zero, Tensor? rowsum, {_WEIGHT}, ScalarType out_dtype) -> Tensor"
-)
-_LIBRARY.define(
-    f"w4a4_linear_dyn(Tensor x, {_WEIGHT}, int act_bits=4, bool act_symmetric=True, float clip=1.0, "
-    "ScalarType? out_dtype=None) -> Tensor"
-)
+WEIGHT_SCHEMA = "Tensor qweight, Tensor w_scale, Tensor? w_zero, Tensor? w_mul, Tensor w_colsum, Tensor? bias"
+ROWS_SCHEMA = "Tensor q, Tensor scale, Tensor zero, Tensor rowsum"
 
 _OUT = (*FLOATS, torch.int32)
 
@@ -35,7 +30,7 @@ _OUT = (*FLOATS, torch.int32)
 # Checks. Shapes may be symbolic here: they also run under torch.compile.
 
 
-def _check_weight(k: int, device: torch.device, weight: Weight, bias: Tensor | None, out_dtype: torch.dtype) -> None:
+def check_weight(k: int, device: torch.device, weight: Weight, bias: Tensor | None, out_dtype: torch.dtype) -> None:
     qweight, scale, zero, mul, colsum = weight
     four = qweight.dtype == torch.uint8
     columns = layout.packed_columns(k) if four else k
@@ -74,7 +69,7 @@ def _check_rows(q: Tensor, scale: Tensor, zero: Tensor | None, rowsum: Tensor | 
             check_tensor(name, part, (m,), (torch.int32,), q.device)
 
 
-def _check_x(x: Tensor) -> None:
+def check_x(x: Tensor) -> None:
     if x.ndim == 0:
         raise fail("x", "shape [..., k]", [])
     check_tensor("x", x, tuple(x.shape), FLOATS)
@@ -83,8 +78,8 @@ def _check_x(x: Tensor) -> None:
 # Shapes only, for torch.compile.
 
 
-def _empty_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    m, k = x.shape
+def empty_rows(x: Tensor, k: int | None = None) -> tuple[Tensor, ...]:
+    m, k = x.shape[0], x.shape[1] if k is None else k
     return (
         x.new_empty((m, k), dtype=torch.int8),
         x.new_empty((m,), dtype=torch.float32),
@@ -96,7 +91,7 @@ def _empty_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def _row_quant_fake(x: Tensor, bits: int = 4, symmetric: bool = True, clip: float = 1.0) -> tuple[Tensor, ...]:
     check_tensor("x", x, (None, None), FLOATS)
     check_quant(bits, clip)
-    return _empty_rows(x)
+    return empty_rows(x)
 
 
 def _linear_fake(
@@ -113,7 +108,7 @@ def _linear_fake(
     out_dtype: torch.dtype,
 ) -> Tensor:
     _check_rows(q, scale, zero, rowsum)
-    _check_weight(q.shape[1], q.device, Weight(qweight, w_scale, w_zero, w_mul, w_colsum), bias, out_dtype)
+    check_weight(q.shape[1], q.device, Weight(qweight, w_scale, w_zero, w_mul, w_colsum), bias, out_dtype)
     return q.new_empty((q.shape[0], qweight.shape[0]), dtype=out_dtype)
 
 
@@ -130,25 +125,34 @@ def _linear_dyn_fake(
     clip: float = 1.0,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    _check_x(x)
+    check_x(x)
     check_quant(act_bits, clip)
     weight = Weight(qweight, w_scale, w_zero, w_mul, w_colsum)
-    _check_weight(x.shape[-1], x.device, weight, bias, out_dtype or x.dtype)
+    check_weight(x.shape[-1], x.device, weight, bias, out_dtype or x.dtype)
     return x.new_empty((*x.shape[:-1], qweight.shape[0]), dtype=out_dtype or x.dtype)
 
 
-# The CPU.
+# The work. A kernel may only see what the functions above have let through, so each calls its twin first.
 
 
-def _row_quant_cpu(x: Tensor, bits: int = 4, symmetric: bool = True, clip: float = 1.0) -> tuple[Tensor, ...]:
+def quantiser(device: torch.device) -> Callable[..., Rows]:
+    """`row_quant` of this device."""
+    if device.type == "cuda":
+        from . import quant
+
+        return quant.row_quant
     from . import cpu
 
+    return cpu.row_quant
+
+
+def _row_quant(x: Tensor, bits: int = 4, symmetric: bool = True, clip: float = 1.0) -> tuple[Tensor, ...]:
     check_tensor("x", x, (None, None), FLOATS)
     check_quant(bits, clip)
-    return tuple(cpu.row_quant(x, bits=bits, symmetric=symmetric, clip=clip))
+    return tuple(quantiser(x.device)(x, bits=bits, symmetric=symmetric, clip=clip))
 
 
-def _linear_cpu(
+def _linear(
     q: Tensor,
     scale: Tensor,
     zero: Tensor | None,
@@ -161,15 +165,19 @@ def _linear_cpu(
     bias: Tensor | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    from . import cpu
-
     _check_rows(q, scale, zero, rowsum)
     weight = Weight(qweight, w_scale, w_zero, w_mul, w_colsum)
-    _check_weight(q.shape[1], q.device, weight, bias, out_dtype)
+    check_weight(q.shape[1], q.device, weight, bias, out_dtype)
+    if q.is_cuda:
+        from . import gemm
+
+        return gemm.linear(q, scale, zero, rowsum, weight, bias, out_dtype)
+    from . import cpu
+
     return cpu.linear(q, scale, zero, weight, bias, out_dtype)
 
 
-def _linear_dyn_cpu(
+def _linear_dyn(
     x: Tensor,
     qweight: Tensor,
     w_scale: Tensor,
@@ -182,33 +190,43 @@ def _linear_dyn_cpu(
     clip: float = 1.0,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    from . import cpu
-
-    _check_x(x)
+    check_x(x)
     check_quant(act_bits, clip)
     weight = Weight(qweight, w_scale, w_zero, w_mul, w_colsum)
     out_dtype = out_dtype or x.dtype
-    _check_weight(x.shape[-1], x.device, weight, bias, out_dtype)
-    y = cpu.linear_dyn(
-        x.view(-1, x.shape[-1]),
-        weight,
-        bias,
-        act_bits=act_bits,
-        act_symmetric=act_symmetric,
-        clip=clip,
-        out_dtype=out_dtype,
-    )
+    k = x.shape[-1]
+    check_weight(k, x.device, weight, bias, out_dtype)
+    flat = x.view(-1, k)
+    if x.is_cuda:
+        from . import gemm
+
+        rows = quantiser(x.device)(flat, bits=act_bits, symmetric=act_symmetric, clip=clip)
+        zero = None if act_symmetric else rows.zero
+        y = gemm.linear(rows.q, rows.scale, zero, rows.rowsum, weight, bias, out_dtype)
+    else:
+        from . import cpu
+
+        settings = {"act_bits": act_bits, "act_symmetric": act_symmetric, "clip": clip, "out_dtype": out_dtype}
+        y = cpu.linear_dyn(flat, weight, bias, **settings)
     return y.view(*x.shape[:-1], qweight.shape[0])
 
 
-for _name, _cpu, _fake in (
-    ("row_quant", _row_quant_cpu, _row_quant_fake),
-    ("w4a4_linear", _linear_cpu, _linear_fake),
-    ("w4a4_linear_dyn", _linear_dyn_cpu, _linear_dyn_fake),
-):
-    _LIBRARY.impl(_name, _cpu, "CPU")
-    torch.library.register_fake(f"affq::{_name}", _fake, lib=_LIBRARY)
-
+register(
+    f"row_quant(Tensor x, int bits=4, bool symmetric=True, float clip=1.0) -> ({ROWS_SCHEMA})",
+    _row_quant,
+    _row_quant_fake,
+)
+register(
+    f"w4a4_linear(Tensor q, Tensor scale, Tensor? zero, Tensor? rowsum, {WEIGHT_SCHEMA}, ScalarType out_dtype) -> Tensor",
+    _linear,
+    _linear_fake,
+)
+register(
+    f"w4a4_linear_dyn(Tensor x, {WEIGHT_SCHEMA}, int act_bits=4, bool act_symmetric=True, float clip=1.0, "
+    "ScalarType? out_dtype=None) -> Tensor",
+    _linear_dyn,
+    _linear_dyn_fake,
+)
 
 # The same ops with named parts, for eager code.
 
@@ -234,3 +252,6 @@ def linear(
     accumulator. See `reference.linear_dyn` for the arithmetic. Raises ValueError for anything that does not fit.
     """
     return torch.ops.affq.w4a4_linear_dyn(x.contiguous(), *weight, bias, act_bits, act_symmetric, clip, out_dtype)
+
+
+from . import fused_ops as fused_ops  # noqa: E402  (registers its ops; it needs the checks above)

@@ -148,7 +148,9 @@ def kron_apply(
 def block_apply(x: Float[Tensor, "m k"], matrices: Float[Tensor, "blocks b b"]) -> Float[Tensor, "m k"]:
     """Each piece of b columns times its matrix, in fp32; one matrix serves all pieces. The matrices get x's type."""
     pieces = x.view(x.shape[0], -1, matrices.shape[1]).float()
-    return torch.einsum("mpi,pij->mpj", pieces, matrices.to(x.dtype).float().expand(pieces.shape[1], -1, -1)).reshape(x.shape)
+    return torch.einsum("mpi,pij->mpj", pieces, matrices.to(x.dtype).float().expand(pieces.shape[1], -1, -1)).reshape(
+        x.shape
+    )
 
 
 def kron_quant(
@@ -236,7 +238,9 @@ KV_LARGEST = 65504.0  # of fp16
 KV_LEAST_STEP = 2.0**-14  # smallest normal fp16
 
 
-def kv_pack(k: Float[Tensor, "t h d"]) -> tuple[UInt8[Tensor, "t h half_d"], Float16[Tensor, "t h"], Float16[Tensor, "t h"]]:
+def kv_pack(
+    k: Float[Tensor, "t h d"],
+) -> tuple[UInt8[Tensor, "t h half_d"], Float16[Tensor, "t h"], Float16[Tensor, "t h"]]:
     """Keys or values in 4 bits, one scale and offset per token and head: value = u * scale + zero, u in 0..15.
 
     zero = fp16(clamp(min k)); scale = fp16(clamp((max k - zero) / 15, 2^-14, 65504)); u = rne(clamp((k - zero) / scale)).

@@ -71,9 +71,7 @@ def _block_product(x_ptr, matrix_ptr, rows, inside, block, K, shared_stride, B: 
                    FP32: tl.constexpr):  # fmt: skip
     i = tl.arange(0, P)
     mask = i < B
-    x = tl.load(
-        x_ptr + rows[:, None] * K + block * B + i[None, :], mask=inside[:, None] & mask[None, :], other=0.0
-    )
+    x = tl.load(x_ptr + rows[:, None] * K + block * B + i[None, :], mask=inside[:, None] & mask[None, :], other=0.0)
     square = i[:, None] * B + i[None, :]
     matrix = tl.load(matrix_ptr + block * shared_stride + square, mask=mask[:, None] & mask[None, :], other=0.0)
     return _dot(x, matrix, FP32)
@@ -91,7 +89,7 @@ def block_kernel(
     top = tl.zeros([R], tl.int32)
     bottom = tl.zeros([R], tl.float32)
     ceiling = tl.zeros([R], tl.float32)
-    for block in range(0, blocks):
+    for block in range(blocks):
         y = _block_product(x_ptr, matrix_ptr, rows, inside, block, K, matrix_stride, B, P, FP32)
         t, b, c = row_statistics(y)
         top, bottom, ceiling = tl.maximum(top, t), tl.minimum(bottom, b), tl.maximum(ceiling, c)
@@ -99,7 +97,7 @@ def block_kernel(
     total = tl.zeros([R], tl.int32)
     i = tl.arange(0, P)
     mask = inside[:, None] & (i < B)[None, :]
-    for block in range(0, blocks):
+    for block in range(blocks):
         y = _block_product(x_ptr, matrix_ptr, rows, inside, block, K, matrix_stride, B, P, FP32)
         q = row_codes(y, inverse, zero, BITS)
         at = rows[:, None] * K + block * B + i[None, :]

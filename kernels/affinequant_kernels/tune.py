@@ -126,7 +126,8 @@ def search(shapes: list[tuple[int, int]], rows: list[int], kind: Kind, bits: int
             part = quant.row_quant(x, bits=4, symmetric=True, clip=1.0)
             timed: list[tuple[float, Config]] = []
             for config in candidates(m, kind, bits):
-                def call(config: Config = config) -> torch.Tensor:
+
+                def call(config: Config = config, part: Rows = part, weight: Weight = weight) -> torch.Tensor:
                     return gemm.linear(part.q, part.scale, None, part.rowsum, weight, None, torch.bfloat16, config)
 
                 try:
@@ -146,7 +147,9 @@ def main() -> None:
     parser.add_argument("--rows", default="1,16,64,256,2048,8192", help="numbers of tokens")
     parser.add_argument("--kind", default="channel", choices=("channel", "integer", "group"))
     parser.add_argument("--bits", type=int, default=4, choices=(4, 8))
-    parser.add_argument("--out", type=Path, default=Path(os.environ.get("AFFQ_CACHE") or "~/.cache/affinequant/kernels"))
+    parser.add_argument(
+        "--out", type=Path, default=Path(os.environ.get("AFFQ_CACHE") or "~/.cache/affinequant/kernels")
+    )
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("the search measures on a CUDA device, and there is none")

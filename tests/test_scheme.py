@@ -1,0 +1,88 @@
+"""Scheme names to numbers."""
+
+import pytest
+
+from affinequant.errors import AffineQuantError
+from affinequant.scheme import SCHEMES, NumberFormat, Scheme
+
+# text -> name, weight bits, symmetric, group, activation bits (16 means none)
+TABLE = [
+    ("w4a4", "w4a4", 4, False, None, 4),
+    ("W4A4 ", "w4a4", 4, False, None, 4),
+    ("w4a4-asym", "w4a4", 4, False, None, 4),
+    ("w4a4-sym", "w4a4-sym", 4, True, None, 4),
+    ("w4a4-g32", "w4a4-g32", 4, False, 32, 4),
+    ("w4a8", "w4a8", 4, False, None, 8),
+    ("w4a16-g64", "w4a16-g64", 4, False, 64, 16),
+    ("w4a16-g128-sym", "w4a16-g128-sym", 4, True, 128, 16),
+    ("w8a16", "w8a16", 8, False, None, 16),
+    ("w8a8", "w8a8", 8, True, None, 8),
+    ("w8a8-sym", "w8a8", 8, True, None, 8),
+    ("w8a8-asym", "w8a8-asym", 8, False, None, 8),
+]
+
+
+@pytest.mark.parametrize(("text", "name", "bits", "symmetric", "group", "activation"), TABLE)
+def test_names(text: str, name: str, bits: int, symmetric: bool, group: int | None, activation: int) -> None:
+    scheme = Scheme.parse(text)
+    assert scheme.name == name
+    weight = scheme.weight
+    assert (weight.bits, weight.symmetric, weight.group_size, weight.dynamic) == (bits, symmetric, group, False)
+    assert weight.granularity == ("group" if group else "channel")
+    if activation == 16:
+        assert scheme.activation is None
+    else:
+        expected = NumberFormat(bits=activation, symmetric=symmetric, granularity="token", dynamic=True)
+        assert scheme.activation == expected
+    assert Scheme.parse(scheme.name) == scheme
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_every_listed_scheme_is_its_own_name(name: str) -> None:
+    assert Scheme.parse(name).name == name
+
+
+@pytest.mark.parametrize("text", ["", "w4", "a4w4", "w4a4-g", "w4a4-x", "w4a4-sym-g32", "4/4", "w4a4 w8a8"])
+def test_what_is_no_scheme_is_refused_with_the_list(text: str) -> None:
+    with pytest.raises(AffineQuantError, match="unknown scheme") as caught:
+        Scheme.parse(text)
+    assert caught.value.exit_code == 2 and caught.value.where == "--scheme"
+    assert "affinequant list schemes" in caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("text", "near"), [("w4a17", "w4a16"), ("w3a16", "w4a16"), ("w4a16g64", "w4a16-g64"), ("w8a4", "w8a8")]
+)
+def test_bits_that_nothing_stores_name_the_nearest(text: str, near: str) -> None:
+    with pytest.raises(AffineQuantError, match=f"did you mean '{near}'"):
+        Scheme.parse(text)
+
+
+def test_a_quantised_cache_is_refused_and_not_left_out() -> None:
+    with pytest.raises(AffineQuantError, match="KV cache") as caught:
+        Scheme.parse("w4a4kv4-g64")
+    assert "'w4a4-g64'" in caught.value.fix
+
+
+def test_a_group_of_nothing() -> None:
+    with pytest.raises(AffineQuantError, match="group of 0"):
+        Scheme.parse("w4a4-g0")
+
+
+def test_codes_are_signed_and_ranges_follow_the_bits() -> None:
+    assert (Scheme.parse("w4a4").weight.code_min, Scheme.parse("w4a4").weight.code_max) == (-8, 7)
+    assert (Scheme.parse("w8a8").weight.code_min, Scheme.parse("w8a8").weight.code_max) == (-128, 127)
+
+
+@pytest.mark.parametrize(
+    ("text", "width", "bits"),
+    [
+        ("w4a4", 4096, 4 + 20 / 4096),
+        ("w4a4-sym", 4096, 4 + 16 / 4096),
+        ("w4a16-g64", 4096, 4 + 20 / 64),
+        ("w4a16-g128-sym", 4096, 4 + 16 / 128),
+        ("w8a8", 1024, 8 + 16 / 1024),
+    ],
+)
+def test_stored_bits_count_scales_and_zeros(text: str, width: int, bits: float) -> None:
+    assert Scheme.parse(text).bits_per_weight(width) == pytest.approx(bits)
