@@ -1,5 +1,6 @@
 """The training loop: a known minimum, non-finite losses, and everything that a report promises."""
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -9,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from affinequant.fit import FitConfig, Group, fit
-import itertools
 
 TARGET = torch.tensor([1.0, -2.0, 3.0])
 

@@ -29,7 +29,9 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 def weights() -> dict[str, Tensor]:
     """Rows of every sort: usual, one-sided, constant, all zero, tiny, huge, with an outlier."""
     base = random(8, 64)
-    rows = torch.stack([base[0], base[1].abs(), -base[2].abs(), torch.ones(64), torch.zeros(64), 1e-12 * base[5], 1e4 * base[6]])
+    rows = torch.stack(
+        [base[0], base[1].abs(), -base[2].abs(), torch.ones(64), torch.zeros(64), 1e-12 * base[5], 1e4 * base[6]]
+    )
     return {"random": base, "odd rows": rows, "outlier": base + 50 * (torch.arange(64) == 3)}
 
 
@@ -110,7 +112,9 @@ ROWS = {
 @pytest.mark.parametrize("clip", [1.0, 0.96, 0.6, 1 / 3])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_activations_equal_the_kernels_reference_bit_for_bit(bits: int, symmetric: bool, clip: float, rows: str) -> None:
+def test_activations_equal_the_kernels_reference_bit_for_bit(
+    bits: int, symmetric: bool, clip: float, rows: str
+) -> None:
     fmt = NumberFormat(bits=bits, symmetric=symmetric, granularity="token", dynamic=True)
     x = ROWS[rows]
     expected = reference.row_quant(x, bits=bits, symmetric=symmetric, clip=clip)

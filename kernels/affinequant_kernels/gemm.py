@@ -288,7 +288,8 @@ def _launch_gemm(
         q, weight.qweight.view(torch.int8), out, scale, *rest, weight.scale, zw,
         weight.mul if weight.mul is not None else weight.qweight, *tail, space,
         m, n, k, weight.qweight.shape[1], groups, k // groups,
-        BITS=bits, AFFINE=weight.mul is not None, EVEN=k % 128 == 0, BM=config.bm, BJ=bj, SPLIT=split, PERSISTENT=programs < tiles,
+        BITS=bits, AFFINE=weight.mul is not None, EVEN=k % 128 == 0,
+        BM=config.bm, BJ=bj, SPLIT=split, PERSISTENT=programs < tiles,
         num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=False, **flags,
     )  # fmt: skip
 
