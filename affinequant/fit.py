@@ -118,6 +118,7 @@ class _State:
         self.good, self.good_epoch = self._copies(), 0
         self.best, self.best_values = math.inf, self.good
         self.last_batch: Any = None
+        self.probe_names: set[str] = set()
         self.optimizer = self._new_optimizer()
 
     def _copies(self) -> list[Tensor]:
@@ -185,8 +186,9 @@ class _State:
         self.non_finite += 1
         self.rate /= 2
         self._restore(self.good)
-        for values in self.series.values():
-            del values[self.good_epoch :]
+        for name, values in self.series.items():
+            every = self.config.probe_every if name in self.probe_names else 1
+            del values[self.good_epoch // every :]
         self.epoch = self.good_epoch
         self.optimizer = self._new_optimizer()
 
@@ -199,6 +201,7 @@ class _State:
             if self.config.keep_best:
                 self.best_values = self._copies()
         if self.config.probe_every and self.epoch % self.config.probe_every == 0:
+            self.probe_names = set(probes)
             for name, probe in probes.items():
                 self.series.setdefault(name, []).append(probe())
 
