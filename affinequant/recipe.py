@@ -1,6 +1,7 @@
 """What is asked for: one frozen dataclass from which flags, TOML keys, help and the fingerprint are all made."""
 
 import os
+import json
 import tomllib
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
@@ -288,6 +289,5 @@ def _toml(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-        return f'"{escaped}"'
+        return json.dumps(value, ensure_ascii=False)  # JSON's escapes are TOML's
     return repr(value)
