@@ -1,7 +1,7 @@
 """What is asked for: one frozen dataclass from which flags, TOML keys, help and the fingerprint are all made."""
 
-import os
 import json
+import os
 import tomllib
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace

@@ -188,4 +188,4 @@ def test_learning_a_range_finds_a_better_one() -> None:
         error().backward()
         optimizer.step()
     assert float(error().detach()) < 0.5 * first
-    assert float(ranges.high_logit.max()) < float(ranges.low_logit.min())
+    assert float(ranges.high_logit.detach().max()) < float(ranges.low_logit.detach().min())
