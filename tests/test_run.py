@@ -1,50 +1,164 @@
-"""Durable progress: whole stages or none, one carry, and fingerprints that name what differs."""
+"""Durable progress: a stage is there whole or not at all, whatever stops the process."""
 
-import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from affinequant import AffineQuantError, Run
+from affinequant.errors import AffineQuantError
+from affinequant.run import Run
+
+ONE, TWO = {"x": torch.ones(3)}, {"x": torch.full((3,), 2.0)}
 
 
-def test_a_stage_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
+class Stopped(BaseException):
+    """Stands for a kill: nothing that runs afterwards may tidy up."""
+
+
+@contextmanager
+def stopped_at(monkeypatch: pytest.MonkeyPatch, step: int) -> Iterator[list[str]]:
+    """Stop just before the step-th call that changes the disk; yields the calls made so far."""
+    calls: list[str] = []
+
+    def counted(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if len(calls) == step:
+                raise Stopped
+            calls.append(name)
+            return real(*args, **kwargs)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for name in ("rename", "fsync", "unlink", "mkdir"):
+            patch.setattr(os, name, counted(name, getattr(os, name)))
+        patch.setattr("affinequant.run.save_file", counted("save", __import__("affinequant.run").run.save_file))
+        yield calls
+
+
+def test_a_stage_comes_back_as_it_was(tmp_path: Path) -> None:
     run = Run.open(tmp_path / "run", {"seed": 0})
-    assert run.pending(["a", "b"]) == ["a", "b"]
-    (run.stages / "a.tmp").mkdir()  # what a killed process leaves
-    run = Run.open(tmp_path / "run", {"seed": 0})
-    assert not (run.stages / "a.tmp").exists() and not run.committed("a")
-    run.commit("a", tensors={"x": torch.arange(3)}, carry={"h": torch.ones(2)}, report={"loss": 0.5})
-    assert run.pending(["a", "b"]) == ["b"]
-    assert torch.equal(run.tensors("a")["x"], torch.arange(3)) and run.report("a") == {"loss": 0.5}
+    tensors = {
+        "a": torch.arange(6).reshape(2, 3).T,
+        "b": torch.tensor(1.5).bfloat16(),
+        "c": torch.ones(2, dtype=torch.int8),
+    }
+    run.commit("one", tensors=tensors, carry=ONE, report={"loss": 0.5, "events": ["x"]})
+    again = Run.open(tmp_path / "run", {"seed": 0})
+    for name, tensor in again.tensors("one").items():
+        assert torch.equal(tensor, tensors[name]) and tensor.dtype == tensors[name].dtype
+    assert set(again.tensors("one")) == set(tensors)
+    assert again.report("one") == {"loss": 0.5, "events": ["x"]}
+    assert torch.equal(again.carry("one")["x"], ONE["x"])
+
+
+def test_what_is_pending_stays_in_order(tmp_path: Path) -> None:
+    run = Run.open(tmp_path, {})
+    assert run.pending(["b", "a", "c"]) == ["b", "a", "c"]
+    run.commit("a")
+    assert run.pending(["b", "a", "c"]) == ["b", "c"] and run.committed("a") and not run.committed("b")
+    assert run.report("a") == {}
 
 
 def test_only_the_newest_carry_is_kept(tmp_path: Path) -> None:
     run = Run.open(tmp_path, {})
-    for name in ("a", "b"):
-        run.commit(name, carry={"h": torch.full((2,), ord(name))})
-    assert torch.equal(run.carry("b")["h"], torch.full((2,), ord("b")))
-    assert len(list(tmp_path.rglob("carry.safetensors"))) == 1
+    run.commit("one", tensors=ONE, carry=ONE)
+    run.commit("two", tensors=TWO, carry=TWO)
+    assert [path.parent.name for path in run.stages.glob("*/carry.safetensors")] == ["two"]
+    assert torch.equal(run.carry("two")["x"], TWO["x"])
+    assert torch.equal(run.tensors("one")["x"], ONE["x"])
 
 
-def test_a_failed_commit_leaves_no_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_half_written_is_cleared_away(tmp_path: Path) -> None:
     run = Run.open(tmp_path, {})
-
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("affinequant.run.save_file", full)
-    with pytest.raises(OSError, match="No space"):
-        run.commit("a", tensors={"x": torch.ones(1)})
-    assert not Run.open(tmp_path, {}).committed("a")
+    (run.stages / "one.tmp").mkdir()
+    (run.stages / "one.tmp" / "tensors.safetensors").write_bytes(b"half")
+    assert not Run.open(tmp_path, {}).committed("one")
+    assert list(run.stages.iterdir()) == []
 
 
-def test_another_fingerprint_is_refused_by_the_fields_that_differ(tmp_path: Path) -> None:
-    Run.open(tmp_path, {"seed": 0, "samples": 8, "same": [1, {"a": 2}]})
-    Run.open(tmp_path, {"same": [1, {"a": 2}], "samples": 8, "seed": 0})
+def test_stopped_anywhere_in_a_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step, finished = 0, False
+    while not finished:
+        folder = tmp_path / str(step)
+        run = Run.open(folder, {"seed": 0})
+        run.commit("one", tensors=ONE, carry=ONE, report={"n": 1})
+        with stopped_at(monkeypatch, step) as calls:
+            try:
+                run.commit("two", tensors=TWO, carry=TWO, report={"n": 2})
+                finished = True
+            except Stopped:
+                pass
+        run = Run.open(folder, {"seed": 0})
+        if not run.committed("two"):
+            assert torch.equal(run.carry("one")["x"], ONE["x"]), f"stopped before step {step} of {calls}: no way on"
+            run.commit("two", tensors=TWO, carry=TWO, report={"n": 2})
+        assert torch.equal(run.carry("two")["x"], TWO["x"]) and torch.equal(run.tensors("two")["x"], TWO["x"])
+        assert run.report("two") == {"n": 2} and run.report("one") == {"n": 1}
+        run.commit("three")
+        assert sorted(path.name for path in run.stages.iterdir()) == ["one", "three", "two"]
+        step += 1
+    assert step > 8 and {"save", "fsync", "rename", "unlink"} <= set(calls)
+
+
+def test_stopped_anywhere_while_opening(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in range(20):
+        folder = tmp_path / str(step)
+        with stopped_at(monkeypatch, step):
+            try:
+                Run.open(folder, {"seed": 0})
+                break
+            except Stopped:
+                pass
+        Run.open(folder, {"seed": 0}).commit("one", tensors=ONE)
+        with pytest.raises(AffineQuantError):
+            Run.open(folder, {"seed": 1})
+    assert 3 < step < 19
+
+
+@pytest.mark.parametrize(
+    ("now", "shown"),
+    [
+        ({"seed": 1, "scheme": "w4a4", "lr": 0.1}, "seed: 0 there, 1 now"),
+        ({"seed": 0, "scheme": "w4a4"}, "lr: 0.1 there, None now"),
+        ({"seed": 0, "scheme": "w4a4", "lr": 0.1, "new": [1]}, "new: None there, [1] now"),
+    ],
+)
+def test_another_recipe_is_refused_by_the_field_that_differs(tmp_path: Path, now: dict[str, Any], shown: str) -> None:
+    known = {"seed": 0, "scheme": "w4a4", "lr": 0.1}
+    Run.open(tmp_path / ".run", known).commit("one", tensors=ONE)
     with pytest.raises(AffineQuantError) as caught:
-        Run.open(tmp_path, {"seed": 1, "samples": 8, "same": [1, {"a": 2}]})
-    assert "seed: 0 there, 1 now" in caught.value.what and "samples" not in caught.value.what
-    Run(tmp_path).check_same({"samples": 8}, all_fields=False)
-    assert json.loads((tmp_path / "fingerprint.json").read_text())["seed"] == 0
+        Run.open(tmp_path / ".run", now)
+    assert shown in caught.value.what and "scheme" not in caught.value.what
+    assert caught.value.exit_code == 2 and "--overwrite" in caught.value.fix
+    assert Run.open(tmp_path / ".run", known).committed("one")
+
+
+def test_a_part_of_a_fingerprint_can_be_compared(tmp_path: Path) -> None:
+    run = Run.open(tmp_path, {"seed": 0, "calibration": "abc"})
+    run.check_same({"seed": 0}, all_fields=False)
+    with pytest.raises(AffineQuantError, match="seed"):
+        run.check_same({"seed": 1}, all_fields=False)
+
+
+def test_tuples_and_lists_are_one_in_a_fingerprint(tmp_path: Path) -> None:
+    Run.open(tmp_path, {"shape": (1, 2)})
+    Run.open(tmp_path, {"shape": [1, 2]})
+
+
+def test_existence(tmp_path: Path) -> None:
+    assert not Run.exists(tmp_path / "run")
+    Run.open(tmp_path / "run", {})
+    assert Run.exists(tmp_path / "run")
+
+
+def test_reports_outlive_the_tensors(tmp_path: Path) -> None:
+    run = Run.open(tmp_path, {})
+    run.commit("one", tensors=ONE, carry=ONE, report={"n": 1})
+    run.drop_tensors()
+    assert run.report("one") == {"n": 1} and run.committed("one")
+    assert not list(run.stages.rglob("*.safetensors"))

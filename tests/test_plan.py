@@ -1,0 +1,165 @@
+"""The preflight: refusals in seconds, sizes that come true, and nothing heavy imported."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from affinequant.errors import AffineQuantError
+from affinequant.plan import Plan, check_disk, plan
+
+Tiny = Callable[..., Path]
+
+LLAMA_2_70B = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "vocab_size": 32000,
+    "tie_word_embeddings": False,
+}
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    (tmp_path / "text.txt").write_text("some words " * 2000)
+    return tmp_path / "text.txt"
+
+
+def planned(folder: Path, text: Path, **fields: Any) -> Plan:
+    return plan(str(folder), **{"data": str(text), "samples": 4, "seq_len": 32, "device": "cpu"} | fields)
+
+
+def refusal(folder: Path, text: Path, **fields: Any) -> AffineQuantError:
+    with pytest.raises(AffineQuantError) as caught:
+        planned(folder, text, **fields)
+    assert caught.value.where and caught.value.fix
+    return caught.value
+
+
+@pytest.fixture
+def seventy(tmp_path: Path) -> Path:
+    folder = tmp_path / "Llama-2-70b"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(LLAMA_2_70B))
+    return folder
+
+
+def test_70b_from_its_config_alone(seventy: Path, text: Path) -> None:
+    made = planned(seventy, text, samples=128, seq_len=2048)
+    blocks = 80 * (2 * 8192 * 8192 + 2 * 1024 * 8192 + 3 * 28672 * 8192)
+    assert made.bits_per_weight == pytest.approx(4.0, abs=0.01)
+    assert made.output_bytes == pytest.approx(blocks / 2 + 2 * 2 * 32000 * 8192, rel=0.01)
+    assert made.source_bytes == pytest.approx(2 * blocks + 2 * 2 * 32000 * 8192, rel=0.01)
+    assert made.disk_bytes > made.output_bytes and made.minutes > 0 and made.untied_bytes == 0
+    assert made.gpu_bytes == 0
+    assert json.loads(json.dumps(made.to_json()))["dims"]["layers"] == 80
+
+
+def test_it_takes_no_torch_and_no_transformers(seventy: Path, text: Path) -> None:
+    code = (
+        "import sys; from affinequant.plan import plan; "
+        f"plan({str(seventy)!r}, data={str(text)!r}, samples=1, seq_len=8, device='cpu'); "
+        "print(sorted({'torch', 'transformers', 'safetensors', 'datasets'} & set(sys.modules)))"
+    )
+    path = {"PYTHONPATH": ":".join(sys.path)}
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=path, timeout=60, check=True
+    )
+    assert found.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("preset", ["rtn", "smoothquant", "paper", "fast", "default"])
+def test_placements_are_shown_for_every_site(tiny: Tiny, text: Path, preset: str) -> None:
+    made = planned(tiny(), text, preset=preset)
+    shown = {row["site"]: row for row in made.to_json()["sites"]}
+    assert list(shown) == ["residual", "attn_in", "qk", "vo", "mlp_in", "mlp_mid"]
+    for site, row in shown.items():
+        assert row["transform"] == made.recipe.transforms.get(site)
+        assert (row["placement"], row["flops_per_token"]) == ("folded", 0) and row["reason"]
+
+
+def test_a_rotation_that_unties_is_announced(tiny: Tiny, text: Path) -> None:
+    made = planned(tiny(tied=True), text, preset="fast")
+    assert made.untied_bytes == 2 * 320 * 64
+    assert any("unties the head" in note for note in made.notes)
+    for other in (planned(tiny(tied=True), text, preset="rtn"), planned(tiny(), text, preset="fast")):
+        assert other.untied_bytes == 0 and not any("unties" in note for note in other.notes)
+    without = planned(tiny(tied=True), text, preset="fast", transforms={"residual": "none"})
+    assert without.untied_bytes == 0 and made.output_bytes - without.output_bytes == made.untied_bytes
+
+
+REFUSALS = [
+    ({"scheme": "w4a16-g48"}, "groups of 48 do not divide 64, 128", "'w4a16-g64'", 3),
+    ({"scheme": "w4a16-g128"}, "groups of 128 do not divide 64", "'w4a16-g64'", 3),
+    ({"transforms": {"mlp_md": "diagonal"}}, "unknown site 'mlp_md'", "did you mean 'mlp_mid'", 2),
+    ({"transforms": {"vo": "bandd"}}, "unknown transform 'bandd'", "did you mean 'banded'", 2),
+    ({"transforms": {"qk": "banded"}}, "banded at qk is refused", "rope-pair", 2),
+    ({"transforms": {"qk": "rope-pair+diagonal"}}, "at qk is refused", "rope-pair", 2),
+    ({"transforms": {"attn_in": "hadamard"}}, "hadamard at attn_in is online", "diagonal", 2),
+    ({"transforms": {"residual": "diagonal"}}, "diagonal at residual is refused", "hadamard", 2),
+    ({"tier": "online"}, "online tier", "--tier merged", 2),
+    ({"scheme": "w8a8", "activation_clip": "search"}, "without clipping", "", 2),
+    ({"gpu_memory": "1GB", "device": "cuda"}, "GB are allowed", "allow", 3),
+    ({"cpu_memory": "100MB"}, "0.1 GB are allowed", "--samples", 3),
+    ({"data": "no-such.txt"}, "no such file", "check the path", 2),
+]
+
+
+@pytest.mark.parametrize(("fields", "what", "fix", "code"), REFUSALS, ids=lambda value: str(value)[:50])
+def test_refusals(tiny: Tiny, text: Path, fields: dict[str, Any], what: str, fix: str, code: int) -> None:
+    error = refusal(tiny(), text, **fields)
+    assert what in error.what and fix in error.fix and error.exit_code == code
+
+
+def test_the_nearest_group_is_the_nearest_that_divides_all(tiny: Tiny, text: Path) -> None:
+    folder = tiny(hidden=72, kv_heads=4, mlp=120)
+    assert "'w4a16-g24'" in refusal(folder, text, scheme="w4a16-g32").fix
+    assert "'w4a16-g8-sym'" in refusal(folder, text, scheme="w4a16-g9-sym").fix
+    assert planned(folder, text, scheme="w4a16-g24").bits_per_weight == pytest.approx(4 + 20 / 24)
+
+
+def test_widths_that_cannot_be_packed(tiny: Tiny, text: Path) -> None:
+    error = refusal(tiny(hidden=60, heads=6, kv_heads=3, mlp=128), text)
+    assert "multiples of 8" in error.what and error.exit_code == 3
+
+
+def test_code_from_the_model_is_not_run_unasked(tiny_copy: Tiny, text: Path) -> None:
+    folder = tiny_copy()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModelForCausalLM": "code.Model"}}))
+    error = refusal(folder, text)
+    assert "code of its own" in error.what and "--trust-remote-code" in error.fix and error.exit_code == 3
+    planned(folder, text, trust_remote_code=True)
+
+
+def test_memory_that_is_short_sends_activations_to_disk(seventy: Path, text: Path) -> None:
+    whole = planned(seventy, text, samples=128, seq_len=2048)
+    assert whole.offload == "cpu"
+    budget = f"{(whole.cpu_bytes - 2**30) // 2**20}MB"
+    there = planned(seventy, text, samples=128, seq_len=2048, cpu_memory=budget)
+    assert there.offload == "disk" and there.cpu_bytes < whole.cpu_bytes and there.disk_bytes > whole.disk_bytes
+    asked = planned(seventy, text, samples=128, seq_len=2048, offload="disk")
+    assert asked.offload == "disk" and asked.cpu_bytes == there.cpu_bytes
+    assert refusal(seventy, text, samples=128, seq_len=2048, offload="cpu", cpu_memory=budget).exit_code == 3
+
+
+def test_a_disk_that_is_too_small_says_both_sizes(tiny: Tiny, text: Path, tmp_path: Path) -> None:
+    made = replace(planned(tiny(), text, out=str(tmp_path / "a" / "b")), disk_bytes=2**60)
+    with pytest.raises(AffineQuantError) as caught:
+        check_disk(made)
+    assert "1073741824.00 GB needed" in caught.value.what and "free" in caught.value.what
+    assert caught.value.exit_code == 3 and not (tmp_path / "a").exists()
+
+
+def test_w8a8_plans_without_being_told_about_clips(tiny: Tiny, text: Path) -> None:
+    for preset in ("rtn", "fast", "default"):
+        assert planned(tiny(), text, scheme="w8a8", preset=preset).recipe.activation_clip == "none"

@@ -1,0 +1,132 @@
+"""A block from real weights to codes: what is stored is what is computed with, on the inputs that will be seen."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.test_block import make_job
+from torch import Tensor
+
+from affinequant import rounding
+from affinequant.block import BlockObjective, build_transforms
+from affinequant.gptq import ACTIVATION_RATIOS, GPTQFailure, gptq
+from affinequant.quantizer import codes_of, dequantize, fake_quantize_activation
+from affinequant.rounding import Rounded, quantized_input, round_block
+
+Tiny = Callable[..., Path]
+
+
+def rounded(folder: Path, **fields: Any) -> tuple[Rounded, Any, dict[str, Tensor], Tensor]:
+    """(result, job, the real tensors, the block's inputs)."""
+    job, tensors, x = make_job(folder, **fields)
+    objective = BlockObjective(job, tensors, build_transforms(job, {}))
+    return round_block(job, {n: t.double() for n, t in tensors.items()}, x, objective), job, tensors, x
+
+
+@pytest.mark.parametrize("shape", [{}, {"bias": True}], ids=str)
+@pytest.mark.parametrize("scheme", ["w4a4", "w4a4-sym", "w4a16-g32", "w8a8", "w4a8-g16-sym"])
+def test_what_is_stored_is_what_is_computed_with(tiny: Tiny, scheme: str, shape: dict[str, Any]) -> None:
+    result, job, tensors, _ = rounded(tiny(**shape), preset="fast", scheme=scheme)
+    fmt, stored = job.scheme.weight, dict(result.stored)
+    for linear in job.decoder.family.linears:
+        name = linear.name
+        codes, scale = stored.pop(f"{name}.codes"), stored.pop(f"{name}.scale")
+        zero = stored.pop(f"{name}.zero") if not fmt.symmetric else torch.zeros_like(scale)
+        assert codes.dtype == torch.int8 and codes.shape == tensors[f"{name}.weight"].shape
+        assert fmt.code_min <= int(codes.min()) and int(codes.max()) <= fmt.code_max
+        assert scale.shape == (len(codes), fmt.groups(codes.shape[1]))
+        assert torch.equal(scale.bfloat16().float(), scale)
+        assert torch.equal(dequantize(codes.float(), scale, zero.float(), fmt), result.tensors[f"{name}.weight"])
+        if job.scheme.activation is not None:
+            assert float(stored.pop(f"{name}.input_clip")) == pytest.approx(result.linears[name]["clip"])
+        assert result.linears[name]["sqnr"] > (10 if fmt.bits == 4 else 30)
+    assert set(stored) == set(tensors) - {f"{linear.name}.weight" for linear in job.decoder.family.linears}
+    for name, tensor in stored.items():
+        assert tensor.dtype == torch.bfloat16
+        assert torch.equal(tensor.float(), result.tensors[name]), f"{name} is stored otherwise than it was used"
+    assert result.events == ()
+
+
+@pytest.mark.parametrize("clip", ["none", "search", "learn", "learn+search"])
+def test_activation_clips_come_from_where_the_recipe_says(tiny: Tiny, clip: str) -> None:
+    result, *_ = rounded(tiny(), preset="rtn", activation_clip=clip)
+    for ratio in result.clips.values():
+        if clip == "none":
+            assert ratio == 1.0
+        elif clip == "learn":
+            assert ratio == pytest.approx(0.9820138)
+        else:
+            assert ratio in ACTIVATION_RATIOS
+    assert clip in ("none", "learn") or min(result.clips.values()) < 1
+
+
+def test_hessians_are_those_of_the_rounded_inputs(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is taken on what the rounded part of the block before it gives, itself rounded."""
+    seen: list[Tensor] = []
+    monkeypatch.setattr(
+        rounding, "gptq", lambda w, hessian, *rest, **kw: seen.append(hessian) or gptq(w, hessian, *rest, **kw)
+    )
+    result, job, _, x = rounded(tiny(), preset="fast")
+    reached: dict[str, list[Tensor]] = {}
+    rounding_inputs = quantized_input(job, result.clips)
+
+    def note(site: str, value: Tensor) -> Tensor:
+        value = rounding_inputs(site, value)
+        reached.setdefault(site, []).append(value.flatten(0, -2))
+        return value
+
+    job.run_all(result.tensors, x, note)
+    assert len(seen) == len(reached) == 4
+    for hessian, parts in zip(seen, reached.values(), strict=True):
+        inputs = torch.cat(parts)
+        torch.testing.assert_close(hessian, inputs.mT @ inputs / len(inputs), rtol=1e-4, atol=1e-4)
+
+
+def output_noise(result: Rounded, job: Any, tensors: dict[str, Tensor], x: Tensor) -> float:
+    target = job.run_all(tensors, x)
+    after = job.run_all(result.tensors, x, quantized_input(job, result.clips))
+    return float((after - target).square().sum() / target.square().sum())
+
+
+def test_each_step_from_nearest_to_searched_to_gptq_helps_the_block(tiny: Tiny) -> None:
+    noise = [
+        output_noise(*rounded(tiny(), preset="rtn", scheme="w4a16", **fields))
+        for fields in ({}, {"weight_clip": "search"}, {"weight_clip": "search", "rounding": "gptq"})
+    ]
+    assert noise[0] > noise[1] > noise[2] > 0
+
+
+def test_a_hessian_that_cannot_be_factored_is_an_event(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any, **__: Any) -> Tensor:
+        raise GPTQFailure("no way")
+
+    monkeypatch.setattr(rounding, "gptq", fails)
+    result, _job, *_ = rounded(tiny(), preset="fast")
+    assert len(result.events) == 4
+    assert result.events[0] == "self_attn.q_proj, self_attn.k_proj, self_attn.v_proj rounded to nearest: no way"
+    assert all(bool(tensor.isfinite().all()) for tensor in result.tensors.values())
+
+
+def test_nearest_is_nearest(tiny: Tiny) -> None:
+    result, job, tensors, _ = rounded(tiny(), preset="rtn")
+    for linear in job.decoder.family.linears:
+        scale, zero = (result.stored[f"{linear.name}.{part}"].float() for part in ("scale", "zero"))
+        nearest = codes_of(tensors[f"{linear.name}.weight"], scale, zero, job.scheme.weight)
+        assert torch.equal(result.stored[f"{linear.name}.codes"].float(), nearest)
+
+
+def test_sites_that_have_no_clip_yet_pass_through(tiny: Tiny) -> None:
+    job, _, x = make_job(tiny(), preset="fast")
+    on_input = quantized_input(job, {"vo": 0.9})
+    assert on_input("mlp_mid", x) is x
+    assert job.scheme.activation is not None
+    assert torch.equal(on_input("vo", x), fake_quantize_activation(x, job.scheme.activation, 0.9))
+
+
+def test_the_real_tensors_are_left_as_they_were(tiny: Tiny) -> None:
+    job, tensors, x = make_job(tiny(), preset="fast")
+    before = {name: tensor.clone() for name, tensor in tensors.items()}
+    round_block(job, tensors, x, BlockObjective(job, tensors, {}))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tensors.items())
