@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -180,7 +181,10 @@ def test_ctrl_c_is_130_and_the_same_command_goes_on(words: list[str], tmp_path: 
     longer = [*words, "--preset", "default", "--epochs", "40", "-o", str(out)]
     longer.remove("fast") if "fast" in longer else None
     longer.remove("--preset")
-    process = subprocess.Popen([sys.executable, "-c", slow, *longer], stderr=subprocess.PIPE, text=True)
+    # A shell that starts jobs in the background lets them ignore Ctrl-C, and children inherit that.
+    listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    command = [sys.executable, "-c", slow, *longer]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=listen)
     deadline = time.monotonic() + 120
     while not (out / ".run/stages/block.0000").exists() and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.05)
