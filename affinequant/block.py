@@ -61,15 +61,14 @@ class BlockObjective:
         self.transforms = dict(transforms)
         family, fmt = job.decoder.family, job.scheme.weight
         self.linears = [linear.name for linear in family.linears]
-        learn_weights, learn_inputs = "learn" in job.recipe.weight_clip, "learn" in job.recipe.activation_clip
         self.ranges: dict[str, LearnedRange] = {}
-        for name in self.linears:
-            rows, columns = tensors[f"{name}.weight"].shape
-            ranges = LearnedRange(rows, fmt.groups(columns)).to(job.decoder.device)
-            self.ranges[name] = ranges.requires_grad_(learn_weights)
+        if "learn" in job.recipe.weight_clip:
+            for name in self.linears:
+                rows, columns = tensors[f"{name}.weight"].shape
+                self.ranges[name] = LearnedRange(rows, fmt.groups(columns)).to(job.decoder.device)
+        learn_inputs = "learn" in job.recipe.activation_clip
         start = torch.tensor(CLIP_START if learn_inputs else float("inf"), device=job.decoder.device)
         self.clips = {site: nn.Parameter(start.clone(), learn_inputs) for site, _ in family.input_groups()}
-        self.learn_weights = learn_weights
         self.fraction = -1.0
 
     def groups(self) -> Sequence[Group]:
@@ -109,8 +108,7 @@ class BlockObjective:
         tensors = self.folded()
         for name in self.linears:
             weight = tensors[f"{name}.weight"]
-            find = self.ranges[name] if self.learn_weights else weight_range
-            low, high = find(weight, self.job.scheme.weight)
+            low, high = self.ranges.get(name, weight_range)(weight, self.job.scheme.weight)
             tensors[f"{name}.weight"] = fake_quantize(weight, low, high, self.job.scheme.weight, self.job.store)
         return tensors
 

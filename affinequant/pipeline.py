@@ -22,7 +22,7 @@ from affinequant.recipe import Recipe
 from affinequant.recipe import resolve as resolve_recipe
 from affinequant.run import Run
 from affinequant.stages import block_stage, outer_stage
-from affinequant.stream import Decoder, open_decoder
+from affinequant.stream import Decoder, compute_dtype, open_decoder
 from affinequant.transforms import Transform, build
 from affinequant.workspace import open_workspace
 
@@ -86,7 +86,7 @@ def quantize(
 def quantize_blocks(made: Plan, run: Run, tokens: Tokens, listen: Progress) -> Decoder:
     """Every stage that is not on disk yet: what lies outside the blocks, then the blocks in order."""
     device = torch.device(made.device)
-    dtype = compute_dtype(made.recipe, device)
+    dtype = compute_dtype(made.recipe.dtype, device)
     decoder = open_decoder(
         made.source, made.family, made.dims, device, dtype, trust_remote_code=made.recipe.trust_remote_code
     )
@@ -109,12 +109,6 @@ def quantize_blocks(made: Plan, run: Run, tokens: Tokens, listen: Progress) -> D
             full, quantized = block_stage(made, run, job, rotation, full, quantized, listen)
     listen.end()
     return decoder
-
-
-def compute_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
-    """The dtype that blocks are computed in."""
-    auto = torch.bfloat16 if device.type == "cuda" else torch.float32
-    return {"auto": auto, "float32": torch.float32, "bfloat16": torch.bfloat16}[recipe.dtype]
 
 
 def _plain(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from affinequant.formats.compressed_tensors import unpack_linear
 from affinequant.quantizer import dequantize
 from affinequant.recipe import Device, Dtype
 from affinequant.scheme import NumberFormat
+from affinequant.stream import compute_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,8 +36,7 @@ def load(path: str | Path, *, device: Device = "auto", dtype: Dtype = "auto") ->
     """
     source = open_source(Path(path))
     target = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    auto = torch.bfloat16 if target.type == "cuda" else torch.float32
-    kind = {"auto": auto, "float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+    kind = compute_dtype(dtype, target)
     ours = "affinequant" in (source.config.get("quantization_config") or {})
     model: Any = _quantized(source, target, kind) if ours else _plain(source.folder, kind)
     _check_finite(model, source.folder)

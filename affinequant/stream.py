@@ -15,6 +15,7 @@ from torch.func import functional_call
 
 from affinequant.checkpoint import Source
 from affinequant.models import Dims, Family
+from affinequant.recipe import Dtype
 
 OnInput = Callable[[str, Tensor], Tensor]
 """(site, x) -> x: sees, and may replace, what the linears behind a site read."""
@@ -72,6 +73,12 @@ class Decoder:
             if isinstance(value, Tensor) and value.ndim and value.shape[0] != 1 and value.shape[0] == len(ids) > 1:
                 raise RuntimeError(f"argument {key} depends on the batch")
         return torch.cat(hidden), kwargs
+
+
+def compute_dtype(name: Dtype, device: torch.device) -> torch.dtype:
+    """The dtype to compute in; `auto` is bfloat16 on a GPU and float32 elsewhere."""
+    auto = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"auto": auto, "float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
 def open_decoder(

@@ -132,7 +132,7 @@ def _linear_dyn_fake(
     return x.new_empty((*x.shape[:-1], qweight.shape[0]), dtype=out_dtype or x.dtype)
 
 
-# The work. A kernel may only see what the functions above have let through, so each calls its twin first.
+# The work. A kernel may only see what the checks above have let through, so each begins with them, as its twin does.
 
 
 def quantiser(device: torch.device) -> Callable[..., Rows]:

@@ -112,6 +112,13 @@ def _padded(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
 
 
+def _unfused(transformed: Tensor, y: Tensor | None, bits: int, symmetric: bool, clip: float) -> Rows:
+    """For factors too large for one program: the transform by torch, then the quantiser alone."""
+    if y is not None:
+        y.copy_(transformed)
+    return row_quant(transformed, bits=bits, symmetric=symmetric, clip=clip)
+
+
 def kron_quant(
     x: Float[Tensor, "m k"],
     left: Float[Tensor, "n1 n1"],
@@ -126,10 +133,7 @@ def kron_quant(
     m, k = x.shape
     p1, p2 = _padded(left.shape[0]), _padded(right.shape[0])
     if max(p1, p2) > LARGEST_FACTOR:
-        transformed = reference.kron_apply(x, left, right)
-        if y is not None:
-            y.copy_(transformed)
-        return row_quant(transformed, bits=bits, symmetric=symmetric, clip=clip)
+        return _unfused(reference.kron_apply(x, left, right), y, bits, symmetric, clip)
     out = new_rows(m, k, x.device)
     programs = m if not x.is_cuda else _RESIDENT * torch.cuda.get_device_properties(x.device).multi_processor_count
     if m:
@@ -156,10 +160,7 @@ def block_quant(
     size = matrices.shape[1]
     padded = _padded(size)
     if padded > LARGEST_FACTOR:
-        transformed = reference.block_apply(x, matrices)
-        if y is not None:
-            y.copy_(transformed)
-        return row_quant(transformed, bits=bits, symmetric=symmetric, clip=clip)
+        return _unfused(reference.block_apply(x, matrices), y, bits, symmetric, clip)
     out = new_rows(m, k, x.device)
     rows = 16 if m <= 2048 else 32
     if m:
