@@ -71,6 +71,11 @@ class Source:
         return {"source": hashlib.sha256(text.encode()).hexdigest()}
 
 
+def is_local(model: str) -> bool:
+    """Whether MODEL is a folder here (or the demo's), not a hub id."""
+    return model == "demo" or Path(model).expanduser().is_dir()
+
+
 def locate(model: str, *, weights: bool = True) -> Path:
     """The local folder of MODEL: a folder as it is, `demo` fetched, a hub id downloaded (its config alone
     without `weights`).
@@ -83,7 +88,7 @@ def locate(model: str, *, weights: bool = True) -> Path:
 
         return demo_model()
     path = Path(model).expanduser()
-    if path.is_dir():
+    if is_local(model):
         return path
     if path.exists():
         raise AffineQuantError(

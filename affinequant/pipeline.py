@@ -11,7 +11,7 @@ import torch
 
 import affinequant
 from affinequant.block import BlockJob
-from affinequant.checkpoint import check_finite, locate, open_source
+from affinequant.checkpoint import check_finite, check_tensors, locate, open_source
 from affinequant.data import Tokens, calibration_tokens
 from affinequant.errors import AffineQuantError
 from affinequant.finish import finish, peak_bytes, publish, stage_name, store_dtype
@@ -65,14 +65,14 @@ def quantize(
         demo_model(listen.say)
     made = make_plan(recipe)
     with open_workspace(made, overwrite=overwrite, resume=resume) as workspace:
+        if not workspace.finished:
+            check_disk(made)
+        made = _with_weights(made)
         if workspace.finished:
             recipe_part = made.recipe.fingerprint() | made.source.stamp()
             Run(workspace.run_folder).check_same(recipe_part, all_fields=False)
             listen.say(f"{workspace.out} is finished already")
             return Result(path=workspace.out, report=json.loads((workspace.out / "report.json").read_text()))
-        check_disk(made)
-        folder = locate(recipe.model)
-        made = replace(made, source=open_source(folder))
         tokens = _tokens(made, listen)
         check_finite(made.source)
         run = Run.open(workspace.run_folder, _fingerprint(made, tokens))
@@ -109,6 +109,15 @@ def quantize_blocks(made: Plan, run: Run, tokens: Tokens, listen: Progress) -> D
             full, quantized = block_stage(made, run, job, rotation, full, quantized, listen)
     listen.end()
     return decoder
+
+
+def _with_weights(made: Plan) -> Plan:
+    """The plan with its weights' table: fetched and checked now where it was made from a config alone."""
+    if made.source.entries:
+        return made
+    source = open_source(locate(made.recipe.model))
+    check_tensors(source, made.family, made.dims)
+    return replace(made, source=source)
 
 
 def _plain(fields: Mapping[str, Any]) -> dict[str, Any]:

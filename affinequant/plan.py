@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from affinequant.checkpoint import Source, check_tensors, locate, open_source
+from affinequant.checkpoint import Source, check_tensors, is_local, locate, open_source
 from affinequant.costs import expected_minutes, graph_bytes
 from affinequant.errors import PREFLIGHT, AffineQuantError, unknown_name
 from affinequant.formats import find_format
@@ -91,7 +91,8 @@ def plan(model: Recipe | str, **fields: Any) -> Plan:
     """
     recipe = model if isinstance(model, Recipe) else resolve_recipe({"model": model} | fields)
     folder = locate(recipe.model, weights=False)
-    has_weights = any(folder.glob("*.safetensors*")) or any(folder.glob("*.bin"))
+    # Of a hub's model only the config is there for sure; its weights are checked once they have been fetched.
+    has_weights = is_local(recipe.model) and (any(folder.glob("*.safetensors*")) or any(folder.glob("*.bin")))
     source = open_source(folder, weights=has_weights)
     family, dims = resolve(source.config, where=str(folder / "config.json"))
     if source.config.get("auto_map") and not recipe.trust_remote_code:
