@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.test_block import make_job
 from torch import Tensor
 
 from affinequant import rounding
@@ -14,6 +13,7 @@ from affinequant.block import BlockObjective, build_transforms
 from affinequant.gptq import ACTIVATION_RATIOS, GPTQFailure, gptq
 from affinequant.quantizer import codes_of, dequantize, fake_quantize_activation
 from affinequant.rounding import Rounded, quantized_input, round_block
+from tests.test_block import make_job
 
 Tiny = Callable[..., Path]
 
