@@ -49,3 +49,28 @@ def masked_band(n: int, width: int, alpha: float) -> Float[Tensor, "n n"]:
     (arXiv 2403.12544)."""
     distance = (torch.arange(n)[:, None] - torch.arange(n)[None, :]).abs()
     return torch.where(distance == 0, 1.0, torch.where(distance < width, alpha, 0.0))
+
+
+def to_blocks(x: Float[Tensor, "*batch n"], count: int, copies: int = 1) -> Float[Tensor, "count rows b"]:
+    """The last axis in `count` runs of `copies` consecutive blocks, the runs first: what one batched product needs."""
+    width = x.shape[-1] // (count * copies)
+    return x.reshape(-1, count, copies, width).movedim(1, 0).reshape(count, -1, width)
+
+
+def from_blocks(
+    blocks: Float[Tensor, "count rows b"], like: Float[Tensor, "*batch n"], copies: int = 1
+) -> Float[Tensor, "*batch n"]:
+    """Undo `to_blocks`, into the shape of `like`."""
+    count, _, width = blocks.shape
+    return blocks.reshape(count, -1, copies, width).movedim(0, 1).reshape(like.shape)
+
+
+def cayley(params: Float[Tensor, "*batch n n"]) -> Float[Tensor, "*batch n n"]:
+    """The Cayley map of the skew-symmetric A = params - params^T: (I - A)(I + A)^-1, orthogonal with determinant 1.
+
+    Zero gives the identity. I + A is invertible whatever A is, since the eigenvalues of A are imaginary. All rotations
+    but those with an eigenvalue of -1 are reached.
+    """
+    skew = params - params.mT
+    eye = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device)
+    return torch.linalg.solve(eye + skew, eye - skew)

@@ -64,6 +64,9 @@ class Placement:
     flops: int = 0
 
 
+_BLOCK = 64
+"""Block-diagonal transforms aim at blocks of this width: small enough for one tile of the kernel."""
+
 _FOLDS: Mapping[Kind, Mapping[Structure, str]] = {
     "residual": {
         "hadamard": "orthogonal maps commute with the norm once its gain is fused",
@@ -73,6 +76,7 @@ _FOLDS: Mapping[Kind, Mapping[Structure, str]] = {
     "rope": {"rope-pair": "scaled rotations of a frequency pair commute with RoPE"},
     "heads": {
         "diagonal": "one factor per value feature goes into v and o",
+        "block": "one matrix per KV head goes into v and o",
         "per-head": "one matrix per KV head goes into v and o",
         "hadamard": "one rotation per KV head goes into v and o",
         "orthogonal": "one rotation per KV head goes into v and o",
@@ -87,7 +91,7 @@ _ONLINE: Mapping[Kind, Mapping[Structure, str]] = {
     "rope": {"hadamard": "acts on q and k after RoPE"},
     "heads": {"kronecker": "mixes heads, which attention keeps apart: a matmul stays"},
     "linear": dict.fromkeys(
-        ("kronecker", "block", "hadamard"), "does not pass the elementwise product: a matmul stays"
+        ("kronecker", "block", "hadamard", "orthogonal"), "does not pass the elementwise product: a matmul stays"
     ),
 }
 _REFUSED: Mapping[Kind, str] = {
@@ -111,26 +115,49 @@ def place(site: Site, structure: Structure) -> Placement:
     return Placement(how="refused", reason=_REFUSED[site.kind])
 
 
-def _cost(site: Site, structure: Structure) -> int:
-    n, per_head = site.width, site.head_width
-    if structure in ("dense", "orthogonal"):
-        return 2 * n * n
-    if structure == "block":
-        return 2 * n * (per_head if site.heads > 1 else _near_square(n)[0])
-    if structure == "hadamard" and site.kind == "rope":
-        return 2 * n * per_head * (_copies(site.sources) + 1)  # every query head and its KV head
+def kronecker_factors(site: Site) -> tuple[int, int]:
+    """Sizes (n1, n2) of the two factors of a Kronecker product on what the site's sinks read.
+
+    Between heads and within them where there are heads (query heads, since the sinks read those), else the pair with
+    the smallest sum, which is the cheapest to apply.
+    """
     if site.kind == "heads":
-        heads = site.heads * _copies(site.sinks)  # acts on what the output projection reads
-        return 2 * heads * per_head * (heads + per_head)
-    left, right = _near_square(n)
-    return 2 * n * (left + right)
+        return site.heads * _copies(site.sinks), site.head_width
+    small = next(f for f in range(int(site.width**0.5), 0, -1) if site.width % f == 0)
+    return small, site.width // small
+
+
+def rotation_factors(n: int) -> tuple[int, int]:
+    """Sizes (a, b) of the two factors of a Hadamard rotation of n features.
+
+    The odd part of n stays whole, in a: an outlier is spread better by one cosine matrix than by two smaller ones. The
+    power of two is cut wherever that is cheapest, since a Hadamard matrix is a product of smaller ones anyway.
+    """
+    two = n & -n
+    b = min((1 << k for k in range(two.bit_length())), key=lambda b: n // b + b)
+    return n // b, b
+
+
+def block_width(site: Site) -> int:
+    """Width of one block of a block-diagonal transform: a head where there are heads, else the divisor of the width
+    that is nearest to 64 by ratio."""
+    if site.kind in ("heads", "rope"):
+        return site.head_width
+    divisors = [d for d in range(1, site.width + 1) if site.width % d == 0]
+    return min(divisors, key=lambda d: (max(d / _BLOCK, _BLOCK / d), d))
+
+
+def _cost(site: Site, structure: Structure) -> int:
+    n = site.width
+    if structure == "dense":
+        return 2 * n * n
+    if structure in ("block", "orthogonal"):
+        return 2 * n * block_width(site)
+    if structure == "hadamard" and site.kind == "rope":
+        return 2 * n * site.head_width * (_copies(site.sources) + 1)  # every query head and its KV head
+    left, right = rotation_factors(n) if structure == "hadamard" else kronecker_factors(site)
+    return 2 * left * right * (left + right)
 
 
 def _copies(edges: tuple[Edge, ...]) -> int:
     return max((edge.copies for edge in edges), default=1)
-
-
-def _near_square(n: int) -> tuple[int, int]:
-    """The factor pair of n with the smallest sum."""
-    small = next(f for f in range(int(n**0.5), 0, -1) if n % f == 0)
-    return small, n // small

@@ -5,7 +5,16 @@ import dataclasses
 import pytest
 
 from affinequant.models import FAMILIES, LLAMA, Dims, resolve_sites
-from affinequant.sites import STRUCTURES, Edge, Placement, Site, place
+from affinequant.sites import (
+    STRUCTURES,
+    Edge,
+    Placement,
+    Site,
+    block_width,
+    kronecker_factors,
+    place,
+    rotation_factors,
+)
 
 GQA = Dims(layers=2, hidden=64, mlp=128, heads=4, kv_heads=2, head_dim=24, vocab=320, tied=False)
 
@@ -58,8 +67,40 @@ def test_inputs_come_in_the_order_of_the_forward_pass() -> None:
 def test_costs_follow_the_factors() -> None:
     assert place(site("norm", 60), "dense").flops == 2 * 60 * 60
     assert place(site("norm", 60), "kronecker").flops == 2 * 60 * (6 + 10)
-    assert place(site("norm", 60), "block").flops == 2 * 60 * 6
+    assert place(site("norm", 60), "block").flops == 2 * 60 * 60  # the divisor nearest to 64
     assert place(site("norm", 61), "kronecker").flops == 2 * 61 * (1 + 61)  # a prime has no better factors
+
+
+SIZES = {
+    61: ((1, 61), 61, (61, 1)),
+    72: ((8, 9), 72, (9, 8)),
+    96: ((8, 12), 48, (12, 8)),
+    576: ((24, 24), 64, (18, 32)),
+    1536: ((32, 48), 64, (48, 32)),
+    4096: ((64, 64), 64, (64, 64)),
+    4864: ((64, 76), 64, (76, 64)),
+    11008: ((86, 128), 64, (86, 128)),
+    14336: ((112, 128), 64, (112, 128)),
+    18944: ((128, 148), 64, (148, 128)),
+}
+"""width: (factors of a Kronecker product, width of a block, factors of a rotation)."""
+
+
+@pytest.mark.parametrize("width", SIZES)
+def test_sizes_of_factors_and_blocks(width: int) -> None:
+    kronecker, block, rotation = SIZES[width]
+    assert kronecker_factors(site("linear", width)) == kronecker
+    assert block_width(site("linear", width)) == block
+    assert rotation_factors(width) == rotation
+    assert place(site("linear", width), "kronecker").flops == 2 * width * sum(kronecker)
+    assert place(site("linear", width), "hadamard").flops == 2 * width * sum(rotation)
+    assert place(site("norm", width), "orthogonal").flops == 2 * width * block
+
+
+def test_between_heads_and_within_them() -> None:
+    vo = {s.name: s for s in resolve_sites(LLAMA, GQA)}["vo"]
+    assert kronecker_factors(vo) == (4, 24)  # query heads, since o_proj reads those
+    assert block_width(vo) == 24
 
 
 def test_placements_are_values() -> None:
