@@ -208,8 +208,9 @@ def test_transforms_in_a_row_change_no_logit(family: str, shape: str) -> None:
 
 
 def test_every_transform_folds_somewhere() -> None:
-    """A transform that is registered and folds nowhere would escape the matrix above."""
-    assert {transform for _, _, transform in at("folded")} == set(TRANSFORMS)
+    """A transform that is registered and folds nowhere would escape the matrix above, unless it only acts online."""
+    only_online = {"kronecker"}
+    assert {transform for _, _, transform in at("folded")} == set(TRANSFORMS) - only_online
     assert all(folding(tiny(family, "gqa").sites, site) for family, site, _ in at("folded"))
 
 
@@ -219,6 +220,8 @@ def test_what_is_not_folded_would_change_logits(family: str, site: str, transfor
     case = tiny(family, "gqa")
     if case.sites[site].kind == "heads":
         pytest.skip("any matrix per head is exact between v and o; those that are refused there are merely useless")
+    if case.sites[site].kind == "rope" and structures_of(transform, where="test")[0] in ("kronecker", "dense"):
+        pytest.skip("queries and keys differ in width, so it could not even be applied to both")
     assert distance(case, applied(case, site, transform)) > CHANGED
 
 

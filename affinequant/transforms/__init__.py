@@ -4,11 +4,13 @@ import importlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Protocol
 
-from affinequant.errors import unknown_name
-from affinequant.sites import Site, Structure
+from affinequant.errors import AffineQuantError, unknown_name
+from affinequant.sites import Site, Structure, place
 
 if TYPE_CHECKING:
     import torch
+
+    Start = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
 
 class Transform(Protocol):
@@ -46,6 +48,14 @@ class Transform(Protocol):
         ...
 
 
+class OnlineTransform(Transform, Protocol):
+    """One that can act at run time. It acts on what the sinks read, so its `copies` are always those of the sinks."""
+
+    def online(self) -> "dict[str, torch.Tensor]":
+        """The matrices that the run time applies (`transforms/online.py`), detached, in the parameters' dtype."""
+        ...
+
+
 TRANSFORMS: dict[str, tuple[str, str, str]] = {
     "diagonal": ("diagonal", "affinequant.transforms.diagonal:Diagonal", "one positive factor per feature"),
     "rope-pair": (
@@ -55,6 +65,7 @@ TRANSFORMS: dict[str, tuple[str, str, str]] = {
     ),
     "banded": ("per-head", "affinequant.transforms.banded:Banded", "dense per head under the gradual mask"),
     "hadamard": ("hadamard", "affinequant.transforms.hadamard:Hadamard", "fixed rotation with random signs, any width"),
+    "kronecker": ("kronecker", "affinequant.transforms.kronecker:Kronecker", "a product of two small matrices"),
 }
 """name -> (structure, where it is, what it is)."""
 
@@ -68,9 +79,45 @@ def structures_of(name: str, *, where: str) -> tuple[Structure, ...]:
     return tuple(TRANSFORMS[part][0] for part in parts)  # pyright: ignore[reportReturnType]
 
 
-def build(name: str, site: Site, *, seed: int, alpha: float, start: "torch.Tensor | None" = None) -> "Transform":
-    """The transform `name` for `site`. `first+second` acts one after the other; the diagonal `start` [width] goes to
-    the first, since what follows acts on features that have been mixed or balanced already."""
+def split_parts(name: str, site: Site, *, where: str = "--transform") -> tuple[str, str]:
+    """The parts of `first+second+...` that fold at `site` and those that stay online, each a name for `build`; "" where
+    there are none. Parts that fold come first: whatever follows an online part would have to pass through it.
+
+    Raises:
+        AffineQuantError: a part that is unknown, refused at the site, or folds only after an online one.
+    """
+    names, how = name.split("+"), []
+    for part, structure in zip(names, structures_of(name, where=where), strict=True):
+        placement = place(site, structure)
+        if placement.how == "refused":
+            raise AffineQuantError(f"{part} at {site.name} is refused: {placement.reason}", where, _possible(site))
+        if placement.how == "folded" and "online" in how:
+            raise AffineQuantError(
+                f"{part} at {site.name} folds into the weights, but follows {names[len(how) - 1]}, which stays online",
+                where,
+                "put the parts that fold first: " + "+".join([part, *(other for other in names if other != part)]),
+            )
+        how.append(placement.how)
+    folded = how.count("folded")
+    return "+".join(names[:folded]), "+".join(names[folded:])
+
+
+def _possible(site: Site) -> str:
+    found: dict[str, list[str]] = {"folded": [], "online": []}
+    for name, (structure, _, _) in TRANSFORMS.items():
+        found.setdefault(place(site, structure).how, []).append(name)  # pyright: ignore[reportArgumentType]
+    parts = [f"{how} there: {', '.join(found[how])}" for how in ("folded", "online") if found[how]]
+    return "choose another (" + "; ".join(parts) + ")"
+
+
+def build(name: str, site: Site, *, seed: int, alpha: float, start: "Start | None" = None) -> "Transform":
+    """The transform `name` for `site`. `first+second` acts one after the other; `start` goes to the first, since what
+    follows acts on features that have been mixed or balanced already.
+
+    Args:
+        start: a diagonal [width], or where the first part takes them its matrices: a pair of factors for a Kronecker
+            product, [count, b, b] for blocks. None for the transform's own start.
+    """
     parts = []
     for position, part in enumerate(name.split("+")):
         module, _, attribute = TRANSFORMS[part][1].partition(":")

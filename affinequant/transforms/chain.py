@@ -25,6 +25,14 @@ class Chain(nn.Module):
             w = part.on_weights(w, copies)  # pyright: ignore[reportCallIssue]
         return w
 
+    def online(self) -> dict[str, Tensor]:
+        """Each part's tensors, its position in front of their names (see `online.py`). Every part must have some."""
+        return {
+            f"{position}.{name}": tensor
+            for position, part in enumerate(self.parts)
+            for name, tensor in part.online().items()  # pyright: ignore[reportCallIssue]
+        }
+
     def progress(self, t: float) -> bool:
         """Pass it on; True when any part released parameters."""
         return any([part.progress(t) for part in self.parts])  # pyright: ignore[reportCallIssue]

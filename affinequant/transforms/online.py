@@ -1,0 +1,50 @@
+"""What the run time does with the transforms that did not fold: a few small matrices, applied to activations.
+
+A transform's `online()` names its tensors: "left" [n1, n1] and "right" [n2, n2] are a Kronecker product left (x) right;
+"blocks" [count, b, b] are the blocks of a block-diagonal matrix, or with a count of 1 the one block that all share. The
+parts of a chain have their position in front ("0.left", "0.right", "1.blocks") and act in that order.
+"""
+
+from collections.abc import Iterator, Mapping
+
+from jaxtyping import Float
+from torch import Tensor
+
+from affinequant.linalg import from_blocks, kronecker_apply, to_blocks
+
+
+def apply_online(x: Float[Tensor, "*batch n"], tensors: Mapping[str, Tensor]) -> Float[Tensor, "*batch n"]:
+    """x P over the last axis, in the dtype of x.
+
+    Raises:
+        KeyError: tensors that define no transform.
+    """
+    for part in _parts(tensors):
+        if "left" in part:
+            x = kronecker_apply(x, part["left"].to(x), part["right"].to(x))
+        elif len(part["blocks"]) == 1:
+            block = part["blocks"][0].to(x)
+            x = (x.reshape(-1, len(block)) @ block).reshape(x.shape)
+        else:
+            blocks = part["blocks"].to(x)
+            x = from_blocks(to_blocks(x, len(blocks)) @ blocks, x)
+    return x
+
+
+def flops(tensors: Mapping[str, Tensor], width: int) -> int:
+    """Floating-point operations per token of `apply_online` on `width` features, multiply and add counted apart."""
+    total = 0
+    for part in _parts(tensors):
+        inner = len(part["left"]) + len(part["right"]) if "left" in part else part["blocks"].shape[-1]
+        total += 2 * width * inner
+    return total
+
+
+def _parts(tensors: Mapping[str, Tensor]) -> Iterator[Mapping[str, Tensor]]:
+    """The tensors of each part, in the order in which the parts act."""
+    if not any("." in name for name in tensors):
+        yield tensors
+        return
+    for position in sorted({int(name.partition(".")[0]) for name in tensors}):
+        prefix = f"{position}."
+        yield {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
