@@ -17,7 +17,7 @@ ORDER = list(PACKAGES)
 LAYERS = [
     {"errors", "progress"},
     {"scheme", "sites", "linalg", "wheels"},
-    {"recipe", "quantizer", "transforms", "models", "demo"},
+    {"recipe", "quantizer", "transforms", "wush", "models", "demo"},
     {"fold", "checkpoint", "text", "gptq", "fit", "run"},
     {"formats", "data", "stream"},
     {"block", "costs", "plan", "runtime"},
