@@ -18,6 +18,14 @@ def graph_bytes(recipe: Recipe, dims: Dims, width: int) -> int:
     return tokens * (kept * dims.hidden + kept * dims.mlp) * max(width, 4) // 2 + tokens * recipe.seq_len * 4
 
 
+def finish_bytes(recipe: Recipe, dims: Dims, per_block: int) -> int:
+    """Main memory of the end-to-end finish: every block's codes, one block in work, one batch of logits."""
+    if recipe.finish == "none":
+        return 0
+    step = recipe.seq_len * dims.hidden * 4 * (dims.layers + 24) + 256 * dims.vocab * 4 * 6
+    return dims.layers * per_block + 12 * per_block + 8 * dims.vocab * dims.hidden + step
+
+
 def expected_minutes(recipe: Recipe, dims: Dims, per_block: int, device: str) -> float:
     """Minutes for the blocks, from the floating-point operations of each pass over them."""
     tokens = recipe.samples * recipe.seq_len
@@ -26,5 +34,8 @@ def expected_minutes(recipe: Recipe, dims: Dims, per_block: int, device: str) ->
     gram = 2 * tokens * (3 * dims.hidden**2 + dims.mlp**2) if recipe.rounding == "gptq" else 0
     search = 2 * 40 * per_block * dims.hidden if "search" in recipe.weight_clip else 0
     steps = recipe.epochs * math.ceil(recipe.samples / recipe.batch_size) * per_block * 120
+    finish = 0.0
+    if recipe.finish == "kl":
+        finish = 4.5 * recipe.finish_epochs * (dims.layers * forward + 2 * tokens * dims.hidden * dims.vocab)
     rate = GPU_FLOPS if device == "cuda" else CPU_FLOPS_PER_CORE * (os.cpu_count() or 1)
-    return dims.layers * (passes * forward + gram + search + steps) / rate / 60
+    return (dims.layers * (passes * forward + gram + search + steps) + finish) / rate / 60

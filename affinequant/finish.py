@@ -1,5 +1,6 @@
 """The end of the story: write the checkpoint, check it by reloading it, and say what was done."""
 
+import functools
 import gc
 import platform
 import resource
@@ -12,7 +13,6 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.func import functional_call
 
 import affinequant
 from affinequant.data import Tokens
@@ -26,6 +26,8 @@ from affinequant.runtime import load
 from affinequant.stream import Decoder
 from affinequant.workspace import Workspace
 
+DISTILLED = "distilled"
+"""The stage of the end-to-end finish."""
 VERIFY_TOKENS = 4096
 HEADER_BYTES = 8192
 """Room for one block's entries in the headers of safetensors files, when sizes are held against the plan."""
@@ -44,7 +46,8 @@ def finish(made: Plan, run: Run, out: Path, decoder: Decoder, tokens: Tokens, li
     files = find_format(made.recipe.format).write(_contents(made, run, names), out)
     (out / "recipe.toml").write_text(made.recipe.to_toml())
     listen.say("verifying what was written by loading it again")
-    losses = _stream_losses(made, run, decoder, tokens)
+    last = DISTILLED if run.committed(DISTILLED) else names[-1]
+    losses = _stream_losses(made, run, decoder, tokens, last)
     loaded = _reloaded_losses(out, tokens, len(losses["full"]), made)
     checked = _compare(losses["quantized"], loaded, exact=made.recipe.format != "dense")
     report = _report(made, run, out, tokens, files, names)
@@ -112,7 +115,7 @@ def _contents(made: Plan, run: Run, names: list[str]) -> Contents:
         linears=tuple(
             f"{family.blocks}.{index}.{linear.name}" for index in range(made.dims.layers) for linear in family.linears
         ),
-        stages=lambda: (run.tensors(name) for name in names),
+        stages=lambda: (_current(run, name) for name in names),
         extra={
             "tier": made.recipe.tier,
             "placements": {name: asdict(placement) for name, placement in made.placements.items()},
@@ -121,29 +124,29 @@ def _contents(made: Plan, run: Run, names: list[str]) -> Contents:
     )
 
 
-def _stream_losses(made: Plan, run: Run, decoder: Decoder, tokens: Tokens) -> dict[str, Tensor]:
-    """Losses on the first calibration samples, from the last hidden states of both streams."""
-    outer, family = run.tensors("outer"), made.family
-    head = outer.get(f"{family.head}.weight", outer[f"{family.embedding}.weight"])
-    head = head.to(decoder.device, decoder.dtype)
-    bias = outer.get(f"{family.head}.bias")
-    norm = decoder.model.get_submodule(family.norm)
-    parameters = {
-        name.removeprefix(family.norm + "."): tensor.to(decoder.device, decoder.dtype)
-        for name, tensor in outer.items()
-        if name.startswith(family.norm + ".")
-    }
+def _current(run: Run, name: str) -> dict[str, Tensor]:
+    """A stage's tensors, with what the end-to-end finish has changed in them."""
+    tensors = run.tensors(name)
+    changed = run.tensors(DISTILLED) if run.committed(DISTILLED) else {}
+    return {key: changed.get(key, tensor) for key, tensor in tensors.items()}
 
-    def logits_of(hidden: Tensor) -> Tensor:
-        normed = functional_call(norm, parameters, (hidden,))
-        return torch.nn.functional.linear(normed, head, None if bias is None else bias.to(head))
 
+def _stream_losses(made: Plan, run: Run, decoder: Decoder, tokens: Tokens, last: str) -> dict[str, Tensor]:
+    """Losses on the first calibration samples, from the hidden states of both streams behind the stage `last`."""
+    outer = run.tensors("outer")
+    outers = {"full": outer, "quantized": _current(run, "outer")}
+    device, head = decoder.device, f"{made.family.head}.weight"
+    unused = f"{made.family.embedding}.weight" if head in outer else ""
     count = max(1, min(len(tokens.ids), VERIFY_TOKENS // tokens.ids.shape[1]))
     losses = {}
     with torch.no_grad():
-        for name, stream in run.carry(stage_name(made.dims.layers - 1)).items():
+        for name, stream in run.carry(last).items():
+            # The head is asked once a chunk, so what it needs is moved here, once.
+            needed = {key: tensor for key, tensor in outers[name].items() if key != unused}
+            lent = {key: tensor.to(device, decoder.dtype) for key, tensor in needed.items()}
+            logits_of = functools.partial(decoder.logits, outer=lent)
             rows = [
-                token_losses(logits_of, row.to(decoder.device), ids.to(decoder.device))
+                token_losses(logits_of, row.to(device), ids.to(device))
                 for row, ids in zip(stream[:count], tokens.ids, strict=False)
             ]
             losses[name] = torch.cat(rows)
@@ -178,10 +181,12 @@ def _report(made: Plan, run: Run, out: Path, tokens: Tokens, files: list[Path], 
     import transformers
 
     blocks = [run.report(name) for name in names[1:]]
+    distilled = {"finish": run.report(DISTILLED)} if run.committed(DISTILLED) else {}
     known = {path.name for path in files} | {"recipe.toml"}
     size = sum((out / name).stat().st_size for name in known)
     weights = sum(path.stat().st_size for path in out.glob("*.safetensors"))
     events = [f"block {i}: {event}" for i, block in enumerate(blocks) for event in block["events"]]
+    events += [f"finish: {event}" for stage in distilled.values() for event in stage["events"]]
     if abs(weights - made.output_bytes) > 0.02 * made.output_bytes + HEADER_BYTES * len(blocks):
         events.append(f"weights take {weights:,} bytes, the plan said {made.output_bytes:,}")
     return {
@@ -198,7 +203,8 @@ def _report(made: Plan, run: Run, out: Path, tokens: Tokens, files: list[Path], 
         "weight_bytes_planned": made.output_bytes,
         "files": sorted(known | {"report.json"}),
         "blocks": blocks,
-        "non_finite": sum(block["non_finite"] for block in blocks),
+        **distilled,
+        "non_finite": sum(stage["non_finite"] for stage in (*blocks, *distilled.values())),
         "events": events,
         "env": {
             "affinequant": affinequant.__version__,

@@ -38,7 +38,11 @@ class Objective(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FitConfig:
-    """How to minimise. `steps_per_epoch` is the number of batches that `batches(epoch)` gives."""
+    """How to minimise. `steps_per_epoch` is the number of batches that `batches(epoch)` gives.
+
+    `keep_best` puts back the parameters of the epoch with the least loss over its batches. `judge` names a probe that
+    judges instead, after every epoch; then the start is judged as well, and what trains worse than nothing is undone.
+    """
 
     epochs: int
     steps_per_epoch: int
@@ -47,6 +51,7 @@ class FitConfig:
     clip_norm: float | None = None
     accumulate: int = 1
     keep_best: bool = False
+    judge: str = ""
     probe_every: int = 0
     max_backoffs: int = 8
 
@@ -81,8 +86,14 @@ def fit(
     stands and the report says so. No printing, no file access, no choice of device.
 
     Args:
-        probes: named measurements, taken every `probe_every` epochs and logged as series.
+        probes: named measurements, taken every `probe_every` epochs and logged as series; the one that judges is taken
+            at the start and after every epoch.
+
+    Raises:
+        KeyError: `config.judge` names no probe.
     """
+    probes = dict(probes or {})
+    judge = probes.pop(config.judge) if config.judge else None
     groups = [group for group in objective.groups() if group.parameters]
     parameters = [parameter for group in groups for parameter in group.parameters]
     if not parameters or config.epochs == 0:
@@ -91,6 +102,8 @@ def fit(
         )
     state = _State(objective, groups, parameters, config)
     began = time.perf_counter()
+    if judge is not None:
+        state.judge(judge())
     while state.non_finite <= config.max_backoffs:
         if state.epoch == config.epochs:
             if state.judge_end():
@@ -101,8 +114,11 @@ def fit(
         if mean is None:
             state.back_off()
             continue
-        score = state.evaluate(batches(state.epoch)) if config.keep_best else mean
-        state.finish_epoch(mean, score, probes or {})
+        state.finish_epoch(mean, probes)
+        if judge is not None:
+            state.judge(judge())
+        else:
+            state.judge(state.evaluate(batches(state.epoch - 1)) if config.keep_best else mean)
     return state.report(time.perf_counter() - began)
 
 
@@ -188,18 +204,23 @@ class _State:
         self._restore(self.good)
         for name, values in self.series.items():
             every = self.config.probe_every if name in self.probe_names else 1
-            del values[self.good_epoch // every :]
+            del values[self.good_epoch // every + (name == self.config.judge) :]
         self.epoch = self.good_epoch
         self.optimizer = self._new_optimizer()
 
-    def finish_epoch(self, mean: float, score: float, probes: Mapping[str, Callable[[], float]]) -> None:
-        """Log the epoch; `score` judges the parameters that it ends with."""
-        self.epoch += 1
-        self.series["loss"].append(mean)
+    def judge(self, score: float) -> None:
+        """Remember the present parameters if `score` is the least so far."""
+        if self.config.judge:
+            self.series.setdefault(self.config.judge, []).append(score)
         if score < self.best:
             self.best = score
-            if self.config.keep_best:
+            if self.config.keep_best or self.config.judge:
                 self.best_values = self._copies()
+
+    def finish_epoch(self, mean: float, probes: Mapping[str, Callable[[], float]]) -> None:
+        """Log the epoch."""
+        self.epoch += 1
+        self.series["loss"].append(mean)
         if self.config.probe_every and self.epoch % self.config.probe_every == 0:
             self.probe_names = set(probes)
             for name, probe in probes.items():
@@ -211,7 +232,7 @@ class _State:
         done = self.epoch == self.config.epochs and self.non_finite <= self.config.max_backoffs
         if not done:
             self._restore(self.good)
-        elif self.config.keep_best:
+        elif self.config.keep_best or self.config.judge:
             self._restore(self.best_values)
         self.optimizer.zero_grad(set_to_none=True)
         return FitReport(

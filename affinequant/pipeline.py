@@ -14,14 +14,14 @@ from affinequant.block import BlockJob
 from affinequant.checkpoint import check_finite, check_tensors, locate, open_source
 from affinequant.data import Tokens, calibration_tokens
 from affinequant.errors import AffineQuantError
-from affinequant.finish import finish, peak_bytes, publish, stage_name, store_dtype
+from affinequant.finish import DISTILLED, finish, peak_bytes, publish, stage_name, store_dtype
 from affinequant.plan import Plan, check_disk
 from affinequant.plan import plan as make_plan
 from affinequant.progress import Console, Progress, Silent
 from affinequant.recipe import Recipe
 from affinequant.recipe import resolve as resolve_recipe
 from affinequant.run import Run
-from affinequant.stages import block_stage, outer_stage
+from affinequant.stages import block_stage, distill_stage, outer_stage
 from affinequant.stream import Decoder, compute_dtype, open_decoder
 from affinequant.transforms import Transform, build
 from affinequant.workspace import open_workspace
@@ -105,9 +105,12 @@ def quantize_blocks(made: Plan, run: Run, tokens: Tokens, listen: Progress) -> D
         carry = run.carry(names[first - 1] if first else "outer")
         full, quantized = carry["full"], carry.get("quantized", carry["full"])
         for index in range(first, len(names)):
-            job = _job(made, decoder, index, kwargs, run.folder if made.offload == "disk" else None)
+            job = _job(made, decoder, index, kwargs, _scratch(made, run))
             full, quantized = block_stage(made, run, job, rotation, full, quantized, listen)
     listen.end()
+    if made.recipe.finish == "kl" and not run.committed(DISTILLED):
+        jobs = [_job(made, decoder, index, kwargs, _scratch(made, run)) for index in range(len(names))]
+        distill_stage(made, run, tokens, jobs, listen)
     return decoder
 
 
@@ -130,6 +133,10 @@ def _rotation(made: Plan) -> Transform | None:
     if name is None:
         return None
     return build(name, made.sites["residual"], seed=made.recipe.seed, alpha=made.recipe.alpha).double()
+
+
+def _scratch(made: Plan, run: Run) -> Path | None:
+    return run.folder if made.offload == "disk" else None
 
 
 def _job(made: Plan, decoder: Decoder, index: int, kwargs: Mapping[str, Any], scratch: Path | None) -> BlockJob:

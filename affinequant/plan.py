@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from affinequant.checkpoint import Source, check_tensors, is_local, locate, open_source
-from affinequant.costs import expected_minutes, graph_bytes
+from affinequant.costs import expected_minutes, finish_bytes, graph_bytes
 from affinequant.errors import PREFLIGHT, AffineQuantError, unknown_name
 from affinequant.formats import find_format
 from affinequant.models import Dims, Family, resolve, resolve_sites
@@ -199,7 +199,7 @@ def _with_costs(
     stream = recipe.samples * recipe.seq_len * dims.hidden * width
     work = per_block * 44 + graph_bytes(recipe, dims, width)
     around = max(8 * table * 3, work) if device == "cpu" else 8 * table * 3
-    cpu = PROCESS_BYTES + around + 4 * stream
+    cpu = PROCESS_BYTES + max(around, finish_bytes(recipe, dims, per_block)) + 4 * stream
     budget, offload = parse_bytes(recipe.cpu_memory, flag="--cpu-memory"), recipe.offload
     if offload == "auto":
         offload = "disk" if budget is not None and cpu > budget >= cpu - 4 * stream else "cpu"

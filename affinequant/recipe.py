@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from affinequant.errors import AffineQuantError, unknown_name
+from affinequant.presets import PRESETS
 from affinequant.scheme import Scheme
 
 Tier = Literal["merged", "online"]
@@ -21,6 +22,7 @@ Dtype = Literal["auto", "float32", "bfloat16"]
 Offload = Literal["auto", "cpu", "disk"]
 Format = Literal["auto", "compressed-tensors", "dense"]
 Schedule = Literal["constant", "cosine"]
+Finish = Literal["none", "kl"]
 
 
 def _option(default: Any, group: str, text: str, *, same_bytes: bool = False, factory: Any = MISSING) -> Any:
@@ -63,6 +65,9 @@ class Recipe:
     aux_loss: bool = _option(False, "method", "add the error against the full-precision block on the same inputs")
     alpha: float = _option(0.1, "method", "stability factor: weight of entries off the diagonal in the gradual mask")
     balance: float = _option(0.5, "method", "start of a diagonal: activation maximum to this power over weight's rest")
+    finish: Finish = _option("none", "method", "train scales, gains and clips on the full model's logits at the end")
+    finish_epochs: int = _option(2, "method", "passes of the finish over the calibration samples")
+    finish_lr: float = _option(1e-3, "method", "learning rate of the finish")
     damping: float = _option(0.01, "method", "GPTQ: fraction of the mean Hessian diagonal added to it")
 
     data: str = _option(
@@ -88,14 +93,21 @@ class Recipe:
         Scheme.parse(self.scheme)
         if self.preset not in PRESETS:
             raise unknown_name("preset", self.preset, PRESETS, where="--preset", listing="presets")
-        for name, least in (("samples", 1), ("seq_len", 8), ("batch_size", 1), ("epochs", 0), ("seed", 0)):
+        for name, least in (
+            ("samples", 1),
+            ("seq_len", 8),
+            ("batch_size", 1),
+            ("epochs", 0),
+            ("finish_epochs", 1),
+            ("seed", 0),
+        ):
             if getattr(self, name) < least:
                 flag = "--" + name.replace("_", "-")
                 raise AffineQuantError(f"{name} = {getattr(self, name)}", flag, f"use {least} or more")
         for name, low, high in (("alpha", 0.0, 1.0), ("balance", 0.0, 1.0), ("damping", 0.0, 1.0)):
             if not low <= getattr(self, name) <= high:
                 raise AffineQuantError(f"{name} = {getattr(self, name)}", f"--{name}", f"use {low} to {high}")
-        for name in ("lr", "clip_lr"):
+        for name in ("lr", "clip_lr", "finish_lr"):
             if not 0 <= getattr(self, name) < float("inf"):
                 flag = "--" + name.replace("_", "-")
                 raise AffineQuantError(f"{name} = {getattr(self, name)}", flag, "use a finite rate of 0 or more")
@@ -204,70 +216,6 @@ def parse_bytes(text: str, *, flag: str) -> int | None:
     if not 0 < size < float("inf"):
         raise AffineQuantError(f"{text!r} is not a size", flag, "write it like 22GB or 512MB")
     return int(size)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Preset:
-    """Named recipe settings. `demo` holds what differs on the embedded model, sized for two CPU cores."""
-
-    about: str
-    settings: Mapping[str, Any]
-    demo: Mapping[str, Any] = field(default_factory=dict)
-
-
-_ROTATED = {"residual": "hadamard", "vo": "hadamard"}
-_PAPER = {"attn_in": "diagonal", "qk": "rope-pair", "vo": "banded", "mlp_in": "diagonal", "mlp_mid": "diagonal"}
-_SMALL = {"samples": 32, "seq_len": 256}
-
-PRESETS: dict[str, Preset] = {
-    "rtn": Preset(
-        about="round to nearest; no calibration, the floor",
-        settings={"rounding": "nearest", "weight_clip": "none", "activation_clip": "none", "samples": 1},
-        demo={"samples": 1, "seq_len": 256},
-    ),
-    "smoothquant": Preset(
-        about="SmoothQuant: diagonals at the norms, not learned; round to nearest (arXiv 2211.10438)",
-        settings={
-            "transforms": {"attn_in": "diagonal", "mlp_in": "diagonal"},
-            "rounding": "nearest",
-            "weight_clip": "none",
-            "activation_clip": "none",
-        },
-        demo=_SMALL,
-    ),
-    "paper": Preset(
-        about="AffineQuant as published: gradual band mask, learned clipping, round to nearest (arXiv 2403.12544)",
-        settings={
-            "transforms": _PAPER,
-            "rounding": "nearest",
-            "weight_clip": "learn",
-            "activation_clip": "none",
-            "epochs": 20,
-            "batch_size": 1,
-            "schedule": "constant",
-            "loss": "mse",
-            "propagate": "quantized",
-        },
-        demo={"samples": 32, "seq_len": 256, "epochs": 6, "batch_size": 4},
-    ),
-    "fast": Preset(
-        about="fixed rotation, GPTQ, clipping searched for weights and activations; no gradient",
-        settings={"transforms": _ROTATED, "samples": 64},
-        demo={"samples": 32, "seq_len": 512},
-    ),
-    "default": Preset(
-        about="the rotation of `fast`, then learned diagonals, per-head matrices and clipping, then GPTQ",
-        settings={
-            "transforms": {"residual": "hadamard"} | _PAPER | {"vo": "hadamard+banded"},
-            "epochs": 6,
-            "clip_lr": 5e-2,
-            "weight_clip": "learn+search",
-            "activation_clip": "learn+search",
-        },
-        demo={"samples": 32, "seq_len": 512, "epochs": 3, "batch_size": 2},
-    ),
-}
-"""What `affinequant list presets` shows. A preset decides nothing that a flag cannot override."""
 
 
 def _check_type(name: str, value: Any, hint: Any) -> None:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,8 +10,9 @@ from torch import Tensor
 
 from affinequant.block import BlockJob, BlockObjective, build_transforms, folded_exactly, starts
 from affinequant.data import Tokens
+from affinequant.distill import distill
 from affinequant.errors import QUALITY, AffineQuantError
-from affinequant.finish import peak_bytes, stage_name, store_dtype
+from affinequant.finish import DISTILLED, peak_bytes, stage_name, store_dtype
 from affinequant.fit import FitConfig, FitReport, fit
 from affinequant.fold import Tensors, rotate_block, rotate_outer
 from affinequant.plan import Plan
@@ -60,6 +61,29 @@ def block_stage(
     )
     listen.block(job.index, report)
     return target, after
+
+
+def distill_stage(made: Plan, run: Run, tokens: Tokens, jobs: Sequence[BlockJob], listen: Progress) -> None:
+    """The end-to-end finish over all blocks, committed as a stage of its own."""
+    decoder, names = jobs[0].decoder, [stage_name(job.index) for job in jobs]
+    began, outer = time.perf_counter(), run.tensors("outer")
+    embedding = f"{made.family.embedding}.weight"
+    here = {embedding: outer[embedding].to(decoder.device, decoder.dtype)}
+    embedded, _ = decoder.embed(tokens.ids.to(decoder.device), here)
+    full = run.carry(names[-1])["full"]
+    done = distill(jobs, (run.tensors(name) for name in names), outer, embedded, full, listen.say)
+    held_out = done.fitted.series["held-out"]
+    report = {
+        "divergence_first": held_out[0],
+        "divergence_last": done.fitted.best,
+        "steps": done.fitted.steps,
+        "non_finite": done.fitted.non_finite,
+        "stopped": done.fitted.stopped,
+        "events": _fit_events(done.fitted),
+        "seconds": time.perf_counter() - began,
+        "peak_bytes": peak_bytes(decoder.device),
+    }
+    run.commit(DISTILLED, tensors=done.tensors, carry={"full": full, "quantized": done.after}, report=report)
 
 
 def _round_and_run(

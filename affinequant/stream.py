@@ -74,6 +74,23 @@ class Decoder:
                 raise RuntimeError(f"argument {key} depends on the batch")
         return torch.cat(hidden), kwargs
 
+    def logits(
+        self, hidden: Float[Tensor, "*batch hidden"], outer: Mapping[str, Tensor]
+    ) -> Float[Tensor, "*batch vocab"]:
+        """Final norm and head on hidden states behind the last block; `outer` as `embed` takes it."""
+        norm = f"{self.family.norm}."
+        lent = {
+            name.removeprefix(norm): tensor.to(self.device, self.dtype)
+            for name, tensor in outer.items()
+            if name.startswith(norm)
+        }
+        normed = functional_call(self.model.get_submodule(self.family.norm), lent, (hidden,))
+        own = f"{self.family.head}.weight"
+        head = outer[own if own in outer else f"{self.family.embedding}.weight"]
+        bias = outer.get(f"{self.family.head}.bias")
+        kind = (self.device, self.dtype)
+        return nn.functional.linear(normed, head.to(*kind), None if bias is None else bias.to(*kind))
+
 
 def compute_dtype(name: Dtype, device: torch.device) -> torch.dtype:
     """The dtype to compute in; `auto` is bfloat16 on a GPU and float32 elsewhere."""

@@ -16,13 +16,13 @@ ORDER = list(PACKAGES)
 # Inside affinequant, from used to user. Rooms on one line do not ask each other except where the line says so.
 LAYERS = [
     {"errors", "progress"},
-    {"scheme", "sites", "linalg", "wheels"},
+    {"scheme", "sites", "linalg", "wheels", "presets"},
     {"recipe", "quantizer", "transforms", "wush", "models", "demo"},
     {"fold", "checkpoint", "text", "gptq", "fit", "run"},
     {"formats", "data", "stream"},
     {"block", "costs", "plan", "runtime"},
     {"rounding", "workspace"},
-    {"finish"},
+    {"finish", "distill"},
     {"stages"},
     {"pipeline"},
     {"report", "serve"},

@@ -12,8 +12,8 @@ from affinequant.block import BlockJob, BlockObjective, build_transforms, folded
 from affinequant.checkpoint import open_source
 from affinequant.fit import FitConfig, fit
 from affinequant.models import resolve, resolve_sites
+from affinequant.presets import PRESETS
 from affinequant.quantizer import fake_quantize_activation
-from affinequant.recipe import PRESETS
 from affinequant.recipe import resolve as resolve_recipe
 from affinequant.stream import open_decoder
 from affinequant.transforms.banded import Banded

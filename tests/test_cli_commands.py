@@ -15,7 +15,8 @@ import pytest
 import affinequant
 from affinequant import checkpoint
 from affinequant.cli import COMMANDS, main
-from affinequant.recipe import PRESETS, Recipe, resolve
+from affinequant.presets import PRESETS
+from affinequant.recipe import Recipe, resolve
 from affinequant.run import Run
 from affinequant.scheme import SCHEMES
 

@@ -256,3 +256,33 @@ def test_weight_decay_is_the_group_s() -> None:
     problem.groups = lambda: [Group(name="w", parameters=[problem.w], lr=0.1, weight_decay=0.5)]
     run(problem, epochs=1, optimizer="adamw")
     assert float(problem.w.detach()) == pytest.approx(1 - 0.1 * 0.5)
+
+
+def test_a_probe_can_judge_and_the_start_is_judged_too() -> None:
+    """It judges by the distance from another point than the one that is minimised."""
+
+    def run_with(judge: Callable[[Tensor], Tensor], **fields: Any) -> tuple[Any, Tensor]:
+        problem = Problem(quadratic)
+        probes = {"held-out": lambda: float(judge(problem.w.detach()))}
+        return run(problem, probes=probes, judge="held-out", **fields), problem.w.detach()
+
+    report, w = run_with(lambda w: w.square().sum())
+    assert report.series["held-out"][0] == 0.0 == report.best and len(report.series["held-out"]) == 5
+    assert torch.equal(w, torch.zeros(3))
+    report, w = run_with(lambda w: (w - TARGET / 2).square().sum(), epochs=8)
+    values = report.series["held-out"]
+    assert report.best == min(values) not in (values[0], values[-1])
+    torch.testing.assert_close(float((w - TARGET / 2).square().sum()), report.best)
+    with pytest.raises(KeyError, match="nobody"):
+        run(Problem(quadratic), judge="nobody")
+
+
+def test_a_judge_sees_an_epoch_that_is_done_again_once() -> None:
+    bad = iter([False, False, True, False, False, False])
+
+    def of(w: Tensor, batch: Any) -> Tensor:
+        return quadratic(w, batch) * (float("nan") if next(bad, False) else 1.0)
+
+    problem = Problem(of)
+    report = run(problem, probes={"p": lambda: float(quadratic(problem.w.detach(), 0))}, judge="p")
+    assert report.non_finite == 1 and len(report.series["p"]) == 5

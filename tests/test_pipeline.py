@@ -9,7 +9,7 @@ import torch
 
 import affinequant
 from affinequant import AffineQuantError
-from affinequant.recipe import PRESETS
+from affinequant.presets import PRESETS
 
 Make = Callable[..., Path]
 

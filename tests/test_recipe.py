@@ -8,7 +8,8 @@ import pytest
 
 from affinequant.errors import AffineQuantError
 from affinequant.models import LLAMA
-from affinequant.recipe import PRESETS, Recipe, parse_bytes, resolve
+from affinequant.presets import PRESETS
+from affinequant.recipe import Recipe, parse_bytes, resolve
 from affinequant.transforms import structures_of
 
 MACHINE = {"device": "cpu", "gpu_memory": "22GB", "cpu_memory": "16GB", "offload": "disk", "out": "elsewhere"}
@@ -19,7 +20,7 @@ def other(name: str, value: Any) -> Any:
     choices = {
         "model": "other", "scheme": "w8a8", "tier": "online", "preset": "fast", "format": "dense",
         "transforms": {"vo": "diagonal"}, "rounding": "nearest", "weight_clip": "none", "activation_clip": "none",
-        "schedule": "constant", "loss": "mse", "propagate": "quantized", "data": "c4", "dtype": "bfloat16",
+        "schedule": "constant", "finish": "kl", "loss": "mse", "propagate": "quantized", "data": "c4", "dtype": "bfloat16",
     }  # fmt: skip
     if isinstance(value, bool):
         return not value

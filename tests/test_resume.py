@@ -23,7 +23,7 @@ def recipe(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) 
     text.write_text(TEXT)
 
     def make(out: Path, preset: str, seed: int = 0) -> Recipe:
-        more = {"epochs": 2} if preset in ("default", "paper") else {}
+        more = {"epochs": 2, "finish": "kl", "finish_epochs": 1} if preset == "default" else {}
         fields = {"preset": preset, "data": str(text), "samples": 4, "seq_len": 32, "seed": seed, "out": str(out)}
         return resolve({"model": str(tiny(tied=True))} | fields | more)
 

@@ -10,7 +10,8 @@ from types import ModuleType
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from affinequant.errors import AffineQuantError, unknown_name
-from affinequant.recipe import PRESETS, Recipe, resolve
+from affinequant.presets import PRESETS
+from affinequant.recipe import Recipe, resolve
 from affinequant.scheme import SCHEMES
 
 _GROUPS = {

@@ -13,7 +13,8 @@ from affinequant.checkpoint import Source, locate, open_source
 from affinequant.cli.arguments import Parser
 from affinequant.cli.output import Screen, minutes, size
 from affinequant.errors import PREFLIGHT, AffineQuantError
-from affinequant.recipe import PRESETS, Recipe, resolve
+from affinequant.presets import PRESETS
+from affinequant.recipe import Recipe, resolve
 
 USAGE = "CKPT [-v] [--json]"
 EPILOG = """

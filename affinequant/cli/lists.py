@@ -104,7 +104,7 @@ def _formats() -> Listing:
 
 
 def _presets() -> Listing:
-    from affinequant.recipe import PRESETS
+    from affinequant.presets import PRESETS
 
     below = {}
     for name, preset in PRESETS.items():

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 from affinequant.cli.arguments import Parser, add_recipe, recipe_of
 from affinequant.cli.output import Screen, minutes, size, spoken
 from affinequant.cli.plan import print_plan
-from affinequant.recipe import PRESETS, Recipe
+from affinequant.presets import PRESETS
+from affinequant.recipe import Recipe
 from affinequant.scheme import SCHEMES
 
 if TYPE_CHECKING:

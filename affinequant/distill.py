@@ -1,0 +1,213 @@
+"""The end-to-end finish: what stays continuous after rounding is trained on the full-precision model's own logits.
+
+The integer codes and zeros are frozen. Weight scales, norm gains and activation clips follow the divergence of the
+quantised model's next-token distribution from the full-precision one, which the blocks' own errors do not see (an
+end-to-end stage as in arXiv 2506.04985, restricted to what costs nothing at run time).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from affinequant.block import BlockJob
+from affinequant.fit import FitConfig, FitReport, Group, fit
+from affinequant.fold import Tensors
+from affinequant.quantizer import dequantize, fake_quantize_activation
+from affinequant.stream import slices
+
+HELD_OUT = 8
+"""One sample in so many is kept from the training and judges it (at least one)."""
+CHUNK = 256
+"""Tokens whose logits are held at once."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Distilled:
+    """`tensors`: what changed, under full names as stages hold them; `after`: the quantised stream behind the blocks."""
+
+    tensors: Tensors
+    after: Float[Tensor, "samples tokens hidden"]
+    fitted: FitReport
+    """Its series `held-out`: mean divergence on the held-out samples at the start and after each epoch."""
+
+
+class Continuous(nn.Module):
+    """One rounded block whose scales, gains and clips are trained; each is its start times exp(parameter)."""
+
+    def __init__(self, job: BlockJob, stored: Tensors) -> None:
+        super().__init__()
+        self.job, family = job, job.decoder.family
+        prefix = f"{family.blocks}.{job.index}."
+        self.stored = {name.removeprefix(prefix): tensor for name, tensor in stored.items()}
+        self.linears = [linear.name for linear in family.linears]
+        parts = {f"{name}.{part}" for name in self.linears for part in ("codes", "scale", "zero", "input_clip")}
+        norms = {edge.module for site in job.sites.values() for edge in site.sources if edge.side == "gain"}
+        self.gains = [f"{norm}.weight" for norm in sorted(norms)]
+        self.rest = [name for name in self.stored if name not in parts and name not in self.gains]
+        self.groups = dict(family.input_groups())
+        shapes = {f"{name}.scale": self.stored[f"{name}.scale"].shape for name in self.linears}
+        shapes |= {name: self.stored[name].shape for name in self.gains}
+        if job.scheme.activation is not None and job.recipe.activation_clip != "none":
+            shapes |= {site: torch.Size(()) for site in self.groups}
+        device = job.decoder.device
+        self.names = list(shapes)
+        self.logs = nn.ParameterList(nn.Parameter(torch.zeros(shape, device=device)) for shape in shapes.values())
+
+    def tensors(self) -> Tensors:
+        """The block's tensors by their names within it, weights as values."""
+        fmt, stored = self.job.scheme.weight, self.stored
+        result = {name: self._here(stored[name]) for name in self.rest} | self._gains()
+        for name in self.linears:
+            zero = stored.get(f"{name}.zero")
+            codes, scale = self._here(stored[f"{name}.codes"]), self._scale(name)
+            zeros = torch.zeros_like(scale) if zero is None else self._here(zero).to(scale)
+            result[f"{name}.weight"] = dequantize(codes, scale, zeros, fmt)
+        return result
+
+    def on_input(self, site: str, x: Tensor) -> Tensor:
+        """Round what a site's linears read."""
+        fmt = self.job.scheme.activation
+        return x if fmt is None else fake_quantize_activation(x, fmt, self._clip(site))
+
+    def forward(self, x: Float[Tensor, "batch tokens hidden"]) -> Float[Tensor, "batch tokens hidden"]:
+        """The block on a batch."""
+        return self.job.run(self.tensors(), x, self.on_input)
+
+    def changed(self) -> Tensors:
+        """The trained values under full names, in the dtypes of the stage."""
+        prefix = f"{self.job.decoder.family.blocks}.{self.job.index}."
+        result = {prefix + name: gain.to(self.stored[name].dtype) for name, gain in self._gains().items()}
+        for name in self.linears:
+            result[f"{prefix}{name}.scale"] = self._scale(name)
+        if self.job.scheme.activation is not None:
+            for site, members in self.groups.items():
+                result |= {f"{prefix}{member}.input_clip": self._clip(site).clone() for member in members}
+        return {name: tensor.detach() for name, tensor in result.items()}
+
+    def _log(self, name: str) -> Tensor:
+        return self.logs[self.names.index(name)]
+
+    def _scale(self, linear: str) -> Tensor:
+        start = self._here(self.stored[f"{linear}.scale"])
+        return _kept(start * self._log(f"{linear}.scale").exp(), self.job.store)
+
+    def _gains(self) -> Tensors:
+        offset = self.job.decoder.family.norm_offset
+        return {
+            name: _kept(
+                (self._here(self.stored[name]).float() + offset) * self._log(name).exp() - offset, self.job.store
+            )
+            for name in self.gains
+        }
+
+    def _clip(self, site: str) -> Tensor:
+        start = self._here(self.stored[f"{self.groups[site][0]}.input_clip"])
+        return (start * self._log(site).exp()).clamp_max(1.0) if site in self.names else start
+
+    def _here(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.job.decoder.device)
+
+
+class Divergence:
+    """The objective: mean divergence of the quantised model's next-token distribution from the full-precision one."""
+
+    def __init__(self, blocks: Sequence[Continuous], outer: Tensors, lr: float) -> None:
+        self.blocks, self.outer, self.lr = blocks, outer, lr
+        self.decoder = blocks[0].job.decoder
+        self.norm = f"{self.decoder.family.norm}.weight"
+        self.log_gain = nn.Parameter(torch.zeros(outer[self.norm].shape, device=self.decoder.device))
+
+    def groups(self) -> Sequence[Group]:
+        """Everything at one rate: every parameter is the logarithm of a factor."""
+        parameters = [parameter for block in self.blocks for parameter in block.parameters()]
+        return (Group(name="factors", parameters=[*parameters, self.log_gain], lr=self.lr),)
+
+    def progress(self, t: float) -> Sequence[nn.Parameter]:
+        """Nothing is released over training."""
+        return ()
+
+    def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """Nats per token. `batch`: embedded tokens, and the full-precision hidden states behind the last block."""
+        x, teacher = (part.to(self.decoder.device, self.decoder.dtype) for part in batch)
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False)  # pyright: ignore[reportAssignmentType]
+        student, teacher = x.flatten(0, 1), teacher.flatten(0, 1)
+        parts = [
+            checkpoint(self._divergence, student[part], teacher[part], use_reentrant=False)
+            for part in slices(len(student), CHUNK)
+        ]
+        return torch.stack(parts).sum() / len(student)  # pyright: ignore[reportArgumentType, reportCallIssue]
+
+    def final_norm(self) -> Tensor:
+        """The trained gain of the last norm."""
+        offset, start = self.decoder.family.norm_offset, self.outer[self.norm]
+        gain = (start.to(self.decoder.device).float() + offset) * self.log_gain.exp() - offset
+        return _kept(gain, start.dtype)
+
+    def _divergence(self, student: Tensor, teacher: Tensor) -> Tensor:
+        with torch.no_grad():
+            wanted = self.decoder.logits(teacher, self.outer).float().log_softmax(-1)
+        got = self.decoder.logits(student, self.outer | {self.norm: self.final_norm()}).float().log_softmax(-1)
+        return nn.functional.kl_div(got, wanted, reduction="sum", log_target=True)
+
+
+def distill(
+    jobs: Sequence[BlockJob],
+    stages: Iterator[Tensors],
+    outer: Tensors,
+    embedded: Float[Tensor, "samples tokens hidden"],
+    full: Float[Tensor, "samples tokens hidden"],
+    say: Callable[[str], None],
+) -> Distilled:
+    """Train what is continuous in the rounded blocks `stages`; the epoch with the least held-out divergence stands, and
+    the start counts as an epoch.
+
+    Args:
+        outer: tensors outside the blocks, by their full names.
+        stages: the blocks' committed tensors, in order.
+        embedded: calibration tokens before block 0.
+        full: full-precision hidden states behind the last block.
+    """
+    recipe = jobs[0].recipe
+    blocks = [Continuous(job, stored) for job, stored in zip(jobs, stages, strict=True)]
+    objective = Divergence(blocks, outer, recipe.finish_lr)
+    held = max(1, len(full) // HELD_OUT)
+    train = max(1, len(full) - held)
+
+    def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        generator = torch.Generator().manual_seed(jobs[0].seed("finish") + 7919 * epoch)
+        for chosen in torch.randperm(train, generator=generator):
+            yield embedded[chosen][None], full[chosen][None]
+
+    def held_out() -> float:
+        with torch.no_grad():
+            pairs = zip(embedded[-held:], full[-held:], strict=True)
+            losses = [float(objective.loss((x[None], teacher[None]))) for x, teacher in pairs]
+        mean = sum(losses) / len(losses)
+        say(f"finish  divergence from full precision {mean:.4f} nats per token, on {held} held-out samples")
+        return mean
+
+    fitted = fit(
+        objective,
+        batches,
+        FitConfig(
+            epochs=recipe.finish_epochs, steps_per_epoch=train, schedule="cosine", probe_every=1, judge="held-out"
+        ),
+        {"held-out": held_out},
+    )
+    tensors = {name: tensor for block in blocks for name, tensor in block.changed().items()}
+    tensors[objective.norm] = objective.final_norm().detach().to(outer[objective.norm].dtype)
+    after = embedded
+    for block in blocks:
+        with torch.no_grad():
+            after = block.job.run_all(block.tensors(), after, block.on_input)
+    return Distilled(tensors=tensors, after=after, fitted=fitted)
+
+
+def _kept(value: Tensor, store: torch.dtype) -> Tensor:
+    """The value as it will be stored, with the gradient passing straight through."""
+    return value + (value.detach().to(store).to(value.dtype) - value.detach())

@@ -1,0 +1,142 @@
+"""The end-to-end finish: it starts from what was rounded, follows the true divergence, and is undone where it harms."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from test_block import make_job
+from torch import Tensor
+
+import affinequant
+from affinequant.block import BlockJob, BlockObjective
+from affinequant.checkpoint import open_source
+from affinequant.distill import Continuous, Distilled, Divergence, distill
+from affinequant.rounding import Rounded, quantized_input, round_block
+
+Tiny = Callable[..., Path]
+
+
+class Case(NamedTuple):
+    jobs: list[BlockJob]
+    rounded: list[Rounded]
+    stages: list[dict[str, Tensor]]
+    outer: dict[str, Tensor]
+    embedded: Tensor
+    full: Tensor
+
+
+def make(folder: Path, **fields: Any) -> Case:
+    """Both blocks rounded, and the full-precision stream behind them."""
+    jobs, rounded, stages = [], [], []
+    full = quantized = embedded = torch.empty(0)
+    for index in range(2):
+        job, tensors, x = make_job(folder, index, **{"preset": "fast", "transforms": {}} | fields)
+        if index == 0:
+            full = quantized = embedded = x
+        made = round_block(job, tensors, quantized, BlockObjective(job, tensors, {}))
+        quantized = job.run_all(made.tensors, quantized, quantized_input(job, made.clips))
+        full = job.run_all(tensors, full)
+        prefix = f"{job.decoder.family.blocks}.{index}."
+        jobs.append(job)
+        rounded.append(made)
+        stages.append({prefix + name: tensor for name, tensor in made.stored.items()})
+    source = open_source(folder)
+    outer = source.read([name for name in source.entries if ".layers." not in name])
+    return Case(jobs, rounded, stages, outer, embedded, full)
+
+
+def finished(case: Case, **fields: Any) -> Distilled:
+    jobs = [replace(job, recipe=replace(job.recipe, **fields)) for job in case.jobs]
+    return distill(jobs, iter(case.stages), case.outer, case.embedded, case.full, lambda text: None)
+
+
+@pytest.mark.parametrize("scheme", ["w4a4", "w4a16-g32", "w4a8-sym"])
+def test_it_starts_from_what_was_rounded(tiny: Tiny, scheme: str) -> None:
+    case = make(tiny(), scheme=scheme)
+    for job, made, stored in zip(case.jobs, case.rounded, case.stages, strict=True):
+        expected = job.run_all(made.tensors, case.embedded, quantized_input(job, made.clips))
+        block = Continuous(job, stored)
+        with torch.no_grad():
+            assert torch.equal(block(case.embedded), expected)
+        changed = block.changed()
+        assert changed.keys() < stored.keys()
+        assert all(torch.equal(tensor, stored[name]) for name, tensor in changed.items())
+
+
+def test_the_loss_is_the_divergence_of_the_models_own_logits(tiny: Tiny) -> None:
+    folder = tiny()
+    case = make(folder)
+    objective = Divergence([Continuous(j, s) for j, s in zip(case.jobs, case.stages, strict=True)], case.outer, 1e-3)
+    x = case.embedded
+    for job, made in zip(case.jobs, case.rounded, strict=True):
+        x = job.run_all(made.tensors, x, quantized_input(job, made.clips))
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        p, q = (model.lm_head(model.model.norm(h)).softmax(-1) for h in (case.full, x))
+        expected = (p * (p.log() - q.log())).sum(-1).mean()
+        torch.testing.assert_close(objective.loss((case.embedded, case.full)), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_every_kind_of_parameter_gets_a_gradient(tiny: Tiny) -> None:
+    case = make(tiny(), activation_clip="search")
+    blocks = [Continuous(j, s) for j, s in zip(case.jobs, case.stages, strict=True)]
+    objective = Divergence(blocks, case.outer, 1e-3)
+    objective.loss((case.embedded, case.full)).backward()
+    for block in blocks:
+        for name, parameter in zip(block.names, block.logs, strict=True):
+            assert parameter.grad is not None and bool(parameter.grad.abs().sum() > 0), name
+    assert objective.log_gain.grad is not None and bool(objective.log_gain.grad.abs().sum() > 0)
+
+
+def test_it_comes_nearer_and_leaves_the_codes_alone(tiny: Tiny) -> None:
+    case = make(tiny())
+    done = finished(case, finish_epochs=4, finish_lr=1e-2)
+    first, *later = done.fitted.series["held-out"]
+    assert done.fitted.best == min(later) < 0.95 * first
+    stored = {name: tensor for stage in case.stages for name, tensor in stage.items()} | case.outer
+    assert not any(name.endswith((".codes", ".zero")) for name in done.tensors)
+    for name, tensor in done.tensors.items():
+        assert tensor.dtype == stored[name].dtype and tensor.shape == stored[name].shape
+        if name.endswith(".scale"):
+            assert torch.equal(tensor.bfloat16().float(), tensor)
+    # What is returned is what the changed tensors compute.
+    stages = [{name: done.tensors.get(name, tensor) for name, tensor in stage.items()} for stage in case.stages]
+    x = case.embedded
+    with torch.no_grad():
+        for job, stage in zip(case.jobs, stages, strict=True):
+            x = Continuous(job, stage)(x)
+    torch.testing.assert_close(done.after, x, rtol=1e-5, atol=1e-5)
+
+
+def test_what_harms_is_undone(tiny: Tiny) -> None:
+    case = make(tiny())
+    done = finished(case, finish_epochs=1, finish_lr=3.0)
+    first, last = done.fitted.series["held-out"]
+    assert last > first == done.fitted.best
+    stored = {name: tensor for stage in case.stages for name, tensor in stage.items()} | case.outer
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in done.tensors.items())
+
+
+def test_full_ranges_stay_full_where_clipping_was_refused(tiny: Tiny) -> None:
+    done = finished(make(tiny(), activation_clip="none"), finish_lr=1e-2)
+    clips = [float(tensor) for name, tensor in done.tensors.items() if name.endswith("input_clip")]
+    assert clips and set(clips) == {1.0}
+
+
+@pytest.mark.parametrize("scheme", ["w4a4", "w8a8", "w4a16-g32"])
+def test_in_the_pipeline(tiny: Tiny, tmp_path: Path, scheme: str) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"{i} green bottles hang on wall {i * 7 % 13}" for i in range(1500)))
+    fields = {"preset": "fast", "scheme": scheme, "data": str(text), "samples": 4, "seq_len": 32}
+    plain = affinequant.quantize(tiny(tied=True), out=tmp_path / "plain", **fields)
+    done = affinequant.quantize(tiny(tied=True), out=tmp_path / "done", finish="kl", finish_lr=1e-2, **fields)
+    assert "finish" not in plain.report
+    finish = done.report["finish"]
+    assert finish["divergence_last"] <= finish["divergence_first"]
+    assert done.report["verified"]["passed"]
+    assert done.report["calibration_perplexity"]["full"] == plain.report["calibration_perplexity"]["full"]
