@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from affinequant.fit import Group
@@ -17,7 +16,7 @@ from affinequant.recipe import Recipe
 from affinequant.scheme import Scheme
 from affinequant.sites import Site
 from affinequant.stream import Decoder, like_on_disk, run_block, slices
-from affinequant.transforms import Transform, build
+from affinequant.transforms import OnlineTransform, Transform
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,10 +54,21 @@ class BlockJob:
 class BlockObjective:
     """Error of the quantised block against its target; trains transforms and clipping, never the weights."""
 
-    def __init__(self, job: BlockJob, tensors: Tensors, transforms: Mapping[str, Transform]) -> None:
+    def __init__(
+        self,
+        job: BlockJob,
+        tensors: Tensors,
+        transforms: Mapping[str, Transform],
+        online: Mapping[str, OnlineTransform] | None = None,
+    ) -> None:
+        """Args:
+        transforms: those that fold, by site.
+        online: those that act on activations at run time, after the folded ones.
+        """
         self.job = job
         self.tensors = tensors
         self.transforms = dict(transforms)
+        self.online = dict(online or {})
         family, fmt = job.decoder.family, job.scheme.weight
         self.linears = [linear.name for linear in family.linears]
         self.ranges: dict[str, LearnedRange] = {}
@@ -75,11 +85,15 @@ class BlockObjective:
         """Transforms at one rate, clipping at another."""
         recipe = self.job.recipe
         clips = [p for module in self.ranges.values() for p in module.parameters()] + list(self.clips.values())
-        transforms = [p for module in self.transforms.values() for p in module.parameters()]
+        transforms = [p for module in self.modules() for p in module.parameters()]
         return (
             Group(name="transforms", parameters=[p for p in transforms if p.requires_grad], lr=recipe.lr),
             Group(name="clipping", parameters=[p for p in clips if p.requires_grad], lr=recipe.clip_lr),
         )
+
+    def modules(self) -> list[Transform]:
+        """Every transform, folded or not."""
+        return [*self.transforms.values(), *self.online.values()]
 
     def progress(self, t: float) -> Sequence[nn.Parameter]:
         """Widen the gradual mask by epoch: the diagonal alone in the first, everything in the last."""
@@ -88,7 +102,7 @@ class BlockObjective:
         if fraction == self.fraction:
             return ()
         self.fraction = fraction
-        released = [m for m in self.transforms.values() if m.progress(fraction)]
+        released = [module for module in self.modules() if module.progress(fraction)]
         return [parameter for module in released for parameter in module.parameters()]
 
     def loss(self, batch: tuple[Tensor, ...]) -> Mapping[str, Tensor]:
@@ -101,7 +115,7 @@ class BlockObjective:
     def folded(self) -> Tensors:
         """The block's tensors with every transform folded in."""
         offset = self.job.decoder.family.norm_offset
-        return fold_all(self.tensors, self.job.sites, self.transforms, norm_offset=offset)
+        return fold_all(self.tensors, self.job.sites, self.transforms, self.online, norm_offset=offset)
 
     def quantized(self) -> Tensors:
         """The block's tensors folded, with rounded weights."""
@@ -113,7 +127,9 @@ class BlockObjective:
         return tensors
 
     def on_input(self, site: str, x: Tensor) -> Tensor:
-        """Round what a site's linears read."""
+        """Transform and round what a site's linears read."""
+        if site in self.online:
+            x = self.online[site].on_activations(x)
         if self.job.scheme.activation is None:
             return x
         return fake_quantize_activation(x, self.job.scheme.activation, self.clips[site].sigmoid())
@@ -122,46 +138,12 @@ class BlockObjective:
 def folded_exactly(objective: BlockObjective, exact: Tensors) -> Tensors:
     """The fp64 tensors of the block with the objective's transforms folded in, for good."""
     job = objective.job
-    transforms = {name: module.double() for name, module in objective.transforms.items()}
+    folded, online = (
+        {name: module.double() for name, module in modules.items()}
+        for modules in (objective.transforms, objective.online)
+    )
     with torch.no_grad():
-        return fold_all(exact, job.sites, transforms, norm_offset=job.decoder.family.norm_offset)
-
-
-def starts(job: BlockJob, tensors: Tensors, x: Float[Tensor, "samples tokens hidden"]) -> dict[str, Tensor]:
-    """For each site that is an input, the diagonal [width] that balances activations against weights:
-    p = w^(1-b) / a^b with a and w the largest magnitudes per feature (SmoothQuant, arXiv 2211.10438, eq. 4)."""
-    largest: dict[str, Tensor] = {}
-
-    def see(site: str, value: Tensor) -> Tensor:
-        seen = value.detach().abs().flatten(0, -2).amax(0)
-        largest[site] = torch.maximum(largest[site], seen) if site in largest else seen
-        return value
-
-    job.run_all(tensors, x, see)
-    result = {}
-    for name, site in job.sites.items():
-        if name not in largest:
-            continue
-        copies = site.sinks[0].copies
-        weight = torch.stack([tensors[f"{edge.module}.weight"].abs().amax(0) for edge in site.sinks]).amax(0)
-        a, w = (
-            v.float().reshape(site.heads, copies, -1).amax(1).reshape(-1).clamp_min(1e-5)
-            for v in (largest[name], weight)
-        )
-        log_p = (1 - job.recipe.balance) * w.log() - job.recipe.balance * a.log()
-        result[name] = (log_p - log_p.mean()).exp()
-    return result
-
-
-def build_transforms(job: BlockJob, start: Mapping[str, Tensor]) -> dict[str, Transform]:
-    """The recipe's transforms of one block, in the order of the sites; the residual stream's is the model's."""
-    return {
-        name: build(
-            job.recipe.transforms[name], site, seed=job.seed(name), alpha=job.recipe.alpha, start=start.get(name)
-        ).to(job.decoder.device)
-        for name, site in job.sites.items()
-        if name in job.recipe.transforms and site.kind != "residual"
-    }
+        return fold_all(exact, job.sites, folded, online, norm_offset=job.decoder.family.norm_offset)
 
 
 def _relative(y: Tensor, target: Tensor) -> Tensor:

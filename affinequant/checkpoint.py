@@ -163,8 +163,8 @@ def check_finite(source: Source) -> None:
 
 
 def _table(folder: Path) -> dict[str, Entry]:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
+    index = next(iter(sorted(folder.glob("*.safetensors.index.json"))), None)
+    if index is not None:
         try:
             files = sorted({str(file) for file in json.loads(index.read_text())["weight_map"].values()})
         except (ValueError, KeyError, TypeError, AttributeError):

@@ -18,6 +18,7 @@ from affinequant.fit import FitConfig, FitReport, Group, fit
 from affinequant.fold import Tensors
 from affinequant.quantizer import dequantize, fake_quantize_activation
 from affinequant.stream import slices
+from affinequant.transforms.online import apply_online, parts_of
 
 HELD_OUT = 8
 """One sample in so many is kept from the training and judges it (at least one)."""
@@ -47,6 +48,11 @@ class Continuous(nn.Module):
         parts = {f"{name}.{part}" for name in self.linears for part in ("codes", "scale", "zero", "input_clip")}
         norms = {edge.module for site in job.sites.values() for edge in site.sources if edge.side == "gain"}
         self.gains = [f"{norm}.weight" for norm in sorted(norms)]
+        self.online = {
+            site: {part: self._here(self.stored[name]) for part, name in parts_of(self.stored, members[0]).items()}
+            for site, members in family.input_groups()
+        }
+        parts |= {name for linear in self.linears for name in parts_of(self.stored, linear).values()}
         self.rest = [name for name in self.stored if name not in parts and name not in self.gains]
         self.groups = dict(family.input_groups())
         shapes = {f"{name}.scale": self.stored[f"{name}.scale"].shape for name in self.linears}
@@ -69,7 +75,9 @@ class Continuous(nn.Module):
         return result
 
     def on_input(self, site: str, x: Tensor) -> Tensor:
-        """Round what a site's linears read."""
+        """Transform and round what a site's linears read."""
+        if self.online[site]:
+            x = apply_online(x, self.online[site])
         fmt = self.job.scheme.activation
         return x if fmt is None else fake_quantize_activation(x, fmt, self._clip(site))
 

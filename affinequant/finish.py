@@ -43,7 +43,7 @@ def finish(made: Plan, run: Run, out: Path, decoder: Decoder, tokens: Tokens, li
     """
     names = ["outer", *(stage_name(index) for index in range(made.dims.layers))]
     listen.say(f"writing {out}")
-    files = find_format(made.recipe.format).write(_contents(made, run, names), out)
+    files = find_format(made.recipe.format, made.placements).write(_contents(made, run, names), out)
     (out / "recipe.toml").write_text(made.recipe.to_toml())
     listen.say("verifying what was written by loading it again")
     last = DISTILLED if run.committed(DISTILLED) else names[-1]

@@ -19,18 +19,20 @@ def fold(
     *,
     norm_offset: float = 0.0,
     scope: str = "block",
+    online: bool = False,
 ) -> Tensors:
     """Let `transform` act at `site` on the tensors of one block (or, with `scope="model"`, on those outside blocks).
 
     Names are relative to the scope: `self_attn.v_proj.weight` [rows, columns]. Differentiable in the transform's
     parameters; computed in the dtype of the tensors. Edges whose tensors are absent are skipped only when they belong
-    to the other scope.
+    to the other scope. With `online`, P acts on activations at run time, so the sources are left as they are.
 
     Raises:
         KeyError: a tensor of this scope is missing.
     """
     result = dict(tensors)
-    for edges, action in ((site.sources, transform.on_activations), (site.sinks, transform.on_weights)):
+    sources = () if online else site.sources
+    for edges, action in ((sources, transform.on_activations), (site.sinks, transform.on_weights)):
         for edge in edges:
             if edge.scope == scope:
                 _act(result, edge, action, norm_offset)
@@ -38,12 +40,18 @@ def fold(
 
 
 def fold_all(
-    tensors: Mapping[str, Tensor], sites: Mapping[str, Site], transforms: Mapping[str, Transform], *, norm_offset: float
+    tensors: Mapping[str, Tensor],
+    sites: Mapping[str, Site],
+    folded: Mapping[str, Transform],
+    online: Mapping[str, Transform] | None = None,
+    *,
+    norm_offset: float,
 ) -> Tensors:
-    """Every block-level transform at its site, one after the other."""
+    """Every block-level transform at its site: those that fold, then what the sinks owe to those that stay online."""
     result = dict(tensors)
-    for name, transform in transforms.items():
-        result = fold(result, sites[name], transform, norm_offset=norm_offset)
+    for transforms, stays in ((folded, False), (online or {}, True)):
+        for name, transform in transforms.items():
+            result = fold(result, sites[name], transform, norm_offset=norm_offset, online=stays)
     return result
 
 

@@ -13,14 +13,14 @@ from typing import Any
 
 from affinequant.checkpoint import Source, check_tensors, is_local, locate, open_source
 from affinequant.costs import expected_minutes, finish_bytes, graph_bytes
-from affinequant.errors import PREFLIGHT, AffineQuantError, unknown_name
+from affinequant.errors import PREFLIGHT, AffineQuantError
 from affinequant.formats import find_format
 from affinequant.models import Dims, Family, resolve, resolve_sites
+from affinequant.placements import online_bytes, place_all
 from affinequant.recipe import Recipe, parse_bytes
 from affinequant.recipe import resolve as resolve_recipe
-from affinequant.sites import Placement, Site, place
+from affinequant.sites import Placement, Site
 from affinequant.text import check_source
-from affinequant.transforms import TRANSFORMS, structures_of
 
 PROCESS_BYTES = 700 * 2**20
 """What Python, torch and transformers take before any model is there."""
@@ -105,9 +105,9 @@ def plan(model: Recipe | str, **fields: Any) -> Plan:
     if has_weights:
         check_tensors(source, family, dims)
     sites = {site.name: site for site in resolve_sites(family, dims)}
-    placements = _place_all(recipe, sites)
+    placements = place_all(recipe, sites)
     _check_groups(recipe, family, dims)
-    reason = find_format(recipe.format).supports(
+    reason = find_format(recipe.format, placements).supports(
         recipe.parsed_scheme, placements, clipped=recipe.activation_clip != "none"
     )
     if reason:
@@ -116,39 +116,6 @@ def plan(model: Recipe | str, **fields: Any) -> Plan:
         )
     check_source(recipe.data)
     return _with_costs(recipe, source, family, dims, sites, placements)
-
-
-def _place_all(recipe: Recipe, sites: Mapping[str, Site]) -> dict[str, Placement]:
-    for name in recipe.transforms:
-        if name not in sites:
-            raise unknown_name("site", name, sites, where="--transform")
-    if recipe.tier == "online":
-        raise AffineQuantError(
-            "the online tier is not built yet: every transform there is folds into the weights",
-            "--tier",
-            "use --tier merged",
-        )
-    placements = {}
-    for name, site in sites.items():
-        chosen = recipe.transforms.get(name)
-        if chosen is None:
-            placements[name] = Placement(how="folded", reason="nothing to fold")
-            continue
-        parts = [place(site, structure) for structure in structures_of(chosen, where="--transform")]
-        for part in parts:
-            if part.how != "folded":
-                raise AffineQuantError(
-                    f"{chosen} at {name} is {part.how}: {part.reason}",
-                    "--transform",
-                    f"choose one that folds at {name}: {_folding(site)}",
-                )
-        placements[name] = Placement(how="folded", reason="; ".join(dict.fromkeys(part.reason for part in parts)))
-    return placements
-
-
-def _folding(site: Site) -> str:
-    names = [name for name in TRANSFORMS if place(site, structures_of(name, where="")[0]).how == "folded"]
-    return ", ".join(names)
 
 
 def _check_groups(recipe: Recipe, family: Family, dims: Dims) -> None:
@@ -193,7 +160,9 @@ def _with_costs(
     untied = 2 * table if dims.tied and rotated else 0
     outer = 2 * table * (1 if dims.tied and not rotated else 2)
     dense = recipe.format == "dense"
-    output = int(outer + dims.layers * (2 * per_block if dense else bits / 8)) + 4 * dims.hidden * (dims.layers + 1)
+    kept = online_bytes(recipe, family, sites)
+    output = int(outer + dims.layers * (2 * per_block if dense else bits / 8 + kept))
+    output += 4 * dims.hidden * (dims.layers + 1)
     device = _device(recipe)
     width = 2 if (device == "cuda" and recipe.dtype != "float32") or recipe.dtype == "bfloat16" else 4
     stream = recipe.samples * recipe.seq_len * dims.hidden * width
@@ -224,20 +193,22 @@ def _with_costs(
         disk_bytes=output + stored + 4 * stream + (4 * stream if offload == "disk" else 0),
         offload=offload,
         minutes=expected_minutes(recipe, dims, per_block, device),
-        notes=_notes(recipe, dims, untied),
+        notes=_notes(recipe, placements, untied),
     )
     _check_budgets(made)
     return made
 
 
-def _notes(recipe: Recipe, dims: Dims, untied: int) -> tuple[str, ...]:
+def _notes(recipe: Recipe, placements: Mapping[str, Placement], untied: int) -> tuple[str, ...]:
     notes = []
     if untied:
         notes.append(
             "rotating the residual stream unties the head from the embedding: "
             f"the folder grows by {untied / 2**20:,.0f} MB"
         )
-    if recipe.parsed_scheme.activation is not None and recipe.scheme != "w8a8":
+    if any(placement.how == "online" for placement in placements.values()):
+        notes.append("transforms stay online: affinequant.load runs this checkpoint, stock engines refuse it")
+    elif recipe.parsed_scheme.activation is not None and recipe.scheme != "w8a8":
         notes.append("stock engines run this checkpoint with 16-bit activations; affinequant.load runs the integers")
     if recipe.model == "demo":
         from affinequant.demo import MODEL_NOTE

@@ -20,7 +20,7 @@ Propagate = Literal["quantized", "full"]
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16"]
 Offload = Literal["auto", "cpu", "disk"]
-Format = Literal["auto", "compressed-tensors", "dense"]
+Format = Literal["auto", "compressed-tensors", "affinequant", "dense"]
 Schedule = Literal["constant", "cosine"]
 Finish = Literal["none", "kl"]
 
@@ -137,7 +137,7 @@ class Recipe:
             value = getattr(self, entry.name)
             if isinstance(value, dict):
                 # What the preset has and this recipe has not must be taken away again by whoever reads the file.
-                value = dict.fromkeys(PRESETS[self.preset].settings.get(entry.name, {}), "none") | value
+                value = dict.fromkeys(PRESETS[self.preset].fields(self.tier).get(entry.name, {}), "none") | value
                 tables += ["", f"[{entry.name}]", *(f"{key} = {_toml(item)}" for key, item in value.items())]
             else:
                 lines.append(f"{entry.name} = {_toml(value)}")
@@ -154,7 +154,7 @@ class Recipe:
             ) from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
             raise AffineQuantError(f"{path} is not TOML: {problem}", "--config", "correct that line") from None
-        if not {"preset", "scheme"}.isdisjoint(overrides):
+        if not {"preset", "scheme", "tier"}.isdisjoint(overrides):
             values = _chosen(values, where=str(path))
         if "transforms" in overrides and isinstance(values.get("transforms", {}), dict):
             overrides = overrides | {"transforms": values.get("transforms", {}) | overrides["transforms"]}
@@ -176,13 +176,12 @@ def resolve(values: Mapping[str, Any], *, where: str = "quantize()") -> Recipe:
     preset = values.get("preset", "default")
     if preset not in PRESETS:
         raise unknown_name("preset", str(preset), PRESETS, where="--preset", listing="presets")
-    merged = dict(PRESETS[preset].settings)
-    if values["model"] == "demo":
-        merged |= {"data": "demo", **PRESETS[preset].demo}
+    merged = PRESETS[preset].fields(str(values.get("tier", "merged")), demo=values["model"] == "demo")
+    base = dict(merged.get("transforms", {}))
     merged |= values
     given = values.get("transforms", {})
     _check_type("transforms", given, dict[str, str])
-    chosen = dict(PRESETS[preset].settings.get("transforms", {})) | dict(given)
+    chosen = base | dict(given)
     merged["transforms"] = {site: name for site, name in chosen.items() if name != "none"}
     scheme = Scheme.parse(str(merged.get("scheme", "w4a4")))
     # Stock engines quantise the activations of W8A8 themselves, over the full range.
@@ -193,9 +192,9 @@ def resolve(values: Mapping[str, Any], *, where: str = "quantize()") -> Recipe:
 
 def _chosen(values: Mapping[str, Any], *, where: str) -> dict[str, Any]:
     """A file's values without those that its own preset and scheme had filled in: another preset fills them anew."""
-    names = {name: values[name] for name in ("model", "scheme", "preset") if name in values}
+    names = {name: values[name] for name in ("model", "scheme", "preset", "tier") if name in values}
     base = resolve({"model": "demo"} | names, where=where)
-    filled = {"activation_clip"}.union(*({*preset.settings, *preset.demo} for preset in PRESETS.values()))
+    filled = {"activation_clip"}.union(*({*p.settings, *p.online, *p.demo} for p in PRESETS.values()))
     kept = {name: value for name, value in values.items() if name not in filled or value != getattr(base, name)}
     if isinstance(kept.get("transforms"), dict):
         sites = kept["transforms"].items()

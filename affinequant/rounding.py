@@ -1,6 +1,6 @@
 """One block from real weights to codes, input group by input group, each on what the rounded part before it gives."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ from affinequant.fold import Tensors
 from affinequant.gptq import GPTQFailure, gptq, search_activation_clip, search_weight_range
 from affinequant.quantizer import codes_of, dequantize, fake_quantize_activation, grid, to_integers, weight_range
 from affinequant.stream import StopForward, slices
+from affinequant.transforms.online import apply_online, stored_name
 
 SAMPLE_TOKENS = 1024
 """Tokens on which activation clipping is searched."""
@@ -19,11 +20,13 @@ SAMPLE_TOKENS = 1024
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rounded:
-    """A rounded block. `stored` goes to disk (codes, scales, zeros, clips, the rest); `tensors` holds the values."""
+    """A rounded block. `stored` goes to disk (codes, scales, zeros, clips, the rest); `tensors` holds the values, `clips`
+    and `online` are what acts on each site's activations."""
 
     stored: Tensors
     tensors: Tensors
     clips: Mapping[str, float]
+    online: Mapping[str, Tensors]
     linears: Mapping[str, Mapping[str, float]]
     events: tuple[str, ...] = ()
 
@@ -39,11 +42,12 @@ def round_block(
     stored = {name: tensor.to(job.store) for name, tensor in tensors.items() if name not in weights}
     work = {name: (tensor if name in weights else stored[name]).float() for name, tensor in tensors.items()}
     clips: dict[str, float] = {}
+    online = {site: _plain(module.online()) for site, module in learned.online.items()}
     figures: dict[str, dict[str, float]] = {}
     events: list[str] = []
     for site, members in job.decoder.family.input_groups():
-        clips[site] = _activation_clip(job, work, x, site, members, clips, learned)
-        hessian = _hessian(job, work, x, site, clips) if _needs_hessian(job) else None
+        clips[site] = _activation_clip(job, work, x, site, members, clips, learned, online)
+        hessian = _hessian(job, work, x, site, clips, online) if _needs_hessian(job) else None
         for member, codes, scale, zero in _round_group(job, work, members, hessian, learned, events):
             weight = work[f"{member}.weight"]
             value = dequantize(codes, scale, zero, job.scheme.weight)
@@ -54,17 +58,25 @@ def round_block(
                 stored[f"{member}.zero"] = to_integers(zero)
             if job.scheme.activation is not None:
                 stored[f"{member}.input_clip"] = torch.tensor(clips[site])
-    return Rounded(stored=stored, tensors=work, clips=clips, linears=figures, events=tuple(events))
+            stored |= {stored_name(member, part): tensor.clone() for part, tensor in online.get(site, {}).items()}
+    return Rounded(stored=stored, tensors=work, clips=clips, online=online, linears=figures, events=tuple(events))
 
 
-def quantized_input(job: BlockJob, clips: Mapping[str, float]):
-    """The `on_input` that rounds activations with these clip ratios; sites that have none yet pass through."""
+def quantized_input(job: BlockJob, clips: Mapping[str, float], online: Mapping[str, Tensors]):
+    """The `on_input` that transforms activations and rounds them with these clip ratios; a site that has no ratio yet is
+    not rounded."""
     fmt = job.scheme.activation
 
     def on_input(site: str, x: Tensor) -> Tensor:
+        if site in online:
+            x = apply_online(x, online[site])
         return x if fmt is None or site not in clips else fake_quantize_activation(x, fmt, clips[site])
 
     return on_input
+
+
+def _plain(tensors: Mapping[str, Tensor]) -> Tensors:
+    return {name: tensor.float().contiguous() for name, tensor in tensors.items()}
 
 
 def _needs_hessian(job: BlockJob) -> bool:
@@ -72,7 +84,14 @@ def _needs_hessian(job: BlockJob) -> bool:
 
 
 def _activation_clip(
-    job: BlockJob, work: Tensors, x: Tensor, site: str, members: tuple[str, ...], clips: Mapping[str, float], learned
+    job: BlockJob,
+    work: Tensors,
+    x: Tensor,
+    site: str,
+    members: tuple[str, ...],
+    clips: Mapping[str, float],
+    learned: BlockObjective,
+    online: Mapping[str, Tensors],
 ) -> float:
     fmt = job.scheme.activation
     if fmt is None or job.recipe.activation_clip == "none":
@@ -81,13 +100,15 @@ def _activation_clip(
         return float(learned.clips[site].detach().sigmoid())
     count = max(1, min(len(x), SAMPLE_TOKENS // x.shape[1]))
     seen: list[Tensor] = []
-    _visit(job, work, x[:count], site, clips, lambda value: seen.append(value.float()))
+    _visit(job, work, x[:count], site, clips, online, lambda value: seen.append(value.float()))
     sample = torch.cat(seen)[:SAMPLE_TOKENS]
     weight = torch.cat([work[f"{member}.weight"] for member in members])
     return search_activation_clip(sample, weight, fmt)
 
 
-def _hessian(job: BlockJob, work: Tensors, x: Tensor, site: str, clips: Mapping[str, float]) -> Tensor:
+def _hessian(
+    job: BlockJob, work: Tensors, x: Tensor, site: str, clips: Mapping[str, float], online: Mapping[str, Tensors]
+) -> Tensor:
     """Mean of x^T x over all tokens of the site's quantised input."""
     fmt = job.scheme.activation
     total: Tensor | None = None
@@ -98,20 +119,31 @@ def _hessian(job: BlockJob, work: Tensors, x: Tensor, site: str, clips: Mapping[
         square = value.mT @ value
         total = square if total is None else total.add_(square)
 
-    _visit(job, work, x, site, clips, add)
+    _visit(job, work, x, site, clips, online, add)
     assert total is not None
     return total / (x.shape[0] * x.shape[1])
 
 
-def _visit(job: BlockJob, work: Tensors, x: Tensor, site: str, clips: Mapping[str, float], see) -> None:
-    """Show `see` what reaches `site`, [tokens, width] a batch; sites before it are quantised as they will be."""
-    quantized = quantized_input(job, clips)
+def _visit(
+    job: BlockJob,
+    work: Tensors,
+    x: Tensor,
+    site: str,
+    clips: Mapping[str, float],
+    online: Mapping[str, Tensors],
+    see: Callable[[Tensor], None],
+) -> None:
+    """Show `see` what reaches the linears of `site` before it is rounded, [tokens, width] a batch; sites before it are
+    quantised as they will be."""
+    before = {name: clip for name, clip in clips.items() if name != site}
+    quantized = quantized_input(job, before, online)
 
     def on_input(name: str, value: Tensor) -> Tensor:
+        value = quantized(name, value)
         if name == site:
             see(value.flatten(0, -2))
             raise StopForward
-        return quantized(name, value)
+        return value
 
     with torch.no_grad():
         for part in slices(len(x), job.recipe.batch_size):

@@ -17,6 +17,7 @@ from affinequant.quantizer import dequantize
 from affinequant.recipe import Device, Dtype
 from affinequant.scheme import NumberFormat
 from affinequant.stream import compute_dtype
+from affinequant.transforms.online import apply_online, check_online, parts_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -122,6 +123,20 @@ class IntegerLinear(nn.Module):
         return super()._apply(keep, recurse)
 
 
+class Online(nn.Module):
+    """x P, with the matrices of P as `transforms/online.py` names them."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.names = {part: part.replace(".", "_") for part in tensors}
+        for part, tensor in tensors.items():
+            self.register_buffer(self.names[part], tensor, persistent=False)
+
+    def forward(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
+        """In the dtype of x."""
+        return apply_online(x, {part: getattr(self, name) for part, name in self.names.items()})
+
+
 def _plain(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
@@ -163,7 +178,8 @@ def _quantized(source: Source, device: torch.device, dtype: torch.dtype) -> "Pre
 
 
 def _linear(source: Source, name: str, module: nn.Linear, ours: Mapping[str, Any]) -> nn.Module:
-    """One quantised linear: integer where activations are quantised, else dequantised into the plain module."""
+    """One quantised linear: integer where activations are quantised, else dequantised into the plain module; with what
+    acts on its input at run time, if anything does."""
     weight, dtype = NumberFormat(**ours["weight"]), module.weight.dtype
     codes, scale, zero = unpack_linear(source, name, weight)
     _check_shape(codes, module.weight, name)
@@ -173,14 +189,31 @@ def _linear(source: Source, name: str, module: nn.Linear, ours: Mapping[str, Any
         module.weight = nn.Parameter(value.to(dtype), requires_grad=False)
         if bias is not None:
             module.bias = nn.Parameter(bias, requires_grad=False)
-        return module
+        return _with_transform(source, name, module)
     if name not in ours["input_clip"]:
         raise AffineQuantError(f"{name} has no entry in input_clip", str(source.folder / "config.json"), _AGAIN)
     activation, clip = NumberFormat(**ours["activation"]), float(ours["input_clip"][name])
     try:
-        return IntegerLinear(codes, scale, zero, bias, bits=weight.bits, activation=activation, clip=clip)
+        made = IntegerLinear(codes, scale, zero, bias, bits=weight.bits, activation=activation, clip=clip)
     except ValueError as problem:
         raise AffineQuantError(f"{name}: {problem}", str(source.folder), _AGAIN) from None
+    return _with_transform(source, name, made)
+
+
+def _with_transform(source: Source, name: str, module: Any) -> nn.Module:
+    """`module` with the transform that the checkpoint keeps beside it acting on what it reads."""
+    parts = parts_of(source.entries, name)
+    if not parts:
+        return module
+    tensors = source.read(parts.values())
+    found = {part: tensors[stored] for part, stored in parts.items()}
+    try:
+        check_online(found, module.in_features)
+    except ValueError as problem:
+        raise AffineQuantError(f"the transform of {name}: {problem}", str(source.folder), _AGAIN) from None
+    module.online = Online(found)
+    module.register_forward_pre_hook(lambda module, args: (module.online(args[0]), *args[1:]))
+    return module
 
 
 def _skeleton(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":

@@ -147,6 +147,15 @@ def block_width(site: Site) -> int:
     return min(divisors, key=lambda d: (max(d / _BLOCK, _BLOCK / d), d))
 
 
+def online_numbers(site: Site, structure: Structure) -> int:
+    """How many numbers one linear keeps beside it for `structure` acting online at `site`."""
+    n = site.width * (_copies(site.sinks) if site.kind == "heads" else 1)
+    if structure in ("kronecker", "hadamard"):
+        left, right = rotation_factors(n) if structure == "hadamard" else kronecker_factors(site)
+        return left * left + right * right
+    return n * n if structure == "dense" else n * block_width(site)
+
+
 def _cost(site: Site, structure: Structure) -> int:
     n = site.width
     if structure == "dense":

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from affinequant.block import BlockJob, BlockObjective, build_transforms, folded_exactly, starts
+from affinequant.block import BlockJob, BlockObjective, folded_exactly
 from affinequant.data import Tokens
 from affinequant.distill import distill
 from affinequant.errors import QUALITY, AffineQuantError
@@ -20,6 +20,7 @@ from affinequant.progress import Progress
 from affinequant.recipe import Recipe
 from affinequant.rounding import Rounded, quantized_input, round_block
 from affinequant.run import Run
+from affinequant.starts import build_transforms
 from affinequant.stream import Decoder
 from affinequant.transforms import Transform
 from affinequant.transforms.banded import Banded
@@ -34,14 +35,13 @@ def block_stage(
     exact = _load_block(made, job, rotation)
     values = {name: tensor.float() for name, tensor in exact.items()}
     target = job.run_all(values, full)
-    start = starts(job, values, full) if _wants_start(made.recipe) else {}
-    objective = BlockObjective(job, values, build_transforms(job, start))
+    objective = BlockObjective(job, values, *build_transforms(job, values, full))
     fitted = fit(objective, _batches(job, values, full, quantized, target), _fit_config(made.recipe))
     rounded, after = _round_and_run(job, objective, exact, quantized)
     events = _fit_events(fitted)
     if fitted.steps and not bool(after.isfinite().all()):
         events.append("what was learned gave non-finite outputs: the closed-form start was taken instead")
-        objective = BlockObjective(job, values, build_transforms(job, start))
+        objective = BlockObjective(job, values, *build_transforms(job, values, full))
         rounded, after = _round_and_run(job, objective, exact, quantized)
     if not bool(after.isfinite().all()):
         raise AffineQuantError(
@@ -91,7 +91,7 @@ def _round_and_run(
 ) -> tuple[Rounded, Tensor]:
     """Fold what the objective holds into the exact tensors, round, and pass the quantised stream through."""
     rounded = round_block(job, folded_exactly(objective, exact), quantized, objective)
-    return rounded, job.run_all(rounded.tensors, quantized, quantized_input(job, rounded.clips))
+    return rounded, job.run_all(rounded.tensors, quantized, quantized_input(job, rounded.clips, rounded.online))
 
 
 def _load_block(made: Plan, job: BlockJob, rotation: Transform | None) -> Tensors:
@@ -123,10 +123,6 @@ def outer_stage(made: Plan, run: Run, tokens: Tokens, decoder: Decoder, rotation
     run.commit("outer", tensors=stored, carry={"full": hidden}, report={})
 
 
-def _wants_start(recipe: Recipe) -> bool:
-    return any(site != "residual" and not name.startswith("hadamard") for site, name in recipe.transforms.items())
-
-
 def _fit_config(recipe: Recipe) -> FitConfig:
     return FitConfig(
         epochs=recipe.epochs,
@@ -155,6 +151,7 @@ def _block_report(
     noise = (after.float() - target.float()).square().sum((-2, -1))
     power = target.float().square().sum((-2, -1))
     conditions = {name: float(module.condition()) for name, module in objective.transforms.items()}
+    conditions |= {f"{name} online": float(module.condition()) for name, module in objective.online.items()}
     dominance = {
         name: module.dominance() for name, module in objective.transforms.items() if isinstance(module, Banded | Chain)
     }

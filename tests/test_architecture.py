@@ -20,8 +20,8 @@ LAYERS = [
     {"recipe", "quantizer", "transforms", "wush", "models", "demo"},
     {"fold", "checkpoint", "text", "gptq", "fit", "run"},
     {"formats", "data", "stream"},
-    {"block", "costs", "plan", "runtime"},
-    {"rounding", "workspace"},
+    {"block", "costs", "placements", "plan", "runtime"},
+    {"rounding", "starts", "workspace"},
     {"finish", "distill"},
     {"stages"},
     {"pipeline"},
@@ -30,7 +30,7 @@ LAYERS = [
     {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-SAME_LEVEL = {("plan", "costs"), ("text", "demo"), ("checkpoint", "demo")}
+SAME_LEVEL = {("plan", "costs"), ("plan", "placements"), ("text", "demo"), ("checkpoint", "demo")}
 FILES = [path for folder in PACKAGES.values() for path in sorted(folder.rglob("*.py"))]
 BANNED = {"utils", "helpers", "common", "misc", "manager"}
 

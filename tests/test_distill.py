@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from test_block import make_job
 from torch import Tensor
 
 import affinequant
@@ -15,6 +14,7 @@ from affinequant.block import BlockJob, BlockObjective
 from affinequant.checkpoint import open_source
 from affinequant.distill import Continuous, Distilled, Divergence, distill
 from affinequant.rounding import Rounded, quantized_input, round_block
+from tests.test_block import make_job
 
 Tiny = Callable[..., Path]
 
@@ -37,7 +37,7 @@ def make(folder: Path, **fields: Any) -> Case:
         if index == 0:
             full = quantized = embedded = x
         made = round_block(job, tensors, quantized, BlockObjective(job, tensors, {}))
-        quantized = job.run_all(made.tensors, quantized, quantized_input(job, made.clips))
+        quantized = job.run_all(made.tensors, quantized, quantized_input(job, made.clips, made.online))
         full = job.run_all(tensors, full)
         prefix = f"{job.decoder.family.blocks}.{index}."
         jobs.append(job)
@@ -57,7 +57,7 @@ def finished(case: Case, **fields: Any) -> Distilled:
 def test_it_starts_from_what_was_rounded(tiny: Tiny, scheme: str) -> None:
     case = make(tiny(), scheme=scheme)
     for job, made, stored in zip(case.jobs, case.rounded, case.stages, strict=True):
-        expected = job.run_all(made.tensors, case.embedded, quantized_input(job, made.clips))
+        expected = job.run_all(made.tensors, case.embedded, quantized_input(job, made.clips, made.online))
         block = Continuous(job, stored)
         with torch.no_grad():
             assert torch.equal(block(case.embedded), expected)
@@ -72,7 +72,7 @@ def test_the_loss_is_the_divergence_of_the_models_own_logits(tiny: Tiny) -> None
     objective = Divergence([Continuous(j, s) for j, s in zip(case.jobs, case.stages, strict=True)], case.outer, 1e-3)
     x = case.embedded
     for job, made in zip(case.jobs, case.rounded, strict=True):
-        x = job.run_all(made.tensors, x, quantized_input(job, made.clips))
+        x = job.run_all(made.tensors, x, quantized_input(job, made.clips, made.online))
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

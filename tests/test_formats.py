@@ -162,6 +162,11 @@ def test_a_head_untied_by_a_rotation_is_stored(tiny: Tiny, tmp_path: Path) -> No
     assert torch.equal(logits(load(tmp_path)), expected)
 
 
+def stem(form: str) -> str:
+    """How the files of weights are called."""
+    return "affinequant" if form == "affinequant" else "model"
+
+
 @pytest.mark.parametrize("form", FORMATS)
 def test_the_folder_is_complete(tiny_copy: Tiny, tmp_path: Path, form: str) -> None:
     source, out = tiny_copy(shards=2), tmp_path / "out"
@@ -172,10 +177,12 @@ def test_the_folder_is_complete(tiny_copy: Tiny, tmp_path: Path, form: str) -> N
     for name in ("pytorch_model.bin", "old.pt", "consolidated.00.pth", "model.gguf", ".hidden", "recipe.toml"):
         (source / name).write_text("not copied")
     files = find_format(form).write(rounded(source, "w4a4"), out)
-    assert sorted(str(file.relative_to(out)) for file in files) == [
-        *("LICENSE", "SOURCE_README.md", "assets/voice.json", "chat_template.jinja", "config.json"),
-        *("generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),
-    ]
+    assert sorted(str(file.relative_to(out)) for file in files) == sorted(
+        [
+            *("LICENSE", "SOURCE_README.md", "assets/voice.json", "chat_template.jinja", "config.json"),
+            *("generation_config.json", f"{stem(form)}.safetensors", "tokenizer.json", "tokenizer_config.json"),
+        ]
+    )
     assert files[-1] == out / "config.json"
     assert sorted(files) == sorted(path for path in out.rglob("*") if path.is_file())
     assert (out / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
@@ -197,9 +204,9 @@ def test_several_shards_with_an_index(tiny: Tiny, tmp_path: Path, form: str) -> 
     files = find_format(form).write(contents, tmp_path / "many", shard_bytes=limit)
     shards = [file for file in files if file.suffix == ".safetensors"]
     assert [file.name for file in shards] == [
-        f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)
+        f"{stem(form)}-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)
     ]
-    index = json.loads((tmp_path / "many/model.safetensors.index.json").read_text())
+    index = json.loads((tmp_path / f"many/{stem(form)}.safetensors.index.json").read_text())
     held = {name: file.name for file in shards for name in safe_open(file, "pt").keys()}  # noqa: SIM118
     sizes = [sum(tensor.nbytes for tensor in load_file(file).values()) for file in shards]
     assert len(shards) > 2 and max(sizes) <= limit
@@ -207,7 +214,8 @@ def test_several_shards_with_an_index(tiny: Tiny, tmp_path: Path, form: str) -> 
     assert index["metadata"]["total_size"] == sum(sizes)
     find_format(form).write(contents, tmp_path / "one")
     assert torch.equal(logits(load(tmp_path / "many")), logits(load(tmp_path / "one")))
-    assert torch.equal(logits(in_transformers(tmp_path / "many")), logits(in_transformers(tmp_path / "one")))
+    if form != "affinequant":
+        assert torch.equal(logits(in_transformers(tmp_path / "many")), logits(in_transformers(tmp_path / "one")))
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -223,7 +231,8 @@ def test_a_rewrite_leaves_no_old_shards(tiny: Tiny, tmp_path: Path, form: str) -
     contents = rounded(tiny(), "w4a4")
     files = find_format(form).write(contents, tmp_path)
     assert sorted(files) == sorted(tmp_path.iterdir())
-    assert torch.equal(logits(in_transformers(tmp_path)), logits(dense_model(contents))) or form == "dense"
+    if form == "compressed-tensors":
+        assert torch.equal(logits(in_transformers(tmp_path)), logits(dense_model(contents)))
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -268,7 +277,7 @@ def test_clipped_ranges_are_held_by_our_key(scheme: str) -> None:
     assert find_format("auto").supports(parsed, FOLDED, clipped=True) is None
 
 
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", [form for form in FORMATS if form != "affinequant"])
 def test_online_transforms_are_refused_with_the_site(form: str) -> None:
     reason = find_format(form).supports(Scheme.parse("w4a4"), FOLDED | ONLINE)
     assert reason is not None and "mlp_mid" in reason and "attn_in" not in reason

@@ -27,9 +27,12 @@ def quantize(tiny: Make, tmp_path: Path) -> Callable[..., affinequant.Result]:
     return call
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_every_preset(preset: str, quantize: Callable[..., affinequant.Result]) -> None:
-    report = quantize(preset=preset).report
+@pytest.mark.parametrize(
+    ("preset", "tier"),
+    [*((name, "merged") for name in PRESETS), *((name, "online") for name in PRESETS if PRESETS[name].online)],
+)
+def test_every_preset(preset: str, tier: str, quantize: Callable[..., affinequant.Result]) -> None:
+    report = quantize(preset=preset, tier=tier).report
     assert report["verified"]["passed"] and abs(report["verified"]["nats"]) < 1e-3
     assert report["events"] == [] and report["non_finite"] == 0
     assert len(report["blocks"]) == 2 and report["calibration"]["source"] == "text.txt"
@@ -49,6 +52,21 @@ def report_path(report: Any) -> Path:
 def test_every_scheme(scheme: str, quantize: Callable[..., affinequant.Result]) -> None:
     clip = {"activation_clip": "none"} if scheme == "w8a8" else {}
     report = quantize(preset="fast", scheme=scheme, **clip).report
+    assert report["verified"]["passed"] and report["verified"]["compared"]
+
+
+@pytest.mark.parametrize(
+    "shape", [{}, {"kv_heads": 4}, {"shards": 2}, {"bias": True}, {"hidden": 72, "heads": 3, "kv_heads": 1}]
+)
+def test_every_shape_online(shape: dict[str, Any], tiny: Make, quantize: Callable[..., affinequant.Result]) -> None:
+    report = quantize(tiny(**shape), preset="fast", tier="online").report
+    assert report["verified"]["passed"] and abs(report["verified"]["nats"]) < 1e-3
+    assert not report["plan"]["untied_bytes"]
+
+
+@pytest.mark.parametrize("scheme", ["w4a16", "w4a16-g32", "w4a8", "w4a4-sym", "w8a8"])
+def test_every_scheme_online(scheme: str, quantize: Callable[..., affinequant.Result]) -> None:
+    report = quantize(preset="fast", scheme=scheme, tier="online").report
     assert report["verified"]["passed"] and report["verified"]["compared"]
 
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from affinequant import rounding
-from affinequant.block import BlockObjective, build_transforms
+from affinequant.block import BlockObjective
 from affinequant.gptq import ACTIVATION_RATIOS, GPTQFailure, gptq
 from affinequant.quantizer import codes_of, dequantize, fake_quantize_activation
 from affinequant.rounding import Rounded, quantized_input, round_block
-from tests.test_block import make_job
+from tests.test_block import make_job, unlearned
 
 Tiny = Callable[..., Path]
 
@@ -21,7 +21,7 @@ Tiny = Callable[..., Path]
 def rounded(folder: Path, **fields: Any) -> tuple[Rounded, Any, dict[str, Tensor], Tensor]:
     """(result, job, the real tensors, the block's inputs)."""
     job, tensors, x = make_job(folder, **fields)
-    objective = BlockObjective(job, tensors, build_transforms(job, {}))
+    objective = BlockObjective(job, tensors, unlearned(job))
     return round_block(job, {n: t.double() for n, t in tensors.items()}, x, objective), job, tensors, x
 
 
@@ -70,7 +70,7 @@ def test_hessians_are_those_of_the_rounded_inputs(tiny: Tiny, monkeypatch: pytes
     )
     result, job, _, x = rounded(tiny(), preset="fast")
     reached: dict[str, list[Tensor]] = {}
-    rounding_inputs = quantized_input(job, result.clips)
+    rounding_inputs = quantized_input(job, result.clips, {})
 
     def note(site: str, value: Tensor) -> Tensor:
         value = rounding_inputs(site, value)
@@ -86,7 +86,7 @@ def test_hessians_are_those_of_the_rounded_inputs(tiny: Tiny, monkeypatch: pytes
 
 def output_noise(result: Rounded, job: Any, tensors: dict[str, Tensor], x: Tensor) -> float:
     target = job.run_all(tensors, x)
-    after = job.run_all(result.tensors, x, quantized_input(job, result.clips))
+    after = job.run_all(result.tensors, x, quantized_input(job, result.clips, {}))
     return float((after - target).square().sum() / target.square().sum())
 
 
@@ -119,7 +119,7 @@ def test_nearest_is_nearest(tiny: Tiny) -> None:
 
 def test_sites_that_have_no_clip_yet_pass_through(tiny: Tiny) -> None:
     job, _, x = make_job(tiny(), preset="fast")
-    on_input = quantized_input(job, {"vo": 0.9})
+    on_input = quantized_input(job, {"vo": 0.9}, {})
     assert on_input("mlp_mid", x) is x
     assert job.scheme.activation is not None
     assert torch.equal(on_input("vo", x), fake_quantize_activation(x, job.scheme.activation, 0.9))

@@ -277,3 +277,55 @@ def test_code_in_the_folder_is_not_run(tiny_copy: Tiny, tmp_path: Path) -> None:
     with pytest.raises(AffineQuantError):
         load(folder)
     assert not trace.exists()
+
+
+# Transforms that stay online
+
+
+@pytest.fixture
+def online(tiny: Tiny, tmp_path: Path) -> Path:
+    import affinequant
+
+    (tmp_path / "text.txt").write_text(" ".join(f"{i} black crows in tree {i % 17}" for i in range(2500)))
+    fields = {"samples": 4, "seq_len": 32, "data": tmp_path / "text.txt", "out": tmp_path / "online"}
+    return affinequant.quantize(tiny(), preset="fast", tier="online", **fields).path
+
+
+def test_an_online_checkpoint_generates_and_keeps_its_matrices_whole(online: Path) -> None:
+    model: Any = load(online, dtype="bfloat16")
+    assert model.generate(IDS[:1, :8], max_new_tokens=4, do_sample=False, pad_token_id=1).shape == (1, 12)
+    left = model.model.layers[0].mlp.down_proj.online.left
+    stored = load_file(online / "affinequant.safetensors")["model.layers.0.mlp.down_proj.online_left"]
+    assert stored.dtype == torch.float32 and left.dtype in (torch.float32, torch.bfloat16)
+
+
+def test_without_its_transforms_it_is_another_model(online: Path, tmp_path: Path) -> None:
+    whole = logits(load(online))
+    file = online / "affinequant.safetensors"
+    tensors = load_file(file)
+    save_file({name: tensor for name, tensor in tensors.items() if "online_" not in name}, file)
+    assert (logits(load(online)) - whole).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("model.layers.1.mlp.down_proj.online_left"), "down_proj: expected left and right"),
+        (lambda t: t.update({"model.layers.1.mlp.down_proj.online_left": torch.eye(4)}), "matrices for 128 features"),
+        (lambda t: t["model.layers.1.mlp.down_proj.online_left"].fill_(float("nan")), "not finite"),
+    ],
+)
+def test_a_broken_transform_is_refused(online: Path, change: Callable[[dict[str, Tensor]], Any], message: str) -> None:
+    file = online / "affinequant.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+    with pytest.raises(AffineQuantError, match=message):
+        load(online)
+
+
+def test_transformers_refuses_what_it_cannot_compute(online: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    with pytest.raises(OSError, match="no file named"):
+        AutoModelForCausalLM.from_pretrained(online)

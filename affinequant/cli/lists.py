@@ -97,7 +97,7 @@ def _formats() -> Listing:
     from affinequant.formats import FORMATS, find_format
 
     rows = [
-        ("auto", "what stock engines load: compressed-tensors"),
+        ("auto", "what stock engines load: compressed-tensors; where a transform stays online, affinequant"),
         *((name, find_format(name).ABOUT) for name in FORMATS),
     ]
     return Listing(columns=("name", "about"), rows=rows)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 FORMATS: dict[str, str] = {
     "compressed-tensors": "affinequant.formats.compressed_tensors",
+    "affinequant": "affinequant.formats.native",
     "dense": "affinequant.formats.dense",
 }
 """What `affinequant list formats` shows: name to the module that writes it."""
@@ -68,13 +69,15 @@ class Format(Protocol):
         ...
 
 
-def find_format(name: str) -> Format:
-    """The format of that name; `auto` is what stock engines load.
+def find_format(name: str, placements: Mapping[str, Placement] | None = None) -> Format:
+    """The format of that name; `auto` is what stock engines load, or our own where a transform stays online.
 
     Raises:
         AffineQuantError: unknown name.
     """
-    name = "compressed-tensors" if name == "auto" else name
+    if name == "auto":
+        online = any(placement.how == "online" for placement in (placements or {}).values())
+        name = "affinequant" if online else "compressed-tensors"
     if name not in FORMATS:
         raise unknown_name("format", name, FORMATS, where="--format", listing="formats")
     return cast(Format, importlib.import_module(FORMATS[name]))

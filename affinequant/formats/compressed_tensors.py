@@ -8,7 +8,7 @@ in full, because the engines do run it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,6 +59,18 @@ def write(contents: Contents, out: Path, *, shard_bytes: int = SHARD_BYTES) -> l
         AffineQuantError: a clipping ratio that stock engines would ignore, or one that is missing.
         OSError: the folder cannot be written.
     """
+    return write_packed(contents, out, quantization_config, shard_bytes=shard_bytes)
+
+
+def write_packed(
+    contents: Contents,
+    out: Path,
+    declare: Callable[[Contents, Mapping[str, float]], dict[str, Any]],
+    *,
+    shard_bytes: int,
+    stem: str = "model",
+) -> list[Path]:
+    """Packed integers in shards called `stem`, and a config with what `declare(contents, clips)` says of them."""
     clips: dict[str, float] = {}
 
     def stages():
@@ -68,10 +80,10 @@ def write(contents: Contents, out: Path, *, shard_bytes: int = SHARD_BYTES) -> l
             yield packed
 
     (out / "config.json").unlink(missing_ok=True)
-    files = write_shards(stages(), out, shard_bytes=shard_bytes)
+    files = write_shards(stages(), out, shard_bytes=shard_bytes, stem=stem)
     _check_clips(clips, contents)
     files += copy_source(contents.source, out)
-    config = checkpoint_config(contents) | {"quantization_config": quantization_config(contents, clips)}
+    config = checkpoint_config(contents) | {"quantization_config": declare(contents, clips)}
     return [*files, write_json(out / "config.json", config)]
 
 
@@ -87,13 +99,6 @@ def quantization_config(contents: Contents, clips: Mapping[str, float]) -> dict[
     """What stands in `config.json`: the part for stock engines, and ours under `affinequant`."""
     scheme, declared = contents.scheme, declares_activations(contents.scheme)
     activation = scheme.activation
-    ours = {
-        "version": VERSION,
-        "scheme": scheme.name,
-        "weight": asdict(scheme.weight),
-        "activation": asdict(activation) if activation else None,
-        "input_clip": dict(clips),
-    }
     group = {
         "targets": ["Linear"],
         "weights": _arguments(scheme.weight),
@@ -106,7 +111,19 @@ def quantization_config(contents: Contents, clips: Mapping[str, float]) -> dict[
         "quantization_status": "compressed",
         "ignore": ["lm_head"],
         "config_groups": {"group_0": group},
-        "affinequant": dict(contents.extra) | ours,
+        "affinequant": our_config(contents, clips),
+    }
+
+
+def our_config(contents: Contents, clips: Mapping[str, float]) -> dict[str, Any]:
+    """Our own part of `config.json`: everything that `affinequant.load` needs to know of the tensors."""
+    activation = contents.scheme.activation
+    return dict(contents.extra) | {
+        "version": VERSION,
+        "scheme": contents.scheme.name,
+        "weight": asdict(contents.scheme.weight),
+        "activation": asdict(activation) if activation else None,
+        "input_clip": dict(clips),
     }
 
 

@@ -21,8 +21,10 @@ OWN = ("config.json", "recipe.toml", "report.json", "report.html")
 """Names that this package writes itself, so a source's file of that name is not copied."""
 
 
-def write_shards(stages: Iterable[dict[str, Tensor]], out: Path, *, shard_bytes: int) -> list[Path]:
-    """Write tensors to `model.safetensors`, or to numbered shards and an index where they exceed `shard_bytes`.
+def write_shards(
+    stages: Iterable[dict[str, Tensor]], out: Path, *, shard_bytes: int, stem: str = "model"
+) -> list[Path]:
+    """Write tensors to `STEM.safetensors`, or to numbered shards and an index where they exceed `shard_bytes`.
 
     Holds one stage and at most one shard in memory. The same tensors give the same bytes.
 
@@ -32,26 +34,26 @@ def write_shards(stages: Iterable[dict[str, Tensor]], out: Path, *, shard_bytes:
     from safetensors.torch import save_file
 
     out.mkdir(parents=True, exist_ok=True)
-    for pattern in ("model.safetensors*", "model-*.safetensors*"):
+    for pattern in (f"{stem}.safetensors*", f"{stem}-*.safetensors*"):
         for stale in out.glob(pattern):  # of an earlier or interrupted write, perhaps with another number of shards
             stale.unlink()
     written: list[tuple[Path, list[str]]] = []
     total = 0
     for tensors in _batches(stages, shard_bytes):
-        temporary = out / f"model-{len(written) + 1:05}.safetensors.tmp"
+        temporary = out / f"{stem}-{len(written) + 1:05}.safetensors.tmp"
         save_file(tensors, temporary, metadata={"format": "pt"})
         temporary.chmod(0o666 & ~_umask())  # safetensors keeps its files to the owner
         total += sum(tensor.nbytes for tensor in tensors.values())
         written.append((temporary, list(tensors)))
     if len(written) == 1:
-        return [_publish(written[0][0], out / "model.safetensors")]
+        return [_publish(written[0][0], out / f"{stem}.safetensors")]
     files, table = [], {}
     for number, (temporary, names) in enumerate(written, start=1):
-        file = _publish(temporary, out / f"model-{number:05}-of-{len(written):05}.safetensors")
+        file = _publish(temporary, out / f"{stem}-{number:05}-of-{len(written):05}.safetensors")
         files.append(file)
         table |= dict.fromkeys(names, file.name)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(table.items()))}
-    return [*files, write_json(out / "model.safetensors.index.json", index)]
+    return [*files, write_json(out / f"{stem}.safetensors.index.json", index)]
 
 
 def write_json(path: Path, value: Any) -> Path:

@@ -5,12 +5,14 @@ A transform's `online()` names its tensors: "left" [n1, n1] and "right" [n2, n2]
 parts of a chain have their position in front ("0.left", "0.right", "1.blocks") and act in that order.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from jaxtyping import Float
 from torch import Tensor
 
 from affinequant.linalg import from_blocks, kronecker_apply, to_blocks
+
+_PREFIX = "online_"
 
 
 def apply_online(x: Float[Tensor, "*batch n"], tensors: Mapping[str, Tensor]) -> Float[Tensor, "*batch n"]:
@@ -29,6 +31,40 @@ def apply_online(x: Float[Tensor, "*batch n"], tensors: Mapping[str, Tensor]) ->
             blocks = part["blocks"].to(x)
             x = from_blocks(to_blocks(x, len(blocks)) @ blocks, x)
     return x
+
+
+def stored_name(linear: str, part: str) -> str:
+    """Under which name a stage and a checkpoint keep one of the tensors, beside the linear that reads their output."""
+    return f"{linear}.{_PREFIX}{part.replace('.', '_')}"
+
+
+def parts_of(names: Iterable[str], linear: str) -> dict[str, str]:
+    """Part to stored name, of those among `names` that are kept beside `linear`."""
+    start = f"{linear}.{_PREFIX}"
+    return {name.removeprefix(start).replace("_", "."): name for name in names if name.startswith(start)}
+
+
+def check_online(tensors: Mapping[str, Tensor], width: int) -> None:
+    """Refuse tensors that define no transform of `width` features.
+
+    Raises:
+        ValueError: a part is missing, not square, or of another width.
+    """
+    for part in _parts(tensors):
+        kind = sorted(part)
+        if kind not in (["left", "right"], ["blocks"]):
+            raise ValueError(f"expected left and right, or blocks; got {', '.join(kind)}")
+        shapes = {name: tuple(tensor.shape) for name, tensor in part.items()}
+        if any(shape[-1] != shape[-2] for shape in shapes.values()):
+            raise ValueError(f"expected square matrices, got {shapes}")
+        if "left" in part:
+            wide = len(part["left"]) * len(part["right"])
+            fits = wide == width
+        else:
+            count, size = part["blocks"].shape[:2]
+            fits = width % size == 0 and count in (1, width // size)
+        if not fits:
+            raise ValueError(f"expected matrices for {width} features, got {shapes}")
 
 
 def flops(tensors: Mapping[str, Tensor], width: int) -> int:

@@ -1,0 +1,43 @@
+"""affinequant: our own form, for transforms that stay online. The tensors are those of compressed-tensors, and each linear's
+transform lies beside it.
+
+A stock engine must refuse such a folder: without the transforms it computes another function. vLLM refuses an unknown
+`quant_method`. transformers only warns, and would go on with random weights; so the files do not have the name under
+which it looks for weights, and it stops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from affinequant.formats import SHARD_BYTES, Contents
+from affinequant.formats.compressed_tensors import our_config, write_packed
+from affinequant.scheme import Scheme
+from affinequant.sites import Placement
+
+ABOUT = "integers with transforms that act at run time; affinequant.load only"
+STEM = "affinequant"
+
+
+def supports(scheme: Scheme, placements: Mapping[str, Placement], *, clipped: bool = False) -> str | None:
+    """None, or why this cannot be written."""
+    weight = scheme.weight
+    if scheme.activation and weight.bits == 8 and weight.granularity == "group" and not weight.symmetric:
+        return "8-bit weights in asymmetric groups have no integer kernel; leave out the group or add -sym"
+    return None
+
+
+def write(contents: Contents, out: Path, *, shard_bytes: int = SHARD_BYTES) -> list[Path]:
+    """Write the folder and return its files; `config.json` is the last of them.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    return write_packed(contents, out, quantization_config, shard_bytes=shard_bytes, stem=STEM)
+
+
+def quantization_config(contents: Contents, clips: Mapping[str, float]) -> dict[str, Any]:
+    """What stands in `config.json`."""
+    return {"quant_method": "affinequant", "ignore": ["lm_head"], "affinequant": our_config(contents, clips)}

@@ -1,0 +1,61 @@
+"""What becomes of the transforms that a recipe asks for: folded, online at a cost, or refused with the reason."""
+
+from collections.abc import Mapping
+
+from affinequant.errors import PREFLIGHT, AffineQuantError, unknown_name
+from affinequant.models import Family
+from affinequant.recipe import Recipe
+from affinequant.sites import Placement, Site, online_numbers, place
+from affinequant.transforms import TRANSFORMS, split_parts, structures_of
+
+
+def place_all(recipe: Recipe, sites: Mapping[str, Site]) -> dict[str, Placement]:
+    """Site by site what becomes of its transform, the cost being that of all its online parts.
+
+    Raises:
+        AffineQuantError: an unknown site or transform, one that is refused there, or one that stays online in the merged
+            tier.
+    """
+    for name in recipe.transforms:
+        if name not in sites:
+            raise unknown_name("site", name, sites, where="--transform")
+    placements = {}
+    for name, site in sites.items():
+        chosen = recipe.transforms.get(name)
+        if chosen is None:
+            placements[name] = Placement(how="folded", reason="nothing to fold")
+            continue
+        _, online = split_parts(chosen, site)
+        parts = [place(site, structure) for structure in structures_of(chosen, where="--transform")]
+        cost = sum(part.flops for part in parts)
+        if online and site.kind == "rope":
+            raise AffineQuantError(
+                f"{online} at {name} acts between RoPE and attention, where only a quantised K cache needs it",
+                "--transform",
+                f"use a transform that folds there: {_folding(site)}",
+                exit_code=PREFLIGHT,
+            )
+        if online and recipe.tier == "merged":
+            raise AffineQuantError(
+                f"{online} at {name} stays online ({cost:,} operations per token): {parts[-1].reason}",
+                "--transform",
+                f"use --tier online, or a transform that folds at {name}: {_folding(site)}",
+            )
+        reason = "; ".join(dict.fromkeys(part.reason for part in parts))
+        placements[name] = Placement(how="online" if online else "folded", reason=reason, flops=cost)
+    return placements
+
+
+def _folding(site: Site) -> str:
+    names = [name for name in TRANSFORMS if place(site, structures_of(name, where="")[0]).how == "folded"]
+    return ", ".join(names)
+
+
+def online_bytes(recipe: Recipe, family: Family, sites: Mapping[str, Site]) -> int:
+    """What one block keeps of the transforms that act at run time: in float32, beside every linear that reads them."""
+    total = 0
+    for name, members in family.input_groups():
+        online = split_parts(recipe.transforms[name], sites[name])[1] if name in recipe.transforms else ""
+        structures = structures_of(online, where="--transform") if online else ()
+        total += 4 * len(members) * sum(online_numbers(sites[name], structure) for structure in structures)
+    return total

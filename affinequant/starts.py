@@ -1,0 +1,115 @@
+"""Where the transforms of a block start: in closed form, from one pass of the block over its inputs."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from affinequant.block import BlockJob
+from affinequant.fold import Tensors
+from affinequant.sites import Site, block_width, kronecker_factors
+from affinequant.transforms import OnlineTransform, Transform, build, split_parts, structures_of
+from affinequant.wush import balance, wush_blocks, wush_kronecker_rows
+
+ROWS = 4096
+"""Tokens from which a closed form is computed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What reaches a site: the largest magnitude of each feature, and some tokens, each divided by its own size."""
+
+    largest: Float[Tensor, " width"]
+    rows: Float[Tensor, "tokens width"]
+
+
+def build_transforms(
+    job: BlockJob, tensors: Tensors, x: Float[Tensor, "samples tokens hidden"]
+) -> tuple[dict[str, Transform], dict[str, OnlineTransform]]:
+    """The recipe's transforms of one block in the order of its sites: those that fold and those that stay online. The
+    residual stream's is the model's own and not among them."""
+    folded, online = {}, {}
+    wanted = {name: job.recipe.transforms[name] for name in job.sites if name in job.recipe.transforms}
+    seen = (
+        _see(job, tensors, x) if any(_wants_start(name) for site, name in wanted.items() if site != "residual") else {}
+    )
+    for name, chosen in wanted.items():
+        site = job.sites[name]
+        if site.kind == "residual":
+            continue
+        first, second = split_parts(chosen, site)
+        weights = [tensors[f"{edge.module}.weight"] for edge in site.sinks]
+        start = None
+        if name in seen:
+            start = _online_balance(site, seen[name], weights) if second else _diagonal(job, site, seen[name], weights)
+        if first:
+            folded[name] = build(first, site, seed=job.seed(name), alpha=job.recipe.alpha, start=start)
+            folded[name].to(job.decoder.device)
+        if second:
+            matrices = _matrices(second, site, seen.get(name), weights, folded.get(name))
+            made = build(second, site, seed=job.seed(f"{name}/online"), alpha=job.recipe.alpha, start=matrices)
+            online[name] = made.to(job.decoder.device)
+    return folded, online  # pyright: ignore[reportReturnType]
+
+
+def _wants_start(name: str) -> bool:
+    return not name.startswith("hadamard")
+
+
+def _see(job: BlockJob, tensors: Tensors, x: Tensor) -> dict[str, Seen]:
+    largest: dict[str, Tensor] = {}
+    rows: dict[str, list[Tensor]] = {}
+    stride = max(1, x.shape[0] * x.shape[1] // ROWS)
+
+    def see(site: str, value: Tensor) -> Tensor:
+        seen = value.detach().abs().flatten(0, -2).amax(0)
+        largest[site] = torch.maximum(largest[site], seen) if site in largest else seen
+        some = value.detach()[:, ::stride].flatten(0, -2).float()
+        # A token has a grid of its own, so its error grows with its size: the first one must not outweigh all others.
+        size = some.square().mean(-1, keepdim=True).sqrt().clamp_min(torch.finfo(torch.float32).tiny)
+        rows.setdefault(site, []).append(some / size)
+        return value
+
+    job.run_all(tensors, x, see)
+    return {site: Seen(largest[site], torch.cat(rows[site])) for site in largest}
+
+
+def _diagonal(job: BlockJob, site: Site, seen: Seen, weights: list[Tensor]) -> Tensor:
+    """p = w^(1-b) / a^b [width] with a and w the largest magnitudes per feature (SmoothQuant, arXiv 2211.10438, eq. 4)."""
+    a, w = (
+        _per_head(site, value.float(), "max").clamp_min(1e-5)
+        for value in (seen.largest, torch.stack([weight.abs().amax(0) for weight in weights]).amax(0))
+    )
+    log_p = (1 - job.recipe.balance) * w.log() - job.recipe.balance * a.log()
+    return (log_p - log_p.mean()).exp()
+
+
+def _online_balance(site: Site, seen: Seen, weights: list[Tensor]) -> Tensor:
+    """The diagonal ahead of an online transform, by energies: what it leaves, the transform levels."""
+    moment = seen.rows.double().square().mean(0)
+    gram = torch.cat(weights).double().square().mean(0)
+    return balance(_per_head(site, moment, "mean"), _per_head(site, gram, "mean")).float()
+
+
+def _per_head(site: Site, value: Tensor, how: str) -> Tensor:
+    """Features as the sinks read them to features of the site: over the heads that share one."""
+    parts = value.reshape(site.heads, site.sinks[0].copies, -1)
+    return (parts.amax(1) if how == "max" else parts.mean(1)).reshape(-1)
+
+
+@torch.no_grad()
+def _matrices(
+    name: str, site: Site, seen: Seen | None, weights: list[Tensor], folded: Transform | None
+) -> Tensor | tuple[Tensor, Tensor] | None:
+    """What the first online part starts from, on activations and weights as the folded part leaves them."""
+    structure = structures_of(name, where="")[0]
+    if seen is None or structure not in ("kronecker", "block", "dense"):
+        return None
+    x, w, copies = seen.rows, torch.cat(weights).float(), site.sinks[0].copies
+    if folded is not None:
+        x, w = folded.on_activations(x, copies), folded.on_weights(w, copies)
+    if structure == "kronecker":
+        return wush_kronecker_rows(x, w, *kronecker_factors(site))
+    width = block_width(site) if structure == "block" else x.shape[1]
+    return wush_blocks(x.mT @ x / len(x), w.mT @ w / len(w), width)

@@ -1,0 +1,82 @@
+"""Closed-form starts: diagonals that balance, matrices that level, each on what it will meet."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from affinequant.block import BlockObjective, folded_exactly
+from affinequant.presets import PRESETS
+from affinequant.starts import build_transforms
+from affinequant.transforms.online import apply_online
+from tests.test_block import make_job, objective_of
+
+Tiny = Callable[..., Path]
+DIAGONALS = dict.fromkeys(("attn_in", "vo", "mlp_in", "mlp_mid"), "diagonal")
+
+
+@pytest.mark.parametrize("balance", [0.0, 0.5, 0.8])
+def test_a_diagonal_balances_activations_against_weights(tiny: Tiny, balance: float) -> None:
+    job, tensors, x = make_job(tiny(), preset="rtn", transforms=DIAGONALS, balance=balance)
+    found, online = build_transforms(job, tensors, x)
+    assert not online and set(found) == set(DIAGONALS)
+    scales = {name: module.on_activations(torch.ones(job.sites[name].width)) for name, module in found.items()}
+    seen: dict[str, Tensor] = {}  # all four samples count, not only the first batch
+    job.run(tensors, x, lambda site, value: seen.update({site: value}) or value)
+    a = seen["mlp_mid"].abs().flatten(0, -2).amax(0)
+    w = tensors["mlp.down_proj.weight"].abs().amax(0)
+    expected = w ** (1 - balance) / a**balance
+    torch.testing.assert_close(scales["mlp_mid"].detach(), expected / expected.log().mean().exp(), rtol=1e-4, atol=0)
+
+
+def test_a_start_evens_out_what_is_quantised(tiny: Tiny) -> None:
+    job, tensors, x = make_job(tiny(), preset="smoothquant", balance=1.0)
+    tensors["input_layernorm.weight"][7] *= 50
+    objective = objective_of(job, tensors, x)
+    before, after = ({}, {})
+    job.run_all(tensors, x, lambda site, value: before.setdefault(site, value))
+    with torch.no_grad():
+        job.run_all(objective.folded(), x, lambda site, value: after.setdefault(site, value))
+
+    def unevenness(value: Tensor) -> float:
+        largest = value.abs().flatten(0, -2).amax(0)
+        return float(largest.max() / largest.median())
+
+    assert unevenness(before["attn_in"]) > 20 and unevenness(after["attn_in"]) < 2
+
+
+@pytest.mark.parametrize("tier", ["merged", "online"])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_transforms_are_built_in_the_order_of_the_sites(tiny: Tiny, preset: str, tier: str) -> None:
+    job, tensors, x = make_job(tiny(), preset=preset, tier=tier)
+    folded, online = build_transforms(job, tensors, x)
+    wanted = [name for name in job.sites if name in job.recipe.transforms and name != "residual"]
+    assert [name for name in wanted if name in folded] == list(folded)
+    assert [name for name in wanted if name in online] == list(online)
+    assert {*folded, *online} == set(wanted)
+    assert bool(online) == (tier == "online" and bool(PRESETS[preset].online))
+
+
+ONLINE = {
+    "kronecker": {"attn_in": "diagonal+kronecker", "vo": "kronecker", "mlp_in": "kronecker", "mlp_mid": "diagonal+kronecker"},
+    "hadamard": {"attn_in": "hadamard", "vo": "hadamard+kronecker", "mlp_in": "diagonal+hadamard", "mlp_mid": "hadamard"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", [{}, {"bias": True}, {"kv_heads": 1}], ids=str)
+@pytest.mark.parametrize("kind", ONLINE)
+def test_online_transforms_alone_change_nothing(tiny: Tiny, kind: str, shape: dict[str, int]) -> None:
+    job, tensors, x = make_job(tiny(**shape), preset="rtn", tier="online", scheme="w4a16", transforms=ONLINE[kind])
+    objective = BlockObjective(job, tensors, *build_transforms(job, tensors, x))
+    expected = job.run_all(tensors, x)
+    with torch.no_grad():
+        torch.testing.assert_close(job.run(objective.folded(), x, objective.on_input), expected, rtol=1e-3, atol=2e-4)
+        plain = job.run(objective.folded(), x)
+    assert (plain - expected).abs().max() > 0.1  # what the sinks owe is paid at run time only
+    exact = folded_exactly(objective, {name: tensor.double() for name, tensor in tensors.items()})
+    stored = {site: module.online() for site, module in objective.online.items()}
+    through = lambda site, value: apply_online(value, stored[site])  # noqa: E731
+    with torch.no_grad():
+        torch.testing.assert_close(job.run(exact, x, through), expected, rtol=1e-3, atol=2e-4)
