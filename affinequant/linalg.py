@@ -74,3 +74,24 @@ def cayley(params: Float[Tensor, "*batch n n"]) -> Float[Tensor, "*batch n n"]:
     skew = params - params.mT
     eye = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device)
     return torch.linalg.solve(eye + skew, eye - skew)
+
+
+def gram_schmidt(matrix: Float[Tensor, "*batch n k"]) -> Float[Tensor, "*batch n n"]:
+    """The orthogonal matrix whose leading columns Gram-Schmidt makes of those of `matrix`, for k = n or k = n - 1.
+
+    With k = n - 1 the last column is the one that makes the determinant 1: a continuous map onto all rotations, whose
+    right inverse is continuous too (arXiv 1812.07035, where n = 3 is the six-dimensional representation). With
+    k = n the determinant has the sign of the argument's. Differentiable while the columns are independent.
+    """
+    n, k = matrix.shape[-2:]
+    assert k in (n, n - 1), (n, k)
+    if k < n:
+        with torch.no_grad():
+            last = torch.linalg.qr(matrix, mode="complete").Q[..., -1:]
+            sign = torch.linalg.slogdet(torch.cat([matrix, last], -1)).sign
+            last = last * torch.where(sign < 0, -1.0, 1.0)[..., None, None].to(last)
+        # Any column outside the span of the others leads to the same result, so this one is a constant.
+        matrix = torch.cat([matrix, last], -1)
+    q, r = torch.linalg.qr(matrix)
+    # Gram-Schmidt is the QR decomposition with a positive diagonal; LAPACK's sign depends on the entries.
+    return q * torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0)[..., None, :].to(q)

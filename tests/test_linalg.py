@@ -1,9 +1,19 @@
-"""Orthogonal matrices of any size, their factors, and the gradual mask."""
+"""Orthogonal matrices of any size, their factors, maps onto rotations, blocks, and the gradual mask."""
 
 import pytest
 import torch
 
-from affinequant.linalg import dct, hadamard, kronecker_apply, masked_band, orthogonal_factors
+from affinequant.linalg import (
+    cayley,
+    dct,
+    from_blocks,
+    gram_schmidt,
+    hadamard,
+    kronecker_apply,
+    masked_band,
+    orthogonal_factors,
+    to_blocks,
+)
 
 WIDTHS = (1, 2, 3, 6, 8, 10, 16, 18, 40, 60, 64, 72, 96, 105, 576, 1536)
 
@@ -60,3 +70,67 @@ def test_the_band_of_the_gradual_mask() -> None:
     torch.testing.assert_close(masked_band(4, 2, 0.1), torch.tensor(expected))
     torch.testing.assert_close(masked_band(4, 1, 0.1), torch.eye(4))
     assert bool((masked_band(4, 4, 0.1) > 0).all())
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 16])
+def test_cayley_gives_rotations_and_zero_the_identity(n: int) -> None:
+    for size in (0.1, 1.0, 100.0):
+        turned = cayley(size * random(3, n, n))
+        torch.testing.assert_close(turned @ turned.mT, torch.eye(n).double().expand(3, n, n), rtol=0, atol=1e-10)
+        torch.testing.assert_close(torch.linalg.det(turned), torch.ones(3).double())
+    assert torch.equal(cayley(torch.zeros(3, n, n)), torch.eye(n).expand(3, n, n))
+
+
+def test_cayley_in_the_plane_turns_by_twice_the_arc_tangent() -> None:
+    params = torch.tensor([[0.0, 0.0], [0.5, 0.0]], dtype=torch.float64)
+    angle = torch.tensor(2 * 0.463647609, dtype=torch.float64)  # tan of half of it is 0.5
+    expected = torch.stack([angle.cos(), angle.sin(), -angle.sin(), angle.cos()]).reshape(2, 2)
+    torch.testing.assert_close(cayley(params), expected)
+
+
+@pytest.mark.parametrize("missing", [0, 1])
+@pytest.mark.parametrize("n", [1, 2, 3, 8])
+def test_gram_schmidt_is_the_recursion(n: int, missing: int) -> None:
+    matrix = random(4, n, n - missing)
+    columns: list[torch.Tensor] = []
+    for column in matrix.unbind(-1):
+        rest = column - sum(((column * q).sum(-1, keepdim=True) * q for q in columns), torch.zeros_like(column))
+        columns.append(rest / rest.norm(dim=-1, keepdim=True))
+    made = gram_schmidt(matrix)
+    if columns:
+        torch.testing.assert_close(made[..., : n - missing], torch.stack(columns, -1))
+    torch.testing.assert_close(made @ made.mT, torch.eye(n).double().expand(4, n, n), rtol=0, atol=1e-12)
+    sign = torch.linalg.det(made)
+    torch.testing.assert_close(sign, torch.linalg.det(matrix).sign() if missing == 0 else torch.ones(4).double())
+
+
+def test_gram_schmidt_of_two_columns_ends_with_their_cross_product() -> None:
+    made = gram_schmidt(random(5, 3, 2))
+    torch.testing.assert_close(made[..., 2], torch.linalg.cross(made[..., 0], made[..., 1]))
+
+
+@pytest.mark.parametrize("map_", [cayley, gram_schmidt], ids=["cayley", "gram-schmidt"])
+def test_gradients_of_the_maps_onto_rotations(map_) -> None:
+    assert torch.autograd.gradcheck(map_, (random(2, 4, 4).requires_grad_(),))
+    if map_ is gram_schmidt:
+        assert torch.autograd.gradcheck(map_, (random(2, 4, 3).requires_grad_(),))
+
+
+def test_gram_schmidt_undoes_nothing_on_a_rotation() -> None:
+    """The map's right inverse: the columns of a rotation themselves (arXiv 1812.07035)."""
+    rotation = cayley(random(3, 5, 5))
+    torch.testing.assert_close(gram_schmidt(rotation), rotation)
+    torch.testing.assert_close(gram_schmidt(rotation[..., :4]), rotation)
+
+
+@pytest.mark.parametrize("copies", [1, 3])
+def test_blocks_are_runs_of_copies_and_come_back(copies: int) -> None:
+    x = random(2, 7, 4 * copies * 5)
+    blocks = to_blocks(x, 4, copies)
+    assert blocks.shape == (4, 14 * copies, 5)
+    torch.testing.assert_close(blocks[1, 0], x[0, 0, 5 * copies : 5 * copies + 5])
+    assert torch.equal(from_blocks(blocks, x, copies), x)

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from affinequant.linalg import masked_band
+from affinequant.linalg import from_blocks, masked_band, to_blocks
 from affinequant.sites import Site
 
 DOMINANCE = 0.9
@@ -41,12 +41,13 @@ class Banded(nn.Module):
 
     def on_activations(self, x: Float[Tensor, "*b n"], copies: int = 1) -> Float[Tensor, "*b n"]:
         """x P."""
-        return self._join(self._split(x, copies) @ self.matrix().to(x.dtype), x, copies)
+        matrix = self.matrix().to(x.dtype)
+        return from_blocks(to_blocks(x, len(matrix), copies) @ matrix, x, copies)
 
     def on_weights(self, w: Float[Tensor, "*b n"], copies: int = 1) -> Float[Tensor, "*b n"]:
         """w P^-T, by a solve per head."""
         matrix = self.matrix().to(w.dtype)
-        return self._join(torch.linalg.solve(matrix, self._split(w, copies).mT).mT, w, copies)
+        return from_blocks(torch.linalg.solve(matrix, to_blocks(w, len(matrix), copies).mT).mT, w, copies)
 
     def progress(self, t: float) -> bool:
         """Widen the band with training: only the diagonal at t = 0, everything from t = 1 on."""
@@ -68,13 +69,3 @@ class Banded(nn.Module):
         matrix = self.matrix().detach().double().abs()
         diagonal = matrix.diagonal(dim1=-2, dim2=-1)
         return float(((matrix.sum(-1) - diagonal) / diagonal).max())
-
-    def _split(self, x: Tensor, copies: int) -> Tensor:
-        """[..., heads * copies * n] to [heads, rows, n]."""
-        heads, n = self.log_scale.shape
-        return x.reshape(-1, heads, copies, n).movedim(1, 0).reshape(heads, -1, n)
-
-    def _join(self, parts: Tensor, like: Tensor, copies: int) -> Tensor:
-        """[heads, rows, n] back to the shape of `like`."""
-        heads, _, n = parts.shape
-        return parts.reshape(heads, -1, copies, n).movedim(0, 1).reshape(like.shape)
