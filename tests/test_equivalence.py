@@ -209,7 +209,7 @@ def test_transforms_in_a_row_change_no_logit(family: str, shape: str) -> None:
 
 def test_every_transform_folds_somewhere() -> None:
     """A transform that is registered and folds nowhere would escape the matrix above, unless it only acts online."""
-    only_online = {"kronecker"}
+    only_online = {"kronecker", "dense"}
     assert {transform for _, _, transform in at("folded")} == set(TRANSFORMS) - only_online
     assert all(folding(tiny(family, "gqa").sites, site) for family, site, _ in at("folded"))
 

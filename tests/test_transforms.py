@@ -1,5 +1,6 @@
 """Every registered transform: an invertible map in both of its forms, with gradients; and the gradual mask's promises."""
 
+import math
 from typing import Any
 
 import pytest
@@ -10,11 +11,14 @@ from affinequant.errors import AffineQuantError
 from affinequant.sites import Edge, Kind, Site
 from affinequant.transforms import TRANSFORMS, build, structures_of
 from affinequant.transforms.banded import Banded
+from affinequant.transforms.svd import LIMIT
 
 SIZES = [(1, 10), (2, 18), (3, 8)]
 EVERY = [*TRANSFORMS, "hadamard+banded"]
 MIXING = ["kronecker"]
-"""Those that mix heads: between v and o they act on the query heads that o reads, elsewhere on the whole row."""
+"""Those that mix heads: between v and o they act on the query heads that o reads."""
+ROWS = ["dense"]
+"""Those that have no use for heads: tested on the whole row."""
 
 
 def site(heads: int, head_width: int, copies: int = 1, kind: Kind = "heads") -> Site:
@@ -26,7 +30,8 @@ def made(
     name: str, heads: int, width: int, *, copies: int = 1, noise: float = 0.5, alpha: float = 1.0, start: Any = None
 ) -> Any:
     """A transform in fp64 with random parameters."""
-    return randomised(build(name, site(heads, width, copies), seed=3, alpha=alpha, start=start), noise)
+    where = site(1, heads * width * copies, kind="norm") if name in ROWS else site(heads, width, copies)
+    return randomised(build(name, where, seed=3, alpha=alpha, start=start), noise)
 
 
 def randomised(built: Any, noise: float = 0.5) -> Any:
@@ -53,6 +58,7 @@ def matrix_of(transform: Any, width: int) -> Tensor:
 @pytest.mark.parametrize("name", EVERY)
 def test_the_two_forms_cancel(name: str, heads: int, width: int, copies: int) -> None:
     transform, n = made(name, heads, width, copies=copies), heads * copies * width
+    copies = 1 if name in ROWS else copies
     x, w = random(2, 5, n), random(7, n, seed=1)
     product = transform.on_activations(x, copies) @ transform.on_weights(w, copies).mT
     torch.testing.assert_close(product, x @ w.mT, rtol=1e-10, atol=1e-10)
@@ -67,7 +73,7 @@ def test_the_weight_form_is_the_inverse_transpose(name: str, heads: int, width: 
     torch.testing.assert_close(transform.on_weights(w), w @ torch.linalg.inv(p).mT, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", [name for name in EVERY if name not in MIXING])
+@pytest.mark.parametrize("name", [name for name in EVERY if name not in MIXING + ROWS])
 def test_heads_do_not_mix_and_copies_repeat_them(name: str) -> None:
     transform = made(name, 3, 8)
     blocks = matrix_of(transform, 24).reshape(3, 8, 3, 8)
@@ -83,7 +89,7 @@ def test_heads_do_not_mix_and_copies_repeat_them(name: str) -> None:
     )
 
 
-@pytest.mark.parametrize("name", [name for name in TRANSFORMS if name not in MIXING])
+@pytest.mark.parametrize("name", [name for name in TRANSFORMS if name not in MIXING + ROWS])
 def test_the_condition_number_is_the_worst_head_s(name: str) -> None:
     transform = made(name, 3, 8)
     blocks = matrix_of(transform, 24).reshape(3, 8, 3, 8).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
@@ -113,7 +119,7 @@ def test_gradients_reach_every_parameter_through_both_forms(name: str) -> None:
             assert slope == pytest.approx(float(gradient.reshape(-1)[index]), rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["diagonal", "banded"])
+@pytest.mark.parametrize("name", ["diagonal", "banded", "block", "lu", "dense"])
 def test_a_start_is_the_diagonal(name: str) -> None:
     start = torch.rand(24, generator=torch.Generator().manual_seed(0)) + 0.5
     matrix = matrix_of(made(name, 3, 8, noise=0.0, start=start), 24)
@@ -143,6 +149,45 @@ def test_a_hadamard_rotation_of_any_width_is_orthogonal_and_follows_its_seed(wid
     torch.testing.assert_close(first @ first.mT, torch.eye(width, dtype=torch.float64), rtol=0, atol=1e-12)
     assert torch.equal(first, again)
     assert width == 2 or not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("name", ["orthogonal", "gram-schmidt"])
+@pytest.mark.parametrize("kind", ["heads", "linear", "residual"])
+def test_a_learned_rotation_is_orthogonal_wherever_it_is_and_starts_as_a_fixed_one(name: str, kind: Kind) -> None:
+    where = site(3 if kind == "heads" else 1, 24 if kind == "heads" else 96, kind=kind)
+    built: Any = build(name, where, seed=3, alpha=0.0)
+    start = matrix_of(built.double(), where.width)
+    assert float(start.abs().max()) <= (4 / 24) ** 0.5  # no entry is large: outliers are spread from the first step on
+    if kind == "residual":
+        torch.testing.assert_close(start, matrix_of(build("hadamard", where, seed=3, alpha=0), where.width))
+    moved = matrix_of(randomised(built), where.width)
+    eye = torch.eye(where.width, dtype=torch.float64)
+    for matrix in (start, moved):
+        torch.testing.assert_close(matrix @ matrix.mT, eye, rtol=0, atol=1e-12)
+    assert float((moved - start).abs().max()) > 0.1
+
+
+@pytest.mark.parametrize("name", ["orthogonal", "gram-schmidt"])
+def test_a_learned_rotation_starts_from_given_blocks(name: str) -> None:
+    start = torch.linalg.qr(random(3, 8, 8)).Q
+    made_of = made(name, 3, 8, noise=0.0, start=start)
+    torch.testing.assert_close(made_of.online()["blocks"], start)
+
+
+def test_blocks_start_from_given_matrices() -> None:
+    start = random(3, 8, 8)
+    torch.testing.assert_close(made("block", 3, 8, noise=0.0, start=start).online()["blocks"], start)
+
+
+@pytest.mark.parametrize("size", [1.0, 1e3, 1e8])
+def test_triangular_factors_are_bounded_whatever_the_parameters(size: float) -> None:
+    lu = made("lu", 2, 6, noise=size)
+    bound = 6 * ((1 + 0.9) / (1 - 0.9)) ** 2 * math.exp(2 * LIMIT)
+    assert lu.condition() <= bound
+    x, w = random(3, 12), random(4, 12, seed=2)
+    torch.testing.assert_close(lu.on_activations(x) @ lu.on_weights(w).mT, x @ w.mT, rtol=1e-6, atol=1e-6)
+    lu.float().on_weights(torch.randn(4, 12)).square().sum().backward()
+    assert all(bool(p.grad.isfinite().all()) for p in lu.parameters())
 
 
 def test_band_widths_are_the_papers() -> None:

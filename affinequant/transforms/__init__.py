@@ -56,16 +56,18 @@ class OnlineTransform(Transform, Protocol):
         ...
 
 
+_HERE = "affinequant.transforms."
 TRANSFORMS: dict[str, tuple[str, str, str]] = {
-    "diagonal": ("diagonal", "affinequant.transforms.diagonal:Diagonal", "one positive factor per feature"),
-    "rope-pair": (
-        "rope-pair",
-        "affinequant.transforms.rope_pair:RopePair",
-        "a scaled rotation per frequency pair",
-    ),
-    "banded": ("per-head", "affinequant.transforms.banded:Banded", "dense per head under the gradual mask"),
-    "hadamard": ("hadamard", "affinequant.transforms.hadamard:Hadamard", "fixed rotation with random signs, any width"),
-    "kronecker": ("kronecker", "affinequant.transforms.kronecker:Kronecker", "a product of two small matrices"),
+    "diagonal": ("diagonal", _HERE + "diagonal:Diagonal", "one positive factor per feature"),
+    "rope-pair": ("rope-pair", _HERE + "rope_pair:RopePair", "a scaled rotation per frequency pair"),
+    "banded": ("per-head", _HERE + "banded:Banded", "dense per head under the gradual mask"),
+    "hadamard": ("hadamard", _HERE + "hadamard:Hadamard", "fixed rotation with random signs, any width"),
+    "kronecker": ("kronecker", _HERE + "kronecker:Kronecker", "a product of two small matrices, spectra bounded"),
+    "block": ("block", _HERE + "block:Block", "a matrix per head or block of features, spectra bounded"),
+    "lu": ("block", _HERE + "lu:LowerUpper", "triangular factors per head or block of features"),
+    "dense": ("dense", _HERE + "block:dense", "one matrix of the whole width, for comparison"),
+    "orthogonal": ("orthogonal", _HERE + "orthogonal:Orthogonal", "learned rotation per head or block, by Cayley"),
+    "gram-schmidt": ("orthogonal", _HERE + "orthogonal:by_gram_schmidt", "the same by Gram-Schmidt"),
 }
 """name -> (structure, where it is, what it is)."""
 
