@@ -149,3 +149,82 @@ def test_public_names_resolve() -> None:
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         affinequant_kernels.nonsense  # noqa: B018
     assert ops.linear is affinequant_kernels.linear
+
+
+# The fused ops
+
+
+def fused_calls() -> dict[str, tuple[object, ...]]:
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(5, 96, generator=generator)
+    square = {n: torch.randn(n, n, generator=generator) for n in (8, 12, 32)}
+    return {
+        "kron_quant": (x, square[8], square[12], 4, False, 0.9),
+        "block_quant": (x, torch.stack([square[32]] * 3), 8, True, 0.9),
+        "rmsnorm_quant": (x, x + 1, torch.rand(96, generator=generator), 1e-6, 4, True, 1.0),
+        "silu_mul_quant": (x, 4, False, 1.0),
+        "kv_pack": (x.view(5, 2, 48),),
+    }
+
+
+@pytest.mark.parametrize("name", fused_calls())
+def test_fused_ops_equal_reference(name: str) -> None:
+    arguments = fused_calls()[name]
+    torch.library.opcheck(getattr(torch.ops.affq, name).default, arguments)
+    got = getattr(torch.ops.affq, name)(*arguments)
+    if name == "kv_pack":
+        wanted = reference.kv_pack(*arguments)
+        back = torch.ops.affq.kv_unpack(*got, torch.float32)
+        torch.library.opcheck(torch.ops.affq.kv_unpack.default, (*got, torch.float16))
+        assert torch.equal(back, reference.kv_unpack(*wanted))
+    else:
+        tensors = [a for a in arguments if isinstance(a, torch.Tensor)]
+        numbers = arguments[len(tensors) :]
+        eps, settings = numbers[: len(numbers) - 3], dict(zip(("bits", "symmetric", "clip"), numbers[-3:], strict=True))
+        result = getattr(reference, name)(*tensors, *eps, **settings)
+        wanted = (*result[0], result[1]) if name == "rmsnorm_quant" else result
+    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+
+
+@pytest.mark.parametrize("kind, bits, with_zero", WEIGHTS)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_weights_only_product(kind: str, bits: int, with_zero: bool, dtype: torch.dtype, tolerance: float) -> None:
+    weight, x = sample(kind, bits, with_zero), torch.randn(2, 3, K).to(dtype)
+    got = torch.ops.affq.w4a16_linear(x, *weight, torch.ones(24))
+    wanted = reference.w4a16_linear(x.view(6, K).double(), weight, torch.ones(24)).view(2, 3, 24)
+    # bf16: the dequantised weight is rounded to it, and the result.
+    assert got.dtype == dtype and (got - wanted).abs().max() < tolerance * wanted.abs().max()
+    torch.library.opcheck(torch.ops.affq.w4a16_linear.default, (x, *weight, None))
+
+
+@pytest.mark.parametrize(
+    "name, arguments, message",
+    [
+        (
+            "kron_quant",
+            (torch.ones(2, 96), torch.eye(8), torch.eye(11)),
+            "left, right: expected sizes whose product is 96",
+        ),
+        ("kron_quant", (torch.ones(2, 96), torch.ones(8, 4), torch.eye(12)), "left: expected square matrices"),
+        ("block_quant", (torch.ones(2, 96), torch.ones(2, 32, 32)), "matrices: expected one matrix, or as many"),
+        ("block_quant", (torch.ones(2, 96), torch.ones(1, 36, 36)), "matrices: expected one matrix"),
+        ("rmsnorm_quant", (torch.ones(2, 96), None, torch.ones(95), 1e-6), r"gain: expected shape \[96\]"),
+        (
+            "rmsnorm_quant",
+            (torch.ones(2, 96), torch.ones(2, 96).half(), torch.ones(96), 1e-6),
+            "residual: expected torch.f",
+        ),
+        ("rmsnorm_quant", (torch.ones(2, 96), None, torch.ones(96), 0.0), "eps: expected a positive number"),
+        ("silu_mul_quant", (torch.ones(2, 95),), "gate_up: expected an even number"),
+        ("kv_pack", (torch.ones(2, 3, 5),), "k: expected an even head dimension"),
+        ("kv_pack", (torch.ones(2, 3),), "k: expected shape"),
+        (
+            "kv_unpack",
+            (torch.ones(2, 3, 4, dtype=torch.uint8), torch.ones(2, 3), torch.ones(2, 3), torch.float32),
+            "scale",
+        ),
+    ],
+)
+def test_fused_ops_refuse(name: str, arguments: tuple[object, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        getattr(torch.ops.affq, name)(*arguments)
