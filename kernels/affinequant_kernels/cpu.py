@@ -30,6 +30,9 @@ T = TypeVar("T")
 
 # Elements that stay in a core's second-level cache while a block of rows is quantised.
 BLOCK_ELEMENTS = 1 << 18
+# torch.round wakes threads from 2048 elements on, other ops from this many; waking them costs more than the rounding.
+THREADED_ELEMENTS = 1 << 15
+MAGIC = 12582912.0  # 1.5 * 2^23: adding it leaves no fraction, and rounds to nearest even
 # Rows of the output worked on at once: bounds the fp32 intermediate, which costs page faults when it is large.
 CHUNK_ROWS = 512
 # Integers that fp32 holds exactly lie below this.
@@ -63,7 +66,14 @@ def _symmetric_block(
     torch.maximum(x.amax(1), x.amin(1).neg_(), out=scale)
     scale.mul_(clip).div_(high).clamp_(min=SCALE_FLOOR)
     torch.mul(x, scale.reciprocal().unsqueeze(1), out=scratch)
-    q.copy_(scratch.clamp_(-high - 1.0, high).round_())
+    if clip < 1.0:  # otherwise max|x| itself becomes `high`, give or take a rounding
+        scratch.clamp_(-high - 1.0, high)
+    q.copy_(_round_(scratch))
+
+
+def _round_(x: Tensor) -> Tensor:
+    """Round to nearest even, in place. Exact below 2^22; what is larger stays large, and is clamped."""
+    return x.round_() if x.numel() > THREADED_ELEMENTS else x.add_(MAGIC).sub_(MAGIC)
 
 
 def _asymmetric_block(
@@ -78,7 +88,7 @@ def _asymmetric_block(
     shift = bottom.neg_().mul_(inverse).round_().sub_(half).clamp_(-half, half - 1)
     zero.copy_(shift)
     torch.mul(x, inverse.unsqueeze(1), out=scratch)
-    q.copy_(scratch.round_().add_(shift.unsqueeze(1)).clamp_(-half, half - 1))
+    q.copy_(_round_(scratch).add_(shift.unsqueeze(1)).clamp_(-half, half - 1))
 
 
 # One weight, ready to multiply.
