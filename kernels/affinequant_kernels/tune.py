@@ -1,7 +1,7 @@
 """Which kernel configuration to use, from tables.
 
 A lookup never measures anything: it takes the user's table ($AFFQ_CACHE, or ~/.cache/affinequant/kernels), the table
-shipped for this GPU, or a rule of thumb, in this order.
+shipped for this GPU, or a rule of thumb, in this order. A table is DEVICE.json with {"configs": {size: configuration}}.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -65,15 +66,30 @@ def _key(m: int, n: int, k: int, kind: Kind, bits: int) -> str:
     return f"{kind}{bits} m{bucket(m)} n{n} k{k}"
 
 
+def device_name(name: str) -> str:
+    """A device's name as that of a file or folder."""
+    return re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-")
+
+
+def cache_folder() -> Path:
+    """Where this user's tables are."""
+    return Path(os.environ.get("AFFQ_CACHE") or "~/.cache/affinequant/kernels").expanduser()
+
+
+def read_table(path: Path) -> dict[str, Config]:
+    """The configurations of a file, by size; none where there is no file. Raises ValueError for anything else."""
+    if not path.is_file():
+        return {}
+    try:
+        return {key: Config(**value) for key, value in json.loads(path.read_text())["configs"].items()}
+    except (ValueError, TypeError, KeyError, AttributeError) as problem:
+        raise ValueError(f"{path}: not a table of configurations ({problem}); write it again") from problem
+
+
 @functools.cache
-def _table(device_name: str) -> dict[str, Config]:
-    file = device_name.replace(" ", "-").replace("/", "-") + ".json"
-    own = Path(os.environ.get("AFFQ_CACHE") or Path.home() / ".cache" / "affinequant" / "kernels")
-    entries: dict[str, Config] = {}
-    for path in (Path(__file__).parent / "tables" / file, own / file):
-        if path.is_file():
-            entries |= {key: Config(**value) for key, value in json.loads(path.read_text())["configs"].items()}
-    return entries
+def _table(device: str) -> dict[str, Config]:
+    file = device_name(device) + ".json"
+    return read_table(Path(__file__).parent / "tables" / file) | read_table(cache_folder() / file)
 
 
 @functools.cache

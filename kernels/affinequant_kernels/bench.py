@@ -1,0 +1,326 @@
+"""How fast the kernels are on this machine, next to torch's own linear layers and other packages'.
+
+    python -m affinequant_kernels.bench [--json] [--out FOLDER]
+
+Every layer is first checked against its reference. Then all are timed in interleaved rounds, so that a change of clock
+or load meets them alike; a ratio is the median of the ratios within rounds. "cold" walks over copies of the layer that
+are in no cache, as those of a model are not, "warm" repeats one. Quantising the activations is part of every time of
+ours, unless the name says otherwise. On CUDA the calls of a round are one CUDA graph. Progress goes to stderr, the
+result to stdout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .bench_layers import BASELINES, RIVALS, Call, fused, make_layers, providers, reason
+from .bench_report import plot, table
+from .checks import fail
+from .cpu import clear_cache, engine
+from .tune import device_name
+
+SHAPES = {"cuda": ((4096, 4096), (12288, 4096), (22016, 4096), (4096, 11008)), "cpu": ((4096, 4096),)}
+ROWS = {"cuda": (1, 16, 64, 256, 2048, 8192), "cpu": (1, 16, 512)}
+FUSED = {"cuda": (8192, 4096), "cpu": (512, 4096)}  # tokens and width of the transforms
+# Packed int4 weights of a provider: on a GPU three times its L2 cache. A CPU's cache is flushed before every turn.
+COLD_BYTES = {"cuda": 192 << 20, "cpu": 32 << 20}
+FLUSH_BYTES = 1 << 30  # at most; twice the last-level cache, where that is less
+TURN_SECONDS = {"cuda": 2e-3, "cpu": 2e-2}  # least time of one provider in one round
+_UNITS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_int8", "amx_bf16")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What to measure. Raises ValueError, naming the option, for what cannot be."""
+
+    device: str = "cpu"
+    shapes: tuple[tuple[int, int], ...] = SHAPES["cpu"]  # (n, k)
+    rows: tuple[int, ...] = ROWS["cpu"]
+    rounds: int = 15
+    minutes: float = 6.0
+
+    def __post_init__(self) -> None:
+        if self.device not in SHAPES:
+            raise fail("device", "cpu or cuda", self.device)
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise fail("device", "cpu, as there is no CUDA device here", self.device)
+        for n, k in self.shapes:
+            if n < 8 or n % 8 or k < 128 or k % 128:
+                raise fail("shapes", "N a multiple of 8 and K a multiple of 128", f"{n}x{k}")
+        if min(self.rows) < 1:
+            raise fail("rows", "positive numbers", min(self.rows))
+        if self.rounds < 1:
+            raise fail("rounds", "at least 1", self.rounds)
+        if not (math.isfinite(self.minutes) and self.minutes > 0):
+            raise fail("minutes", "a positive number", self.minutes)
+
+    @staticmethod
+    def read(device: str, shapes: str | None, rows: str | None, rounds: int, minutes: float) -> Settings:
+        """From words: `auto` or a device, `NxK,...`, `M,...`; None takes the device's own."""
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        usual = device if device in SHAPES else "cpu"
+        return Settings(
+            device=device,
+            shapes=SHAPES[usual] if shapes is None else read_shapes(shapes),
+            rows=ROWS[usual] if rows is None else read_rows(rows),
+            rounds=rounds,
+            minutes=minutes,
+        )
+
+
+def read_shapes(text: str) -> tuple[tuple[int, int], ...]:
+    """`NxK,...` as pairs. Raises ValueError."""
+    try:
+        return tuple((int(n), int(k)) for n, k in (word.split("x") for word in text.split(",")))
+    except ValueError:
+        raise fail("shapes", "NxK, comma separated, e.g. 4096x4096,12288x4096", repr(text)) from None
+
+
+def read_rows(text: str) -> tuple[int, ...]:
+    """`M,...` as numbers. Raises ValueError."""
+    try:
+        return tuple(int(word) for word in text.split(","))
+    except ValueError:
+        raise fail("rows", "whole numbers, comma separated, e.g. 1,16,512", repr(text)) from None
+
+
+# Timing
+
+
+def _cuda_timer(calls: list[Call]) -> Callable[[], float]:
+    """Seconds per call of a captured graph of the calls."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for call in calls * 2:  # the first compiles
+            call()
+    torch.cuda.synchronize()
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+
+    def timed(work: Callable[[], object]) -> float:
+        begin.record()
+        work()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
+
+    def once(repeats: int) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):  # the stream whose scratch memory exists already
+            for call in calls * repeats:
+                call()
+        return graph
+
+    first = once(1)
+    timed(first.replay)
+    repeats = min(64, math.ceil(TURN_SECONDS["cuda"] / timed(first.replay)))
+    graph = once(repeats)
+    return lambda: timed(graph.replay) / (repeats * len(calls))
+
+
+def _cpu_timer(calls: list[Call], flush: torch.Tensor | None) -> Callable[[], float]:
+    """Seconds per call: over one walk after a flush, or without one over as many walks as fill a turn."""
+
+    def walk(repeats: int) -> float:
+        start = time.perf_counter()
+        for _ in range(repeats):
+            for call in calls:
+                call()
+        return (time.perf_counter() - start) / (repeats * len(calls))
+
+    walk(1)  # the first unpacks
+    if flush is None:
+        repeats = math.ceil(TURN_SECONDS["cpu"] / (walk(1) * len(calls)))
+        return lambda: walk(repeats)
+
+    def flushed() -> float:
+        flush.sum()
+        return walk(1)
+
+    return flushed
+
+
+def _last_level_cache() -> int:
+    path = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
+    text = path.read_text().strip() if path.is_file() else ""
+    return int(text[:-1]) << 10 if text.endswith("K") and text[:-1].isdigit() else 64 << 20
+
+
+def measure(
+    named: dict[str, list[Call]], device: str, rounds: int, *, cold: bool = False, may_fail: Collection[str] = ()
+) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """Times over interleaved rounds, and why those of `may_fail` that failed did.
+
+    A time is {"us": median microseconds per call, "p20", "p80", "x": {baseline: median ratio within a round}}.
+    """
+    # Ones, not zeros: those could all be one page of memory.
+    flush = torch.ones(min(FLUSH_BYTES, 2 * _last_level_cache()) // 4) if cold and device == "cpu" else None
+    timers: dict[str, Callable[[], float]] = {}
+    failed: dict[str, str] = {}
+    for name, calls in named.items():
+        try:
+            timers[name] = _cuda_timer(calls) if device == "cuda" else _cpu_timer(calls, flush)
+        except Exception as error:
+            if name not in may_fail:
+                raise
+            failed[name] = reason(error)
+    times: dict[str, list[float]] = {name: [] for name in timers}
+    for _ in range(rounds):
+        for name, once in timers.items():
+            times[name].append(once() * 1e6)
+    return {name: _summary(times, name) for name in times}, failed
+
+
+def _summary(times: dict[str, list[float]], name: str) -> dict[str, Any]:
+    values = sorted(times[name])
+    last = len(values) - 1
+    ratios = {
+        base: statistics.median(b / t for b, t in zip(times[base], times[name], strict=True))
+        for base in BASELINES
+        if base in times
+    }
+    return {
+        "us": statistics.median(values),
+        "p20": values[round(0.2 * last)],
+        "p80": values[round(0.8 * last)],
+        "x": ratios,
+    }
+
+
+# The machine
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Device, versions, date and the clocks of this moment."""
+    info: dict[str, Any] = {"torch": torch.__version__, "triton": _version("triton")}
+    info |= {"python": platform.python_version(), "date": time.strftime("%Y-%m-%d")}
+    if device == "cuda":
+        return info | {"device": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "clocks": _gpu_clocks()}
+    facts = _cpu_facts()
+    flags = facts.get("flags", "").split()
+    units = " ".join(unit for unit in _UNITS if unit in flags) or "unknown"
+    info |= {"device": facts.get("model name", platform.machine()), "units": units, "engine": engine()}
+    return info | {"threads": torch.get_num_threads(), "clocks": f"{facts.get('cpu MHz', '?')} MHz"}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _gpu_clocks() -> str:
+    query = ["nvidia-smi", "--query-gpu=clocks.sm,clocks.mem,temperature.gpu,power.draw", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True)
+    except OSError:
+        return "unknown, no nvidia-smi"
+    return done.stdout.strip() or "unknown, nvidia-smi failed"
+
+
+def _cpu_facts() -> dict[str, str]:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().split("\n\n")[0].splitlines() if path.is_file() else []
+    return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+
+
+# All of it
+
+
+def run(settings: Settings, say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+    """Measure everything. `say` gets lines of progress; sizes for which no time is left are listed in "left_out".
+
+    Raises AssertionError where a layer of ours differs from its reference: a wrong kernel is not timed.
+    """
+    end = time.monotonic() + 60 * settings.minutes
+    device = settings.device
+    result: dict[str, Any] = {"schema": 1, "before": environment(device), "sizes": [], "fused": None}
+    result |= {"skipped": {}, "left_out": []}
+    for n, k in settings.shapes:
+        if time.monotonic() > end:
+            result["left_out"] += [[n, k, m] for m in settings.rows]
+            continue
+        say(f"{n} x {k}: making layers")
+        layers = make_layers(n, k, device, max(2, math.ceil(COLD_BYTES[device] / (n * k / 2))))
+        result["skipped"] |= layers.skipped
+        for m in settings.rows:
+            if time.monotonic() > end:
+                result["left_out"].append([n, k, m])
+                continue
+            size, failed = _size(providers(layers, m), device, settings.rounds)
+            result["sizes"].append({"n": n, "k": k, "m": m} | size)
+            result["skipped"] |= {f"{name} at {n} x {k}, {m} tokens": why for name, why in failed.items()}
+            us = {name: size["cold"][name]["us"] for name in ("w4a4", "torch bf16")}
+            say(f"{n} x {k}, {m} tokens: w4a4 {us['w4a4']:.0f} us, torch bf16 {us['torch bf16']:.0f} us")
+        del layers
+        clear_cache()
+    if time.monotonic() < end:
+        m, k = FUSED[device]
+        result["fused"] = {"m": m, "k": k, "times": measure(fused(m, k, device), device, settings.rounds)[0]}
+    return result | {"after": environment(device)}
+
+
+def _size(named: dict[str, list[Call]], device: str, rounds: int) -> tuple[dict[str, Any], dict[str, str]]:
+    cold, failed = measure(named, device, rounds, cold=True, may_fail=RIVALS)
+    warm, failed_warm = measure({name: named[name][:1] for name in cold}, device, rounds, may_fail=RIVALS)
+    return {"cold": {name: cold[name] for name in warm}, "warm": warm}, failed | failed_warm
+
+
+def write(result: dict[str, Any], out: Path) -> str:
+    """Write bench.json, bench.md and roofline.png under OUT/<device>; a line that says so."""
+    folder = out / device_name(result["before"]["device"])
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "bench.json").write_text(json.dumps(result, indent=1) + "\n")
+    (folder / "bench.md").write_text(table(result) + "\n")
+    missing = plot(result, folder / "roofline.png")
+    return f"written to {folder}" + (f" ({missing})" if missing else "")
+
+
+def add_options(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """The options that say what to measure."""
+    parser.add_argument("--device", metavar="auto|cuda|cpu", default="auto", help="auto: the GPU where there is one")
+    parser.add_argument("--shapes", metavar="NxK,...", help="sizes of the linear layers (default: by device)")
+    parser.add_argument("--rows", metavar="M,...", help="numbers of tokens (default: by device)")
+    parser.add_argument("--rounds", metavar="N", type=int, default=15, help="interleaved rounds (default: 15)")
+    parser.add_argument("--minutes", metavar="X", type=float, default=6.0, help="start no size later (default: 6)")
+    parser.add_argument("--out", metavar="DIR", type=Path, help="also write JSON, table and plot there")
+
+
+def main() -> int:
+    """Time the kernels of this machine next to torch's linear layers."""
+    parser = argparse.ArgumentParser(prog="python -m affinequant_kernels.bench", description=main.__doc__)
+    add_options(parser)
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout instead of the table")
+    given = parser.parse_args()
+    try:
+        settings = Settings.read(given.device, given.shapes, given.rows, given.rounds, given.minutes)
+    except ValueError as problem:
+        parser.error(str(problem))
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    result = run(settings, say)
+    if given.out:
+        say(write(result, given.out))
+    print(json.dumps(result, indent=1) if given.json else table(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
