@@ -75,6 +75,35 @@ def self_test() -> dict[str, dict[str, Any]]:
     return results
 
 
+def benchmark(
+    *,
+    device: Device,
+    shapes: str | None,
+    rows: str | None,
+    rounds: int,
+    minutes: float,
+    out: Path | None,
+    say: Callable[[str], None],
+) -> tuple[dict[str, Any], str]:
+    """Time the integer kernels next to torch's linears on this machine: the figures, and the same as a table.
+
+    Raises:
+        AffineQuantError: a size, number, device or folder that cannot be.
+    """
+    from affinequant_kernels import bench, bench_report
+
+    try:
+        settings = bench.Settings.read(device, shapes, rows, rounds, minutes)
+        bench.make_folder(out)
+    except ValueError as problem:
+        option, _, what = str(problem).partition(": ")
+        raise AffineQuantError(what, f"--{option}", "`affinequant bench --help` shows what can be given") from None
+    result = bench.run(settings, say)
+    if out is not None:
+        say(bench.write(result, out))
+    return result, bench_report.table(result)
+
+
 class IntegerLinear(nn.Module):
     """y = x W^T + b on integers: activations quantised token by token, weights kept as integers.
 

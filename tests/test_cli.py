@@ -45,7 +45,7 @@ def words(tiny: Make, text: Path) -> list[str]:
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     shown = capsys.readouterr().out
-    for command in ("demo", "quantize", "plan", "eval", "inspect", "list", "env"):
+    for command in ("demo", "quantize", "plan", "eval", "inspect", "bench", "list", "env"):
         assert f"\n  {command}" in shown
     assert main(["quantize", "--help"]) == 0
     shown = capsys.readouterr().out

@@ -260,6 +260,42 @@ def test_a_reader_that_stops_reading_is_no_error() -> None:
     child.stderr.close()
 
 
+# bench.
+
+
+def test_bench(tmp_path: Path, capsys: Capture, monkeypatch: Patch) -> None:
+    from affinequant_kernels import bench, cpu
+
+    monkeypatch.setattr(bench, "COLD_BYTES", {"cpu": 1 << 14})
+    monkeypatch.setattr(bench, "FLUSH_BYTES", 1 << 20)
+    monkeypatch.setattr(bench, "TURN_SECONDS", {"cpu": 1e-4})
+    monkeypatch.setattr(bench, "FUSED", {"cpu": (4, 512)})
+    argv = ["bench", "--device", "cpu", "--shapes", "64x128", "--rows", "2", "--rounds", "1"]
+    assert main([*argv, "--out", str(tmp_path / "out")]) == 0
+    shown = capsys.readouterr()
+    assert "| 64 x 128, 2 tokens | cold us |" in shown.out and "written to" in shown.err
+    (folder,) = (tmp_path / "out").iterdir()
+    assert (folder / "bench.md").read_text() == shown.out
+    assert main([*argv, "-q"]) == 0
+    assert capsys.readouterr().err == ""
+    value = answer(capsys, argv)
+    assert value["sizes"][0]["cold"]["w4a4"]["us"] > 0 and set(value["sizes"][0]["cold"]["w4a4"]["x"]) > {"torch bf16"}
+    cpu.clear_cache()
+
+
+def test_bench_has_the_options_of_the_module(capsys: Capture, monkeypatch: Patch) -> None:
+    """`python -m affinequant_kernels.bench` and `affinequant bench` are described twice."""
+    from affinequant_kernels import bench
+
+    monkeypatch.setattr(sys, "argv", ["bench", "--help"])
+    with pytest.raises(SystemExit):
+        bench.main()
+    options = {word.strip("[],") for word in capsys.readouterr().out.split() if word.strip("[],").startswith("--")}
+    assert main(["bench", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert len(options) >= 7 and all(f"{option}" in shown for option in options)
+
+
 # inspect, eval, list, env.
 
 

@@ -300,6 +300,12 @@ def test_run_of_another_recipe_names_the_field(refuse: Refuse, tiny: Tiny, tmp_p
         (["demo", "--model", "x"], ["unknown option --model"]),
         (["inspect", "nowhere"], ["no such folder: nowhere"]),
         (["inspect", "CKPT"], ["not quantised", "affinequant quantize"]),
+        (["bench", "--shapes", "4096"], ["expected NxK", "--shapes", "affinequant bench --help"]),
+        (["bench", "--rows", "1,0"], ["expected positive numbers, got 0", "--rows"]),
+        (["bench", "--rounds", "few"], ["'few' is not a whole number", "--rounds"]),
+        (["bench", "--device", "gpu"], ["unknown device 'gpu'", "--device"]),
+        (["bench", "--out", __file__], ["expected a folder", "--out"]),
+        (["bench", "--round", "3"], ["unknown option --round", "did you mean --rounds"]),
         (["env", "extra"], ["unexpected argument 'extra'"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) and " " not in value[0] else "",
@@ -318,6 +324,13 @@ def test_inspect_refuses_what_others_made(tiny_copy: Tiny, tmp_path: Path, capsy
     assert "something else (quant_method 'awq')" in capsys.readouterr().err
     assert main(["inspect", str(tmp_path)]) == 2
     assert "no config.json and holds no run" in capsys.readouterr().err
+
+
+def test_timing_a_checkpoint_is_refused(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", str(tiny())]) == 3
+    captured = capsys.readouterr()
+    assert "timing a checkpoint is not there yet" in captured.err and "leave it out" in captured.err
+    assert captured.out == ""
 
 
 def change_config(folder: Path, **values: Any) -> Path:

@@ -74,6 +74,7 @@ def test_json_is_all_of_stdout(monkeypatch: Patch, capsys: Capture) -> None:
         (["--rounds", "few"], "invalid int value: 'few'"),
         (["--minutes", "nan"], "minutes: expected a positive number"),
         (["--device", "tpu"], "device: expected cpu or cuda, got tpu"),
+        (["--out", __file__], "out: expected a folder"),
         (["--nonsense"], "unrecognized arguments: --nonsense"),
     ],
 )

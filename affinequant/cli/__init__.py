@@ -39,6 +39,7 @@ COMMANDS: dict[str, Command] = {
     "plan": Command(module="affinequant.cli.plan", about="what a run would do and cost; no weights are loaded"),
     "eval": Command(module="affinequant.cli.evaluate", about="score a checkpoint next to the model it was made from"),
     "inspect": Command(module="affinequant.cli.inspect", about="bits, sizes and errors per layer; the recipe"),
+    "bench": Command(module="affinequant.cli.bench", about="time the integer kernels next to torch's linears"),
     "list": Command(
         module="affinequant.cli.lists", about="schemes, models, transforms, formats, presets, data, metrics"
     ),

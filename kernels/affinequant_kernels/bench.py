@@ -281,34 +281,39 @@ def _size(named: dict[str, list[Call]], device: str, rounds: int) -> tuple[dict[
     return {"cold": {name: cold[name] for name in warm}, "warm": warm}, failed | failed_warm
 
 
+def make_folder(out: Path | None) -> None:
+    """Make the folder of `write` before minutes are spent. Raises ValueError where there can be none."""
+    try:
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise fail("out", "a folder", problem) from problem
+
+
 def write(result: dict[str, Any], out: Path) -> str:
     """Write bench.json, bench.md and roofline.png under OUT/<device>; a line that says so."""
     folder = out / device_name(result["before"]["device"])
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(exist_ok=True)
     (folder / "bench.json").write_text(json.dumps(result, indent=1) + "\n")
     (folder / "bench.md").write_text(table(result) + "\n")
     missing = plot(result, folder / "roofline.png")
     return f"written to {folder}" + (f" ({missing})" if missing else "")
 
 
-def add_options(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
-    """The options that say what to measure."""
+def main() -> int:
+    """Time the kernels of this machine next to torch's linear layers."""
+    parser = argparse.ArgumentParser(prog="python -m affinequant_kernels.bench", description=main.__doc__)
     parser.add_argument("--device", metavar="auto|cuda|cpu", default="auto", help="auto: the GPU where there is one")
     parser.add_argument("--shapes", metavar="NxK,...", help="sizes of the linear layers (default: by device)")
     parser.add_argument("--rows", metavar="M,...", help="numbers of tokens (default: by device)")
     parser.add_argument("--rounds", metavar="N", type=int, default=15, help="interleaved rounds (default: 15)")
     parser.add_argument("--minutes", metavar="X", type=float, default=6.0, help="start no size later (default: 6)")
     parser.add_argument("--out", metavar="DIR", type=Path, help="also write JSON, table and plot there")
-
-
-def main() -> int:
-    """Time the kernels of this machine next to torch's linear layers."""
-    parser = argparse.ArgumentParser(prog="python -m affinequant_kernels.bench", description=main.__doc__)
-    add_options(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout instead of the table")
     given = parser.parse_args()
     try:
         settings = Settings.read(given.device, given.shapes, given.rows, given.rounds, given.minutes)
+        make_folder(given.out)
     except ValueError as problem:
         parser.error(str(problem))
 
