@@ -19,7 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -58,15 +58,10 @@ class Settings:
             raise fail("device", "cpu or cuda", self.device)
         if self.device == "cuda" and not torch.cuda.is_available():
             raise fail("device", "cpu, as there is no CUDA device here", self.device)
-        for n, k in self.shapes:
-            if n < 8 or n % 8 or k < 128 or k % 128:
-                raise fail("shapes", "N a multiple of 8 and K a multiple of 128", f"{n}x{k}")
-        if min(self.rows) < 1:
-            raise fail("rows", "positive numbers", min(self.rows))
+        check_sizes(self.shapes, self.rows)
         if self.rounds < 1:
             raise fail("rounds", "at least 1", self.rounds)
-        if not (math.isfinite(self.minutes) and self.minutes > 0):
-            raise fail("minutes", "a positive number", self.minutes)
+        check_minutes(self.minutes)
 
     @staticmethod
     def read(device: str, shapes: str | None, rows: str | None, rounds: int, minutes: float) -> Settings:
@@ -81,6 +76,21 @@ class Settings:
             rounds=rounds,
             minutes=minutes,
         )
+
+
+def check_sizes(shapes: Sequence[tuple[int, int]], rows: Sequence[int]) -> None:
+    """Raise ValueError for sizes that some layer of the benchmark cannot have."""
+    for n, k in shapes:
+        if n < 8 or n % 8 or k < 128 or k % 128:
+            raise fail("shapes", "N a multiple of 8 and K a multiple of 128", f"{n}x{k}")
+    if min(rows) < 1:
+        raise fail("rows", "positive numbers", min(rows))
+
+
+def check_minutes(minutes: float) -> None:
+    """Raise ValueError unless it is a span of time."""
+    if not (math.isfinite(minutes) and minutes > 0):
+        raise fail("minutes", "a positive number", minutes)
 
 
 def read_shapes(text: str) -> tuple[tuple[int, int], ...]:

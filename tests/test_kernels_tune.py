@@ -1,0 +1,213 @@
+"""The table of launch configurations: what is in it, how it is looked up, and what the search does without a GPU."""
+
+from __future__ import annotations
+
+import functools
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import triton.testing
+from affinequant_kernels import bench_layers, gemm, quant, reference, tune
+from affinequant_kernels.tune import Config
+
+CUDA = torch.device("cuda", 0)
+KINDS = ("channel", "integer", "group")
+
+
+@pytest.fixture(autouse=True)
+def own_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A GPU called `Some GPU/X (80 GB)` of 100 processors, and tables in a folder of its own."""
+    monkeypatch.setenv("AFFQ_CACHE", str(tmp_path))
+    monkeypatch.setattr(tune, "_device", lambda index: ("Some GPU/X (80 GB)", 100))
+    tune._table.cache_clear()
+    yield tmp_path / "Some-GPU-X-80-GB.json"
+    tune._table.cache_clear()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("m", tune.BUCKETS)
+def test_rule_of_thumb_is_a_kernel_that_exists(m: int, kind: Any) -> None:
+    for bits in (4, 8):
+        assert_launches(tune.rule(m, 4096, 4096, kind, bits, 132), m, kind, bits)
+
+
+def test_rule_of_thumb_fills_the_gpu() -> None:
+    assert tune.rule(1, 4096, 4096, "channel", 4, 132).path == "gemv"
+    # 64 tiles: at least two programs for each of 132 processors, but no fewer than four steps for each program.
+    assert tune.rule(16, 4096, 4096, "channel", 4, 132).split == 8
+    assert tune.rule(16, 4096, 1024, "channel", 4, 132).split == 2
+    assert tune.rule(16, 4096, 4096, "group", 4, 132).split == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("m", [1, 5, 16, 33, 64, 65, 8192])
+def test_candidates_are_kernels_that_exist(m: int, kind: Any) -> None:
+    for bits in (4, 8):
+        found = tune.candidates(m, 4096, 4096, kind, bits, 132)
+        assert found[0] == tune.rule(m, 4096, 4096, kind, bits, 132)
+        assert 3 <= len(found) <= 20 and len(set(found)) == len(found)
+        for config in found:
+            assert_launches(config, m, kind, bits)
+
+
+def assert_launches(config: Config, m: int, kind: str, bits: int) -> None:
+    if config.path == "gemv":
+        assert kind == "channel" and bits == 4 and m <= 2 and config.bm == 1
+        assert config.bj in (64, 128) and config.split == 1 and config.programs is None
+        return
+    # Powers of two, as tl.arange asks; at least 16, as tl.dot does.
+    for size in (config.bn, config.bm, config.bj):
+        assert size >= 16 and size & (size - 1) == 0
+    assert config.bm <= max(64, 2 * m) or config == tune.rule(m, 4096, 4096, kind, bits, 132)
+    assert config.bj in (32, 64) and config.split in (1, 2, 4, 8) and config.warps in (4, 8)
+    assert config.split == 1 or (kind != "group" and config.programs is None)
+    # A step of both operands, in bytes, in as many stages: what a Hopper or Ampere processor's shared memory holds.
+    assert config.stages * (config.bm * 128 + config.bn * (64 if bits == 4 else 128)) <= 227 << 10
+
+
+def test_what_was_written_is_looked_up(own_tables: Path) -> None:
+    config = Config(bn=64, bm=16, split=2, warps=4)
+    key = tune._key(5, 4096, 4096, "channel", 4)
+    tune.write_table(own_tables, {key: config}, {"device": "Some GPU/X (80 GB)"})
+    assert tune.lookup(7, 4096, 4096, "channel", 4, CUDA) == config  # 5 and 7 share a bucket
+    for other in ((9, 4096, 4096, "channel", 4), (7, 4096, 4096, "channel", 8), (7, 4096, 2048, "channel", 4)):
+        assert tune.lookup(*other, CUDA) == tune.rule(*other, 100)
+    assert tune.lookup(7, 4096, 4096, "channel", 4, torch.device("cpu")) == tune.rule(7, 4096, 4096, "channel", 4, 8)
+    # A later search of other sizes adds to the table, one of the same size replaces.
+    persistent = Config(programs=200)
+    tune.write_table(own_tables, {tune._key(512, 64, 128, "group", 4): persistent}, {})
+    tune.write_table(own_tables, {key: persistent}, {})
+    assert tune.read_table(own_tables) == {key: persistent, tune._key(512, 64, 128, "group", 4): persistent}
+    assert [path.name for path in own_tables.parent.iterdir()] == [own_tables.name]
+
+
+def test_the_users_table_wins_over_the_shipped_one(
+    own_tables: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shipped = tmp_path / "package" / "tables" / own_tables.name
+    ours, theirs, key = Config(bm=16), Config(bm=32), tune._key(8, 64, 128, "channel", 4)
+    tune.write_table(shipped, {key: ours, tune._key(16, 64, 128, "channel", 4): ours}, {})
+    tune.write_table(own_tables, {key: theirs}, {})
+    monkeypatch.setattr(tune, "__file__", str(tmp_path / "package" / "tune.py"))
+    assert tune.lookup(8, 64, 128, "channel", 4, CUDA) == theirs
+    assert tune.lookup(16, 64, 128, "channel", 4, CUDA) == ours
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"configs": {"a": {"tile": 3}}}', '{"configs": 3}'])
+def test_a_broken_table_is_named(own_tables: Path, text: str) -> None:
+    own_tables.write_text(text)
+    with pytest.raises(ValueError, match=r"Some-GPU-X-80-GB\.json: not a table of configurations"):
+        tune.lookup(1, 64, 128, "channel", 4, CUDA)
+
+
+def test_a_lookup_measures_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "search", None)
+    monkeypatch.setattr(tune, "_time_candidates", None)
+    monkeypatch.setattr(triton.testing, "do_bench", None)
+    assert tune.lookup(300, 4096, 4096, "channel", 4, CUDA) == tune.rule(300, 4096, 4096, "channel", 4, 100)
+
+
+# The search, with a GPU that is played by the reference.
+
+
+@pytest.fixture
+def pretend(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
+    """Kernels that are exact but for split 8, do not fit at bn 128, and are the faster the more they split."""
+    asked: list[Config] = []
+
+    def linear(q: Any, scale: Any, zero: Any, rowsum: Any, weight: Any, bias: Any, out: Any, config: Config) -> Any:
+        if config.bn == 128:
+            raise RuntimeError("out of resource: shared memory")
+        asked.append(config)
+        return reference.linear(q, scale, zero, weight, bias, out) + (1 if config.split == 8 else 0)
+
+    def do_bench(call: functools.partial[Any], **_: Any) -> float:
+        return 1.0 / call.args[-1].split
+
+    monkeypatch.setattr(gemm, "linear", linear)
+    monkeypatch.setattr(quant, "row_quant", reference.row_quant)
+    monkeypatch.setattr(triton.testing, "do_bench", do_bench)
+    sample, randn = bench_layers.sample_weight, torch.randn
+    monkeypatch.setattr(torch, "randn", lambda *size, device="cpu", **more: randn(*size, **more))
+    monkeypatch.setattr(bench_layers, "sample_weight", lambda *a, **k: Stays(sample(*a, **k)))
+    return asked
+
+
+class Stays:
+    """A weight that `.to("cuda")` leaves where it is."""
+
+    def __init__(self, weight: Any) -> None:
+        self.weight = weight
+
+    def to(self, device: str) -> Any:
+        assert device == "cuda"
+        return self.weight
+
+
+def test_the_search_takes_the_fastest_that_is_exact(pretend: list[Config]) -> None:
+    said: list[str] = []
+    found = dict(tune.search([(64, 256), (32, 128)], [5, 16], "channel", 4, 5.0, said.append))
+    assert list(found) == [tune._key(m, n, k, "channel", 4) for m in (5, 16) for n, k in ((64, 256), (32, 128))]
+    assert all(config.split == 4 and config.bn == 64 for config in found.values())
+    assert any(config.split == 8 for config in pretend)
+    assert any("differs from the reference" in line and "split=8" in line for line in said)
+    assert any("skipped, RuntimeError" in line and "bn=128" in line for line in said)
+
+
+def test_the_search_stops_in_time_and_says_what_is_left_out(pretend: list[Config]) -> None:
+    said: list[str] = []
+    assert not list(tune.search([(64, 256)], [1, 16], "channel", 4, 0.0, said.append)) and not pretend
+    assert said == [f"{tune._key(m, 64, 256, 'channel', 4)}: left out for want of time" for m in (1, 16)]
+
+
+def test_where_nothing_works_the_rule_stays(pretend: list[Config], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "candidates", lambda *_: [Config(bn=128)])
+    said: list[str] = []
+    assert not list(tune.search([(64, 256)], [16], "channel", 4, 5.0, said.append))
+    assert "the rule of thumb stays" in said[-1]
+
+
+def test_main_writes_the_table_of_this_gpu(
+    own_tables: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = Config(bn=64)
+    monkeypatch.setattr(tune, "search", lambda *a: iter([(tune._key(5, 64, 128, a[2], a[3]), config)]))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU/X (80 GB)")
+    monkeypatch.setattr(sys, "argv", ["tune", "--shapes", "64x128", "--rows", "5"])
+    assert tune.main() == 0
+    assert capsys.readouterr().out == f"{own_tables}\n"
+    written = json.loads(own_tables.read_text())
+    assert {"device", "triton", "torch", "date", "configs"} == set(written)
+    assert tune.lookup(5, 64, 128, "channel", 4, CUDA) == config
+    monkeypatch.setattr(sys, "argv", ["tune", "--out", str(tmp_path / "elsewhere")])
+    assert tune.main() == 0
+    assert (tmp_path / "elsewhere" / own_tables.name).is_file()
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ([], "measures on a CUDA device, and there is none here"),
+        (["--shapes", "64"], "shapes: expected NxK"),
+        (["--rows", "a"], "rows: expected whole numbers"),
+        (["--rows", "0"], "rows: expected positive numbers"),
+        (["--kind", "integer", "--bits", "8"], "bits: expected 4"),
+        (["--minutes", "0"], "minutes: expected a positive number"),
+    ],
+)
+def test_bad_arguments_are_exit_code_2(words: list[str], message: str) -> None:
+    if not words and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    command = [sys.executable, "-m", "affinequant_kernels.tune", *words]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and message in done.stderr and done.stdout == "", done.stderr
