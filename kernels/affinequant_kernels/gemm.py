@@ -212,6 +212,7 @@ def gemv_kernel(
 
 
 _SPACES: dict[tuple[int, int], Tensor] = {}
+_OUTGROWN: list[Tensor] = []  # a CUDA graph that was captured with them may be replayed
 
 
 def _space(integers: int, device: torch.device) -> Tensor:
@@ -221,10 +222,14 @@ def _space(integers: int, device: torch.device) -> Tensor:
     key = (device.index, torch.cuda.current_stream(device).cuda_stream)
     space = _SPACES.get(key)
     if space is None or space.numel() < integers:
-        space = torch.zeros(integers, dtype=torch.int32, device=device)
+        capturing = torch.cuda.is_current_stream_capturing()
+        # At least twice as much as before, so that what was outgrown is never more than what is in use.
+        size = integers if space is None or capturing else max(integers, 2 * space.numel())
+        outgrown, space = space, torch.zeros(size, dtype=torch.int32, device=device)
         # Memory made while a CUDA graph is captured belongs to the graph; its own memset zeroes it at each replay.
-        if not torch.cuda.is_current_stream_capturing():
+        if not capturing:
             _SPACES[key] = space
+            _OUTGROWN.extend([] if outgrown is None else [outgrown])
     return space
 
 
