@@ -29,7 +29,7 @@ def own_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
     monkeypatch.setenv("AFFQ_CACHE", str(tmp_path))
     monkeypatch.setattr(tune, "_device", lambda index: ("Some GPU/X (80 GB)", 100))
     tune._table.cache_clear()
-    yield tmp_path / "Some-GPU-X-80-GB.json"
+    yield tmp_path / "Some-GPU-X-80-GB" / "tune.json"
     tune._table.cache_clear()
 
 
@@ -93,7 +93,7 @@ def test_what_was_written_is_looked_up(own_tables: Path) -> None:
 def test_the_users_table_wins_over_the_shipped_one(
     own_tables: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shipped = tmp_path / "package" / "tables" / own_tables.name
+    shipped = tmp_path / "package" / "tables" / own_tables.parent.name / "tune.json"
     ours, theirs, key = Config(bm=16), Config(bm=32), tune._key(8, 64, 128, "channel", 4)
     tune.write_table(shipped, {key: ours, tune._key(16, 64, 128, "channel", 4): ours}, {})
     tune.write_table(own_tables, {key: theirs}, {})
@@ -104,8 +104,9 @@ def test_the_users_table_wins_over_the_shipped_one(
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"configs": {"a": {"tile": 3}}}', '{"configs": 3}'])
 def test_a_broken_table_is_named(own_tables: Path, text: str) -> None:
+    own_tables.parent.mkdir()
     own_tables.write_text(text)
-    with pytest.raises(ValueError, match=r"Some-GPU-X-80-GB\.json: not a table of configurations"):
+    with pytest.raises(ValueError, match=r"Some-GPU-X-80-GB/tune\.json: not a table of configurations"):
         tune.lookup(1, 64, 128, "channel", 4, CUDA)
 
 
@@ -191,7 +192,7 @@ def test_main_writes_the_table_of_this_gpu(
     assert tune.lookup(5, 64, 128, "channel", 4, CUDA) == config
     monkeypatch.setattr(sys, "argv", ["tune", "--out", str(tmp_path / "elsewhere")])
     assert tune.main() == 0
-    assert (tmp_path / "elsewhere" / own_tables.name).is_file()
+    assert (tmp_path / "elsewhere" / own_tables.parent.name / "tune.json").is_file()
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,8 @@
     python -m affinequant_kernels.tune --shapes 4096x4096,12288x4096      needs a CUDA device; writes JSON
 
 A lookup never measures anything: it takes the user's table ($AFFQ_CACHE, or ~/.cache/affinequant/kernels), the table
-shipped for this GPU, or a rule of thumb, in this order. A table is DEVICE.json with {"configs": {size: configuration}}.
+shipped for this GPU, or a rule of thumb, in this order. A table is a file DEVICE/tune.json in such a folder:
+{"configs": {size: configuration}}.
 """
 
 from __future__ import annotations
@@ -85,6 +86,11 @@ def cache_folder() -> Path:
     return Path(os.environ.get("AFFQ_CACHE") or "~/.cache/affinequant/kernels").expanduser()
 
 
+def table_path(folder: Path, device: str) -> Path:
+    """The file of a device's table."""
+    return folder / device_name(device) / "tune.json"
+
+
 def read_table(path: Path) -> dict[str, Config]:
     """The configurations of a file, by size; none where there is no file. Raises ValueError for anything else."""
     if not path.is_file():
@@ -97,8 +103,8 @@ def read_table(path: Path) -> dict[str, Config]:
 
 @functools.cache
 def _table(device: str) -> dict[str, Config]:
-    file = device_name(device) + ".json"
-    return read_table(Path(__file__).parent / "tables" / file) | read_table(cache_folder() / file)
+    shipped = Path(__file__).parent / "tables"
+    return read_table(table_path(shipped, device)) | read_table(table_path(cache_folder(), device))
 
 
 @functools.cache
@@ -137,7 +143,8 @@ def candidates(m: int, n: int, k: int, kind: Kind, bits: int, processors: int) -
             for warps in ((4, 8) if bm == 64 else (8,))
             for stages in (3, 4)
         ]
-        found += [Config(bm=bm, programs=256 * processors // bm) for bm in bms if bm > 64]
+        # Persistent with 256 tokens, registers spill.
+        found += [Config(bm=128, programs=2 * processors)] if 128 in bms else []
     return list(dict.fromkeys([first, *found]))
 
 
@@ -226,7 +233,7 @@ def main() -> int:
         if not torch.cuda.is_available():
             raise ValueError("the search measures on a CUDA device, and there is none here")
         name = torch.cuda.get_device_name()
-        path = (given.out or cache_folder()) / f"{device_name(name)}.json"
+        path = table_path(given.out or cache_folder(), name)
         read_table(path)  # before minutes are spent
     except ValueError as problem:
         parser.error(str(problem))
