@@ -1,0 +1,130 @@
+"""What only a GPU can show: the ops on CUDA tensors, CUDA graphs, streams, torch.compile, the benchmark and the search.
+
+test_kernels_cases.py, which compares every kernel with its reference, runs on a GPU too.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from affinequant_kernels import linear, ops, prepare_weight, reference
+from affinequant_kernels.weight import Weight
+
+pytestmark = pytest.mark.gpu
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device", allow_module_level=True)
+
+
+def sample(n: int, k: int, grouped: bool = False) -> Weight:
+    generator = torch.Generator().manual_seed(n)
+    codes = torch.randint(-8, 8, (n, k), dtype=torch.int8, generator=generator)
+    scale = torch.rand(n, k // 128 if grouped else 1, generator=generator) * 0.01 + 1e-3
+    return prepare_weight(codes, scale).to("cuda")
+
+
+def tokens(m: int, k: int) -> torch.Tensor:
+    return torch.randn(m, k, generator=torch.Generator().manual_seed(m)).to("cuda", torch.bfloat16)
+
+
+@pytest.mark.parametrize("n, k", [(4096, 4096), (11008, 4096), (4096, 11008), (1000, 1408)])
+@pytest.mark.parametrize("m", [1, 2, 3, 16, 17, 64, 65, 256, 2049])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_linear_of_real_sizes(n: int, k: int, m: int, grouped: bool) -> None:
+    weight, x = sample(n, k, grouped), tokens(m, k)
+    for symmetric in (True, False):
+        got = linear(x, weight, act_symmetric=symmetric)
+        assert torch.equal(got, reference.linear_dyn(x, weight, act_symmetric=symmetric))
+
+
+@pytest.mark.parametrize("m", [1, 16, 256])
+@pytest.mark.parametrize("warm", [False, True])
+def test_in_a_cuda_graph(m: int, warm: bool) -> None:
+    """Captured on a stream that has scratch memory already (`warm`), or on one that has none."""
+    weight, x = sample(4096, 4096), tokens(m, 4096)
+    linear(x, weight)  # compile outside the capture
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        if warm:
+            linear(x, weight)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        y = linear(x, weight)
+    for _ in range(3):
+        x.normal_()
+        graph.replay()
+        assert torch.equal(y, reference.linear_dyn(x, weight))
+
+
+def test_a_graph_keeps_scratch_that_was_outgrown() -> None:
+    weight, larger = sample(256, 4096), sample(4096, 4096)
+    x, stream = tokens(16, 4096), torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        linear(x, weight)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        y = linear(x, weight)
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            linear(x, larger)  # needs more scratch
+            torch.full((1 << 22,), -1, device="cuda", dtype=torch.int32)  # would take memory that was given back
+    torch.cuda.synchronize()
+    graph.replay()
+    assert torch.equal(y, reference.linear_dyn(x, weight))
+
+
+@pytest.mark.filterwarnings("ignore:TensorFloat32:UserWarning")  # torch.compile's advice
+def test_compiled() -> None:
+    weight = sample(512, 1024)
+    compiled = torch.compile(lambda x: linear(x, weight), fullgraph=True, dynamic=True)
+    for m in (3, 1, 40):
+        x = tokens(m, 1024)
+        assert torch.equal(compiled(x), reference.linear_dyn(x, weight))
+
+
+def test_two_streams_do_not_share_scratch() -> None:
+    weight = sample(256, 4096)  # few tiles: split along K
+    inputs = [tokens(8, 4096), tokens(9, 4096)]
+    wanted = [reference.linear_dyn(x, weight) for x in inputs]
+    streams = [torch.cuda.Stream() for _ in inputs]
+    torch.cuda.synchronize()
+    outputs: list[list[torch.Tensor]] = [[], []]
+    for _ in range(50):
+        for i, stream in enumerate(streams):
+            with torch.cuda.stream(stream):
+                outputs[i].append(linear(inputs[i], weight))
+    torch.cuda.synchronize()
+    assert all(torch.equal(y, wanted[i]) for i in range(2) for y in outputs[i])
+
+
+def test_weights_on_another_device_are_refused() -> None:
+    with pytest.raises(ValueError, match="qweight: expected a tensor on cuda"):
+        linear(torch.randn(2, 1024, device="cuda"), sample(8, 1024).to("cpu"))
+
+
+def test_fused_ops_of_real_sizes() -> None:
+    """The identity as a transform leaves what `row_quant` gives."""
+    x, eye = tokens(70, 4096), torch.eye(64, device="cuda")
+    wanted = ops.row_quant(x)
+    assert all(torch.equal(a, b) for a, b in zip(wanted, reference.row_quant(x), strict=True))
+    for rows in (torch.ops.affq.kron_quant(x, eye, eye), torch.ops.affq.block_quant(x, eye.unsqueeze(0))):
+        assert all(torch.equal(a, b) for a, b in zip(rows, wanted, strict=True))
+
+
+def test_benchmark() -> None:
+    from affinequant_kernels import bench, bench_report
+
+    result = bench.run(bench.Settings(device="cuda", shapes=((512, 1024),), rows=(1, 32), rounds=2))
+    assert [size["m"] for size in result["sizes"]] == [1, 32] and "w4a16" in result["sizes"][0]["cold"]
+    assert "512 x 1024, 32 tokens" in bench_report.table(result)
+
+
+def test_search() -> None:
+    from affinequant_kernels import tune
+
+    said: list[str] = []
+    found = dict(tune.search([(512, 1024)], [1, 128], "channel", 4, 5.0, said.append))
+    assert len(found) == 2 and not any("differs from the reference" in line for line in said), said
