@@ -52,6 +52,8 @@ def input_of(m: int, k: int, dtype: torch.dtype = torch.float32) -> torch.Tensor
     x = torch.randn(m, k, generator=torch.Generator().manual_seed(m * k)) * 3 + 0.3
     if m > 2:
         x[0], x[1], x[2, 3] = 0.0, -5.0, 1e4  # a zero row, a constant row, a huge outlier
+    if m > 3:
+        x[3, -1] = 50.0  # the largest comes last
     return x.to(dtype).to(DEVICE)
 
 
@@ -117,10 +119,31 @@ def test_linear_of_every_configuration(config: Config, k: int) -> None:
     check_linear(m, k, weight_of("channel", 4, True, 4, k), config, 8, False)
 
 
-def test_split_leaves_its_scratch_clean() -> None:
+@pytest.mark.parametrize("programs", [None, 7], ids=["a program each", "persistent"])
+def test_every_tile_of_a_grid_that_is_not_square(programs: int | None) -> None:
+    """10 tiles of features, in bands of 8 and 2, by 3 of tokens."""
+    generator = torch.Generator().manual_seed(3)
+    weight = prepare_weight(torch.randint(-8, 8, (300, 128), dtype=torch.int8, generator=generator), torch.ones(300))
+    weight = weight.to(DEVICE)
+    q = torch.randint(-8, 8, (40, 128), dtype=torch.int8, generator=generator).to(DEVICE)
+    config = Config(bn=32, bm=16, programs=programs, warps=4)
+    got = gemm.linear(q, torch.ones(40, device=DEVICE), None, None, weight, None, torch.int32, config)
+    assert torch.equal(got, reference.accumulator(q, None, weight))
+
+
+def test_split_leaves_its_scratch_clean(monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[torch.Tensor] = []
+    space = gemm._space
+
+    def remembered(integers: int, device: torch.device) -> torch.Tensor:
+        used.append(space(integers, device))
+        return used[-1]
+
+    monkeypatch.setattr(gemm, "_space", remembered)
     weight = weight_of("channel", 4, False, 64, 640)
-    for _ in range(3):
+    for _ in range(2):
         check_linear(5, 640, weight, CONFIGS["split"], 4, True)
+        assert used and not any(bool(scratch.any()) for scratch in used)
 
 
 def test_every_code_times_every_code() -> None:
@@ -166,7 +189,7 @@ def test_weights_only_product(kind: str, bits: int, with_zero: bool, group: int,
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("m, k", [(1, 64), (17, 200), (3, 9000)])
+@pytest.mark.parametrize("m, k", [(1, 64), (17, 200), (4, 9000)])
 def test_row_quant(bits: int, symmetric: bool, dtype: torch.dtype, m: int, k: int) -> None:
     x = input_of(m, k, dtype)
     for clip in (1.0, 0.73, 0.01):
@@ -228,6 +251,16 @@ def test_fused_quantisers(symmetric: bool, dtype: torch.dtype) -> None:
         both = torch.cat((x, residual), 1)
         rows = quant.silu_mul_quant(both, y=y, **settings)
         check_fused(rows, y, reference.silu_mul_apply(both), symmetric, dtype)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_range_of_one_sign_is_taken_from_zero(sign: int) -> None:
+    """Where nothing pads the tile with zeros."""
+    x, gain = torch.rand(2, 64).add(1.0).mul(sign).to(DEVICE), torch.ones(64, device=DEVICE)
+    y = torch.empty(2, 64, device=DEVICE)
+    rows, _ = quant.rmsnorm_quant(x, None, gain, 1e-6, bits=4, symmetric=False, clip=0.9, y=y)
+    check_fused(rows, y, reference.rmsnorm_apply(x, None, gain, 1e-6)[0], False, torch.float32)
+    assert rows.zero.tolist() == ([-8, -8] if sign > 0 else [7, 7])
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

@@ -18,10 +18,13 @@ def version(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", text)[:2])
 
 
-@pytest.mark.skipif(
+CANNOT_INTERPRET = pytest.mark.skipif(
     version(triton.__version__) < (3, 7) and version(numpy.__version__) >= (2, 4),
     reason="the interpreter of triton 3.6 cannot loop with NumPy >= 2.4: install numpy<2.4",
 )
+
+
+@CANNOT_INTERPRET
 def test_every_kernel_equals_its_reference_in_the_interpreter() -> None:
     root = Path(__file__).parent.parent
     # One thread: the interpreter is Python, and idle threads of torch only get in its way.
