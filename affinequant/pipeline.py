@@ -24,7 +24,7 @@ from affinequant.run import Run
 from affinequant.stages import block_stage, distill_stage, outer_stage
 from affinequant.stream import Decoder, compute_dtype, open_decoder
 from affinequant.transforms import Transform, build
-from affinequant.workspace import open_workspace
+from affinequant.workspace import empty, open_workspace
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +75,8 @@ def quantize(
             return Result(path=workspace.out, report=json.loads((workspace.out / "report.json").read_text()))
         tokens = _tokens(made, listen)
         check_finite(made.source)
+        if overwrite:
+            empty(workspace)
         run = Run.open(workspace.run_folder, _fingerprint(made, tokens))
         decoder = quantize_blocks(made, run, tokens, listen)
         report = finish(made, run, workspace.out, decoder, tokens, listen)

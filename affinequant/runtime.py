@@ -169,7 +169,10 @@ class Online(nn.Module):
 def _plain(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, output_loading_info=True, use_safetensors=True, local_files_only=True
@@ -177,6 +180,9 @@ def _plain(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":
     except (OSError, ValueError, RuntimeError, SafetensorError) as problem:
         what = (str(problem).strip() or type(problem).__name__).splitlines()[0]
         raise AffineQuantError(f"transformers cannot load it: {what}", str(folder), _AGAIN) from problem
+    finally:
+        if bars:
+            logging.enable_progress_bar()
     model, info = loaded
     if info["missing_keys"]:  # transformers goes on with random numbers
         names = sorted(info["missing_keys"])

@@ -53,10 +53,9 @@ def open_workspace(made: Plan, *, overwrite: bool, resume: bool) -> Iterator[Wor
             raise AffineQuantError(
                 "another process is working in this folder", str(out), "wait for it, or use another -o"
             ) from None
-        if overwrite:
-            _empty(out)
+        done = (out / "report.json").exists() and Run.exists(out / RUN_FOLDER)
         try:
-            yield Workspace(out=out, finished=(out / "report.json").exists() and Run.exists(out / RUN_FOLDER))
+            yield Workspace(out=out, finished=done and not overwrite)
         finally:
             if not Run.exists(out / RUN_FOLDER):
                 _leave(out, there_before)
@@ -71,8 +70,9 @@ def _leave(out: Path, there_before: bool) -> None:
         folder.rmdir()
 
 
-def _empty(out: Path) -> None:
-    """Remove everything but the lock that this process holds."""
+def empty(workspace: Workspace) -> None:
+    """Remove everything but the lock that this process holds: only once nothing about the new run can be refused."""
+    out = workspace.out
     inside = [path for path in (out / RUN_FOLDER).iterdir() if path.name != "lock"]
     for path in (*inside, *(path for path in out.iterdir() if path.name != RUN_FOLDER)):
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()

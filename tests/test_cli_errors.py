@@ -177,7 +177,7 @@ def test_group_that_does_not_divide_names_the_nearest(refuse: Refuse, tiny: Tiny
         (["--transform", "vo"], ["cannot read 'vo'", "SITE=NAME"]),
         (["--transform", "vo=none", "--transform", "vo=hadamard"], ["two transforms for the site vo"]),
         (["--transform", "qk=banded"], ["banded at qk is refused", "RoPE", "rope-pair"]),
-        (["--tier", "online"], ["online tier", "--tier merged"]),
+        (["--transform", "mlp_mid=hadamard"], ["hadamard at mlp_mid stays online", "--tier online"]),
         (["--w4a4", "--w4a8"], ["--w4a8 cannot go together with --w4a4"]),
         (["--smaples", "3"], ["unknown option --smaples", "did you mean --samples"]),
         (["--w4a5"], ["unknown option --w4a5", "did you mean --w4a"]),
@@ -249,6 +249,15 @@ def test_output_that_overwriting_would_ruin(refuse: Refuse, tiny_copy: Tiny) -> 
     folder = tiny_copy()
     refuse(2, ["--overwrite would empty", "the model"], folder, "--overwrite", out=folder)
     refuse(2, ["--overwrite would empty", "the model"], folder, "--overwrite", out=folder.parent)
+
+
+def test_a_refusal_leaves_what_was_to_be_overwritten(refuse: Refuse, tiny: Tiny, tmp_path: Path) -> None:
+    out, short = tmp_path / "out", tmp_path / "short.txt"
+    out.mkdir()
+    (out / "precious.txt").write_text("x")
+    short.write_text("too little")
+    refuse(2, ["--data"], tiny(), "--overwrite", data=short, out=out)
+    assert [path.name for path in out.iterdir()] == ["precious.txt"]
 
 
 def test_output_that_cannot_be_written(refuse: Refuse, tiny: Tiny, text: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from affinequant.errors import AffineQuantError
 from affinequant.plan import Plan, plan
 from affinequant.run import Run
-from affinequant.workspace import check_output, open_workspace
+from affinequant.workspace import check_output, empty, open_workspace
 
 Tiny = Callable[..., Path]
 
@@ -68,7 +68,9 @@ def test_overwrite_empties_it(made: Callable[[Path], Plan], tmp_path: Path) -> N
     Run.open(out / ".run", {"seed": 0}).commit("one")
     (out / "report.json").write_text("{}")
     with open_workspace(made(out), overwrite=True, resume=False) as workspace:
-        assert not workspace.finished and not Run.exists(out / ".run")
+        assert not workspace.finished and (out / "link").exists()  # until nothing more can be refused
+        empty(workspace)
+        assert not Run.exists(out / ".run")
         assert [path.name for path in out.iterdir()] == [".run"]
     assert (kept / "file").exists(), "followed a link out of the folder"
 
