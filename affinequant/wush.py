@@ -27,8 +27,8 @@ from torch import Tensor
 from affinequant.linalg import orthogonal_factors
 
 DAMPING = 0.01
-ROUNDS = 2
-"""More changed no error by a hundredth part."""
+ROUNDS = 1
+"""More lower the product of energies by a few per cent, and no perplexity (SmolLM2-135M at W4A4)."""
 
 
 def wush(
@@ -133,8 +133,12 @@ def wush_kronecker_rows(
     damping: float = DAMPING,
     rounds: int = ROUNDS,
 ) -> tuple[Float[Tensor, "n1 n1"], Float[Tensor, "n2 n2"]]:
-    """`wush_kronecker` from activations and weights themselves, without moments of full width: cheaper wherever there
-    are fewer than n^2 / (n1 + n2) rows."""
+    """`wush_kronecker` from activations and weights themselves, without moments of full width, which would cost n per
+    entry where this costs n1 + n2.
+
+    Give activations as they are, first token included, after a `balance` that folds: on SmolLM2-135M at W4A4 both matter
+    more than anything else here (tokens scaled to one length: 14 % more perplexity; no balance: 19 %).
+    """
     x, w = (rows.reshape(-1, n1, n2).double() for rows in (x, w))
     first, second = None, None
     for _ in range(rounds):

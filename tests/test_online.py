@@ -15,6 +15,7 @@ from affinequant.transforms import TRANSFORMS, build, split_parts, structures_of
 from affinequant.transforms.kronecker import Kronecker
 from affinequant.transforms.online import apply_online, flops
 from affinequant.transforms.svd import LIMIT, BoundedMatrix
+from affinequant.wush import balance, wush_kronecker_rows
 
 WIDTHS = (1, 16, 60, 61, 72, 96)
 GQA = Dims(layers=2, hidden=64, mlp=96, heads=4, kv_heads=2, head_dim=24, vocab=320, tied=False)
@@ -136,6 +137,21 @@ def test_kronecker_starts_from_its_factors() -> None:
     torch.testing.assert_close(tensors["left"], first, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(tensors["right"], second, rtol=1e-12, atol=1e-12)
     assert torch.equal(Kronecker(SITES["vo"], seed=0, alpha=1.0).online()["left"], torch.eye(n1))
+
+
+def test_a_closed_form_start_is_built_part_by_part() -> None:
+    where = SITES["mlp_mid"]
+    folded, stays = split_parts("diagonal+kronecker", where)
+    x, w = random(200, 96) * torch.logspace(-2, 2, 96), random(64, 96, seed=1)
+    d = balance(x.square().sum(0), w.square().sum(0))
+    factors = wush_kronecker_rows(x * d, w / d, *kronecker_factors(where))
+    first: Any = build(folded, where, seed=0, alpha=1.0, start=d).double()
+    second: Any = build(stays, where, seed=1, alpha=1.0, start=factors).double()
+    y = apply_online(first.on_activations(x), second.online())
+    torch.testing.assert_close(y, x * d @ torch.kron(*factors), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(y @ second.on_weights(first.on_weights(w)).mT, x @ w.mT)
+    energies = y.detach().square().sum(0)
+    assert float(energies.max() / energies.min()) < 3 < float(x.square().sum(0).max() / x.square().sum(0).min())
 
 
 def test_a_bounded_matrix_starts_where_it_is_told_and_its_two_forms_cancel() -> None:

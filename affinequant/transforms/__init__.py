@@ -52,7 +52,7 @@ class OnlineTransform(Transform, Protocol):
     """One that can act at run time. It acts on what the sinks read, so its `copies` are always those of the sinks."""
 
     def online(self) -> "dict[str, torch.Tensor]":
-        """The matrices that the run time applies (`transforms/online.py`), detached, in the parameters' dtype."""
+        """The matrices that the run time applies (`transforms/online.py`), detached; fp64 after `double`."""
         ...
 
 
