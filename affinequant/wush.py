@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from affinequant.linalg import orthogonal_factors
+from affinequant.linalg import orthogonal_factors, to_blocks
 
 DAMPING = 0.01
 ROUNDS = 1
@@ -165,6 +165,13 @@ def _trace_first(rows: Tensor, p1: Tensor | None) -> Tensor:
     """Sum of (P1^T X)^T (P1^T X) over rows X [n1, n2]."""
     turned = (rows if p1 is None else p1.mT @ rows).flatten(0, 1)
     return turned.mT @ turned
+
+
+def block_moments(x: Float[Tensor, "*batch n"], count: int, copies: int = 1) -> Float[Tensor, "count b b"]:
+    """The sum of x^T x over rows x for each of `count` blocks, in fp64: what `wush` needs for one matrix per block, or
+    per KV head, with those of the `copies` query heads that share it added up. Those of several batches add up too."""
+    rows = to_blocks(x.double(), count, copies)
+    return rows.mT @ rows
 
 
 def wush_blocks(

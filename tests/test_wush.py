@@ -7,6 +7,7 @@ from torch import Tensor
 from affinequant.linalg import kronecker_apply, orthogonal_factors
 from affinequant.wush import (
     balance,
+    block_moments,
     level,
     partial_moments,
     wush,
@@ -125,6 +126,17 @@ def test_blocks_are_the_blocks_own() -> None:
     blocks = wush_blocks(moment, gram, 4)
     assert blocks.shape == (3, 4, 4)
     torch.testing.assert_close(blocks[1], wush(moment[4:8, 4:8], gram[4:8, 4:8]))
+
+
+def test_moments_of_blocks_add_up_over_rows_and_copies() -> None:
+    x, w = random(5, 9, 24), random(30, 24, seed=1)
+    flat = x.reshape(-1, 24)
+    torch.testing.assert_close(
+        wush(block_moments(x, 4), block_moments(w, 4)), wush_blocks(flat.T @ flat, w.T @ w, 6), rtol=1e-6, atol=1e-8
+    )
+    heads = flat.reshape(-1, 2, 3, 4)  # two KV heads, each shared by three query heads
+    expected = torch.stack([sum(heads[:, k, c].T @ heads[:, k, c] for c in range(3)) for k in range(2)])
+    torch.testing.assert_close(block_moments(x, 2, copies=3), expected)
 
 
 def test_balance_is_the_best_diagonal() -> None:
