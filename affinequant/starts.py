@@ -18,7 +18,7 @@ ROWS = 4096
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What reaches a site: the largest magnitude of each feature, and some tokens, each divided by its own size."""
+    """What reaches a site: the largest magnitude of each feature, and some tokens."""
 
     largest: Float[Tensor, " width"]
     rows: Float[Tensor, "tokens width"]
@@ -65,10 +65,8 @@ def _see(job: BlockJob, tensors: Tensors, x: Tensor) -> dict[str, Seen]:
     def see(site: str, value: Tensor) -> Tensor:
         seen = value.detach().abs().flatten(0, -2).amax(0)
         largest[site] = torch.maximum(largest[site], seen) if site in largest else seen
-        some = value.detach()[:, ::stride].flatten(0, -2).float()
-        # A token has a grid of its own, so its error grows with its size: the first one must not outweigh all others.
-        size = some.square().mean(-1, keepdim=True).sqrt().clamp_min(torch.finfo(torch.float32).tiny)
-        rows.setdefault(site, []).append(some / size)
+        # As they are: divided by their sizes, tokens gave a worse start (1.74 against 1.50 times full precision).
+        rows.setdefault(site, []).append(value.detach()[:, ::stride].flatten(0, -2).float())
         return value
 
     job.run_all(tensors, x, see)

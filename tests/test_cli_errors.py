@@ -256,7 +256,7 @@ def test_a_refusal_leaves_what_was_to_be_overwritten(refuse: Refuse, tiny: Tiny,
     out.mkdir()
     (out / "precious.txt").write_text("x")
     short.write_text("too little")
-    refuse(2, ["--data"], tiny(), "--overwrite", data=short, out=out)
+    refuse(3, ["too little calibration text"], tiny(), "--overwrite", data=short, out=out)
     assert [path.name for path in out.iterdir()] == ["precious.txt"]
 
 
