@@ -28,7 +28,8 @@ CHUNK = 256
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Distilled:
-    """`tensors`: what changed, under full names as stages hold them; `after`: the quantised stream behind the blocks."""
+    """`tensors`: what changed, under full names as stages hold them; `after`: the quantised stream behind the blocks, of
+    the first samples."""
 
     tensors: Tensors
     after: Float[Tensor, "samples tokens hidden"]
@@ -37,7 +38,10 @@ class Distilled:
 
 
 class Continuous(nn.Module):
-    """One rounded block whose scales, gains and clips are trained; each is its start times exp(parameter)."""
+    """One rounded block whose scales, gains and clips are trained; each is its start times exp(parameter).
+
+    Online matrices stay: trained along, they left the held-out divergence 2 % higher.
+    """
 
     def __init__(self, job: BlockJob, stored: Tensors) -> None:
         super().__init__()
@@ -169,6 +173,7 @@ def distill(
     outer: Tensors,
     embedded: Float[Tensor, "samples tokens hidden"],
     full: Float[Tensor, "samples tokens hidden"],
+    keep: int,
     say: Callable[[str], None],
 ) -> Distilled:
     """Train what is continuous in the rounded blocks `stages`; the epoch with the least held-out divergence stands, and
@@ -179,6 +184,7 @@ def distill(
         stages: the blocks' committed tensors, in order.
         embedded: calibration tokens before block 0.
         full: full-precision hidden states behind the last block.
+        keep: for how many samples `after` is wanted.
     """
     recipe = jobs[0].recipe
     blocks = [Continuous(job, stored) for job, stored in zip(jobs, stages, strict=True)]
@@ -209,7 +215,7 @@ def distill(
     )
     tensors = {name: tensor for block in blocks for name, tensor in block.changed().items()}
     tensors[objective.norm] = objective.final_norm().detach().to(outer[objective.norm].dtype)
-    after = embedded
+    after = embedded[:keep]
     for block in blocks:
         with torch.no_grad():
             after = block.job.run_all(block.tensors(), after, block.on_input)

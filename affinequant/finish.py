@@ -77,6 +77,11 @@ def stage_name(index: int) -> str:
     return f"block.{index:04d}"
 
 
+def verified_samples(tokens: Tokens) -> int:
+    """How many of the calibration samples a reloaded checkpoint is held against."""
+    return max(1, min(len(tokens.ids), VERIFY_TOKENS // tokens.ids.shape[1]))
+
+
 def store_dtype(made: Plan) -> torch.dtype:
     """What scales, norms and embeddings are kept in: float16 where the source is, else bfloat16."""
     entry = made.source.entries[f"{made.family.embedding}.weight"]
@@ -137,7 +142,7 @@ def _stream_losses(made: Plan, run: Run, decoder: Decoder, tokens: Tokens, last:
     outers = {"full": outer, "quantized": _current(run, "outer")}
     device, head = decoder.device, f"{made.family.head}.weight"
     unused = f"{made.family.embedding}.weight" if head in outer else ""
-    count = max(1, min(len(tokens.ids), VERIFY_TOKENS // tokens.ids.shape[1]))
+    count = verified_samples(tokens)
     losses = {}
     with torch.no_grad():
         for name, stream in run.carry(last).items():

@@ -28,6 +28,13 @@ def place_all(recipe: Recipe, sites: Mapping[str, Site]) -> dict[str, Placement]
         _, online = split_parts(chosen, site)
         parts = [place(site, structure) for structure in structures_of(chosen, where="--transform")]
         cost = sum(part.flops for part in parts)
+        if site.kind == "residual" and chosen != "hadamard":
+            raise AffineQuantError(
+                f"nothing learns the rotation of the residual stream yet: {chosen} would stay where it starts",
+                "--transform",
+                f"use {name}=hadamard",
+                exit_code=PREFLIGHT,
+            )
         if online and site.kind == "rope":
             raise AffineQuantError(
                 f"{online} at {name} acts between RoPE and attention, where only a quantised K cache needs it",

@@ -12,7 +12,7 @@ from affinequant.block import BlockJob, BlockObjective, folded_exactly
 from affinequant.data import Tokens
 from affinequant.distill import distill
 from affinequant.errors import QUALITY, AffineQuantError
-from affinequant.finish import DISTILLED, peak_bytes, stage_name, store_dtype
+from affinequant.finish import DISTILLED, peak_bytes, stage_name, store_dtype, verified_samples
 from affinequant.fit import FitConfig, FitReport, fit
 from affinequant.fold import Tensors, rotate_block, rotate_outer
 from affinequant.plan import Plan
@@ -70,8 +70,8 @@ def distill_stage(made: Plan, run: Run, tokens: Tokens, jobs: Sequence[BlockJob]
     embedding = f"{made.family.embedding}.weight"
     here = {embedding: outer[embedding].to(decoder.device, decoder.dtype)}
     embedded, _ = decoder.embed(tokens.ids.to(decoder.device), here)
-    full = run.carry(names[-1])["full"]
-    done = distill(jobs, (run.tensors(name) for name in names), outer, embedded, full, listen.say)
+    full, keep = run.carry(names[-1])["full"], verified_samples(tokens)
+    done = distill(jobs, (run.tensors(name) for name in names), outer, embedded, full, keep, listen.say)
     held_out = done.fitted.series["held-out"]
     report = {
         "divergence_first": held_out[0],
@@ -83,7 +83,7 @@ def distill_stage(made: Plan, run: Run, tokens: Tokens, jobs: Sequence[BlockJob]
         "seconds": time.perf_counter() - began,
         "peak_bytes": peak_bytes(decoder.device),
     }
-    run.commit(DISTILLED, tensors=done.tensors, carry={"full": full, "quantized": done.after}, report=report)
+    run.commit(DISTILLED, tensors=done.tensors, carry={"full": full[:keep], "quantized": done.after}, report=report)
 
 
 def _round_and_run(

@@ -88,9 +88,10 @@ def _transforms() -> Listing:
     sites = [Site(name=spec.name, kind=spec.kind, width=64, sources=(), sinks=()) for spec in LLAMA.sites]
     rows = []
     for name, (structure, _, about) in TRANSFORMS.items():
-        folds = [site.name for site in sites if place(site, structures_of(name, where="")[0]).how == "folded"]
-        rows.append((name, structure, ", ".join(folds), about))
-    return Listing(columns=("name", "structure", "folds at", "about"), rows=rows)
+        placed = {site.name: place(site, structures_of(name, where="")[0]).how for site in sites}
+        at = [", ".join(site for site, how in placed.items() if how == wanted) for wanted in ("folded", "online")]
+        rows.append((name, structure, *at, about))
+    return Listing(columns=("name", "structure", "folds at", "online at", "about"), rows=rows)
 
 
 def _formats() -> Listing:
