@@ -28,10 +28,12 @@ from .weight import Weight, integer_weight, kind_of, unpack
 Engine = Literal["onednn", "int_mm", "float64"]
 T = TypeVar("T")
 
-# Elements that stay in a core's second-level cache while a block of rows is quantised.
-BLOCK_ELEMENTS = 1 << 18
-# torch.round wakes threads from 2048 elements on, other ops from this many; waking them costs more than the rounding.
+# torch shares an op among threads above this many elements (torch.round above 2048). Waking a thread that sleeps costs
+# some 50 microseconds, more than such an op, so up to SERIAL_ELEMENTS rows are worked on in blocks of THREADED_ELEMENTS,
 THREADED_ELEMENTS = 1 << 15
+SERIAL_ELEMENTS = 1 << 17
+# and above it in few blocks, which cores' second-level caches just hold.
+BLOCK_ELEMENTS = 1 << 19
 MAGIC = 12582912.0  # 1.5 * 2^23: adding it leaves no fraction, and rounds to nearest even
 # Rows of the output worked on at once: bounds the fp32 intermediate, which costs page faults when it is large.
 CHUNK_ROWS = 512
@@ -42,53 +44,56 @@ EXACT = 1 << 24
 def row_quant(x: Float[Tensor, "m k"], *, bits: int, symmetric: bool, clip: float, with_rowsum: bool = True) -> Rows:
     """As `reference.row_quant`. Works on blocks of rows, each by vectorised, threaded torch ops."""
     m, k = x.shape
-    rows = max(1, min(m, BLOCK_ELEMENTS // max(k, 1)))
-    q = torch.empty(m, k, dtype=torch.int8)
-    scale = torch.empty(m)
-    zero = torch.zeros(m, dtype=torch.int32)
-    rowsum = torch.empty(m, dtype=torch.int32)
+    rows = Rows(torch.empty(m, k, dtype=torch.int8), torch.empty(m), torch.zeros(m, dtype=torch.int32), torch.empty(0))
+    together = m if x.numel() > SERIAL_ELEMENTS else max(1, THREADED_ELEMENTS // max(k, 1))
+    for start in range(0, m, together):
+        part = slice(start, start + together)
+        _quantise(x[part], bits, symmetric, clip, rows.q[part], rows.scale[part], rows.zero[part])
+    rowsum = torch.sum(rows.q, 1, dtype=torch.int32) if with_rowsum else torch.empty(m, dtype=torch.int32)
+    return rows._replace(rowsum=rowsum)
+
+
+def _quantise(x: Tensor, bits: int, symmetric: bool, clip: float, q: Tensor, scale: Tensor, zero: Tensor) -> None:
+    """Fill q, scale and, where not symmetric, zero."""
+    m, k = x.shape
+    half = float(1 << (bits - 1))
+    if symmetric:
+        torch.mul(_largest_magnitude(x), clip, out=scale)
+        scale.div_(half - 1.0).clamp_(min=SCALE_FLOOR)
+        inverse, shift = scale.reciprocal().unsqueeze(1), None
+    else:
+        bottom = x.amin(1).float().clamp_(max=0.0).mul_(clip)
+        torch.sub(x.amax(1).float().clamp_(min=0.0).mul_(clip), bottom, out=scale)
+        scale.div_(2.0 * half - 1.0).clamp_(min=SCALE_FLOOR)
+        inverse = scale.reciprocal().unsqueeze(1)
+        shift = _round_(bottom.neg_().mul_(inverse.squeeze(1))).sub_(half).clamp_(-half, half - 1.0).unsqueeze(1)
+        zero.copy_(shift.squeeze(1))
+    rows = max(1, min(m, BLOCK_ELEMENTS // k))
     scratch = torch.empty(rows, k)
-    quantise = _symmetric_block if symmetric else _asymmetric_block
     for start in range(0, m, rows):
         block = slice(start, min(start + rows, m))
-        quantise(x[block], scratch[: min(rows, m - start)], bits, clip, q[block], scale[block], zero[block])
-        if with_rowsum:
-            torch.sum(q[block], 1, dtype=torch.int32, out=rowsum[block])
-    return Rows(q, scale, zero, rowsum)
+        value = scratch[: block.stop - start]
+        torch.mul(x[block] if x.dtype == torch.float32 else value.copy_(x[block]), inverse[block], out=value)
+        if shift is not None:
+            _round_(value).add_(shift[block]).clamp_(-half, half - 1.0)
+        elif clip < 1.0:
+            _round_(value.clamp_(-half, half - 1.0))
+        else:  # max|x| itself becomes half - 1, give or take a rounding
+            _round_(value)
+        q[block].copy_(value)
 
 
-def _symmetric_block(
-    x: Tensor, scratch: Tensor, bits: int, clip: float, q: Tensor, scale: Tensor, zero: Tensor
-) -> None:
-    del zero  # stays 0
-    high = float((1 << (bits - 1)) - 1)
-    x = x if x.dtype == torch.float32 else scratch.copy_(x)
-    torch.maximum(x.amax(1), x.amin(1).neg_(), out=scale)
-    scale.mul_(clip).div_(high).clamp_(min=SCALE_FLOOR)
-    torch.mul(x, scale.reciprocal().unsqueeze(1), out=scratch)
-    if clip < 1.0:  # otherwise max|x| itself becomes `high`, give or take a rounding
-        scratch.clamp_(-high - 1.0, high)
-    q.copy_(_round_(scratch))
+def _largest_magnitude(x: Tensor) -> Float[Tensor, " m"]:
+    """max |x| of each row; NaN where there is one."""
+    if x.dtype == torch.float32:
+        return torch.maximum(x.amax(1), x.amin(1).neg_())
+    # The bits of a 16-bit float without its sign, as an integer, are in the order of magnitudes; NaN is above infinity.
+    return (x.view(torch.int16) & 0x7FFF).amax(1).view(x.dtype).float()
 
 
 def _round_(x: Tensor) -> Tensor:
     """Round to nearest even, in place. Exact below 2^22; what is larger stays large, and is clamped."""
     return x.round_() if x.numel() > THREADED_ELEMENTS else x.add_(MAGIC).sub_(MAGIC)
-
-
-def _asymmetric_block(
-    x: Tensor, scratch: Tensor, bits: int, clip: float, q: Tensor, scale: Tensor, zero: Tensor
-) -> None:
-    half = 1 << (bits - 1)
-    x = x if x.dtype == torch.float32 else scratch.copy_(x)
-    bottom = x.amin(1).clamp_(max=0.0).mul_(clip)
-    torch.sub(x.amax(1).clamp_(min=0.0).mul_(clip), bottom, out=scale)
-    scale.div_(float(2 * half - 1)).clamp_(min=SCALE_FLOOR)
-    inverse = scale.reciprocal()
-    shift = bottom.neg_().mul_(inverse).round_().sub_(half).clamp_(-half, half - 1)
-    zero.copy_(shift)
-    torch.mul(x, inverse.unsqueeze(1), out=scratch)
-    q.copy_(_round_(scratch).add_(shift.unsqueeze(1)).clamp_(-half, half - 1))
 
 
 # One weight, ready to multiply.
@@ -271,10 +276,22 @@ def _chunk(
         if out_dtype == torch.int32:
             return acc.to(torch.int32)
         y = acc.float().mul_(weight.scale)
-    y.mul_(scale.unsqueeze(1))
-    if bias is not None:
-        y.add_(bias)
-    return y if out_dtype == torch.float32 else y.to(out_dtype)
+    return _scaled(y, scale, bias, out_dtype)
+
+
+def _scaled(y: Float[Tensor, "m n"], scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+    """y * scale + bias in y's place, and then the one rounding to the output's type."""
+    m, n = y.shape
+    out = y if out_dtype == torch.float32 else torch.empty(m, n, dtype=out_dtype)
+    rows = m if y.numel() > SERIAL_ELEMENTS else max(1, THREADED_ELEMENTS // n)
+    for start in range(0, m, rows):
+        block = slice(start, start + rows)
+        part = y[block].mul_(scale[block].unsqueeze(1))
+        if bias is not None:
+            part.add_(bias)
+        if out is not y:
+            out[block].copy_(part)
+    return out
 
 
 def _accumulate(plan: _Plan, q: Tensor, zero: Tensor | None, weight: Weight) -> Tensor:
