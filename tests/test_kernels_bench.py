@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from affinequant_kernels import bench, bench_layers, bench_report, cpu, ops
+from affinequant_kernels import bench, bench_layers, bench_report, cpu, ops, reference
+from affinequant_kernels.weight import kind_of
 
 Patch = pytest.MonkeyPatch
 Capture = pytest.CaptureFixture[str]
@@ -208,3 +209,13 @@ def test_roofline_share_of_a_known_device() -> None:
     # 2 bytes a weight at 4.8e12 bytes a second: 7 of 10 us.
     assert shares == ["70", "-"]
     assert "| w4a4 | 10.0 | 9.0..11.0 | 10.0 | 1.00 | 1.00 | 18 |" in bench_report.table(result)
+
+
+@pytest.mark.parametrize("kind, bits", [("channel", 4), ("channel", 8), ("group", 4), ("integer", 4)])
+def test_what_is_timed_is_a_quantised_gaussian(kind: Any, bits: int) -> None:
+    weight = bench_layers.sample_weight(16, 256, kind, bits)
+    assert kind_of(weight.scale, weight.mul) == kind
+    value = reference.w4a16_linear(torch.eye(256), weight).t()
+    # Clipped at 0.7 of each scale's largest value. The integer multipliers are random, so there the size says nothing.
+    assert kind == "integer" or 0.85 < float(value.std()) < 1.05
+    assert len(value.unique()) > 16

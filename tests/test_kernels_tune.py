@@ -139,19 +139,8 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
     monkeypatch.setattr(triton.testing, "do_bench", do_bench)
     sample, randn = bench_layers.sample_weight, torch.randn
     monkeypatch.setattr(torch, "randn", lambda *size, device="cpu", **more: randn(*size, **more))
-    monkeypatch.setattr(bench_layers, "sample_weight", lambda *a, **k: Stays(sample(*a, **k)))
+    monkeypatch.setattr(bench_layers, "sample_weight", lambda n, k, kind, bits, device: sample(n, k, kind, bits))
     return asked
-
-
-class Stays:
-    """A weight that `.to("cuda")` leaves where it is."""
-
-    def __init__(self, weight: Any) -> None:
-        self.weight = weight
-
-    def to(self, device: str) -> Any:
-        assert device == "cuda"
-        return self.weight
 
 
 def test_the_search_takes_the_fastest_that_is_exact(pretend: list[Config]) -> None:

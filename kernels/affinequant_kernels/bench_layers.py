@@ -38,17 +38,17 @@ BASELINES = ("torch bf16", "torch fp32")
 RIVAL_ERROR = 0.3
 
 
-def sample_weight(n: int, k: int, kind: Kind = "channel", bits: int = 4, seed: int = 0) -> Weight:
-    """A quantised Gaussian [n, k]; groups are of GROUP columns."""
-    generator = torch.Generator().manual_seed(seed)
-    value = torch.randn(n, k, generator=generator)
+def sample_weight(n: int, k: int, kind: Kind = "channel", bits: int = 4, device: str = "cpu") -> Weight:
+    """A quantised Gaussian [n, k], made on the device; groups are of GROUP columns."""
+    generator = torch.Generator(device).manual_seed(0)
+    value = torch.randn(n, k, generator=generator, device=device)
     high = (1 << (bits - 1)) - 1
     groups = 1 if kind == "channel" else k // GROUP
     parts = value.unflatten(1, (groups, -1))
     scale = parts.abs().amax(2) * 0.7 / high
     codes = (parts / scale.unsqueeze(2)).round().clamp(-high - 1, high).to(torch.int8).flatten(1)
     if kind == "integer":
-        mul = torch.randint(1, 17, (n, groups), dtype=torch.uint8, generator=generator)
+        mul = torch.randint(1, 17, (n, groups), dtype=torch.uint8, generator=generator, device=device)
         return prepare_weight(codes, scale[:, 0].contiguous(), bits=bits, mul=mul)
     return prepare_weight(codes, scale, bits=bits)
 
@@ -70,7 +70,7 @@ def make_layers(n: int, k: int, device: str, copies: int) -> Layers:
     weights: dict[tuple[Kind, int], list[Weight]] = {}
     for _, kind, bits, _ in OURS:
         if (kind, bits) not in weights:
-            first = sample_weight(n, k, kind, bits).to(device)
+            first = sample_weight(n, k, kind, bits, device)
             weights[kind, bits] = [first, *(_clone(first) for _ in range(copies - 1))]
     four = weights["channel", 4][0]
     dense = (unpack(four.qweight, k).float() * four.scale.unsqueeze(1)).bfloat16()

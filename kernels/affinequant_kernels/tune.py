@@ -160,7 +160,7 @@ def search(
     from .bench_layers import sample_weight
 
     end = time.monotonic() + 60 * minutes
-    weights = {(n, k): sample_weight(n, k, kind, bits).to("cuda") for n, k in shapes}
+    weights = {(n, k): sample_weight(n, k, kind, bits, "cuda") for n, k in shapes}
     # Tokens outside, shapes inside: a candidate is compiled once and serves every shape.
     for m in rows:
         for (n, k), weight in weights.items():
