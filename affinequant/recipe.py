@@ -23,6 +23,7 @@ Offload = Literal["auto", "cpu", "disk"]
 Format = Literal["auto", "compressed-tensors", "affinequant", "dense"]
 Schedule = Literal["constant", "cosine"]
 Finish = Literal["none", "kl"]
+Start = Literal["closed-form", "hadamard"]
 
 
 def _option(default: Any, group: str, text: str, *, same_bytes: bool = False, factory: Any = MISSING) -> Any:
@@ -65,6 +66,9 @@ class Recipe:
     aux_loss: bool = _option(False, "method", "add the error against the full-precision block on the same inputs")
     alpha: float = _option(0.1, "method", "stability factor: weight of entries off the diagonal in the gradual mask")
     balance: float = _option(0.5, "method", "start of a diagonal: activation maximum to this power over weight's rest")
+    start: Start = _option(
+        "closed-form", "method", "what matrices that stay online start from: the closed form, or a fixed rotation"
+    )
     finish: Finish = _option("none", "method", "train scales, gains and clips on the full model's logits at the end")
     finish_epochs: int = _option(2, "method", "passes of the finish over the calibration samples")
     finish_lr: float = _option(1e-3, "method", "learning rate of the finish")

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from affinequant.block import BlockJob
 from affinequant.fold import Tensors
+from affinequant.linalg import orthogonal_factors
 from affinequant.sites import Site, block_width, kronecker_factors
 from affinequant.transforms import OnlineTransform, Transform, build, split_parts, structures_of
 from affinequant.wush import balance, wush_blocks, wush_kronecker_rows
@@ -30,15 +31,14 @@ def build_transforms(
     """The recipe's transforms of one block in the order of its sites: those that fold and those that stay online. The
     residual stream's is the model's own and not among them."""
     folded, online = {}, {}
-    wanted = {name: job.recipe.transforms[name] for name in job.sites if name in job.recipe.transforms}
-    seen = (
-        _see(job, tensors, x) if any(_wants_start(name) for site, name in wanted.items() if site != "residual") else {}
-    )
-    for name, chosen in wanted.items():
+    wanted = {
+        name: split_parts(job.recipe.transforms[name], site)
+        for name, site in job.sites.items()
+        if name in job.recipe.transforms and site.kind != "residual"
+    }
+    seen = _see(job, tensors, x) if any(_looks(job, *parts) for parts in wanted.values()) else {}
+    for name, (first, second) in wanted.items():
         site = job.sites[name]
-        if site.kind == "residual":
-            continue
-        first, second = split_parts(chosen, site)
         weights = [tensors[f"{edge.module}.weight"] for edge in site.sinks]
         start = None
         if name in seen:
@@ -47,14 +47,19 @@ def build_transforms(
             folded[name] = build(first, site, seed=job.seed(name), alpha=job.recipe.alpha, start=start)
             folded[name].to(job.decoder.device)
         if second:
-            matrices = _matrices(second, site, seen.get(name), weights, folded.get(name))
+            if job.recipe.start == "hadamard":
+                matrices = _rotations(second, site)
+            else:
+                matrices = _matrices(second, site, seen.get(name), weights, folded.get(name))
             made = build(second, site, seed=job.seed(f"{name}/online"), alpha=job.recipe.alpha, start=matrices)
             online[name] = made.to(job.decoder.device)
     return folded, online  # pyright: ignore[reportReturnType]
 
 
-def _wants_start(name: str) -> bool:
-    return not name.startswith("hadamard")
+def _looks(job: BlockJob, first: str, second: str) -> bool:
+    """Whether anything at a site starts from what reaches it: fixed rotations do not."""
+    fixed = job.recipe.start == "hadamard" or second.startswith("hadamard")
+    return bool(first and not first.startswith("hadamard")) or bool(second and not fixed)
 
 
 def _see(job: BlockJob, tensors: Tensors, x: Tensor) -> dict[str, Seen]:
@@ -96,13 +101,33 @@ def _per_head(site: Site, value: Tensor, how: str) -> Tensor:
     return (parts.amax(1) if how == "max" else parts.mean(1)).reshape(-1)
 
 
+def _rotations(name: str, site: Site) -> Tensor | tuple[Tensor, Tensor] | None:
+    """An orthogonal matrix without large entries for each that the first online part starts from, whatever the data."""
+    how = _free(name)
+    if how == "kronecker":
+        first, second = (torch.kron(*orthogonal_factors(size)) for size in kronecker_factors(site))
+        return first, second
+    if how is None:
+        return None
+    width = block_width(site) if how == "block" else site.width
+    return torch.kron(*orthogonal_factors(width)).repeat(site.width // width, 1, 1)
+
+
+def _free(name: str) -> str | None:
+    """The structure of the first online part where it can start from any matrices: triangular factors cannot, and
+    rotations have a start of their own."""
+    first = name.split("+")[0]
+    structure = structures_of(first, where="")[0]
+    return structure if structure in ("kronecker", "block", "dense") and first != "lu" else None
+
+
 @torch.no_grad()
 def _matrices(
     name: str, site: Site, seen: Seen | None, weights: list[Tensor], folded: Transform | None
 ) -> Tensor | tuple[Tensor, Tensor] | None:
     """What the first online part starts from, on activations and weights as the folded part leaves them."""
-    structure = structures_of(name, where="")[0]
-    if seen is None or structure not in ("kronecker", "block", "dense"):
+    structure = _free(name)
+    if seen is None or structure is None:
         return None
     x, w, copies = seen.rows, torch.cat(weights).float(), site.sinks[0].copies
     if folded is not None:

@@ -20,7 +20,8 @@ def other(name: str, value: Any) -> Any:
     choices = {
         "model": "other", "scheme": "w8a8", "tier": "online", "preset": "fast", "format": "dense",
         "transforms": {"vo": "diagonal"}, "rounding": "nearest", "weight_clip": "none", "activation_clip": "none",
-        "schedule": "constant", "finish": "kl", "loss": "mse", "propagate": "quantized", "data": "c4", "dtype": "bfloat16",
+        "schedule": "constant", "start": "hadamard", "finish": "kl", "loss": "mse", "propagate": "quantized", "data": "c4",
+        "dtype": "bfloat16",
     }  # fmt: skip
     if isinstance(value, bool):
         return not value
@@ -110,6 +111,7 @@ UNKNOWN = [
     ({"model": "m", "scheme": "w4a44"}, "unknown scheme", "did you mean 'w4a4'"),
     ({"model": "m", "rounding": "gpqt"}, "unknown rounding 'gpqt'", "did you mean 'gptq'"),
     ({"model": "m", "weight_clip": "serch"}, "unknown weight clip 'serch'", "did you mean 'search'"),
+    ({"model": "m", "start": "hadamrd"}, "unknown start 'hadamrd'", "did you mean 'hadamard'"),
     ({"model": "m", "tier": "merge"}, "unknown tier 'merge'", "did you mean 'merged'"),
     ({"scheme": "w4a4"}, "no model was named", "give a folder"),
     ({"model": "m", "samples": 0}, "samples = 0", "use 1 or more"),

@@ -80,3 +80,45 @@ def test_online_transforms_alone_change_nothing(tiny: Tiny, kind: str, shape: di
     through = lambda site, value: apply_online(value, stored[site])  # noqa: E731
     with torch.no_grad():
         torch.testing.assert_close(job.run(exact, x, through), expected, rtol=1e-3, atol=2e-4)
+
+
+EVERY = {
+    "kronecker": {"attn_in": "diagonal+kronecker", "vo": "kronecker", "mlp_in": "kronecker", "mlp_mid": "diagonal+kronecker"},
+    "block": {"attn_in": "diagonal+block", "mlp_in": "block", "mlp_mid": "diagonal+block"},
+    "dense": {"attn_in": "dense", "mlp_in": "diagonal+dense"},
+    "lu": {"attn_in": "diagonal+lu", "mlp_mid": "lu"},
+    "orthogonal": {"attn_in": "diagonal+orthogonal", "mlp_mid": "orthogonal"},
+}  # fmt: skip
+SMALL = {"hidden": 72, "heads": 3, "kv_heads": 1}
+
+
+@pytest.mark.parametrize("shape", [{}, SMALL], ids=str)
+@pytest.mark.parametrize("kind", EVERY)
+def test_fixed_rotations_in_place_of_closed_forms(tiny: Tiny, kind: str, shape: dict[str, int]) -> None:
+    """Orthogonal, and spread out, whatever the data; a diagonal ahead of them keeps its balance."""
+    fields = {"preset": "rtn", "tier": "online", "transforms": EVERY[kind]}
+    job, tensors, x = make_job(tiny(**shape), start="hadamard", **fields)
+    folded, online = build_transforms(job, tensors, x)
+    other = build_transforms(*make_job(tiny(**shape), **fields))
+    assert set(online) == set(EVERY[kind])
+    for site, module in online.items():
+        eye = torch.eye(x.shape[-1] if site != "mlp_mid" else job.sites[site].width, dtype=torch.float64)
+        matrix = module.double().on_activations(eye).detach()
+        torch.testing.assert_close(matrix @ matrix.mT, eye, rtol=0, atol=1e-12)
+        # Triangular factors have no start but the identity.
+        assert (float(matrix.abs().max()) < 0.8) is (kind != "lu")
+    assert folded.keys() == other[0].keys()
+    for site, module in folded.items():
+        ones = torch.ones(job.sites[site].width)
+        assert torch.equal(module.on_activations(ones), other[0][site].on_activations(ones))
+
+
+def test_a_fixed_start_looks_at_no_data(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    job, tensors, x = make_job(
+        tiny(), preset="rtn", tier="online", start="hadamard", transforms={"vo": "kronecker", "mlp_mid": "hadamard"}
+    )
+    monkeypatch.setattr("affinequant.starts._see", lambda *_: pytest.fail("the data was looked at"))
+    _, online = build_transforms(job, tensors, x)
+    mixed = online["vo"].online()
+    assert mixed["left"].shape == (4, 4)
+    torch.testing.assert_close(mixed["left"].abs(), torch.full((4, 4), 0.5))
