@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from affinequant.errors import AffineQuantError, unknown_name
-from affinequant.presets import PRESETS
+from affinequant.presets import ALIASES, PRESETS, Preset
 from affinequant.scheme import Scheme
 
 Tier = Literal["merged", "online"]
@@ -95,8 +95,8 @@ class Recipe:
         for entry in fields(self):
             _check_type(entry.name, getattr(self, entry.name), hints[entry.name])
         Scheme.parse(self.scheme)
-        if self.preset not in PRESETS:
-            raise unknown_name("preset", self.preset, PRESETS, where="--preset", listing="presets")
+        _find_preset(self.preset)
+        object.__setattr__(self, "preset", ALIASES.get(self.preset, self.preset))
         for name, least in (
             ("samples", 1),
             ("seq_len", 8),
@@ -177,10 +177,8 @@ def resolve(values: Mapping[str, Any], *, where: str = "quantize()") -> Recipe:
             raise unknown_name("recipe field", name, known, where=where)
     if "model" not in values:
         raise AffineQuantError("no model was named", where, "give a folder, a hub id or `demo`")
-    preset = values.get("preset", "default")
-    if preset not in PRESETS:
-        raise unknown_name("preset", str(preset), PRESETS, where="--preset", listing="presets")
-    merged = PRESETS[preset].fields(str(values.get("tier", "merged")), demo=values["model"] == "demo")
+    preset = _find_preset(values.get("preset", "default"))
+    merged = preset.fields(str(values.get("tier", _tier(preset))), demo=values["model"] == "demo")
     base = dict(merged.get("transforms", {}))
     merged |= values
     given = values.get("transforms", {})
@@ -198,12 +196,26 @@ def _chosen(values: Mapping[str, Any], *, where: str) -> dict[str, Any]:
     """A file's values without those that its own preset and scheme had filled in: another preset fills them anew."""
     names = {name: values[name] for name in ("model", "scheme", "preset", "tier") if name in values}
     base = resolve({"model": "demo"} | names, where=where)
-    filled = {"activation_clip"}.union(*({*p.settings, *p.online, *p.demo} for p in PRESETS.values()))
+    filled = {"activation_clip"}.union(*({*p.settings, *p.online, *p.demo} for p in PRESETS.values())) - {"tier"}
     kept = {name: value for name, value in values.items() if name not in filled or value != getattr(base, name)}
+    if kept.get("tier") == _tier(PRESETS[base.preset]):
+        del kept["tier"]
     if isinstance(kept.get("transforms"), dict):
         sites = kept["transforms"].items()
         kept["transforms"] = {site: name for site, name in sites if name != base.transforms.get(site, "none")}
     return kept
+
+
+def _find_preset(name: Any) -> Preset:
+    known = ALIASES.get(name, name) if isinstance(name, str) else None
+    if known not in PRESETS:
+        raise unknown_name("preset", str(name), (*PRESETS, *ALIASES), where="--preset", listing="presets")
+    return PRESETS[known]
+
+
+def _tier(preset: Preset) -> str:
+    """The tier where none is asked for."""
+    return str(preset.settings.get("tier", Recipe.__dataclass_fields__["tier"].default))
 
 
 def parse_bytes(text: str, *, flag: str) -> int | None:

@@ -27,10 +27,16 @@ def quantize(tiny: Make, tmp_path: Path) -> Callable[..., affinequant.Result]:
     return call
 
 
-@pytest.mark.parametrize(
-    ("preset", "tier"),
-    [*((name, "merged") for name in PRESETS), *((name, "online") for name in PRESETS if PRESETS[name].online)],
-)
+TIERS = [
+    (name, tier)
+    for name, preset in PRESETS.items()
+    for tier in (
+        [preset.settings["tier"]] if "tier" in preset.settings else ["merged", "online"][: 1 + bool(preset.online)]
+    )
+]
+
+
+@pytest.mark.parametrize(("preset", "tier"), TIERS)
 def test_every_preset(preset: str, tier: str, quantize: Callable[..., affinequant.Result]) -> None:
     report = quantize(preset=preset, tier=tier).report
     assert report["verified"]["passed"] and abs(report["verified"]["nats"]) < 1e-3

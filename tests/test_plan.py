@@ -87,6 +87,17 @@ def test_placements_are_shown_for_every_site(tiny: Tiny, text: Path, preset: str
         assert (row["placement"], row["flops_per_token"]) == ("folded", 0) and row["reason"]
 
 
+@pytest.mark.parametrize(
+    ("preset", "sites"), [("quarot", {"vo", "mlp_mid"}), ("flatquant", {"attn_in", "vo", "mlp_in", "mlp_mid"})]
+)
+def test_presets_that_need_the_online_tier(tiny: Tiny, text: Path, preset: str, sites: set[str]) -> None:
+    made = planned(tiny(), text, preset=preset)
+    assert {site for site, placement in made.placements.items() if placement.how == "online"} == sites
+    with pytest.raises(AffineQuantError, match="stays online") as caught:
+        planned(tiny(), text, preset=preset, tier="merged")
+    assert caught.value.exit_code == 2 and "--tier online" in caught.value.fix
+
+
 def test_a_rotation_that_unties_is_announced(tiny: Tiny, text: Path) -> None:
     made = planned(tiny(tied=True), text, preset="fast")
     assert made.untied_bytes == 2 * 320 * 64

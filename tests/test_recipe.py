@@ -66,6 +66,36 @@ def test_presets_are_sound(preset: str) -> None:
         structures_of(name, where="test")
 
 
+@pytest.mark.parametrize("preset", [name for name in PRESETS if PRESETS[name].expect])
+def test_published_figures_say_where_they_are_from(preset: str) -> None:
+    expect = PRESETS[preset].expect
+    assert set(expect) == {"source", "protocol", "tolerance", "perplexity"} and 0 < expect["tolerance"] < 0.1
+    assert expect["source"] and expect["protocol"]
+    for model, full in (("meta-llama/Llama-2-7b-hf", 5.47), ("./Llama-2-13b/", 4.88)):
+        found = PRESETS[preset].published(model)
+        assert found["wikitext2"] > full and set(found) in ({"wikitext2", "c4-old"}, {"wikitext2", "c4-new"})
+    for other in ("Llama-2-7b-chat-hf", "Llama-2-7b-hf-w4a4", "demo"):
+        assert not PRESETS[preset].published(other)
+
+
+def test_a_preset_of_two_names_is_one_recipe(tmp_path: Path) -> None:
+    first, second = (resolve({"model": "m", "preset": name}) for name in ("paper", "affinequant-paper"))
+    assert first == second and first.preset == "affinequant-paper" == Recipe(model="m", preset="paper").preset
+    assert Recipe.from_toml(written(tmp_path, 'model = "m"\npreset = "paper"\n')) == first
+
+
+def test_a_preset_may_choose_the_tier_and_gives_way_to_who_asks(tmp_path: Path) -> None:
+    assert resolve({"model": "m", "preset": "quarot"}).tier == "online"
+    assert resolve({"model": "m", "preset": "quarot", "tier": "merged"}).tier == "merged"
+    path = written(tmp_path, resolve({"model": "m", "preset": "quarot"}).to_toml())
+    assert Recipe.from_toml(path).tier == "online"
+    assert Recipe.from_toml(path, preset="fast").tier == "merged"
+    assert Recipe.from_toml(path, tier="merged").tier == "merged"
+    path = written(tmp_path, resolve({"model": "m", "preset": "fast", "tier": "online"}).to_toml())
+    assert Recipe.from_toml(path, preset="default") == resolve({"model": "m", "tier": "online"})
+    assert Recipe.from_toml(path, preset="quarot") == resolve({"model": "m", "preset": "quarot"})
+
+
 def test_what_is_given_wins_over_the_preset_and_the_preset_over_defaults() -> None:
     assert resolve({"model": "m"}).epochs == PRESETS["default"].settings["epochs"] != Recipe(model="m").epochs
     assert resolve({"model": "m", "epochs": 1}).epochs == 1
@@ -79,7 +109,7 @@ def test_what_is_given_wins_over_the_preset_and_the_preset_over_defaults() -> No
 
 def test_transforms_are_joined_site_by_site() -> None:
     recipe = resolve({"model": "m", "preset": "paper", "transforms": {"vo": "hadamard", "qk": "none"}})
-    expected = dict(PRESETS["paper"].settings["transforms"]) | {"vo": "hadamard"}
+    expected = dict(PRESETS["affinequant-paper"].settings["transforms"]) | {"vo": "hadamard"}
     del expected["qk"]
     assert recipe.transforms == expected
 

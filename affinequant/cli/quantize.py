@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from affinequant.plan import Plan
 
 USAGE = "MODEL [--w4a4 | --scheme NAME] [--preset NAME] [-o DIR] ..."
-PRESETS_TEXT = "presets:\n" + "\n".join(f"  {name:<12} {preset.about}" for name, preset in PRESETS.items())
+_WIDTH = max(map(len, PRESETS))
+PRESETS_TEXT = "presets:\n" + "\n".join(f"  {name:<{_WIDTH}}  {preset.about}" for name, preset in PRESETS.items())
 EPILOG = f"""
 {PRESETS_TEXT}
   A preset is named settings for `how`, and how much data; flags win over it. `affinequant list presets` shows them.

@@ -1,5 +1,6 @@
 """Named settings, a TOML file each: data that anyone can read, copy and change. Nothing but recipe fields."""
 
+import os
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,8 +11,8 @@ from typing import Any
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preset:
     """`settings`: recipe fields, which any flag overrides. `online`: what differs in the online tier. `demo`: what differs
-    on the embedded model, sized for two CPU cores. `expect`: published figures with their source and protocol, where
-    there are any."""
+    on the embedded model, sized for two CPU cores. `expect`: published perplexities by model and text with their source
+    and protocol, where there are any; `tolerance` is the share by which a rerun may exceed them."""
 
     about: str
     settings: Mapping[str, Any]
@@ -24,8 +25,16 @@ class Preset:
         chosen = dict(self.settings) | dict(self.online if tier == "online" else {})
         return chosen | ({"data": "demo", **self.demo} if demo else {})
 
+    def published(self, model: str) -> Mapping[str, float]:
+        """text -> published perplexity of this method on the model of that name (a folder's or a hub id's last part);
+        nothing where none is known."""
+        name = Path(os.path.abspath(model)).name.lower().removesuffix("-hf")
+        return self.expect.get("perplexity", {}).get(name, {})
 
-ORDER = ("rtn", "smoothquant", "paper", "fast", "default")
+
+ORDER = ("rtn", "smoothquant", "omniquant", "affinequant-paper", "quarot", "flatquant", "fast", "default", "best")
+ALIASES = {"paper": "affinequant-paper"}
+"""Second names; a recipe always holds the first."""
 
 
 def _read(name: str) -> Preset:
