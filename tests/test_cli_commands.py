@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import pytest
 
 import affinequant
 from affinequant import checkpoint
-from affinequant.cli import COMMANDS, main
+from affinequant.cli import COMMANDS, arguments, inspect, main, quantize
 from affinequant.presets import PRESETS
 from affinequant.recipe import Recipe, resolve
 from affinequant.run import Run
@@ -94,7 +94,7 @@ def test_help_of_quantize_has_every_field_and_explains_presets(capsys: Capture, 
     for scheme in SCHEMES:
         assert f"--{scheme} " in shown
     for name, preset in PRESETS.items():
-        assert f"  {name:<12} {preset.about}" in shown
+        assert f"  {name} " in shown and f" {preset.about}\n" in shown
     for title in ("what to make:", "how (", "calibration data:", "machine:", "output:", "run:", "examples:"):
         assert f"\n{title}" in shown
     assert "calibration sequences (default: by preset; 128)" in shown
@@ -229,6 +229,17 @@ def test_interrupted_inspected_and_taken_up(
     assert "resuming: 1 of 2 blocks are on disk" in capsys.readouterr().err
     assert main([*argv, "--resume"]) == 0
     assert "finished already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"tier": "online"}, {"tier": "online", "transforms": {"mlp_in": "none"}, "lr": 0.1}]
+)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_command_that_goes_on_gives_the_same_recipe(preset: str, fields: dict[str, Any]) -> None:
+    recipe = resolve({"model": "m", "preset": preset, "out": "there", "device": "cpu"} | fields)
+    command = shlex.split(inspect._resume(asdict(recipe), {"device": "cpu"}, Path("there")))
+    args = arguments.parse("quantize", quantize, "about", command[2:])
+    assert args is not None and arguments.recipe_of(args) == recipe
 
 
 def test_json_of_an_interruption_and_of_a_bug(tiny: Tiny, tmp_path: Path, capsys: Capture, monkeypatch: Patch) -> None:

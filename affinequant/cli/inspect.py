@@ -205,9 +205,11 @@ def _recipe_of_run(running: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 def _resume(recipe: Mapping[str, Any], running: Mapping[str, Any], folder: Path) -> str:
     """The shortest command that gives the recipe of an unfinished run."""
     start = {name: recipe[name] for name in ("model", "scheme", "preset")}
-    base = resolve(start)
+    base = resolve(start | {"tier": recipe["tier"]})
     words = ["affinequant", "quantize", str(recipe["model"]), "--scheme", base.scheme, "--preset", base.preset]
-    transforms = dict.fromkeys(PRESETS[base.preset].settings.get("transforms", {}), "none") | recipe["transforms"]
+    words += ["--tier", base.tier] if resolve(start).tier != base.tier else []
+    preset = PRESETS[base.preset].fields(base.tier)
+    transforms = dict.fromkeys(preset.get("transforms", {}), "none") | recipe["transforms"]
     for site, name in transforms.items():
         if base.transforms.get(site, "none") != name:
             words += ["--transform", f"{site}={name}"]
