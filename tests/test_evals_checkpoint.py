@@ -164,7 +164,7 @@ def test_what_is_measured() -> None:
     assert asked(tasks=("piqa",), limit=5) == Measurements(tasks=("piqa",), limit=5)
     mixed = asked(suite="quick", text="a.txt", limit=7)
     assert (mixed.texts, mixed.tasks, mixed.limit, mixed.windows) == (("a.txt",), SUITES["quick"].tasks, 7, 6)
-    assert asked(suite="paper").bos == "first"
+    assert asked(suite="paper").bos == asked(text="demo", bos="first").bos == "first"
 
 
 def test_tables() -> None:

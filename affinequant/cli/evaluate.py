@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from affinequant_evals.harness import Row, Scorecard
 
 DEFAULT_WINDOWS = 6
+BOS_TEXT = "BOS before each window and prompt, or first: before the text only, as in the papers (default: auto)"
 USAGE = "CKPT [--text FILE|demo] [--tasks A,B] [--suite quick|paper] ..."
 EPILOG = f"""
 Without options: perplexity on {DEFAULT_WINDOWS} windows of the demo's held-out text. The baseline (the model that the
@@ -40,7 +41,7 @@ def add_arguments(parser: Parser) -> None:
     group.add_argument(
         "--num-fewshot", type=whole, metavar="N", help="solved examples per prompt (default: the task's)"
     )
-    group.add_argument("--bos", metavar="auto|yes|no", help="BOS before each window and prompt (default: auto)")
+    group.add_argument("--bos", metavar="auto|yes|no|first", help=BOS_TEXT)
     group.add_argument(
         "--baseline", metavar="MODEL|none", help="what to compare with (default: the checkpoint's source)"
     )

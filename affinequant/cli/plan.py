@@ -9,6 +9,7 @@ from affinequant.cli.arguments import Parser, add_recipe, recipe_of
 from affinequant.cli.output import Screen, minutes, size
 
 if TYPE_CHECKING:
+    from affinequant.models import Dims, Family
     from affinequant.plan import Plan
 
 USAGE = "MODEL [--w4a4 | --scheme NAME] [--preset NAME] ..."
@@ -46,7 +47,7 @@ def print_plan(made: "Plan", screen: Screen) -> None:
     """The plan as tables, or as JSON."""
     from affinequant.cli.quantize import header
 
-    block = block_flops(made)
+    block = block_flops(made.family, made.dims)
     screen.facts({name: text for name, text in header(made).items() if not name.startswith(("plan", "size", "note"))})
     screen.print()
     _print_sites(made, block, screen)
@@ -63,10 +64,9 @@ def print_plan(made: "Plan", screen: Screen) -> None:
     screen.result(value)
 
 
-def block_flops(made: "Plan") -> int:
+def block_flops(family: "Family", dims: "Dims") -> int:
     """Floating-point operations per token of one block's linears: what an online transform is held against."""
-    dims = made.dims
-    return 2 * sum(getattr(dims, linear.rows) * getattr(dims, linear.columns) for linear in made.family.linears)
+    return 2 * sum(getattr(dims, linear.rows) * getattr(dims, linear.columns) for linear in family.linears)
 
 
 def _print_sites(made: "Plan", block: int, screen: Screen) -> None:

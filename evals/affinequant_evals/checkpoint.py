@@ -3,7 +3,7 @@
 import gc
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,15 @@ from affinequant_evals.perplexity import Bos, LanguageModel
 from affinequant_evals.suites import Measurements, build_suite, measurements
 
 NO_BASELINE = "none"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ready:
+    """A model's folder, and what any model is scored on next to it: all see the tokens of this one tokenizer."""
+
+    folder: Path
+    tokenizer: Any
+    suite: Suite[LanguageModel]
 
 
 def eval_checkpoint(
@@ -50,6 +59,47 @@ def eval_checkpoint(
     Raises:
         AffineQuantError: anything of the above that is not there or not known (exit 2 or 3), before anything is run.
     """
+    ready = prepare(
+        checkpoint,
+        text=text,
+        tasks=tasks,
+        suite=suite,
+        limit=limit,
+        num_fewshot=num_fewshot,
+        seq_len=seq_len,
+        windows=windows,
+        bos=bos,
+        verbose=verbose,
+        say=say,
+    )
+    other, note = _find_baseline(ready.folder, baseline, say)
+    card = score_folder(str(checkpoint), ready.folder, ready, device=device, dtype=dtype, say=say)
+    if other is None:
+        say(note)
+        return replace(card, notes=(*card.notes, note))
+    name, place = other
+    return card.against(score_folder(name, place, ready, device=device, dtype=dtype, say=say))
+
+
+def prepare(
+    checkpoint: str | Path,
+    *,
+    text: str | None = None,
+    tasks: Sequence[str] = (),
+    suite: str | None = None,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    seq_len: int | None = None,
+    windows: int | None = None,
+    bos: Bos | None = None,
+    verbose: bool = False,
+    say: Say = quiet,
+) -> Ready:
+    """Find a model, read and cut what it will be scored on; no weight is read. Arguments as in `eval_checkpoint`.
+
+    Raises:
+        AffineQuantError: anything that is not there or not known (exit 2 or 3).
+    """
     folder = _locate(str(checkpoint), say)
     wanted = measurements(
         suite=suite,
@@ -62,24 +112,18 @@ def eval_checkpoint(
         bos=bos,
     )
     _check_length(folder, wanted)
-    other, note = _find_baseline(folder, baseline, say)
     tokenizer = _tokenizer(folder)
     built = build_suite(wanted, tokenizer, name=suite or "", verbose=verbose, say=say)
-    card = _score(str(checkpoint), folder, tokenizer, built, device, dtype, say)
-    if other is None:
-        say(note)
-        return replace(card, notes=(*card.notes, note))
-    name, place = other
-    # The checkpoint's tokenizer also serves the baseline: both models must see the same tokens.
-    return card.against(_score(name, place, tokenizer, built, device, dtype, say))
+    return Ready(folder=folder, tokenizer=tokenizer, suite=built)
 
 
-def _score(
-    name: str, folder: Path, tokenizer: Any, suite: Suite[LanguageModel], device: Device, dtype: Dtype, say: Say
+def score_folder(
+    name: str, folder: Path, ready: Ready, *, device: Device = "auto", dtype: Dtype = "auto", say: Say = quiet
 ) -> Scorecard:
+    """Load the model in a folder, score it on what is ready, and let go of it."""
     say(f"scoring {name}")
     model = affinequant.load(folder, device=device, dtype=dtype)
-    card = evaluate(LanguageModel(model=model, tokenizer=tokenizer, name=name), suite, say=say)
+    card = evaluate(LanguageModel(model=model, tokenizer=ready.tokenizer, name=name), ready.suite, say=say)
     placed = {"device": str(model.device), "dtype": str(model.dtype).removeprefix("torch.")}
     del model
     gc.collect()

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 from affinequant.data import evaluation_text
 from affinequant.errors import unknown_name
@@ -106,8 +106,8 @@ def measurements(
     Raises:
         AffineQuantError: unknown suite, or a policy for BOS that is not one.
     """
-    if bos not in (None, "auto", "yes", "no"):
-        raise unknown_name("BOS policy", str(bos), ("auto", "yes", "no"), where="--bos")
+    if bos not in (None, *get_args(Bos)):
+        raise unknown_name("BOS policy", str(bos), get_args(Bos), where="--bos")
     if suite is None and (text or tasks):
         start = Measurements(texts=(text,) if text else (), tasks=tuple(tasks))
     else:
