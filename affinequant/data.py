@@ -90,7 +90,9 @@ def evaluation_text(source: str, *, say: Say = quiet) -> tuple[str, str]:
     if source == "demo":
         return "demo", "\n\n".join(demo_passages(say)[1])
     if source == "c4":
-        raise AffineQuantError("C4 is evaluated on fixed crops, not on a text", "--text", "use --suite paper")
+        raise AffineQuantError(
+            "C4 is evaluated on fixed crops, not on a text", "--text", "add --bos first, or use --suite paper"
+        )
     check_source(source, flag="--text")
     if source == "wikitext2":
         return "wikitext2", "\n\n".join(

@@ -45,7 +45,7 @@ def words(tiny: Make, text: Path) -> list[str]:
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     shown = capsys.readouterr().out
-    for command in ("demo", "quantize", "plan", "eval", "inspect", "bench", "list", "env"):
+    for command in ("demo", "quantize", "plan", "eval", "compare", "inspect", "bench", "list", "env"):
         assert f"\n  {command}" in shown
     assert main(["quantize", "--help"]) == 0
     shown = capsys.readouterr().out
@@ -65,7 +65,9 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", [["--help"], ["quantize", "--help"], ["list", "presets"], ["list", "schemes"]], ids=" ".join
+    "command",
+    [["--help"], ["quantize", "--help"], ["compare", "--help"], ["list", "presets"], ["list", "schemes"]],
+    ids=" ".join,
 )
 def test_what_needs_no_torch_loads_none(command: list[str]) -> None:
     code = (

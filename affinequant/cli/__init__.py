@@ -38,6 +38,11 @@ COMMANDS: dict[str, Command] = {
     "quantize": Command(module="affinequant.cli.quantize", about="make a checkpoint of a model", resumes=True),
     "plan": Command(module="affinequant.cli.plan", about="what a run would do and cost; no weights are loaded"),
     "eval": Command(module="affinequant.cli.evaluate", about="score a checkpoint next to the model it was made from"),
+    "compare": Command(
+        module="affinequant.cli.compare",
+        about="one model by several presets: quality, time, memory, cost",
+        resumes=True,
+    ),
     "inspect": Command(module="affinequant.cli.inspect", about="bits, sizes and errors per layer; the recipe"),
     "bench": Command(module="affinequant.cli.bench", about="time the integer kernels next to torch's linears"),
     "list": Command(

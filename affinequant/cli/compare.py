@@ -1,0 +1,219 @@
+"""`affinequant compare`: one model by several presets, each in a process of its own, on the same windows."""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from affinequant.cli import INTERRUPTED
+from affinequant.cli.arguments import Parser, add_recipe, recipe_of, whole
+from affinequant.cli.comparison import Comparison, Entry
+from affinequant.cli.evaluate import BOS_TEXT, DEFAULT_WINDOWS
+from affinequant.cli.output import Screen, plain_json
+from affinequant.cli.quantize import PRESETS_TEXT, model_help
+from affinequant.errors import AffineQuantError, unknown_name
+from affinequant.presets import ALIASES, PRESETS
+from affinequant.recipe import Recipe
+
+if TYPE_CHECKING:
+    from affinequant_evals.checkpoint import Ready
+    from affinequant_evals.harness import Score
+
+WAIT_SECONDS = 3
+"""How long a run that was interrupted with us may take to end by itself."""
+USAGE = "MODEL --presets A,B,C [-o DIR] [--text FILE] ..."
+EPILOG = f"""
+{PRESETS_TEXT}
+
+Each preset writes its checkpoint into DIR/PRESET, in a process of its own: its peak memory is its own, and if it
+crashes the others still run. Every other flag holds for all of them; a preset that cannot do what a flag asks for fails
+and is listed with the reason. Perplexity is that of the same windows for all, full precision included. The table also
+goes into DIR/compare.md and DIR/compare.json.
+Typed again, what is finished is taken as it is, and what is not goes on. Exit code 1 where any preset failed.
+
+Where a figure was published for the method and the model (LLaMA-2-7B and 13B, by name), it stands beside, with pass or
+FAIL if the text and the windows are the same; below the table stands where the protocols differ.
+
+examples:
+  affinequant compare demo --presets rtn,fast,default
+  affinequant compare ./my-llama --presets fast,default --tier online --text my-text.txt --windows 20 -o tiers-online
+  affinequant compare meta-llama/Llama-2-7b-hf --presets affinequant-paper,quarot,flatquant,best \\
+      --text wikitext2 --bos first -o llama-2-7b-presets
+"""
+
+
+def add_arguments(parser: Parser) -> None:
+    """MODEL, the presets, what to score them on, and the recipe's other flags."""
+    parser.add_argument("model", metavar="MODEL", nargs="?", help=model_help())
+    group = parser.add_argument_group("what to compare")
+    group.add_argument("--presets", metavar="A,B,C", help="names of presets, in the order of the table")
+    group.add_argument("-o", "--out", metavar="DIR", help="folder to write (default: ./MODEL-SCHEME-presets)")
+    group.add_argument("--overwrite", action="store_true", help="make every checkpoint anew, finished or not")
+    group = parser.add_argument_group("what to score on")
+    group.add_argument(
+        "--text",
+        metavar="SOURCE",
+        help=f"`demo`, `wikitext2`, with --bos first `c4`, or a file (default: {DEFAULT_WINDOWS} windows of the demo's)",
+    )
+    group.add_argument("--windows", type=whole, metavar="N", help="windows of text (default: all that are whole)")
+    group.add_argument("--window-len", type=whole, metavar="N", help="tokens per window of text (default: 2048)")
+    group.add_argument("--bos", metavar="auto|yes|no|first", help=BOS_TEXT)
+    add_recipe(parser, without=("preset", "out"))
+
+
+def run(args: argparse.Namespace, screen: Screen) -> int:
+    """Quantise with each preset, score each, print and write the table; 1 where one failed."""
+    names = preset_names(args.presets)
+    first = recipe_of(args, {"preset": names[0]})
+    out = Path(args.out or f"{Path(os.path.abspath(first.model)).name}-{first.scheme}-presets")
+    recipes = [recipe_of(args, {"preset": name, "out": str(out / name)}) for name in names]
+    from affinequant_evals.checkpoint import prepare
+
+    # What is wrong with the model or the text shows now, not after hours of quantising.
+    windows = args.windows if args.text else args.windows or DEFAULT_WINDOWS
+    text = args.text or "demo"
+    ready = prepare(first.model, text=text, seq_len=args.window_len, windows=windows, bos=args.bos, say=screen.say)
+    _make_folder(out)
+    entries = []
+    for number, recipe in enumerate(recipes, start=1):
+        screen.say(f"preset {number}/{len(recipes)}: {recipe.preset}, into {recipe.out}")
+        entries.append(quantize_apart(recipe, out, overwrite=args.overwrite, screen=screen))
+    found = _score_all(first, entries, ready, all_windows=windows is None, screen=screen)
+    value = found.to_json() | {"path": out.absolute()}
+    (out / "compare.json").write_text(json.dumps(plain_json(value), indent=2, ensure_ascii=False) + "\n")
+    (out / "compare.md").write_text(found.markdown())
+    columns, rows = found.table()
+    screen.table(columns, rows, right=(6, 7, 8))
+    screen.print()
+    for line in found.notes():
+        screen.print(line)
+    screen.print(f"written to {out / 'compare.md'} and {out / 'compare.json'}")
+    screen.result(value)
+    return 1 if found.failed else 0
+
+
+def preset_names(typed: str | None) -> list[str]:
+    """The presets that were named, each by its first name.
+
+    Raises:
+        AffineQuantError: none, an unknown one, or one twice.
+    """
+    words = [word.strip() for word in (typed or "").split(",") if word.strip()]
+    if not words:
+        fix = "give names, e.g. --presets rtn,fast,default; `affinequant list presets` shows all"
+        raise AffineQuantError("no preset is named", "--presets", fix)
+    names: list[str] = []
+    for word in words:
+        name = ALIASES.get(word, word)
+        if name not in PRESETS:
+            raise unknown_name("preset", word, (*PRESETS, *ALIASES), where="--presets", listing="presets")
+        if name in names:
+            raise AffineQuantError(f"preset {name!r} is named twice", "--presets", "name each once")
+        names.append(name)
+    return names
+
+
+def quantize_apart(recipe: Recipe, out: Path, *, overwrite: bool, screen: Screen) -> Entry:
+    """Run `affinequant quantize` on a recipe in a process of its own; its progress goes where ours goes.
+
+    Raises:
+        KeyboardInterrupt: it, or this process, was interrupted.
+    """
+    file = out / f"{recipe.preset}.toml"
+    file.write_text(recipe.to_toml())
+    words = [sys.executable, "-m", "affinequant", "quantize", "--config", str(file), "--json"]
+    flags = {"--overwrite": overwrite, "-q": screen.quiet, "-v": screen.verbose}
+    code, answer = _run_child([*words, *(flag for flag, wanted in flags.items() if wanted)])
+    if code == INTERRUPTED:
+        raise KeyboardInterrupt
+    entry = Entry(preset=recipe.preset, tier=recipe.tier, path=Path(recipe.out).absolute())
+    if code == 0 and "report" in answer:
+        return replace(entry, report=answer["report"])
+    return replace(entry, error=answer.get("error") or _ended(code, file))
+
+
+def _run_child(words: Sequence[str]) -> tuple[int, Mapping[str, Any]]:
+    """Exit code of a command, and the JSON object on its stdout ({} where there is none)."""
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, encoding="utf-8") as child:
+        try:
+            shown, _ = child.communicate()
+        except KeyboardInterrupt:
+            # A terminal's Ctrl-C has reached the child too; one that was sent to this process alone has not.
+            try:
+                child.wait(WAIT_SECONDS)
+            except subprocess.TimeoutExpired:
+                child.send_signal(signal.SIGINT)
+                child.wait()
+            raise
+    try:
+        answer = json.loads(shown)
+    except ValueError:
+        answer = {}
+    return child.returncode, answer if isinstance(answer, dict) else {}
+
+
+def _ended(code: int, file: Path) -> dict[str, str]:
+    """What is known of a process that left no error of its own."""
+    if code >= 0:
+        what, fix = f"quantize ended with exit code {code}", "what it said stands above; the same command goes on"
+    else:
+        what = f"quantize was killed by {signal.Signals(-code).name}"
+        fix = "if memory ran out, use fewer --samples or a shorter --seq-len; the same command goes on"
+    return {"what": what, "where": f"affinequant quantize --config {file}", "fix": fix}
+
+
+def _score_all(
+    recipe: Recipe, entries: Sequence[Entry], ready: "Ready", *, all_windows: bool, screen: Screen
+) -> Comparison:
+    """Full precision once, then every checkpoint that was made, one model in memory at a time."""
+    done = [entry for entry in entries if entry.report]
+    full, problem, env = _score(recipe.model, ready.folder, recipe, ready, screen) if done else (None, {}, {})
+    scored: list[Entry] = []
+    for entry in entries:
+        if entry in done:
+            score, error, _ = _score(entry.preset, entry.path, recipe, ready, screen)
+            entry = replace(entry, score=score, error=error)
+        scored.append(entry)
+    return Comparison(
+        model=recipe.model,
+        scheme=recipe.scheme,
+        entries=scored,
+        full=full,
+        error=problem,
+        all_windows=all_windows,
+        env=env,
+    )
+
+
+def _score(
+    name: str, folder: Path, recipe: Recipe, ready: "Ready", screen: Screen
+) -> "tuple[Score | None, dict[str, str], Mapping[str, Any]]":
+    """A model's perplexity, or why there is none; and the environment."""
+    from affinequant_evals.checkpoint import score_folder
+
+    try:
+        card = score_folder(name, folder, ready, device=recipe.device, dtype=recipe.dtype, say=screen.say)
+    except AffineQuantError as problem:
+        return None, {"what": problem.what, "where": problem.where, "fix": problem.fix}, {}
+    except Exception as problem:  # one model that breaks must not take the others' scores with it
+        what = f"{type(problem).__name__}: {problem}"
+        return None, {"what": what, "where": str(folder), "fix": f"see `affinequant eval {folder} -v`"}, {}
+    row = card.rows[0]
+    if row.score is None:
+        fix = f"see `affinequant eval {folder} -v`"
+        return None, {"what": row.error or "no score", "where": f"scoring {folder}", "fix": fix}, card.env
+    return row.score, {}, card.env
+
+
+def _make_folder(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        what = f"cannot write into {out}: {problem.strerror}"
+        raise AffineQuantError(what, "-o", "give a folder that can be made") from None
