@@ -49,7 +49,7 @@ def test_help_teaches(capsys: Capture) -> None:
         ("rtn,flatqant", "unknown preset 'flatqant'", "did you mean 'flatquant'"),
         ("papre", "unknown preset 'papre'", "did you mean 'paper'"),
         (" ,", "no preset is named", "--presets rtn,fast,default"),
-        ("paper,rtn,affinequant-paper", "preset 'affinequant-paper' is named twice", "once"),
+        ("paper,rtn,affinequant-paper", "preset 'paper' is named twice", "once"),
     ],
 )
 def test_presets_that_are_none(
@@ -203,7 +203,7 @@ def test_published_figures_pass_or_fail() -> None:
         and good["source"]
         and good["protocol"]
     )
-    older = compared("affinequant-paper", score(15.0, text="c4", bos="start of each document"))
+    older = compared("paper", score(15.0, text="c4", bos="start of each document"))
     assert older and older["target"] == 15.76 and older["passed"]
     assert compared("flatquant", score(5.8), model="some/Mistral-7B") is None
     assert compared("fast", score(5.8)) is None

@@ -111,6 +111,7 @@ def _presets() -> Listing:
     for name, preset in PRESETS.items():
         transforms = preset.settings.get("transforms", {})
         below[name] = dict(transforms) | {key: one for key, one in preset.settings.items() if key != "transforms"}
+        below[name] |= {f"online:{site}": one for site, one in preset.online.get("transforms", {}).items()}
     rows = [(name, preset.about) for name, preset in PRESETS.items()]
     return Listing(columns=("name", "about"), rows=rows, below=below)
 

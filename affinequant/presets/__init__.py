@@ -32,8 +32,8 @@ class Preset:
         return self.expect.get("perplexity", {}).get(name, {})
 
 
-ORDER = ("rtn", "smoothquant", "omniquant", "affinequant-paper", "quarot", "flatquant", "fast", "default", "best")
-ALIASES = {"paper": "affinequant-paper"}
+ORDER = ("rtn", "smoothquant", "omniquant", "paper", "quarot", "flatquant", "fast", "default", "best")
+ALIASES = {"affinequant-paper": "paper"}
 """Second names; a recipe always holds the first."""
 
 
