@@ -20,7 +20,7 @@ from affinequant.progress import Progress
 from affinequant.recipe import Recipe
 from affinequant.rounding import Rounded, quantized_input, round_block
 from affinequant.run import Run
-from affinequant.starts import build_transforms
+from affinequant.starts import Watch, build_transforms, looks_at_data
 from affinequant.stream import Decoder
 from affinequant.transforms import Transform
 from affinequant.transforms.banded import Banded
@@ -34,14 +34,15 @@ def block_stage(
     began = time.perf_counter()
     exact = _load_block(made, job, rotation)
     values = {name: tensor.float() for name, tensor in exact.items()}
-    target = job.run_all(values, full)
-    objective = BlockObjective(job, values, *build_transforms(job, values, full))
+    watch = Watch(full.shape[0] * full.shape[1])
+    target = job.run_all(values, full, watch if looks_at_data(job) else None)
+    objective = BlockObjective(job, values, *build_transforms(job, values, watch.seen()))
     fitted = fit(objective, _batches(job, values, full, quantized, target), _fit_config(made.recipe))
     rounded, after = _round_and_run(job, objective, exact, quantized)
     events = _fit_events(fitted)
     if fitted.steps and not bool(after.isfinite().all()):
         events.append("what was learned gave non-finite outputs: the closed-form start was taken instead")
-        objective = BlockObjective(job, values, *build_transforms(job, values, full))
+        objective = BlockObjective(job, values, *build_transforms(job, values, watch.seen()))
         rounded, after = _round_and_run(job, objective, exact, quantized)
     if not bool(after.isfinite().all()):
         raise AffineQuantError(

@@ -1,5 +1,6 @@
-"""Where the transforms of a block start: in closed form, from one pass of the block over its inputs."""
+"""Where the transforms of a block start: in closed form, from what reaches its sites in one pass over its inputs."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -25,19 +26,43 @@ class Seen:
     rows: Float[Tensor, "tokens width"]
 
 
+class Watch:
+    """An `OnInput` that changes nothing and remembers what closed forms need, over `tokens` tokens in all."""
+
+    def __init__(self, tokens: int) -> None:
+        self.stride = max(1, tokens // ROWS)
+        self.largest: dict[str, Tensor] = {}
+        self.rows: dict[str, list[Tensor]] = {}
+
+    def __call__(self, site: str, value: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch tokens width"]:
+        """Look at what reaches a site."""
+        seen = value.detach().abs().flatten(0, -2).amax(0)
+        self.largest[site] = torch.maximum(self.largest[site], seen) if site in self.largest else seen
+        # As they are: divided by their sizes, tokens gave a worse start (1.74 against 1.50 times full precision).
+        self.rows.setdefault(site, []).append(value.detach()[:, :: self.stride].flatten(0, -2).float())
+        return value
+
+    def seen(self) -> dict[str, Seen]:
+        """By site, what was remembered."""
+        return {site: Seen(self.largest[site], torch.cat(self.rows[site])) for site in self.largest}
+
+
+def looks_at_data(job: BlockJob) -> bool:
+    """Whether any transform of the recipe starts from what reaches its site: fixed rotations do not."""
+    return any(_looks(job, *parts) for parts in _wanted(job).values())
+
+
 def build_transforms(
-    job: BlockJob, tensors: Tensors, x: Float[Tensor, "samples tokens hidden"]
+    job: BlockJob, tensors: Tensors, seen: Mapping[str, Seen]
 ) -> tuple[dict[str, Transform], dict[str, OnlineTransform]]:
     """The recipe's transforms of one block in the order of its sites: those that fold and those that stay online. The
-    residual stream's is the model's own and not among them."""
+    residual stream's is the model's own and not among them.
+
+    Args:
+        seen: by site, what reaches it in full precision (`Watch`); transforms at a site without start plainly.
+    """
     folded, online = {}, {}
-    wanted = {
-        name: split_parts(job.recipe.transforms[name], site)
-        for name, site in job.sites.items()
-        if name in job.recipe.transforms and site.kind != "residual"
-    }
-    seen = _see(job, tensors, x) if any(_looks(job, *parts) for parts in wanted.values()) else {}
-    for name, (first, second) in wanted.items():
+    for name, (first, second) in _wanted(job).items():
         site = job.sites[name]
         weights = [tensors[f"{edge.module}.weight"] for edge in site.sinks]
         start = None
@@ -56,26 +81,19 @@ def build_transforms(
     return folded, online  # pyright: ignore[reportReturnType]
 
 
+def _wanted(job: BlockJob) -> dict[str, tuple[str, str]]:
+    """Site to the names of what folds and what stays online there."""
+    return {
+        name: split_parts(job.recipe.transforms[name], site)
+        for name, site in job.sites.items()
+        if name in job.recipe.transforms and site.kind != "residual"
+    }
+
+
 def _looks(job: BlockJob, first: str, second: str) -> bool:
     """Whether anything at a site starts from what reaches it: fixed rotations do not."""
     fixed = job.recipe.start == "hadamard" or second.startswith("hadamard")
     return bool(first and not first.startswith("hadamard")) or bool(second and not fixed)
-
-
-def _see(job: BlockJob, tensors: Tensors, x: Tensor) -> dict[str, Seen]:
-    largest: dict[str, Tensor] = {}
-    rows: dict[str, list[Tensor]] = {}
-    stride = max(1, x.shape[0] * x.shape[1] // ROWS)
-
-    def see(site: str, value: Tensor) -> Tensor:
-        seen = value.detach().abs().flatten(0, -2).amax(0)
-        largest[site] = torch.maximum(largest[site], seen) if site in largest else seen
-        # As they are: divided by their sizes, tokens gave a worse start (1.74 against 1.50 times full precision).
-        rows.setdefault(site, []).append(value.detach()[:, ::stride].flatten(0, -2).float())
-        return value
-
-    job.run_all(tensors, x, see)
-    return {site: Seen(largest[site], torch.cat(rows[site])) for site in largest}
 
 
 def _diagonal(job: BlockJob, site: Site, seen: Seen, weights: list[Tensor]) -> Tensor:

@@ -14,7 +14,7 @@ from affinequant.fit import FitConfig, fit
 from affinequant.models import resolve, resolve_sites
 from affinequant.quantizer import fake_quantize_activation
 from affinequant.recipe import resolve as resolve_recipe
-from affinequant.starts import build_transforms
+from affinequant.starts import Watch, build_transforms
 from affinequant.stream import open_decoder
 from affinequant.transforms import Transform, build
 from affinequant.transforms.banded import Banded
@@ -52,8 +52,15 @@ def unlearned(job: BlockJob) -> dict[str, Transform]:
     return {name: build(chosen, job.sites[name], seed=job.seed(name), alpha=0.1) for name, chosen in wanted.items()}
 
 
+def started(job: BlockJob, tensors: dict[str, Tensor], x: Tensor) -> Any:
+    """The recipe's transforms, those that fold and those that stay online, from where they start on `x`."""
+    watch = Watch(x.shape[0] * x.shape[1])
+    job.run_all(tensors, x, watch)
+    return build_transforms(job, tensors, watch.seen())
+
+
 def objective_of(job: BlockJob, tensors: dict[str, Tensor], x: Tensor) -> BlockObjective:
-    return BlockObjective(job, tensors, *build_transforms(job, tensors, x))
+    return BlockObjective(job, tensors, *started(job, tensors, x))
 
 
 def distort(objective: BlockObjective) -> None:

@@ -14,8 +14,7 @@ from affinequant.block import BlockJob, BlockObjective, folded_exactly
 from affinequant.checkpoint import open_source
 from affinequant.distill import Continuous, Distilled, Divergence, distill
 from affinequant.rounding import Rounded, quantized_input, round_block
-from affinequant.starts import build_transforms
-from tests.test_block import make_job
+from tests.test_block import make_job, started
 
 Tiny = Callable[..., Path]
 
@@ -40,7 +39,7 @@ def make(folder: Path, **fields: Any) -> Case:
         job, tensors, x = make_job(folder, index, **{"preset": "fast", "transforms": {}} | fields)
         if index == 0:
             full = quantized = embedded = x
-        learned = BlockObjective(job, tensors, *build_transforms(job, tensors, x))
+        learned = BlockObjective(job, tensors, *started(job, tensors, x))
         made = round_block(job, folded_exactly(learned, tensors), quantized, learned)
         quantized = job.run_all(made.tensors, quantized, quantized_input(job, made.clips, made.online))
         full = job.run_all(tensors, full)
