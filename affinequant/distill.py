@@ -130,6 +130,7 @@ class Divergence:
     def __init__(self, blocks: Sequence[Continuous], outer: Tensors, lr: float) -> None:
         self.blocks, self.outer, self.lr = blocks, outer, lr
         self.decoder = blocks[0].job.decoder
+        self.head = self.decoder.head(outer)
         self.norm = f"{self.decoder.family.norm}.weight"
         self.log_gain = nn.Parameter(torch.zeros(outer[self.norm].shape, device=self.decoder.device))
 
@@ -162,8 +163,9 @@ class Divergence:
 
     def _divergence(self, student: Tensor, teacher: Tensor) -> Tensor:
         with torch.no_grad():
-            wanted = self.decoder.logits(teacher, self.outer).float().log_softmax(-1)
-        got = self.decoder.logits(student, self.outer | {self.norm: self.final_norm()}).float().log_softmax(-1)
+            wanted = self.decoder.logits(teacher, self.head).float().log_softmax(-1)
+        gain = self.final_norm().to(self.decoder.dtype)
+        got = self.decoder.logits(student, self.head | {self.norm: gain}).float().log_softmax(-1)
         return nn.functional.kl_div(got, wanted, reduction="sum", log_target=True)
 
 

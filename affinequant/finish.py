@@ -140,16 +140,12 @@ def _stream_losses(made: Plan, run: Run, decoder: Decoder, tokens: Tokens, last:
     """Losses on the first calibration samples, from the hidden states of both streams behind the stage `last`."""
     outer = run.tensors("outer")
     outers = {"full": outer, "quantized": _current(run, "outer")}
-    device, head = decoder.device, f"{made.family.head}.weight"
-    unused = f"{made.family.embedding}.weight" if head in outer else ""
+    device = decoder.device
     count = verified_samples(tokens)
     losses = {}
     with torch.no_grad():
         for name, stream in run.carry(last).items():
-            # The head is asked once a chunk, so what it needs is moved here, once.
-            needed = {key: tensor for key, tensor in outers[name].items() if key != unused}
-            lent = {key: tensor.to(device, decoder.dtype) for key, tensor in needed.items()}
-            logits_of = functools.partial(decoder.logits, outer=lent)
+            logits_of = functools.partial(decoder.logits, head=decoder.head(outers[name]))
             rows = [
                 token_losses(logits_of, row.to(device), ids.to(device))
                 for row, ids in zip(stream[:count], tokens.ids, strict=False)

@@ -74,22 +74,21 @@ class Decoder:
                 raise RuntimeError(f"argument {key} depends on the batch")
         return torch.cat(hidden), kwargs
 
-    def logits(
-        self, hidden: Float[Tensor, "*batch hidden"], outer: Mapping[str, Tensor]
-    ) -> Float[Tensor, "*batch vocab"]:
-        """Final norm and head on hidden states behind the last block; `outer` as `embed` takes it."""
-        norm = f"{self.family.norm}."
-        lent = {
-            name.removeprefix(norm): tensor.to(self.device, self.dtype)
-            for name, tensor in outer.items()
-            if name.startswith(norm)
-        }
-        normed = functional_call(self.model.get_submodule(self.family.norm), lent, (hidden,))
+    def head(self, outer: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What `logits` needs of the tensors outside the blocks, moved here once."""
         own = f"{self.family.head}.weight"
-        head = outer[own if own in outer else f"{self.family.embedding}.weight"]
-        bias = outer.get(f"{self.family.head}.bias")
-        kind = (self.device, self.dtype)
-        return nn.functional.linear(normed, head.to(*kind), None if bias is None else bias.to(*kind))
+        wanted = (f"{self.family.norm}.", f"{self.family.head}." if own in outer else f"{self.family.embedding}.")
+        return {name: t.to(self.device, self.dtype) for name, t in outer.items() if name.startswith(wanted)}
+
+    def logits(
+        self, hidden: Float[Tensor, "*batch hidden"], head: Mapping[str, Tensor]
+    ) -> Float[Tensor, "*batch vocab"]:
+        """Final norm and head on hidden states behind the last block."""
+        norm, own = f"{self.family.norm}.", f"{self.family.head}.weight"
+        lent = {name.removeprefix(norm): tensor for name, tensor in head.items() if name.startswith(norm)}
+        normed = functional_call(self.model.get_submodule(self.family.norm), lent, (hidden,))
+        weight = head[own if own in head else f"{self.family.embedding}.weight"]
+        return nn.functional.linear(normed, weight, head.get(f"{self.family.head}.bias"))
 
 
 def compute_dtype(name: Dtype, device: torch.device) -> torch.dtype:
