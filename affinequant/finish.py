@@ -178,6 +178,11 @@ def _compare(expected: Tensor, loaded: Tensor, *, exact: bool) -> dict[str, Any]
     return {"passed": passed, "nats": nats, "stderr": stderr, "tokens": len(difference), "compared": exact}
 
 
+def _model_name(model: str) -> str:
+    """The model as someone elsewhere can find it; a folder that is called `demo` is not meant by `demo`."""
+    return str(Path(model).absolute()) if model != "demo" and Path(model).is_dir() else model
+
+
 def _report(made: Plan, run: Run, out: Path, tokens: Tokens, files: list[Path], names: list[str]) -> dict[str, Any]:
     import transformers
 
@@ -192,7 +197,7 @@ def _report(made: Plan, run: Run, out: Path, tokens: Tokens, files: list[Path], 
         events.append(f"weights take {weights:,} bytes, the plan said {made.output_bytes:,}")
     return {
         "schema": 1,
-        "model": str(Path(made.recipe.model).absolute()) if Path(made.recipe.model).is_dir() else made.recipe.model,
+        "model": _model_name(made.recipe.model),
         "scheme": made.recipe.scheme,
         "tier": made.recipe.tier,
         "preset": made.recipe.preset,

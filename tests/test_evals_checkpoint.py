@@ -101,6 +101,13 @@ def test_a_baseline_that_is_gone_is_said(tiny_copy: Callable[..., Path], text: s
     assert card.notes[0] in said and card.to_json()["notes"] == list(card.notes)
 
 
+def test_a_baseline_that_is_no_model_is_refused_before_scoring(quantized: Path, text: str, tmp_path: Path) -> None:
+    said: list[str] = []
+    with pytest.raises(AffineQuantError, match="not a model folder"):
+        eval_checkpoint(quantized, text=text, seq_len=64, windows=2, baseline=tmp_path, say=said.append)
+    assert not any(line.startswith("scoring") for line in said)
+
+
 def test_a_baseline_that_was_named(tiny: Callable[..., Path], quantized: Path, text: str) -> None:
     other = tiny(seed=1)
     card = eval_checkpoint(quantized, text=text, seq_len=32, windows=2, baseline=other)

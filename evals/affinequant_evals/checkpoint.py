@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import affinequant
-from affinequant.checkpoint import locate
+from affinequant.checkpoint import locate, open_source
 from affinequant.demo import demo_model
 from affinequant.errors import AffineQuantError
 from affinequant.recipe import Device, Dtype
@@ -131,8 +131,11 @@ def score_folder(
 
 
 def _locate(model: str, say: Say) -> Path:
-    """As `locate`, but a demo that has to be fetched first is said."""
-    return demo_model(say) if model == "demo" else locate(model)
+    """As `locate`, but a demo that has to be fetched first is said, and a folder that holds no model is refused now and
+    not after another model has been scored."""
+    folder = demo_model(say) if model == "demo" else locate(model)
+    open_source(folder)
+    return folder
 
 
 def _find_baseline(folder: Path, baseline: str | Path | None, say: Say) -> tuple[tuple[str, Path] | None, str]:
