@@ -22,8 +22,8 @@ class Preset:
 
     def fields(self, tier: str, *, demo: bool = False) -> dict[str, Any]:
         """The recipe fields of a tier."""
-        chosen = dict(self.settings) | dict(self.online if tier == "online" else {})
-        return chosen | ({"data": "demo", **self.demo} if demo else {})
+        chosen = dict(self.settings) | ({"data": "demo", **self.demo} if demo else {})
+        return chosen | dict(self.online if tier == "online" else {})
 
     def published(self, model: str) -> Mapping[str, float]:
         """text -> published perplexity of this method on the model of that name (a folder's or a hub id's last part);
