@@ -17,6 +17,7 @@ from torch import Tensor
 import affinequant
 from affinequant.data import Tokens
 from affinequant.errors import QUALITY, AffineQuantError
+from affinequant.fold import Tensors
 from affinequant.formats import Contents, find_format
 from affinequant.formats.shards import write_json
 from affinequant.plan import Plan
@@ -42,12 +43,14 @@ def finish(made: Plan, run: Run, out: Path, decoder: Decoder, tokens: Tokens, li
         AffineQuantError: exit 4 where the reloaded checkpoint does not compute what the run did; the folder is kept.
     """
     names = ["outer", *(stage_name(index) for index in range(made.dims.layers))]
+    last, changed = names[-1], {}
+    if run.committed(DISTILLED):
+        last, changed = DISTILLED, run.tensors(DISTILLED)
     listen.say(f"writing {out}")
-    files = find_format(made.recipe.format, made.placements).write(_contents(made, run, names), out)
+    files = find_format(made.recipe.format, made.placements).write(_contents(made, run, names, changed), out)
     (out / "recipe.toml").write_text(made.recipe.to_toml())
     listen.say("verifying what was written by loading it again")
-    last = DISTILLED if run.committed(DISTILLED) else names[-1]
-    losses = _stream_losses(made, run, decoder, tokens, last)
+    losses = _stream_losses(run, decoder, tokens, last, changed)
     loaded = _reloaded_losses(out, tokens, len(losses["full"]), made)
     checked = _compare(losses["quantized"], loaded, exact=made.recipe.format != "dense")
     report = _report(made, run, out, tokens, files, names)
@@ -108,7 +111,7 @@ def token_losses(
     return torch.cat(parts).cpu()
 
 
-def _contents(made: Plan, run: Run, names: list[str]) -> Contents:
+def _contents(made: Plan, run: Run, names: list[str], changed: Tensors) -> Contents:
     family = made.family
     rotated = "residual" in made.recipe.transforms
     return Contents(
@@ -120,7 +123,7 @@ def _contents(made: Plan, run: Run, names: list[str]) -> Contents:
         linears=tuple(
             f"{family.blocks}.{index}.{linear.name}" for index in range(made.dims.layers) for linear in family.linears
         ),
-        stages=lambda: (_current(run, name) for name in names),
+        stages=lambda: (_current(run.tensors(name), changed) for name in names),
         extra={
             "tier": made.recipe.tier,
             "placements": {name: asdict(placement) for name, placement in made.placements.items()},
@@ -129,17 +132,15 @@ def _contents(made: Plan, run: Run, names: list[str]) -> Contents:
     )
 
 
-def _current(run: Run, name: str) -> dict[str, Tensor]:
+def _current(stage: Tensors, changed: Tensors) -> Tensors:
     """A stage's tensors, with what the end-to-end finish has changed in them."""
-    tensors = run.tensors(name)
-    changed = run.tensors(DISTILLED) if run.committed(DISTILLED) else {}
-    return {key: changed.get(key, tensor) for key, tensor in tensors.items()}
+    return {name: changed.get(name, tensor) for name, tensor in stage.items()}
 
 
-def _stream_losses(made: Plan, run: Run, decoder: Decoder, tokens: Tokens, last: str) -> dict[str, Tensor]:
+def _stream_losses(run: Run, decoder: Decoder, tokens: Tokens, last: str, changed: Tensors) -> dict[str, Tensor]:
     """Losses on the first calibration samples, from the hidden states of both streams behind the stage `last`."""
     outer = run.tensors("outer")
-    outers = {"full": outer, "quantized": _current(run, "outer")}
+    outers = {"full": outer, "quantized": _current(outer, changed)}
     device = decoder.device
     count = verified_samples(tokens)
     losses = {}

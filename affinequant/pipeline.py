@@ -95,10 +95,7 @@ def quantize_blocks(made: Plan, run: Run, tokens: Tokens, listen: Progress) -> D
     rotation = _rotation(made)
     if not run.committed("outer"):
         outer_stage(made, run, tokens, decoder, rotation)
-    outer = run.tensors("outer")
-    embedding = f"{made.family.embedding}.weight"
-    probe, kwargs = decoder.embed(tokens.ids[:1].to(device), {embedding: outer[embedding].to(device, dtype)})
-    del outer, probe
+    _, kwargs = decoder.embed(tokens.ids[:1], run.tensors("outer"))
     names = [stage_name(index) for index in range(made.dims.layers)]
     pending = run.pending(names)
     listen.begin(len(names), len(names) - len(pending))

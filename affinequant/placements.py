@@ -6,7 +6,7 @@ from affinequant.errors import PREFLIGHT, AffineQuantError, unknown_name
 from affinequant.models import Family
 from affinequant.recipe import Recipe
 from affinequant.sites import Placement, Site, online_numbers, place
-from affinequant.transforms import TRANSFORMS, split_parts, structures_of
+from affinequant.transforms import names_at, split_parts, structures_of
 
 
 def place_all(recipe: Recipe, sites: Mapping[str, Site]) -> dict[str, Placement]:
@@ -39,23 +39,18 @@ def place_all(recipe: Recipe, sites: Mapping[str, Site]) -> dict[str, Placement]
             raise AffineQuantError(
                 f"{online} at {name} acts between RoPE and attention, where only a quantised K cache needs it",
                 "--transform",
-                f"use a transform that folds there: {_folding(site)}",
+                f"use a transform that folds there: {names_at(site, 'folded')}",
                 exit_code=PREFLIGHT,
             )
         if online and recipe.tier == "merged":
             raise AffineQuantError(
                 f"{online} at {name} stays online ({cost:,} operations per token): {parts[-1].reason}",
                 "--transform",
-                f"use --tier online, or a transform that folds at {name}: {_folding(site)}",
+                f"use --tier online, or a transform that folds at {name}: {names_at(site, 'folded')}",
             )
         reason = "; ".join(dict.fromkeys(part.reason for part in parts))
         placements[name] = Placement(how="online" if online else "folded", reason=reason, flops=cost)
     return placements
-
-
-def _folding(site: Site) -> str:
-    names = [name for name in TRANSFORMS if place(site, structures_of(name, where="")[0]).how == "folded"]
-    return ", ".join(names)
 
 
 def online_bytes(recipe: Recipe, family: Family, sites: Mapping[str, Site]) -> int:

@@ -68,9 +68,7 @@ def distill_stage(made: Plan, run: Run, tokens: Tokens, jobs: Sequence[BlockJob]
     """The end-to-end finish over all blocks, committed as a stage of its own."""
     decoder, names = jobs[0].decoder, [stage_name(job.index) for job in jobs]
     began, outer = time.perf_counter(), run.tensors("outer")
-    embedding = f"{made.family.embedding}.weight"
-    here = {embedding: outer[embedding].to(decoder.device, decoder.dtype)}
-    embedded, _ = decoder.embed(tokens.ids.to(decoder.device), here)
+    embedded, _ = decoder.embed(tokens.ids, outer)
     full, keep = run.carry(names[-1])["full"], verified_samples(tokens)
     done = distill(jobs, (run.tensors(name) for name in names), outer, embedded, full, keep, listen.say)
     held_out = done.fitted.series["held-out"]
@@ -117,10 +115,7 @@ def outer_stage(made: Plan, run: Run, tokens: Tokens, decoder: Decoder, rotation
     store = store_dtype(made)
     stored = {name: tensor.to(store) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
     del tensors
-    embedding = f"{made.family.embedding}.weight"
-    hidden, _ = decoder.embed(
-        tokens.ids.to(decoder.device), {embedding: stored[embedding].to(decoder.device, decoder.dtype)}
-    )
+    hidden, _ = decoder.embed(tokens.ids, stored)
     run.commit("outer", tensors=stored, carry={"full": hidden}, report={})
 
 

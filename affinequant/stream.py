@@ -44,7 +44,8 @@ class Decoder:
     ) -> tuple[Float[Tensor, "samples tokens hidden"], dict[str, Any]]:
         """(hidden states before block 0, the keyword arguments that the model gives its blocks).
 
-        The arguments are caught at block 0 by a pre-hook. They are made for one sequence and broadcast over a batch.
+        Tokens and embedding may lie anywhere; of `outer`, the tensors outside the blocks, no other is used. The
+        arguments are caught at block 0 by a pre-hook. They are made for one sequence and broadcast over a batch.
 
         Raises:
             RuntimeError: an argument depends on the batch, which no supported family does.
@@ -56,14 +57,13 @@ class Decoder:
             raise StopForward
 
         name = f"{self.family.embedding}.weight"
+        lent = {name: outer[name].to(self.device, self.dtype)}
         handle = self.block(0).register_forward_pre_hook(catch, with_kwargs=True)
         try:
             hidden = []
-            for row in ids:
+            for row in ids.to(self.device):
                 with contextlib.suppress(StopForward):
-                    functional_call(
-                        self.model, {name: outer[name]}, (row[None],), {"use_cache": False}, tie_weights=False
-                    )
+                    functional_call(self.model, lent, (row[None],), {"use_cache": False}, tie_weights=False)
                 hidden.append(caught[-1][0].detach())
                 del caught[:-1]
         finally:

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from affinequant.errors import AffineQuantError
 from affinequant.models import LLAMA, Dims, resolve_sites
@@ -16,6 +15,7 @@ from affinequant.transforms.kronecker import Kronecker
 from affinequant.transforms.online import apply_online, flops
 from affinequant.transforms.svd import LIMIT, BoundedMatrix
 from affinequant.wush import balance, wush_kronecker_rows
+from tests.test_transforms import random, randomised
 
 WIDTHS = (1, 16, 60, 61, 72, 96)
 GQA = Dims(layers=2, hidden=64, mlp=96, heads=4, kv_heads=2, head_dim=24, vocab=320, tied=False)
@@ -29,20 +29,6 @@ def site(kind: Kind, width: int) -> Site:
 
 def online(name: str, where: Site) -> bool:
     return all(place(where, structure).how == "online" for structure in structures_of(name, where="test"))
-
-
-def randomised(built: Any, noise: float = 0.5) -> Any:
-    """In fp64, with random parameters."""
-    transform = built.double()
-    generator = torch.Generator().manual_seed(4)
-    with torch.no_grad():
-        for parameter in transform.parameters():
-            parameter.add_(noise * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
-    return transform
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 KINDS: tuple[Kind, ...] = ("norm", "linear")

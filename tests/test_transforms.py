@@ -35,6 +35,7 @@ def made(
 
 
 def randomised(built: Any, noise: float = 0.5) -> Any:
+    """In fp64, with random parameters."""
     transform = built.double()
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():

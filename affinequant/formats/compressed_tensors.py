@@ -33,11 +33,16 @@ def supports(scheme: Scheme, placements: Mapping[str, Placement], *, clipped: bo
     online = sorted(site for site, placement in placements.items() if placement.how == "online")
     if online:
         return f"the transform at {', '.join(online)} acts at run time, which stock engines cannot do"
+    if clipped and declares_activations(scheme):
+        return f"stock engines quantise the activations of {scheme.name} over their full range, without clipping"
+    return without_kernel(scheme)
+
+
+def without_kernel(scheme: Scheme) -> str | None:
+    """None, or why no integer kernel computes the scheme."""
     weight = scheme.weight
     if scheme.activation and weight.bits == 8 and weight.granularity == "group" and not weight.symmetric:
         return "8-bit weights in asymmetric groups have no integer kernel; leave out the group or add -sym"
-    if clipped and declares_activations(scheme):
-        return f"stock engines quantise the activations of {scheme.name} over their full range, without clipping"
     return None
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from affinequant.formats import SHARD_BYTES, Contents
-from affinequant.formats.compressed_tensors import our_config, write_packed
+from affinequant.formats.compressed_tensors import our_config, without_kernel, write_packed
 from affinequant.scheme import Scheme
 from affinequant.sites import Placement
 
@@ -23,10 +23,7 @@ STEM = "affinequant"
 
 def supports(scheme: Scheme, placements: Mapping[str, Placement], *, clipped: bool = False) -> str | None:
     """None, or why this cannot be written."""
-    weight = scheme.weight
-    if scheme.activation and weight.bits == 8 and weight.granularity == "group" and not weight.symmetric:
-        return "8-bit weights in asymmetric groups have no integer kernel; leave out the group or add -sym"
-    return None
+    return without_kernel(scheme)
 
 
 def write(contents: Contents, out: Path, *, shard_bytes: int = SHARD_BYTES) -> list[Path]:

@@ -104,11 +104,13 @@ def split_parts(name: str, site: Site, *, where: str = "--transform") -> tuple[s
     return "+".join(names[:folded]), "+".join(names[folded:])
 
 
+def names_at(site: Site, how: str) -> str:
+    """The transforms that are `folded` (or `online`, or `refused`) at a site, for a message."""
+    return ", ".join(name for name in TRANSFORMS if place(site, structures_of(name, where="")[0]).how == how)
+
+
 def _possible(site: Site) -> str:
-    found: dict[str, list[str]] = {"folded": [], "online": []}
-    for name, (structure, _, _) in TRANSFORMS.items():
-        found.setdefault(place(site, structure).how, []).append(name)  # pyright: ignore[reportArgumentType]
-    parts = [f"{how} there: {', '.join(found[how])}" for how in ("folded", "online") if found[how]]
+    parts = [f"{how} there: {names}" for how in ("folded", "online") if (names := names_at(site, how))]
     return "choose another (" + "; ".join(parts) + ")"
 
 
