@@ -207,9 +207,11 @@ def _notes(recipe: Recipe, placements: Mapping[str, Placement], untied: int) -> 
             f"the folder grows by {untied / 2**20:,.0f} MB"
         )
     if any(placement.how == "online" for placement in placements.values()):
-        notes.append("transforms stay online: affinequant.load runs this checkpoint, stock engines refuse it")
+        notes.append(
+            "transforms stay online: affinequant.load and vLLM with this package run this checkpoint, others refuse it"
+        )
     elif recipe.parsed_scheme.activation is not None and recipe.scheme != "w8a8":
-        notes.append("stock engines run this checkpoint with 16-bit activations; affinequant.load runs the integers")
+        notes.append("engines without this package run this checkpoint with 16-bit activations; with it, on integers")
     if recipe.model == "demo":
         from affinequant.demo import MODEL_NOTE
 

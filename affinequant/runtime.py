@@ -1,11 +1,12 @@
 """`load`: a checkpoint folder as a transformers model, its activations quantised for real where the scheme says so."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from affinequant_kernels import Weight, linear, prepare_weight
+from affinequant_kernels import Weight, linear, online_linear, prepare_weight
+from affinequant_kernels.online_ops import WEIGHT_ONLY
 from jaxtyping import Float, Int8
 from torch import Tensor, nn
 
@@ -17,7 +18,7 @@ from affinequant.quantizer import dequantize
 from affinequant.recipe import Device, Dtype
 from affinequant.scheme import NumberFormat
 from affinequant.stream import compute_dtype
-from affinequant.transforms.online import apply_online, check_online, parts_of
+from affinequant.transforms.online import check_online, in_order, parts_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -105,11 +106,12 @@ def benchmark(
 
 
 class IntegerLinear(nn.Module):
-    """y = x W^T + b on integers: activations quantised token by token, weights kept as integers.
+    """y = (x P) W^T + b with W kept as integers, and x P quantised token by token where the scheme says so.
 
     Args:
         codes: signed weight codes; value = (code - zero) * scale.
-        activation: the grid of a token.
+        matrices: those of P, in the order in which they act (`transforms.online.in_order`); empty for none.
+        activation: the grid of a token; None leaves activations as they are.
         clip: ratio by which a token's range is narrowed.
     """
 
@@ -121,27 +123,39 @@ class IntegerLinear(nn.Module):
         bias: Float[Tensor, " d_out"] | None,
         *,
         bits: int,
-        activation: NumberFormat,
+        activation: NumberFormat | None,
         clip: float,
+        matrices: Sequence[Tensor] = (),
     ) -> None:
         super().__init__()
         for name, tensor in prepare_weight(codes, scale, zero, bits=bits)._asdict().items():
             self.register_buffer(name, tensor, persistent=False)
         self.register_buffer("bias", bias, persistent=False)
+        self.matrices = [f"matrix_{index}" for index in range(len(matrices))]
+        for name, matrix in zip(self.matrices, matrices, strict=True):
+            self.register_buffer(name, matrix, persistent=False)
         self.out_features, self.in_features = codes.shape
         self.bits, self.activation, self.clip = bits, activation, clip
 
-    def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
-        """The product in the dtype of x; accumulators are exact, the scales act in float32."""
+    def forward(self, x: Float[Tensor, "*batch d_in"], bias: Tensor | None = None) -> Float[Tensor, "*batch d_out"]:
+        """The product in the dtype of x, with `bias` in place of its own where it is given; accumulators are exact, the
+        scales act in float32."""
         weight = Weight(*(getattr(self, name) for name in Weight._fields))
-        grid = self.activation
-        return linear(
-            x, weight, act_bits=grid.bits, act_symmetric=grid.symmetric, clip=self.clip, bias=self._buffers["bias"]
+        return online_linear(
+            x,
+            [getattr(self, name) for name in self.matrices],
+            weight,
+            act_bits=self.activation.bits if self.activation else WEIGHT_ONLY,
+            act_symmetric=self.activation is None or self.activation.symmetric,
+            clip=self.clip,
+            bias=self._buffers["bias"] if bias is None else bias,
         )
 
     def extra_repr(self) -> str:
         """Sizes and formats, for print(model)."""
-        return f"{self.in_features}, {self.out_features}, w{self.bits}a{self.activation.bits}, clip={self.clip:.4g}"
+        bits = self.activation.bits if self.activation else WEIGHT_ONLY
+        sizes = "".join(f", {tuple(getattr(self, name).shape)}" for name in self.matrices)
+        return f"{self.in_features}, {self.out_features}, w{self.bits}a{bits}, clip={self.clip:.4g}{sizes}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "IntegerLinear":
         # model.to(bfloat16) moves the numbers of the grid, but must not round them.
@@ -150,20 +164,6 @@ class IntegerLinear(nn.Module):
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
         return super()._apply(keep, recurse)
-
-
-class Online(nn.Module):
-    """x P, with the matrices of P as `transforms/online.py` names them."""
-
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        self.names = {part: part.replace(".", "_") for part in tensors}
-        for part, tensor in tensors.items():
-            self.register_buffer(self.names[part], tensor, persistent=False)
-
-    def forward(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
-        """In the dtype of x."""
-        return apply_online(x, {part: getattr(self, name) for part, name in self.names.items()})
 
 
 def _plain(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":
@@ -213,42 +213,43 @@ def _quantized(source: Source, device: torch.device, dtype: torch.dtype) -> "Pre
 
 
 def _linear(source: Source, name: str, module: nn.Linear, ours: Mapping[str, Any]) -> nn.Module:
-    """One quantised linear: integer where activations are quantised, else dequantised into the plain module; with what
-    acts on its input at run time, if anything does."""
+    """One quantised linear: on integers where its activations are quantised or transformed, else dequantised into the
+    plain module."""
     weight, dtype = NumberFormat(**ours["weight"]), module.weight.dtype
     codes, scale, zero = unpack_linear(source, name, weight)
     _check_shape(codes, module.weight, name)
     bias = None if module.bias is None else _read(source, f"{name}.bias", like=module.bias).to(dtype)
-    if ours["activation"] is None:
+    matrices = _matrices(source, name, module.in_features)
+    if ours["activation"] is None and not matrices:
         value = dequantize(codes, scale, torch.zeros_like(scale) if zero is None else zero.float(), weight)
         module.weight = nn.Parameter(value.to(dtype), requires_grad=False)
         if bias is not None:
             module.bias = nn.Parameter(bias, requires_grad=False)
-        return _with_transform(source, name, module)
-    if name not in ours["input_clip"]:
+        return module
+    activation = NumberFormat(**ours["activation"]) if ours["activation"] else None
+    if activation and name not in ours["input_clip"]:
         raise AffineQuantError(f"{name} has no entry in input_clip", str(source.folder / "config.json"), _AGAIN)
-    activation, clip = NumberFormat(**ours["activation"]), float(ours["input_clip"][name])
+    clip = float(ours["input_clip"][name]) if activation else 1.0
     try:
-        made = IntegerLinear(codes, scale, zero, bias, bits=weight.bits, activation=activation, clip=clip)
+        return IntegerLinear(
+            codes, scale, zero, bias, bits=weight.bits, activation=activation, clip=clip, matrices=matrices
+        )
     except ValueError as problem:
         raise AffineQuantError(f"{name}: {problem}", str(source.folder), _AGAIN) from None
-    return _with_transform(source, name, made)
 
 
-def _with_transform(source: Source, name: str, module: Any) -> nn.Module:
-    """`module` with the transform that the checkpoint keeps beside it acting on what it reads."""
+def _matrices(source: Source, name: str, width: int) -> list[Tensor]:
+    """What the checkpoint keeps beside a linear to act on its input."""
     parts = parts_of(source.entries, name)
-    if not parts:
-        return module
     tensors = source.read(parts.values())
     found = {part: tensors[stored] for part, stored in parts.items()}
+    if not found:
+        return []
     try:
-        check_online(found, module.in_features)
+        check_online(found, width)
     except ValueError as problem:
         raise AffineQuantError(f"the transform of {name}: {problem}", str(source.folder), _AGAIN) from None
-    module.online = Online(found)
-    module.register_forward_pre_hook(lambda module, args: (module.online(args[0]), *args[1:]))
-    return module
+    return in_order(found)
 
 
 def _skeleton(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":

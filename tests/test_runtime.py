@@ -294,7 +294,7 @@ def online(tiny: Tiny, tmp_path: Path) -> Path:
 def test_an_online_checkpoint_generates_and_keeps_its_matrices_whole(online: Path) -> None:
     model: Any = load(online, dtype="bfloat16")
     assert model.generate(IDS[:1, :8], max_new_tokens=4, do_sample=False, pad_token_id=1).shape == (1, 12)
-    left = model.model.layers[0].mlp.down_proj.online.left
+    left = model.model.layers[0].mlp.down_proj.matrix_0
     stored = load_file(online / "affinequant.safetensors")["model.layers.0.mlp.down_proj.online_left"]
     assert stored.dtype == torch.float32 and left.dtype in (torch.float32, torch.bfloat16)
 

@@ -1,16 +1,7 @@
-"""Stock vLLM on a CPU loads what is written and computes it: offline on tiny models, and on the real demo checkpoint."""
+"""Stock vLLM on a CPU, without our plugin, loads what is written and computes it: tiny models, and the real demo."""
 
-import contextlib
 import gc
-import json
 import math
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,8 +12,15 @@ import torch
 
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("default")]
 
-PROMPTS = ["The capital of France is", "Two plus two equals", "The opposite of hot is"]
 WINDOW, WINDOWS = 1024, 10
+
+
+@pytest.fixture(autouse=True)
+def stock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM as it is where our plugin is not installed."""
+    from affinequant.serve.vllm_plugin import AffineQuantConfig
+
+    monkeypatch.setattr(AffineQuantConfig, "override_quantization_method", lambda *given, **named: None)
 
 
 @contextmanager
@@ -130,87 +128,3 @@ def test_the_real_checkpoint_agrees_in_perplexity(smollm2_w4a4: Path, capsys: py
     with capsys.disabled():
         print(f"\n  perplexity over {len(served)} tokens: {perplexity}")
     assert perplexity["vllm"] == pytest.approx(perplexity["torch.float32"], rel=0.01)
-
-
-@pytest.mark.slow
-def test_the_server_answers_as_the_reference_does(smollm2_w4a4: Path, tmp_path: Path) -> None:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(smollm2_w4a4)
-    model = weight_only(smollm2_w4a4, torch.float32)
-    expected = []
-    for prompt in PROMPTS:
-        ids = tokenizer(prompt, return_tensors="pt").input_ids
-        done = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False, pad_token_id=0
-        )
-        # The server leaves an end of text out of what it answers.
-        expected.append(tokenizer.decode(done[0, ids.shape[1] :], skip_special_tokens=True))
-    with server(smollm2_w4a4, tmp_path / "server.log") as port:
-        answers = [complete(port, prompt, 5) for prompt in PROMPTS]
-    assert answers == expected
-    assert "Paris" in answers[0]
-
-
-def amx_plugin(folder: Path) -> Path:
-    """A vLLM plugin, for PYTHONPATH, that asks Linux for the use of AMX in every process of the server.
-
-    The 4-bit kernel of vLLM 0.32 uses AMX tiles where the CPU has them, without asking first: Linux then ends the
-    process with an illegal instruction, unless something else (a bfloat16 matmul of torch) has asked before.
-    """
-    info = folder / "ask_for_amx-1.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: ask-for-amx\nVersion: 1\n")
-    (info / "entry_points.txt").write_text("[vllm.general_plugins]\nask_for_amx = ask_for_amx:ask\n")
-    (folder / "ask_for_amx.py").write_text("import torch\n\n\ndef ask():\n    torch.cpu._init_amx()\n")
-    return folder
-
-
-@contextmanager
-def server(folder: Path, log: Path) -> Iterator[int]:
-    """`vllm serve` in a process group of its own, killed afterwards; waits five minutes at most for it."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(folder)]
-    command += ["--served-model-name", "m", "--dtype", "bfloat16", "--max-model-len", "256", "--enforce-eager"]
-    command += ["--host", "127.0.0.1", "--port", str(port)]
-    path = os.pathsep.join(filter(None, [str(amx_plugin(log.parent / "plugin")), os.environ.get("PYTHONPATH")]))
-    with log.open("w") as out:
-        process = subprocess.Popen(
-            command, stdout=out, stderr=out, start_new_session=True, env=os.environ | {"PYTHONPATH": path}
-        )
-    try:
-        deadline = time.monotonic() + 300
-        while not alive(port):
-            assert process.poll() is None, log.read_text()[-3000:]
-            assert time.monotonic() < deadline, log.read_text()[-3000:]
-            time.sleep(1)
-        yield port
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def opener() -> urllib.request.OpenerDirector:
-    """Without the proxies of the environment."""
-    return urllib.request.build_opener(urllib.request.ProxyHandler({}))
-
-
-def alive(port: int) -> bool:
-    """Whether the server says that it is well."""
-    try:
-        with opener().open(f"http://127.0.0.1:{port}/health", timeout=2) as answer:
-            return answer.status == 200
-    except OSError:
-        return False
-
-
-def complete(port: int, prompt: str, tokens: int) -> str:
-    """Greedy text from /v1/completions."""
-    body = json.dumps({"model": "m", "prompt": prompt, "max_tokens": tokens, "temperature": 0}).encode()
-    headers = {"Content-Type": "application/json"}
-    request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/completions", body, headers)
-    with opener().open(request, timeout=60) as answer:
-        return json.load(answer)["choices"][0]["text"]

@@ -23,7 +23,7 @@ from affinequant.sites import Placement
 if TYPE_CHECKING:  # a plan asks `supports`, and must not wait for torch
     from torch import Tensor
 
-ABOUT = "integers that stock vLLM and transformers load; activations by affinequant.load"
+ABOUT = "integers that stock vLLM and transformers load; activations by our plugin or load"
 
 _AGAIN = "write or fetch the folder again"
 
@@ -70,25 +70,30 @@ def write(contents: Contents, out: Path, *, shard_bytes: int = SHARD_BYTES) -> l
 def write_packed(
     contents: Contents,
     out: Path,
-    declare: Callable[[Contents, Mapping[str, float]], dict[str, Any]],
+    declare: Callable[[Contents, Mapping[str, Any]], dict[str, Any]],
     *,
     shard_bytes: int,
     stem: str = "model",
 ) -> list[Path]:
-    """Packed integers in shards called `stem`, and a config with what `declare(contents, clips)` says of them."""
+    """Packed integers in shards called `stem`, and a config with what `declare(contents, found)` says of them; `found` is
+    what was seen of the linears on the way, for `our_config`."""
     clips: dict[str, float] = {}
+    online: dict[str, dict[str, list[int]]] = {}
 
     def stages():
         for stage in contents.stages():
             packed = pack_stage(stage, contents)
             clips.update(_clips(stage, contents))
+            online.update(_shapes(stage, contents))
             yield packed
 
     (out / "config.json").unlink(missing_ok=True)
     files = write_shards(stages(), out, shard_bytes=shard_bytes, stem=stem)
     _check_clips(clips, contents)
     files += copy_source(contents.source, out)
-    config = checkpoint_config(contents) | {"quantization_config": declare(contents, clips)}
+    config = checkpoint_config(contents) | {
+        "quantization_config": declare(contents, {"input_clip": clips, "online": online})
+    }
     return [*files, write_json(out / "config.json", config)]
 
 
@@ -100,7 +105,7 @@ def checkpoint_config(contents: Contents) -> dict[str, Any]:
     return config | {"dtype": contents.dtype, "tie_word_embeddings": contents.tied}
 
 
-def quantization_config(contents: Contents, clips: Mapping[str, float]) -> dict[str, Any]:
+def quantization_config(contents: Contents, found: Mapping[str, Any]) -> dict[str, Any]:
     """What stands in `config.json`: the part for stock engines, and ours under `affinequant`."""
     scheme, declared = contents.scheme, declares_activations(contents.scheme)
     activation = scheme.activation
@@ -116,19 +121,23 @@ def quantization_config(contents: Contents, clips: Mapping[str, float]) -> dict[
         "quantization_status": "compressed",
         "ignore": ["lm_head"],
         "config_groups": {"group_0": group},
-        "affinequant": our_config(contents, clips),
+        "affinequant": our_config(contents, found),
     }
 
 
-def our_config(contents: Contents, clips: Mapping[str, float]) -> dict[str, Any]:
-    """Our own part of `config.json`: everything that `affinequant.load` needs to know of the tensors."""
+def our_config(contents: Contents, found: Mapping[str, Any]) -> dict[str, Any]:
+    """Our own part of `config.json`: everything that an engine needs to know of the tensors before it reads them.
+
+    Per linear, `input_clip` is the ratio by which the range of its input is narrowed, and `online` has the shapes of what
+    acts on that input at run time, part by part.
+    """
     activation = contents.scheme.activation
     return dict(contents.extra) | {
         "version": VERSION,
         "scheme": contents.scheme.name,
         "weight": asdict(contents.scheme.weight),
         "activation": asdict(activation) if activation else None,
-        "input_clip": dict(clips),
+        **found,
     }
 
 
@@ -212,6 +221,16 @@ def _clips(stage: Mapping[str, Tensor], contents: Contents) -> dict[str, float]:
         return {}
     names = [name for name in contents.linears if f"{name}.codes" in stage]
     return {name: float(stage[f"{name}.input_clip"]) for name in names}
+
+
+def _shapes(stage: Mapping[str, Tensor], contents: Contents) -> dict[str, dict[str, list[int]]]:
+    from affinequant.transforms.online import parts_of
+
+    shapes = {}
+    for name in contents.linears:
+        if f"{name}.codes" in stage and (parts := parts_of(stage, name)):
+            shapes[name] = {part: list(stage[stored].shape) for part, stored in parts.items()}
+    return shapes
 
 
 def _check_clips(clips: Mapping[str, float], contents: Contents) -> None:

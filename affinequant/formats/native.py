@@ -1,9 +1,9 @@
 """affinequant: our own form, for transforms that stay online. The tensors are those of compressed-tensors, and each linear's
 transform lies beside it.
 
-A stock engine must refuse such a folder: without the transforms it computes another function. vLLM refuses an unknown
-`quant_method`. transformers only warns, and would go on with random weights; so the files do not have the name under
-which it looks for weights, and it stops.
+A stock engine must refuse such a folder: without the transforms it computes another function. vLLM refuses a
+`quant_method` for which it has no plugin. transformers only warns, and would go on with random weights; so the files do
+not have the name under which it looks for weights, and it stops.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from affinequant.formats.compressed_tensors import our_config, without_kernel, w
 from affinequant.scheme import Scheme
 from affinequant.sites import Placement
 
-ABOUT = "integers with transforms that act at run time; affinequant.load only"
+ABOUT = "integers with transforms that act at run time; affinequant.load or vLLM with our plugin"
 STEM = "affinequant"
 
 
@@ -35,6 +35,6 @@ def write(contents: Contents, out: Path, *, shard_bytes: int = SHARD_BYTES) -> l
     return write_packed(contents, out, quantization_config, shard_bytes=shard_bytes, stem=STEM)
 
 
-def quantization_config(contents: Contents, clips: Mapping[str, float]) -> dict[str, Any]:
+def quantization_config(contents: Contents, found: Mapping[str, Any]) -> dict[str, Any]:
     """What stands in `config.json`."""
-    return {"quant_method": "affinequant", "ignore": ["lm_head"], "affinequant": our_config(contents, clips)}
+    return {"quant_method": "affinequant", "ignore": ["lm_head"], "affinequant": our_config(contents, found)}

@@ -33,6 +33,15 @@ def apply_online(x: Float[Tensor, "*batch n"], tensors: Mapping[str, Tensor]) ->
     return x
 
 
+def in_order(tensors: Mapping[str, Tensor]) -> list[Tensor]:
+    """The matrices as they act one after another, as `affinequant_kernels.online_linear` takes them.
+
+    Raises:
+        KeyError: tensors that define no transform.
+    """
+    return [part[name] for part in _parts(tensors) for name in (("left", "right") if "left" in part else ("blocks",))]
+
+
 def stored_name(linear: str, part: str) -> str:
     """Under which name a stage and a checkpoint keep one of the tensors, beside the linear that reads their output."""
     return f"{linear}.{_PREFIX}{part.replace('.', '_')}"

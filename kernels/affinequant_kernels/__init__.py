@@ -14,6 +14,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .online_ops import online_linear as online_linear
     from .ops import linear as linear
     from .ops import row_quant as row_quant
     from .weight import Weight as Weight
@@ -24,13 +25,14 @@ if TYPE_CHECKING:
 _HOME = {
     "linear": "ops",
     "row_quant": "ops",
+    "online_linear": "online_ops",
     "Weight": "weight",
     "prepare_weight": "weight",
     "slice_columns": "weight",
     "slice_rows": "weight",
 }
 
-__all__ = ["Weight", "linear", "prepare_weight", "row_quant", "slice_columns", "slice_rows"]
+__all__ = ["Weight", "linear", "online_linear", "prepare_weight", "row_quant", "slice_columns", "slice_rows"]
 
 
 def __getattr__(name: str) -> object:

@@ -24,7 +24,7 @@ def _check_square(argument: str, matrix: Tensor, x: Tensor, dims: int) -> None:
         raise fail(argument, "square matrices", list(shape))
 
 
-def _check_kron(x: Tensor, left: Tensor, right: Tensor, bits: int, clip: float) -> None:
+def check_kron(x: Tensor, left: Tensor, right: Tensor, bits: int, clip: float) -> None:
     check_tensor("x", x, (None, None), FLOATS)
     check_quant(bits, clip)
     _check_square("left", left, x, 2)
@@ -36,14 +36,14 @@ def _check_kron(x: Tensor, left: Tensor, right: Tensor, bits: int, clip: float) 
 def _kron_shapes(
     x: Tensor, left: Tensor, right: Tensor, bits: int = 4, symmetric: bool = True, clip: float = 1.0
 ) -> tuple[Tensor, ...]:
-    _check_kron(x, left, right, bits, clip)
+    check_kron(x, left, right, bits, clip)
     return ops.empty_rows(x)
 
 
 def _kron_quant(
     x: Tensor, left: Tensor, right: Tensor, bits: int = 4, symmetric: bool = True, clip: float = 1.0
 ) -> tuple[Tensor, ...]:
-    _check_kron(x, left, right, bits, clip)
+    check_kron(x, left, right, bits, clip)
     if x.is_cuda:
         from . import transform
 
@@ -52,7 +52,7 @@ def _kron_quant(
     return tuple(ops.quantiser(x.device)(y, bits=bits, symmetric=symmetric, clip=clip))
 
 
-def _check_block(x: Tensor, matrices: Tensor, bits: int, clip: float) -> None:
+def check_block(x: Tensor, matrices: Tensor, bits: int, clip: float) -> None:
     check_tensor("x", x, (None, None), FLOATS)
     check_quant(bits, clip)
     _check_square("matrices", matrices, x, 3)
@@ -64,14 +64,14 @@ def _check_block(x: Tensor, matrices: Tensor, bits: int, clip: float) -> None:
 def _block_shapes(
     x: Tensor, matrices: Tensor, bits: int = 4, symmetric: bool = True, clip: float = 1.0
 ) -> tuple[Tensor, ...]:
-    _check_block(x, matrices, bits, clip)
+    check_block(x, matrices, bits, clip)
     return ops.empty_rows(x)
 
 
 def _block_quant(
     x: Tensor, matrices: Tensor, bits: int = 4, symmetric: bool = True, clip: float = 1.0
 ) -> tuple[Tensor, ...]:
-    _check_block(x, matrices, bits, clip)
+    check_block(x, matrices, bits, clip)
     if x.is_cuda:
         from . import transform
 

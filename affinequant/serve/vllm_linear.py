@@ -1,0 +1,172 @@
+"""One of vLLM's linears on integers: loads the tensors of our checkpoints, computes by `affinequant.runtime`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_loader_v2_supported_method
+from vllm.model_executor.parameter import (
+    BasevLLMParameter,
+    ChannelQuantScaleParameter,
+    GroupQuantScaleParameter,
+    ModelWeightParameter,
+    PackedColumnParameter,
+    PackedvLLMParameter,
+)
+
+from affinequant.runtime import IntegerLinear
+from affinequant.transforms.online import check_online, in_order
+
+if TYPE_CHECKING:
+    from affinequant.serve.vllm_plugin import AffineQuantConfig
+
+
+class Shared(BasevLLMParameter):
+    """A tensor that every member of a fused layer keeps, each the same; NaN until it is loaded."""
+
+    def __init__(self, data: Tensor, weight_loader: Callable) -> None:
+        super().__init__(data=data.fill_(torch.nan), weight_loader=weight_loader)
+
+    def _assert_and_load(self, loaded_weight: Tensor) -> None:
+        if loaded_weight.shape != self.data.shape:
+            raise ValueError(
+                f"a transform of size {tuple(loaded_weight.shape)} where config.json says {tuple(self.data.shape)}"
+            )
+        if not bool(self.data.isnan().all()) and not torch.equal(self.data, loaded_weight.to(self.data)):
+            raise ValueError("members of a fused layer have different transforms, though they read one input")
+        self.data.copy_(loaded_weight)
+
+
+@dataclass(slots=True)
+class Counted:
+    """A weight loader that remembers how many members of a layer it was given."""
+
+    load: Callable[..., None]
+    seen: int = 0
+    whole: bool = False
+
+    def __call__(self, param: nn.Parameter, loaded: Tensor, *shard: Any) -> None:
+        """As vLLM calls it: with the member's id where the layer is fused."""
+        self.seen += 1
+        self.whole |= not shard or shard[0] is None
+        self.load(param, loaded, *shard)
+
+
+@register_weight_loader_v2_supported_method
+class AffineQuantLinear(LinearMethodBase):
+    """One of vLLM's linears, fused or not, on integers."""
+
+    def __init__(self, config: AffineQuantConfig, prefix: str) -> None:
+        self.config, self.prefix = config, prefix
+        self.members = config.members(prefix)
+
+    def create_weights(
+        self,
+        layer: nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """The tensors of the checkpoint, to be loaded.
+
+        Raises:
+            ValueError: a size that cannot be loaded, or tensor parallelism that the checkpoint was not made for.
+        """
+        self.clip, online = self.config.clip(self.members), self.config.matrices(self.members)
+        rows, columns, fmt = sum(output_partition_sizes), input_size_per_partition, self.config.weight
+        if columns != input_size:
+            self._check_slices(columns, input_size, online)
+        self.size, self.count = (rows, columns), len(output_partition_sizes)
+        self.loaders: dict[str, Counted] = {}
+        load, per_word = extra_weight_attrs["weight_loader"], 32 // fmt.bits
+        groups = fmt.groups(columns)
+
+        def add(name: str, kind: type[BasevLLMParameter], data: Tensor, **settings: Any) -> None:
+            self.loaders[name] = Counted(load)
+            layer.register_parameter(name, kind(data=data, weight_loader=self.loaders[name], **settings))
+
+        by_rows = {"output_dim": 0} | ({"input_dim": 1} if fmt.granularity == "group" else {})
+        scale = GroupQuantScaleParameter if fmt.granularity == "group" else ChannelQuantScaleParameter
+        add("weight_scale", scale, torch.full((rows, groups), torch.nan), **by_rows)
+        if self.config.whole:
+            add("weight", ModelWeightParameter, torch.empty(rows, columns, dtype=torch.int8), output_dim=0, input_dim=1)
+        else:
+            data = torch.empty(rows, -(-columns // per_word), dtype=torch.int32)
+            packing = {"output_dim": 0, "input_dim": 1, "packed_dim": 1, "packed_factor": per_word}
+            add("weight_packed", PackedvLLMParameter, data, **packing)
+            add("weight_shape", BasevLLMParameter, torch.empty(2, dtype=torch.int64))
+        if not fmt.symmetric:
+            self._check_rows(output_partition_sizes, output_size, per_word)
+            kind = PackedvLLMParameter if fmt.granularity == "group" else PackedColumnParameter
+            data = torch.zeros(-(-rows // per_word), groups, dtype=torch.int32)
+            add("weight_zero_point", kind, data, packed_dim=0, packed_factor=per_word, **by_rows)
+        self.parts = {part: f"online_{part.replace('.', '_')}" for part in online}
+        for part, shape in online.items():
+            add(self.parts[part], Shared, torch.empty(shape))
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """From the tensors of the checkpoint to the layout of the kernels.
+
+        Raises:
+            ValueError: a tensor that was not loaded, values that are not finite, or matrices that define no transform.
+        """
+        from compressed_tensors.compressors import unpack_from_int32
+
+        for name, loader in self.loaders.items():
+            if not loader.whole and loader.seen != self.count:
+                raise ValueError(f"{self.prefix}: the checkpoint lacks {name} of {', '.join(self.members)}")
+        fmt, tensors = self.config.weight, {name: getattr(layer, name).data for name in self.loaders}
+        scale, zero = tensors["weight_scale"], None
+        if self.config.whole:
+            codes = tensors["weight"]
+        else:
+            codes = unpack_from_int32(tensors["weight_packed"], fmt.bits, torch.Size(self.size))
+        if not fmt.symmetric:
+            zero = unpack_from_int32(tensors["weight_zero_point"], fmt.bits, scale.shape, packed_dim=0)
+        online = {part: tensors[name] for part, name in self.parts.items()}
+        for name in self.loaders:
+            delattr(layer, name)
+        try:
+            if any(not bool(matrix.isfinite().all()) for matrix in online.values()):
+                raise ValueError("a transform holds values that are not finite")
+            if online:
+                check_online(online, self.size[1])
+            layer.integers = IntegerLinear(
+                codes,
+                scale,
+                zero,
+                None,
+                bits=fmt.bits,
+                activation=self.config.activation,
+                clip=self.clip,
+                matrices=in_order(online) if online else (),
+            )
+        except ValueError as problem:
+            raise ValueError(f"{self.prefix}: {problem}") from None
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The layer on a batch of tokens."""
+        return layer.integers(x, bias)  # pyright: ignore[reportCallIssue]
+
+    def _check_rows(self, sizes: list[int], output_size: int, per_word: int) -> None:
+        if sizes != [output_size] and any(size % per_word for size in sizes):
+            raise ValueError(
+                f"{self.prefix}: {sizes} rows per rank, and zero points are packed {per_word} rows to a word: use a "
+                "smaller --tensor-parallel-size"
+            )
+
+    def _check_slices(self, columns: int, whole: int, online: Mapping[str, Any]) -> None:
+        if self.config.activation is None and not online:
+            return
+        ranks = whole // columns
+        raise ValueError(
+            f"{self.prefix} would see {columns} of {whole} input features on each of {ranks} ranks, where the scale of a "
+            "token and a transform of the whole input come out differently: use --tensor-parallel-size 1"
+        )

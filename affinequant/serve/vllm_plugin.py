@@ -1,0 +1,168 @@
+"""The plugin for vLLM: our checkpoints on integers, by the same layer and op as in `affinequant.load`.
+
+It answers to `quant_method: affinequant`, and takes over those compressed-tensors checkpoints of ours whose integer
+activations stock vLLM would leave out. Layers that vLLM fuses (q, k and v; gate and up) read one input, so their members
+must agree on its transform and its clipping; a checkpoint in which they do not is refused.
+
+Under tensor parallelism a row-parallel layer (o, down) sees a slice of its input. Scales per token and transforms over the
+whole input would come out differently there, so the checkpoint must have been made for that many slices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from packaging.version import Version
+from torch import nn
+from vllm import __version__ as vllm_version
+from vllm.logger import init_logger
+from vllm.model_executor.layers import quantization
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.layers.quantization.utils.quant_utils import is_layer_skipped
+
+from affinequant.formats import VERSION
+from affinequant.formats.compressed_tensors import declares_activations
+from affinequant.scheme import NumberFormat, Scheme
+from affinequant.serve.vllm_linear import AffineQuantLinear
+
+NAME = "affinequant"
+TESTED = ("0.32.0", "0.32.0")
+"""Oldest and newest vLLM on which the tests of this package ran."""
+
+_log = init_logger(f"vllm.{__name__}")
+
+
+def register() -> None:
+    """See `affinequant.serve.register_vllm`."""
+    held = quantization._CUSTOMIZED_METHOD_TO_QUANT_CONFIG.get(NAME)
+    if held is AffineQuantConfig:
+        return
+    if held is not None or NAME in quantization.QUANTIZATION_METHODS:
+        owner = held.__module__ if held else "vLLM itself"
+        raise RuntimeError(
+            f"the quantisation method {NAME} is already {owner}'s. Uninstall one of the two plugins, or choose by "
+            f"VLLM_PLUGINS={NAME}"
+        )
+    quantization.register_quantization_config(NAME)(AffineQuantConfig)
+    warn_if_untested(vllm_version)
+
+
+def warn_if_untested(version: str) -> None:
+    """Say in vLLM's log which versions of vLLM this package was tested with, where `version` is not among them."""
+    oldest, newest = (Version(tested) for tested in TESTED)
+    if not oldest <= Version(Version(version).base_version) <= newest:
+        tested = str(oldest) if oldest == newest else f"{oldest} to {newest}"
+        _log.warning("affinequant was tested with vLLM %s, this is %s", tested, version)
+
+
+class AffineQuantConfig(QuantizationConfig):
+    """What `config.json` says of a checkpoint of ours.
+
+    Args:
+        declared: its `quantization_config`.
+
+    Raises:
+        ValueError: another version, or a key that is missing.
+    """
+
+    def __init__(self, declared: Mapping[str, Any]) -> None:
+        super().__init__()
+        ours = declared["affinequant"]
+        if ours.get("version") != VERSION:
+            raise ValueError(
+                f"a checkpoint of version {ours.get('version')!r}, this affinequant reads version {VERSION}: install the "
+                "affinequant that wrote it"
+            )
+        self.weight = NumberFormat(**ours["weight"])
+        self.activation = NumberFormat(**ours["activation"]) if ours["activation"] else None
+        self.whole = declares_activations(Scheme.parse(ours["scheme"]))
+        """Codes are stored as int8, as they are, instead of packed into words."""
+        self.clips: dict[str, float] = dict(ours["input_clip"])
+        if "online" not in ours and declared["quant_method"] == NAME:
+            raise ValueError(
+                "config.json does not list the transforms (key `online`): export the folder again by `affinequant export`"
+            )
+        self.online: dict[str, dict[str, list[int]]] = dict(ours.get("online", {}))
+        self.ignore: list[str] = list(declared.get("ignore", []))
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> AffineQuantConfig:
+        """From the `quantization_config` of a checkpoint."""
+        return cls(config)
+
+    @classmethod
+    def override_quantization_method(
+        cls, hf_quant_cfg: Mapping[str, Any], user_quant: str | None = None, hf_config: Any = None
+    ) -> Any:
+        """Our name, for compressed-tensors checkpoints of ours that quantise activations without declaring it."""
+        ours = hf_quant_cfg.get("affinequant")
+        if hf_quant_cfg.get("quant_method") != "compressed-tensors" or not ours or user_quant not in (None, NAME):
+            return None
+        groups = hf_quant_cfg.get("config_groups", {}).values()
+        declared = any(group.get("input_activations") for group in groups)
+        return NAME if ours.get("activation") and not declared else None
+
+    def get_name(self) -> Any:
+        """`affinequant`."""
+        return NAME
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        """float32 is for tests and comparisons."""
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """Ampere: the int8 tensor cores that the kernels are written for."""
+        return 80
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        """Everything stands in config.json."""
+        return []
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
+        """Follow a model whose modules have other names in vLLM."""
+        self.clips = hf_to_vllm_mapper.apply_dict(self.clips)
+        self.online = hf_to_vllm_mapper.apply_dict(self.online)
+        self.ignore = hf_to_vllm_mapper.apply_list(self.ignore)
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """Our method for linears; None, which is vLLM's own, for embeddings, head and attention."""
+        if not isinstance(layer, LinearBase):
+            return None
+        if is_layer_skipped(prefix, self.ignore, self.packed_modules_mapping):
+            return UnquantizedLinearMethod()
+        return AffineQuantLinear(self, prefix)
+
+    def members(self, prefix: str) -> list[str]:
+        """The linears of the checkpoint that make up one of vLLM's."""
+        parent, _, leaf = prefix.rpartition(".")
+        names = self.packed_modules_mapping.get(leaf, [leaf])
+        return [f"{parent}.{name}" if parent else name for name in names]
+
+    def clip(self, members: list[str]) -> float:
+        """The ratio by which the range of their common input is narrowed.
+
+        Raises:
+            ValueError: they have none, or do not agree.
+        """
+        if self.activation is None:
+            return 1.0
+        found = {self.clips.get(name) for name in members}
+        if len(found) != 1 or None in found:
+            raise ValueError(f"{', '.join(members)} need one input_clip, config.json has {sorted(map(str, found))}")
+        return float(found.pop())  # pyright: ignore[reportArgumentType]
+
+    def matrices(self, members: list[str]) -> dict[str, list[int]]:
+        """Part to shape, of what acts on their common input.
+
+        Raises:
+            ValueError: they do not agree.
+        """
+        first, *others = (self.online.get(name, {}) for name in members)
+        if any(other != first for other in others):
+            raise ValueError(f"{', '.join(members)} read one input, and their transforms differ")
+        return first

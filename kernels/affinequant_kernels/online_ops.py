@@ -1,0 +1,168 @@
+"""A whole linear layer with what acts on its input at run time, as one op that a compiler need not look into.
+
+The matrices come as a flat list, in the order in which they act: two square matrices [n1, n1], [n2, n2] that follow each
+other are a Kronecker product, one of three dimensions [blocks, b, b] is block-diagonal (one block serves all pieces). All
+but the last are rounded to x's type; the last stays in fp32 and goes straight into the quantiser, fused with it on CUDA.
+
+Shapes: m rows (tokens), k input features, n output features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from . import fused_ops, ops, reference
+from .checks import FLOATS, check_quant, fail
+from .library import register
+from .reference import Rows
+from .weight import Weight
+
+WEIGHT_ONLY = 16
+"""As `act_bits`: activations stay in their type."""
+
+
+def parts(matrices: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
+    """The matrices of one factor at a time: (left, right), or (blocks,).
+
+    Raises:
+        ValueError: a matrix without its partner.
+    """
+    waiting: Tensor | None = None
+    for matrix in matrices:
+        if matrix.ndim == 2:
+            if waiting is None:
+                waiting = matrix
+                continue
+            yield waiting, matrix
+            waiting = None
+        elif matrix.ndim == 3 and waiting is None:
+            yield (matrix,)
+        else:
+            raise fail("matrices", "two of two dimensions, or one of three", list(matrix.shape))
+    if waiting is not None:
+        raise fail("matrices", "a second factor beside the first", "one")
+
+
+def _check(
+    x: Tensor, matrices: Sequence[Tensor], weight: Weight, bias: Tensor | None, act_bits: int, clip: float
+) -> None:
+    ops.check_x(x)
+    if act_bits != WEIGHT_ONLY:
+        check_quant(act_bits, clip)
+    ops.check_weight(x.shape[-1], x.device, weight, bias, x.dtype)
+    flat = x.view(-1, x.shape[-1])
+    for first, *second in parts(matrices):
+        if second:
+            fused_ops.check_kron(flat, first, second[0], bits=4, clip=1.0)
+        else:
+            fused_ops.check_block(flat, first, bits=4, clip=1.0)
+
+
+def _shapes(
+    x: Tensor,
+    matrices: Sequence[Tensor],
+    qweight: Tensor,
+    w_scale: Tensor,
+    w_zero: Tensor | None,
+    w_mul: Tensor | None,
+    w_colsum: Tensor,
+    bias: Tensor | None,
+    act_bits: int = 4,
+    act_symmetric: bool = True,
+    clip: float = 1.0,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    _check(x, matrices, Weight(qweight, w_scale, w_zero, w_mul, w_colsum), bias, act_bits, clip)
+    return x.new_empty((*x.shape[:-1], qweight.shape[0]), dtype=out_dtype or x.dtype)
+
+
+def _run(
+    x: Tensor,
+    matrices: Sequence[Tensor],
+    qweight: Tensor,
+    w_scale: Tensor,
+    w_zero: Tensor | None,
+    w_mul: Tensor | None,
+    w_colsum: Tensor,
+    bias: Tensor | None,
+    act_bits: int = 4,
+    act_symmetric: bool = True,
+    clip: float = 1.0,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    weight = Weight(qweight, w_scale, w_zero, w_mul, w_colsum)
+    _check(x, matrices, weight, bias, act_bits, clip)
+    out_dtype = out_dtype or x.dtype
+    if out_dtype not in FLOATS:
+        raise fail("out_dtype", "a float type", out_dtype)
+    flat = x.view(-1, x.shape[-1])
+    factors = list(parts(matrices))
+    if act_bits == WEIGHT_ONLY:
+        y = torch.ops.affq.w4a16_linear(_applied(flat, factors), *weight, bias, out_dtype)
+    elif not factors:
+        y = torch.ops.affq.w4a4_linear_dyn(flat, *weight, bias, act_bits, act_symmetric, clip, out_dtype)
+    else:
+        rows = _quantised(_applied(flat, factors[:-1]), factors[-1], act_bits, act_symmetric, clip)
+        zero = None if act_symmetric else rows.zero
+        y = _product(rows, zero, weight, bias, out_dtype, act_bits)
+    return y.view(*x.shape[:-1], qweight.shape[0])
+
+
+def _applied(x: Tensor, factors: Sequence[tuple[Tensor, ...]]) -> Tensor:
+    for part in factors:
+        x = (reference.kron_apply if len(part) == 2 else reference.block_apply)(x, *part).to(x.dtype)
+    return x
+
+
+def _quantised(x: Tensor, part: tuple[Tensor, ...], bits: int, symmetric: bool, clip: float) -> Rows:
+    op = torch.ops.affq.kron_quant if len(part) == 2 else torch.ops.affq.block_quant
+    return Rows(*op(x, *part, bits, symmetric, clip))
+
+
+def _product(
+    rows: Rows, zero: Tensor | None, weight: Weight, bias: Tensor | None, out_dtype: torch.dtype, act_bits: int
+) -> Tensor:
+    if rows.q.is_cuda:
+        from . import gemm
+
+        return gemm.linear(rows.q, rows.scale, zero, rows.rowsum, weight, bias, out_dtype)
+    from . import cpu
+
+    return cpu.linear(rows.q, rows.scale, zero, weight, bias, out_dtype, act_bits)
+
+
+register(
+    f"online_linear(Tensor x, Tensor[] matrices, {ops.WEIGHT_SCHEMA}, int act_bits=4, bool act_symmetric=True, "
+    "float clip=1.0, ScalarType? out_dtype=None) -> Tensor",
+    _run,
+    _shapes,
+)
+
+
+def online_linear(
+    x: Float[Tensor, "*batch k"],
+    matrices: Sequence[Tensor],
+    weight: Weight,
+    *,
+    act_bits: int = 4,
+    act_symmetric: bool = True,
+    clip: float = 1.0,
+    bias: Float[Tensor, " n"] | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Transform x, quantise it per row to `act_bits` and multiply: [..., k] -> [..., n].
+
+    Args:
+        matrices: what acts on x, as the module says; empty for none.
+        act_bits: 4 or 8, or 16 for activations that stay as they are.
+
+    Raises:
+        ValueError: anything that does not fit.
+    """
+    return torch.ops.affq.online_linear(
+        x.contiguous(), list(matrices), *weight, bias, act_bits, act_symmetric, clip, out_dtype
+    )

@@ -1,0 +1,242 @@
+"""The plugin for vLLM on a CPU: the integers of `affinequant.load`, layer by layer and end to end, and what it refuses."""
+
+import gc
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import affinequant
+
+pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("default")]
+
+PROMPTS, LENGTH, NEW = 64, 12, 8
+
+
+@pytest.fixture(scope="module")
+def made(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """made(scheme=..., tier=..., **recipe): a checkpoint of a tiny model whose heads vLLM takes, written once."""
+    folder = tmp_path_factory.mktemp("made")
+    text = folder / "text.txt"
+    text.write_text(" ".join(f"{i} red foxes and {i % 7} hens" for i in range(2000)))
+
+    def make(*, bias: bool = False, **recipe: Any) -> Path:
+        out = folder / "-".join(str(value) for value in (bias, *recipe.values())).replace("/", "_")[:80]
+        if not out.exists():
+            source = tiny(hidden=128, heads=4, kv_heads=2, mlp=256, bias=bias)
+            settings = {"preset": "fast", "samples": 4, "seq_len": 32, "data": text} | recipe
+            affinequant.quantize(source, out=out, **settings)
+        return out
+
+    return make
+
+
+@contextmanager
+def engine(folder: Path, *, dtype: str = "float32", eager: bool = True) -> Iterator[Any]:
+    """A vLLM engine with our plugin in this process, gone afterwards."""
+    from vllm import LLM
+
+    from affinequant.serve import register_vllm
+
+    register_vllm()  # in vain if the package is installed, as its entry point did this already
+    llm = LLM(
+        model=str(folder),
+        dtype=dtype,
+        max_model_len=64,
+        enforce_eager=eager,
+        max_logprobs=1,
+        gpu_memory_utilization=0.3,
+        disable_log_stats=True,
+    )
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()  # now, or a late collection takes away the next engine's groups
+        del llm
+        gc.collect()
+
+
+def blocks_of(llm: Any) -> Any:
+    return llm.llm_engine.model_executor.driver_worker.worker.get_model().model.layers
+
+
+def prompts() -> list[list[int]]:
+    return torch.randint(3, 300, (PROMPTS, LENGTH), generator=torch.Generator().manual_seed(0)).tolist()
+
+
+def served(llm: Any) -> tuple[list[list[int]], torch.Tensor]:
+    """Greedy tokens, and the log-probability of every prompt token but the first, [PROMPTS, LENGTH - 1]."""
+    from vllm import SamplingParams
+
+    settings = SamplingParams(max_tokens=NEW, temperature=0, prompt_logprobs=0, ignore_eos=True)
+    results = llm.generate([{"prompt_token_ids": ids} for ids in prompts()], settings, use_tqdm=False)
+    logprobs = [
+        [entry[token].logprob for token, entry in zip(ids[1:], result.prompt_logprobs[1:], strict=True)]
+        for ids, result in zip(prompts(), results, strict=True)
+    ]
+    return [list(result.outputs[0].token_ids) for result in results], torch.tensor(logprobs)
+
+
+def loaded(folder: Path) -> tuple[list[list[int]], torch.Tensor]:
+    """The same by `affinequant.load`."""
+    model: Any = affinequant.load(folder, device="cpu", dtype="float32")
+    model.generation_config.eos_token_id = None
+    ids = torch.tensor(prompts())
+    with torch.no_grad():
+        logprobs = model(ids).logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+        tokens = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False)
+    return tokens[:, LENGTH:].tolist(), logprobs
+
+
+def assert_same(folder: Path, got: tuple[list[list[int]], torch.Tensor]) -> None:
+    """Equal but for single roundings: a norm or an attention that differs in its last bit (1e-7) may put a value on the
+    other side of a half, and then that token's numbers jump. Of some thousand values a token that happens to one in a
+    hundred tokens on a grid of 256 steps, and hardly ever on 16. A wrong function would differ nearly everywhere."""
+    (tokens, logprobs), (wanted_tokens, wanted) = got, loaded(folder)
+    far = (logprobs - wanted).abs() > 1e-4
+    assert float(far.float().mean()) <= 0.05, f"{int(far.sum())} of {far.numel()} log-probabilities differ"
+    same = sum(mine == theirs for mine, theirs in zip(tokens, wanted_tokens, strict=True))
+    assert same >= PROMPTS - 2, f"{same} of {PROMPTS} continuations agree"
+
+
+CASES = [
+    {"scheme": "w4a4", "tier": "merged"},
+    {"scheme": "w4a4", "tier": "online"},
+    {"scheme": "w4a8", "tier": "online", "bias": True},
+    {"scheme": "w4a4-g32-sym", "tier": "merged"},
+    {"scheme": "w4a16-g32", "tier": "online"},
+    {"scheme": "w8a8", "tier": "online", "activation_clip": "none"},
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(str(value) for value in case.values()))
+def test_the_engine_computes_what_load_computes(case: dict[str, Any], made: Callable[..., Path]) -> None:
+    folder = made(**case)
+    with engine(folder) as llm:
+        block, x = blocks_of(llm)[0], torch.randn(7, 128, generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            fused = {"qkv": block.self_attn.qkv_proj(x)[0], "gate_up": block.mlp.gate_up_proj(x)[0]}
+            plain = block.mlp.down_proj(x.repeat(1, 2))[0]
+        got = served(llm)
+    model: Any = affinequant.load(folder, device="cpu", dtype="float32")
+    attention, mlp = model.model.layers[0].self_attn, model.model.layers[0].mlp
+    with torch.no_grad():
+        assert torch.equal(fused["qkv"], torch.cat([attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)], -1))
+        assert torch.equal(fused["gate_up"], torch.cat([mlp.gate_proj(x), mlp.up_proj(x)], -1))
+        assert torch.equal(plain, mlp.down_proj(x.repeat(1, 2)))
+    assert_same(folder, got)
+
+
+def test_activations_are_quantised_for_real(made: Callable[..., Path]) -> None:
+    """Fails where the engine leaves activations in 16 bits, as stock vLLM does."""
+    folder = made(scheme="w4a4", tier="merged")
+    with engine(folder) as llm:
+        linear = blocks_of(llm)[0].mlp.down_proj.integers
+        x = torch.randn(5, 256)
+        assert linear.activation.bits == 4
+        # Too small a change to reach another step of the grid, for all but a few values.
+        same = (linear(x) - linear(x + 1e-6)).abs().amax(1) < 1e-6
+    assert int(same.sum()) >= 4
+
+
+def test_compiled_it_is_the_same_and_a_changed_checkpoint_is_noticed(
+    made: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The clips of a checkpoint become constants of compiled code: another checkpoint in its place must not run them."""
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
+    folder = Path(shutil.copytree(made(scheme="w4a4", tier="online"), tmp_path / "folder"))
+    for changed in (False, True):
+        if changed:
+            config = json.loads((folder / "config.json").read_text())
+            clips = config["quantization_config"]["affinequant"]["input_clip"]
+            clips.update(dict.fromkeys(clips, 0.5))
+            (folder / "config.json").write_text(json.dumps(config))
+        with engine(folder, eager=False) as llm:
+            got = served(llm)
+        assert_same(folder, got)
+
+
+def broken(made: Callable[..., Path], tmp_path: Path, change: Callable[[dict, dict], None]) -> Path:
+    """A copy of an online checkpoint whose tensors and config `change` has changed."""
+    folder = Path(shutil.copytree(made(scheme="w4a4", tier="online"), tmp_path / "broken"))
+    tensors, config = load_file(folder / "affinequant.safetensors"), json.loads((folder / "config.json").read_text())
+    change(tensors, config["quantization_config"]["affinequant"])
+    save_file(tensors, folder / "affinequant.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+BLOCK = "model.layers.1."
+FAULTS: dict[str, tuple[Callable[[dict, dict], Any], str]] = {
+    "a scale that is missing": (lambda t, c: t.pop(BLOCK + "mlp.up_proj.weight_scale"), "lacks weight_scale of"),
+    "codes that are missing": (lambda t, c: t.pop(BLOCK + "self_attn.o_proj.weight_packed"), "lacks weight_packed of"),
+    "a scale that is not finite": (
+        lambda t, c: t[BLOCK + "mlp.up_proj.weight_scale"].fill_(float("nan")),
+        "gate_up_proj: scale: expected finite values",
+    ),
+    "a transform that is not finite": (
+        lambda t, c: t[BLOCK + "mlp.down_proj.online_left"].fill_(float("inf")),
+        "down_proj: a transform holds values that are not finite",
+    ),
+    "members with different transforms": (
+        lambda t, c: t[BLOCK + "self_attn.k_proj.online_left"].mul_(1.5),
+        "members of a fused layer have different transforms",
+    ),
+    "members with different clips": (
+        lambda t, c: c["input_clip"].update({BLOCK + "self_attn.k_proj": 0.5}),
+        "need one input_clip",
+    ),
+    "another version": (lambda t, c: c.update(version=99), "a checkpoint of version 99"),
+    "no list of transforms": (lambda t, c: c.pop("online"), "does not list the transforms"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_broken_checkpoint_is_refused(fault: str, made: Callable[..., Path], tmp_path: Path) -> None:
+    change, message = FAULTS[fault]
+    folder = broken(made, tmp_path, change)
+    with pytest.raises((ValueError, RuntimeError), match=message), engine(folder):
+        pass
+
+
+def test_another_plugin_of_that_name_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.model_executor.layers import quantization
+
+    from affinequant.serve import register_vllm
+
+    register_vllm()
+    register_vllm()  # vLLM may call it more than once
+    held = dict(quantization._CUSTOMIZED_METHOD_TO_QUANT_CONFIG) | {"affinequant": int}
+    monkeypatch.setattr(quantization, "_CUSTOMIZED_METHOD_TO_QUANT_CONFIG", held)
+    with pytest.raises(RuntimeError, match="already builtins's"):
+        register_vllm()
+
+
+@pytest.mark.parametrize(("version", "warned"), [("0.32.0", 0), ("0.32.0+cpu", 0), ("0.31.2", 1), ("1.0.0", 1)])
+def test_an_untested_vllm_is_warned_about(version: str, warned: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from affinequant.serve import vllm_plugin
+
+    said: list[Any] = []
+    monkeypatch.setattr(vllm_plugin._log, "warning", lambda *parts: said.append(parts))
+    vllm_plugin.warn_if_untested(version)
+    assert len(said) == warned
+
+
+def test_stock_checkpoints_are_left_alone() -> None:
+    from affinequant.serve.vllm_plugin import AffineQuantConfig
+
+    override = AffineQuantConfig.override_quantization_method
+    declared = {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"input_activations": None}}}
+    assert override(declared, None) is None
+    assert override(declared | {"affinequant": {"activation": None}}, None) is None
+    ours = declared | {"affinequant": {"activation": {"bits": 4}}}
+    assert override(ours, None, hf_config=None) == "affinequant"
+    assert override(ours, "compressed-tensors") is None
+    full = ours | {"config_groups": {"group_0": {"input_activations": {"num_bits": 8}}}}
+    assert override(full, None) is None
