@@ -132,7 +132,8 @@ class BlockObjective:
             x = self.online[site].on_activations(x)
         if self.job.scheme.activation is None:
             return x
-        return fake_quantize_activation(x, self.job.scheme.activation, self.clips[site].sigmoid())
+        slices = self.job.sites[site].slices
+        return fake_quantize_activation(x, self.job.scheme.activation, self.clips[site].sigmoid(), slices)
 
 
 def folded_exactly(objective: BlockObjective, exact: Tensors) -> Tensors:

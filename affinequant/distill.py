@@ -83,7 +83,7 @@ class Continuous(nn.Module):
         if self.online[site]:
             x = apply_online(x, self.online[site])
         fmt = self.job.scheme.activation
-        return x if fmt is None else fake_quantize_activation(x, fmt, self._clip(site))
+        return x if fmt is None else fake_quantize_activation(x, fmt, self._clip(site), self.job.sites[site].slices)
 
     def forward(self, x: Float[Tensor, "batch tokens hidden"]) -> Float[Tensor, "batch tokens hidden"]:
         """The block on a batch."""

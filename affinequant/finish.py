@@ -128,8 +128,20 @@ def _contents(made: Plan, run: Run, names: list[str], changed: Tensors) -> Conte
             "tier": made.recipe.tier,
             "placements": {name: asdict(placement) for name, placement in made.placements.items()},
             "transforms": dict(made.recipe.transforms),
+            "slices": _sliced(made),
         },
     )
+
+
+def _sliced(made: Plan) -> dict[str, int]:
+    """The linears whose inputs are transformed and quantised in slices, and in how many."""
+    return {
+        f"{made.family.blocks}.{index}.{member}": made.sites[site].slices
+        for index in range(made.dims.layers)
+        for site, members in made.family.input_groups()
+        for member in members
+        if made.sites[site].slices > 1
+    }
 
 
 def _current(stage: Tensors, changed: Tensors) -> Tensors:

@@ -58,14 +58,15 @@ def search_weight_range(
 
 
 def search_activation_clip(
-    x: Float[Tensor, "tokens columns"], weight: Float[Tensor, "rows columns"], fmt: NumberFormat
+    x: Float[Tensor, "tokens columns"], weight: Float[Tensor, "rows columns"], fmt: NumberFormat, slices: int = 1
 ) -> float:
-    """The clip ratio that minimises the layer's output error over its power, averaged over tokens."""
+    """The clip ratio that minimises the layer's output error over its power, averaged over tokens; each of `slices`
+    parts of a token has a grid of its own."""
     power = (x @ weight.mT).square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
     gram = weight.mT @ weight if len(weight) > weight.shape[1] else None
 
     def error(ratio: float) -> float:
-        wrong = fake_quantize_activation(x, fmt, ratio) - x
+        wrong = fake_quantize_activation(x, fmt, ratio, slices) - x
         squared = (wrong @ weight.mT).square() if gram is None else (wrong @ gram) * wrong
         return float((squared.sum(-1) / power).mean())
 

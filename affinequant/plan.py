@@ -104,7 +104,8 @@ def plan(model: Recipe | str, **fields: Any) -> Plan:
         )
     if has_weights:
         check_tensors(source, family, dims)
-    sites = {site.name: site for site in resolve_sites(family, dims)}
+    _check_slices(recipe, dims)
+    sites = {site.name: site for site in resolve_sites(family, dims, recipe.tp)}
     placements = place_all(recipe, sites)
     _check_groups(recipe, family, dims)
     reason = find_format(recipe.format, placements).supports(
@@ -116,6 +117,26 @@ def plan(model: Recipe | str, **fields: Any) -> Plan:
         )
     check_source(recipe.data)
     return _with_costs(recipe, source, family, dims, sites, placements)
+
+
+def _check_slices(recipe: Recipe, dims: Dims) -> None:
+    """Whether `tp` ranks can share the model: whole heads, whole groups, whole words of packed zero points."""
+    group = recipe.parsed_scheme.weight.group_size or 1
+
+    def fits(tp: int) -> bool:
+        whole = dims.heads % tp == 0 and dims.mlp % tp == 0 and (dims.kv_heads % tp == 0 or tp % dims.kv_heads == 0)
+        rows = (dims.query // tp, dims.mlp // tp, max(dims.value // tp, dims.head_dim))
+        return whole and all(size % 8 == 0 for size in rows) and all(size % group == 0 for size in rows[:2])
+
+    if recipe.tp > 1 and not fits(recipe.tp):
+        possible = [tp for tp in range(1, dims.heads + 1) if fits(tp)]
+        raise AffineQuantError(
+            f"{dims.heads} heads ({dims.kv_heads} of keys and values) and {dims.mlp} features between up and down do "
+            f"not divide among {recipe.tp} ranks",
+            "--tp",
+            f"use one of {', '.join(map(str, possible))}",
+            exit_code=PREFLIGHT,
+        )
 
 
 def _check_groups(recipe: Recipe, family: Family, dims: Dims) -> None:

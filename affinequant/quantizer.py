@@ -153,12 +153,14 @@ def quantize_activation(
 
 
 def fake_quantize_activation(
-    x: Float[Tensor, "*b n"], fmt: NumberFormat, clip: Float[Tensor, ""] | float = 1.0
+    x: Float[Tensor, "*b n"], fmt: NumberFormat, clip: Float[Tensor, ""] | float = 1.0, slices: int = 1
 ) -> Float[Tensor, "*b n"]:
-    """Activations rounded to each token's grid, in their own dtype; differentiable in x and clip."""
-    scale, inverse, zero = activation_grid(x, fmt, clip)
-    value = _OnGrid.apply(x.float(), scale, inverse, zero, fmt.code_min, fmt.code_max)
-    return value.to(x.dtype)  # pyright: ignore[reportAttributeAccessIssue]
+    """Activations rounded to each token's grid, or to one for each of `slices` parts of a token, in their own dtype;
+    differentiable in x and clip."""
+    parts = x if slices == 1 else x.unflatten(-1, (slices, -1))
+    scale, inverse, zero = activation_grid(parts, fmt, clip)
+    value = _OnGrid.apply(parts.float(), scale, inverse, zero, fmt.code_min, fmt.code_max)
+    return value.to(x.dtype).reshape(x.shape)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class LearnedRange(nn.Module):

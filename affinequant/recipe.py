@@ -46,6 +46,9 @@ class Recipe:
     scheme: str = _option("w4a4", "what", "number formats of weights and activations")
     tier: Tier = _option("merged", "what", "merged: no cost at run time, any engine; online: small matmuls at run time")
     preset: str = _option("default", "what", "named settings for everything in the group `method`")
+    tp: int = _option(
+        1, "what", "tensor-parallel ranks that may serve it: the inputs of o and down are quantised in so many slices"
+    )
     format: Format = _option("auto", "what", "what to write; auto picks what stock engines load")
 
     transforms: dict[str, str] = _option(
@@ -98,6 +101,7 @@ class Recipe:
         _find_preset(self.preset)
         object.__setattr__(self, "preset", ALIASES.get(self.preset, self.preset))
         for name, least in (
+            ("tp", 1),
             ("samples", 1),
             ("seq_len", 8),
             ("batch_size", 1),

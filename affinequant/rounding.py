@@ -70,7 +70,9 @@ def quantized_input(job: BlockJob, clips: Mapping[str, float], online: Mapping[s
     def on_input(site: str, x: Tensor) -> Tensor:
         if site in online:
             x = apply_online(x, online[site])
-        return x if fmt is None or site not in clips else fake_quantize_activation(x, fmt, clips[site])
+        if fmt is None or site not in clips:
+            return x
+        return fake_quantize_activation(x, fmt, clips[site], job.sites[site].slices)
 
     return on_input
 
@@ -103,7 +105,7 @@ def _activation_clip(
     _visit(job, work, x[:count], site, clips, online, lambda value: seen.append(value.float()))
     sample = torch.cat(seen)[:SAMPLE_TOKENS]
     weight = torch.cat([work[f"{member}.weight"] for member in members])
-    return search_activation_clip(sample, weight, fmt)
+    return search_activation_clip(sample, weight, fmt, job.sites[site].slices)
 
 
 def _hessian(
@@ -115,7 +117,9 @@ def _hessian(
 
     def add(value: Tensor) -> None:
         nonlocal total
-        value = value.float() if fmt is None else fake_quantize_activation(value.float(), fmt, clips[site])
+        value = value.float()
+        if fmt is not None:
+            value = fake_quantize_activation(value, fmt, clips[site], job.sites[site].slices)
         square = value.mT @ value
         total = square if total is None else total.add_(square)
 

@@ -1,19 +1,18 @@
 """`load`: a checkpoint folder as a transformers model, its activations quantised for real where the scheme says so."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from affinequant_kernels import Weight, linear, online_linear, prepare_weight
-from affinequant_kernels.online_ops import WEIGHT_ONLY
-from jaxtyping import Float, Int8
+from affinequant_kernels import linear, prepare_weight
 from torch import Tensor, nn
 
 from affinequant.checkpoint import Source, open_source
 from affinequant.errors import AffineQuantError
 from affinequant.formats import VERSION
 from affinequant.formats.compressed_tensors import unpack_linear
+from affinequant.integer_linear import IntegerLinear
 from affinequant.quantizer import dequantize
 from affinequant.recipe import Device, Dtype
 from affinequant.scheme import NumberFormat
@@ -105,67 +104,6 @@ def benchmark(
     return result, bench_report.table(result)
 
 
-class IntegerLinear(nn.Module):
-    """y = (x P) W^T + b with W kept as integers, and x P quantised token by token where the scheme says so.
-
-    Args:
-        codes: signed weight codes; value = (code - zero) * scale.
-        matrices: those of P, in the order in which they act (`transforms.online.in_order`); empty for none.
-        activation: the grid of a token; None leaves activations as they are.
-        clip: ratio by which a token's range is narrowed.
-    """
-
-    def __init__(
-        self,
-        codes: Int8[Tensor, "d_out d_in"],
-        scale: Float[Tensor, "d_out groups"],
-        zero: Int8[Tensor, "d_out groups"] | None,
-        bias: Float[Tensor, " d_out"] | None,
-        *,
-        bits: int,
-        activation: NumberFormat | None,
-        clip: float,
-        matrices: Sequence[Tensor] = (),
-    ) -> None:
-        super().__init__()
-        for name, tensor in prepare_weight(codes, scale, zero, bits=bits)._asdict().items():
-            self.register_buffer(name, tensor, persistent=False)
-        self.register_buffer("bias", bias, persistent=False)
-        self.matrices = [f"matrix_{index}" for index in range(len(matrices))]
-        for name, matrix in zip(self.matrices, matrices, strict=True):
-            self.register_buffer(name, matrix, persistent=False)
-        self.out_features, self.in_features = codes.shape
-        self.bits, self.activation, self.clip = bits, activation, clip
-
-    def forward(self, x: Float[Tensor, "*batch d_in"], bias: Tensor | None = None) -> Float[Tensor, "*batch d_out"]:
-        """The product in the dtype of x, with `bias` in place of its own where it is given; accumulators are exact, the
-        scales act in float32."""
-        weight = Weight(*(getattr(self, name) for name in Weight._fields))
-        return online_linear(
-            x,
-            [getattr(self, name) for name in self.matrices],
-            weight,
-            act_bits=self.activation.bits if self.activation else WEIGHT_ONLY,
-            act_symmetric=self.activation is None or self.activation.symmetric,
-            clip=self.clip,
-            bias=self._buffers["bias"] if bias is None else bias,
-        )
-
-    def extra_repr(self) -> str:
-        """Sizes and formats, for print(model)."""
-        bits = self.activation.bits if self.activation else WEIGHT_ONLY
-        sizes = "".join(f", {tuple(getattr(self, name).shape)}" for name in self.matrices)
-        return f"{self.in_features}, {self.out_features}, w{self.bits}a{bits}, clip={self.clip:.4g}{sizes}"
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "IntegerLinear":
-        # model.to(bfloat16) moves the numbers of the grid, but must not round them.
-        def keep(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        return super()._apply(keep, recurse)
-
-
 def _plain(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
@@ -219,7 +157,8 @@ def _linear(source: Source, name: str, module: nn.Linear, ours: Mapping[str, Any
     codes, scale, zero = unpack_linear(source, name, weight)
     _check_shape(codes, module.weight, name)
     bias = None if module.bias is None else _read(source, f"{name}.bias", like=module.bias).to(dtype)
-    matrices = _matrices(source, name, module.in_features)
+    slices = ours.get("slices", {}).get(name, 1)
+    matrices = _matrices(source, name, module.in_features, slices)
     if ours["activation"] is None and not matrices:
         value = dequantize(codes, scale, torch.zeros_like(scale) if zero is None else zero.float(), weight)
         module.weight = nn.Parameter(value.to(dtype), requires_grad=False)
@@ -230,15 +169,14 @@ def _linear(source: Source, name: str, module: nn.Linear, ours: Mapping[str, Any
     if activation and name not in ours["input_clip"]:
         raise AffineQuantError(f"{name} has no entry in input_clip", str(source.folder / "config.json"), _AGAIN)
     clip = float(ours["input_clip"][name]) if activation else 1.0
+    settings = {"bits": weight.bits, "activation": activation, "clip": clip, "matrices": matrices, "slices": slices}
     try:
-        return IntegerLinear(
-            codes, scale, zero, bias, bits=weight.bits, activation=activation, clip=clip, matrices=matrices
-        )
+        return IntegerLinear(codes, scale, zero, bias, **settings)
     except ValueError as problem:
         raise AffineQuantError(f"{name}: {problem}", str(source.folder), _AGAIN) from None
 
 
-def _matrices(source: Source, name: str, width: int) -> list[Tensor]:
+def _matrices(source: Source, name: str, width: int, slices: int) -> list[Tensor]:
     """What the checkpoint keeps beside a linear to act on its input."""
     parts = parts_of(source.entries, name)
     tensors = source.read(parts.values())
@@ -246,7 +184,7 @@ def _matrices(source: Source, name: str, width: int) -> list[Tensor]:
     if not found:
         return []
     try:
-        check_online(found, width)
+        check_online(found, width, slices)
     except ValueError as problem:
         raise AffineQuantError(f"the transform of {name}: {problem}", str(source.folder), _AGAIN) from None
     return in_order(found)

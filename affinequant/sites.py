@@ -39,13 +39,16 @@ class Edge:
 class Site:
     """A tensor between its producers and consumers: `width` features in `heads` heads (1 where heads mean nothing).
 
-    A transform P acts as x P on what `sources` produce and as W P^-T on what `sinks` consume.
+    `slices` equal parts of what the sinks read are transformed at run time, and quantised, each by itself: as many as
+    there may be ranks of which each sees one. A transform P acts as x P on what `sources` produce and as W P^-T on what
+    `sinks` consume.
     """
 
     name: str
     kind: Kind
     width: int
     heads: int = 1
+    slices: int = 1
     sources: tuple[Edge, ...]
     sinks: tuple[Edge, ...]
 
@@ -116,15 +119,16 @@ def place(site: Site, structure: Structure) -> Placement:
 
 
 def kronecker_factors(site: Site) -> tuple[int, int]:
-    """Sizes (n1, n2) of the two factors of a Kronecker product on what the site's sinks read.
+    """Sizes (n1, n2) of the two factors of a Kronecker product on a slice of what the site's sinks read.
 
     Between heads and within them where there are heads (query heads, since the sinks read those), else the pair with
     the smallest sum, which is the cheapest to apply.
     """
     if site.kind == "heads":
-        return site.heads * _copies(site.sinks), site.head_width
-    small = next(f for f in range(int(site.width**0.5), 0, -1) if site.width % f == 0)
-    return small, site.width // small
+        return site.heads * _copies(site.sinks) // site.slices, site.head_width
+    width = site.width // site.slices
+    small = next(f for f in range(int(width**0.5), 0, -1) if width % f == 0)
+    return small, width // small
 
 
 def rotation_factors(n: int) -> tuple[int, int]:
@@ -143,7 +147,8 @@ def block_width(site: Site) -> int:
     that is nearest to 64 by ratio."""
     if site.kind in ("heads", "rope"):
         return site.head_width
-    divisors = [d for d in range(1, site.width + 1) if site.width % d == 0]
+    width = site.width // site.slices
+    divisors = [d for d in range(1, width + 1) if width % d == 0]
     return min(divisors, key=lambda d: (max(d / _BLOCK, _BLOCK / d), d))
 
 
@@ -151,7 +156,7 @@ def online_numbers(site: Site, structure: Structure) -> int:
     """How many numbers one linear keeps beside it for `structure` acting online at `site`."""
     n = site.width * (_copies(site.sinks) if site.kind == "heads" else 1)
     if structure in ("kronecker", "hadamard"):
-        left, right = rotation_factors(n) if structure == "hadamard" else kronecker_factors(site)
+        left, right = rotation_factors(n // site.slices) if structure == "hadamard" else kronecker_factors(site)
         return left * left + right * right
     return n * n if structure == "dense" else n * block_width(site)
 
@@ -164,8 +169,8 @@ def _cost(site: Site, structure: Structure) -> int:
         return 2 * n * block_width(site)
     if structure == "hadamard" and site.kind == "rope":
         return 2 * n * site.head_width * (_copies(site.sources) + 1)  # every query head and its KV head
-    left, right = rotation_factors(n) if structure == "hadamard" else kronecker_factors(site)
-    return 2 * left * right * (left + right)
+    left, right = rotation_factors(n // site.slices) if structure == "hadamard" else kronecker_factors(site)
+    return 2 * left * right * (left + right) * site.slices
 
 
 def _copies(edges: tuple[Edge, ...]) -> int:

@@ -151,6 +151,7 @@ def _matrices(
     if folded is not None:
         x, w = folded.on_activations(x, copies), folded.on_weights(w, copies)
     if structure == "kronecker":
-        return wush_kronecker_rows(x, w, *kronecker_factors(site))
+        n1, n2 = kronecker_factors(site)  # of a slice: all slices share them
+        return wush_kronecker_rows(x.reshape(-1, n1 * n2), w.reshape(-1, n1 * n2), n1, n2)
     width = block_width(site) if structure == "block" else x.shape[1]
     return wush_blocks(x.mT @ x / len(x), w.mT @ w / len(w), width)

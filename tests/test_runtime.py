@@ -12,7 +12,8 @@ from torch import Tensor
 
 from affinequant.errors import AffineQuantError
 from affinequant.formats import find_format
-from affinequant.runtime import IntegerLinear, load
+from affinequant.integer_linear import IntegerLinear
+from affinequant.runtime import load
 from affinequant.scheme import NumberFormat
 from tests.tiny import VOCAB, dense_model, rounded
 
@@ -163,7 +164,7 @@ def test_bfloat16_keeps_the_numbers_of_the_grid(tiny: Tiny, write: Callable[...,
     moved = model.to(torch.bfloat16)  # pyright: ignore[reportArgumentType]
     assert logits(once).dtype == logits(moved).dtype == torch.bfloat16
     linear, kept = (side.get_submodule("model.layers.0.mlp.down_proj") for side in (moved, once))
-    for part in ("scale", "colsum"):
+    for part in ("parts.0.scale", "parts.0.colsum"):
         assert linear.get_buffer(part).dtype == torch.float32
         assert torch.equal(linear.get_buffer(part), kept.get_buffer(part))
     x = torch.randn(5, 128, generator=torch.Generator().manual_seed(2)).bfloat16()
@@ -294,7 +295,7 @@ def online(tiny: Tiny, tmp_path: Path) -> Path:
 def test_an_online_checkpoint_generates_and_keeps_its_matrices_whole(online: Path) -> None:
     model: Any = load(online, dtype="bfloat16")
     assert model.generate(IDS[:1, :8], max_new_tokens=4, do_sample=False, pad_token_id=1).shape == (1, 12)
-    left = model.model.layers[0].mlp.down_proj.matrix_0
+    left = model.model.layers[0].mlp.down_proj.parts[0].matrix_0
     stored = load_file(online / "affinequant.safetensors")["model.layers.0.mlp.down_proj.online_left"]
     assert stored.dtype == torch.float32 and left.dtype in (torch.float32, torch.bfloat16)
 

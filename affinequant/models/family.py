@@ -96,8 +96,8 @@ class Family:
         )
 
 
-def resolve_sites(family: Family, dims: Dims) -> tuple[Site, ...]:
-    """The family's sites with their sizes."""
+def resolve_sites(family: Family, dims: Dims, tp: int = 1) -> tuple[Site, ...]:
+    """The family's sites with their sizes; with `tp` slices of those whose sinks tensor parallelism cuts by columns."""
     copies = dims.heads // dims.kv_heads
 
     def edges(pairs: tuple[tuple[str, Side], ...], spec: SiteSpec) -> tuple[Edge, ...]:
@@ -118,6 +118,7 @@ def resolve_sites(family: Family, dims: Dims) -> tuple[Site, ...]:
             kind=spec.kind,
             width=getattr(dims, spec.width),
             heads=dims.kv_heads if spec.kind in ("rope", "heads") else 1,
+            slices=tp if spec.kind in ("heads", "linear") else 1,
             sources=edges(spec.sources, spec),
             sinks=edges(spec.sinks, spec),
         )

@@ -1,4 +1,4 @@
-"""One of vLLM's linears on integers: loads the tensors of our checkpoints, computes by `affinequant.runtime`."""
+"""One of vLLM's linears on integers: loads the tensors of our checkpoints, computes as `affinequant.load` does."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vllm.model_executor.parameter import (
     PackedvLLMParameter,
 )
 
-from affinequant.runtime import IntegerLinear
+from affinequant.integer_linear import IntegerLinear
 from affinequant.transforms.online import check_online, in_order
 
 if TYPE_CHECKING:
@@ -26,12 +26,16 @@ if TYPE_CHECKING:
 
 
 class Shared(BasevLLMParameter):
-    """A tensor that every member of a fused layer keeps, each the same; NaN until it is loaded."""
+    """A tensor that every member of a fused layer keeps, each the same; NaN until it is loaded. Of the blocks of a whole
+    input, each of `ranks` that sees a slice keeps its share."""
 
-    def __init__(self, data: Tensor, weight_loader: Callable) -> None:
+    def __init__(self, data: Tensor, weight_loader: Callable, ranks: int) -> None:
         super().__init__(data=data.fill_(torch.nan), weight_loader=weight_loader)
+        self.ranks = ranks
 
     def _assert_and_load(self, loaded_weight: Tensor) -> None:
+        if self.ranks > 1:
+            loaded_weight = loaded_weight.chunk(self.ranks)[self.tp_rank]
         if loaded_weight.shape != self.data.shape:
             raise ValueError(
                 f"a transform of size {tuple(loaded_weight.shape)} where config.json says {tuple(self.data.shape)}"
@@ -81,8 +85,8 @@ class AffineQuantLinear(LinearMethodBase):
         """
         self.clip, online = self.config.clip(self.members), self.config.matrices(self.members)
         rows, columns, fmt = sum(output_partition_sizes), input_size_per_partition, self.config.weight
-        if columns != input_size:
-            self._check_slices(columns, input_size, online)
+        ranks = input_size // columns
+        self.slices = self.slices_of(ranks, online)
         self.size, self.count = (rows, columns), len(output_partition_sizes)
         self.loaders: dict[str, Counted] = {}
         load, per_word = extra_weight_attrs["weight_loader"], 32 // fmt.bits
@@ -109,7 +113,24 @@ class AffineQuantLinear(LinearMethodBase):
             add("weight_zero_point", kind, data, packed_dim=0, packed_factor=per_word, **by_rows)
         self.parts = {part: f"online_{part.replace('.', '_')}" for part in online}
         for part, shape in online.items():
-            add(self.parts[part], Shared, torch.empty(shape))
+            ranks = ranks if len(shape) == 3 and shape[0] > 1 else 1
+            add(self.parts[part], Shared, torch.empty(shape[0] // ranks, *shape[1:]), ranks=ranks)
+
+    def slices_of(self, ranks: int, online: Mapping[str, Any]) -> int:
+        """Into how many slices each of `ranks` cuts its own part of the input, on which the parts `online` act.
+
+        Raises:
+            ValueError: the checkpoint was not made for so many ranks.
+        """
+        slices = self.config.slices.get(self.members[0], 1)
+        if slices % ranks and (self.config.activation or online):
+            made = f"--tp {slices}" if slices > 1 else "no --tp"
+            raise ValueError(
+                f"{self.prefix} would see a part of its input on each of {ranks} ranks. The scale of a token and what acts "
+                f"on the whole of it come out differently there, and the checkpoint was made with {made}: quantise with "
+                f"--tp {ranks}, or serve with a --tensor-parallel-size that divides {slices}"
+            )
+        return max(1, slices // ranks)
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """From the tensors of the checkpoint to the layout of the kernels.
@@ -137,7 +158,7 @@ class AffineQuantLinear(LinearMethodBase):
             if any(not bool(matrix.isfinite().all()) for matrix in online.values()):
                 raise ValueError("a transform holds values that are not finite")
             if online:
-                check_online(online, self.size[1])
+                check_online(online, self.size[1], self.slices)
             layer.integers = IntegerLinear(
                 codes,
                 scale,
@@ -147,6 +168,7 @@ class AffineQuantLinear(LinearMethodBase):
                 activation=self.config.activation,
                 clip=self.clip,
                 matrices=in_order(online) if online else (),
+                slices=self.slices,
             )
         except ValueError as problem:
             raise ValueError(f"{self.prefix}: {problem}") from None
@@ -161,12 +183,3 @@ class AffineQuantLinear(LinearMethodBase):
                 f"{self.prefix}: {sizes} rows per rank, and zero points are packed {per_word} rows to a word: use a "
                 "smaller --tensor-parallel-size"
             )
-
-    def _check_slices(self, columns: int, whole: int, online: Mapping[str, Any]) -> None:
-        if self.config.activation is None and not online:
-            return
-        ranks = whole // columns
-        raise ValueError(
-            f"{self.prefix} would see {columns} of {whole} input features on each of {ranks} ranks, where the scale of a "
-            "token and a transform of the whole input come out differently: use --tensor-parallel-size 1"
-        )

@@ -86,6 +86,7 @@ class AffineQuantConfig(QuantizationConfig):
                 "config.json does not list the transforms (key `online`): export the folder again by `affinequant export`"
             )
         self.online: dict[str, dict[str, list[int]]] = dict(ours.get("online", {}))
+        self.slices: dict[str, int] = dict(ours.get("slices", {}))
         self.ignore: list[str] = list(declared.get("ignore", []))
 
     @classmethod
@@ -127,6 +128,7 @@ class AffineQuantConfig(QuantizationConfig):
         """Follow a model whose modules have other names in vLLM."""
         self.clips = hf_to_vllm_mapper.apply_dict(self.clips)
         self.online = hf_to_vllm_mapper.apply_dict(self.online)
+        self.slices = hf_to_vllm_mapper.apply_dict(self.slices)
         self.ignore = hf_to_vllm_mapper.apply_list(self.ignore)
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:

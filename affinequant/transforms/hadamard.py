@@ -22,8 +22,8 @@ class Hadamard(nn.Module):
     def __init__(self, site: Site, *, seed: int, alpha: float, start: Tensor | None = None) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
-        heads, n = site.heads, site.head_width
         self.whole = site.kind in ("norm", "linear")
+        heads, n = (site.slices, site.width // site.slices) if self.whole else (site.heads, site.head_width)
 
         def signs(*shape: int) -> Tensor:
             return torch.randint(0, 2, shape, generator=generator).double() * 2 - 1

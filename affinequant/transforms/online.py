@@ -53,8 +53,10 @@ def parts_of(names: Iterable[str], linear: str) -> dict[str, str]:
     return {name.removeprefix(start).replace("_", "."): name for name in names if name.startswith(start)}
 
 
-def check_online(tensors: Mapping[str, Tensor], width: int) -> None:
-    """Refuse tensors that define no transform of `width` features.
+def check_online(tensors: Mapping[str, Tensor], width: int, slices: int = 1) -> None:
+    """Refuse tensors that define no transform of `width` features, or of `slices` equal parts of them.
+
+    A Kronecker product serves every slice; blocks are one for all, or as many as there are in the whole width.
 
     Raises:
         ValueError: a part is missing, not square, or of another width.
@@ -68,10 +70,10 @@ def check_online(tensors: Mapping[str, Tensor], width: int) -> None:
             raise ValueError(f"expected square matrices, got {shapes}")
         if "left" in part:
             wide = len(part["left"]) * len(part["right"])
-            fits = wide == width
+            fits = wide * slices == width
         else:
             count, size = part["blocks"].shape[:2]
-            fits = width % size == 0 and count in (1, width // size)
+            fits = width % (size * slices) == 0 and count in (1, width // size)
         if not fits:
             raise ValueError(f"expected matrices for {width} features, got {shapes}")
 
