@@ -72,7 +72,7 @@ def eval_checkpoint(
         verbose=verbose,
         say=say,
     )
-    other, note = _find_baseline(ready.folder, baseline, say)
+    other, note = find_baseline(ready.folder, baseline, say)
     card = score_folder(str(checkpoint), ready.folder, ready, device=device, dtype=dtype, say=say)
     if other is None:
         say(note)
@@ -138,7 +138,7 @@ def _locate(model: str, say: Say) -> Path:
     return folder
 
 
-def _find_baseline(folder: Path, baseline: str | Path | None, say: Say) -> tuple[tuple[str, Path] | None, str]:
+def find_baseline(folder: Path, baseline: str | Path | None, say: Say) -> tuple[tuple[str, Path] | None, str]:
     """Name and folder of the baseline, or None and why there is none. One that was named must exist."""
     if baseline is not None:
         if str(baseline) == NO_BASELINE:
