@@ -14,6 +14,8 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .fused_ops import kv_pack as kv_pack
+    from .fused_ops import kv_unpack as kv_unpack
     from .online_ops import online_linear as online_linear
     from .ops import linear as linear
     from .ops import row_quant as row_quant
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     from .weight import slice_rows as slice_rows
 
 _HOME = {
+    "kv_pack": "fused_ops",
+    "kv_unpack": "fused_ops",
     "linear": "ops",
     "row_quant": "ops",
     "online_linear": "online_ops",
@@ -32,7 +36,17 @@ _HOME = {
     "slice_rows": "weight",
 }
 
-__all__ = ["Weight", "linear", "online_linear", "prepare_weight", "row_quant", "slice_columns", "slice_rows"]
+__all__ = [
+    "Weight",
+    "kv_pack",
+    "kv_unpack",
+    "linear",
+    "online_linear",
+    "prepare_weight",
+    "row_quant",
+    "slice_columns",
+    "slice_rows",
+]
 
 
 def __getattr__(name: str) -> object:

@@ -7,6 +7,7 @@ Shapes: m rows (tokens), k features, t tokens, h heads, d head dimension.
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float, Float16, UInt8
 from torch import Tensor
 
 from . import ops, reference
@@ -249,3 +250,29 @@ register("kv_pack(Tensor k) -> (Tensor packed, Tensor scale, Tensor zero)", _kv_
 register(
     "kv_unpack(Tensor packed, Tensor scale, Tensor zero, ScalarType out_dtype) -> Tensor", _kv_unpack, _unpack_shapes
 )
+
+
+def kv_pack(
+    k: Float[Tensor, "t h d"],
+) -> tuple[UInt8[Tensor, "t h half"], Float16[Tensor, "t h"], Float16[Tensor, "t h"]]:
+    """Keys or values in 4 bits, two codes in a byte, with a scale and an offset per token and head: (packed, scale, zero)
+    as `reference.kv_pack` defines them.
+
+    Raises:
+        ValueError: a shape, dtype or layout that the op does not take.
+    """
+    return torch.ops.affq.kv_pack(k)
+
+
+def kv_unpack(
+    packed: UInt8[Tensor, "t h half"],
+    scale: Float16[Tensor, "t h"],
+    zero: Float16[Tensor, "t h"],
+    out_dtype: torch.dtype,
+) -> Float[Tensor, "t h d"]:
+    """What `kv_pack` was given, rounded to its grid.
+
+    Raises:
+        ValueError: a shape, dtype or layout that the op does not take.
+    """
+    return torch.ops.affq.kv_unpack(packed, scale, zero, out_dtype)
