@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from affinequant.attention import CachedHeads, OnAttention
 from affinequant.fit import Group
 from affinequant.fold import Tensors, fold_all
 from affinequant.quantizer import CLIP_START, LearnedRange, fake_quantize, fake_quantize_activation, weight_range
 from affinequant.recipe import Recipe
 from affinequant.scheme import Scheme
 from affinequant.sites import Site
-from affinequant.stream import Decoder, like_on_disk, run_block, slices
+from affinequant.stream import Decoder, OnInput, like_on_disk, run_block, slices
 from affinequant.transforms import OnlineTransform, Transform
 
 
@@ -33,18 +34,35 @@ class BlockJob:
     scratch: Path | None = None
     """Where activations wait between blocks; None for memory."""
 
-    def run(self, tensors: Mapping[str, Tensor], x: Tensor, on_input=None) -> Tensor:
-        """The block on a batch, in the compute dtype whatever the tensors are in."""
-        lent = {name: tensor.to(self.decoder.dtype) for name, tensor in tensors.items()}
-        return run_block(self.decoder.block(self.index), self.decoder.family, lent, x, self.kwargs, on_input)
+    def run(
+        self,
+        tensors: Mapping[str, Tensor],
+        x: Tensor,
+        on_input: OnInput | None = None,
+        on_attention: OnAttention | None = None,
+    ) -> Tensor:
+        """The block on a batch, in the compute dtype whatever the tensors are in. Without the two last arguments, in
+        full precision: they hold all that acts on activations at run time."""
+        lent, block = {name: tensor.to(self.decoder.dtype) for name, tensor in tensors.items()}, self.index
+        return run_block(self.decoder.block(block), self.decoder.family, lent, x, self.kwargs, on_input, on_attention)
 
-    def run_all(self, tensors: Mapping[str, Tensor], x: Tensor, on_input=None) -> Tensor:
+    def run_all(
+        self,
+        tensors: Mapping[str, Tensor],
+        x: Tensor,
+        on_input: OnInput | None = None,
+        on_attention: OnAttention | None = None,
+    ) -> Tensor:
         """The block on every sample, a batch at a time, without gradients; the result lies where `x` lies."""
         with torch.no_grad():
             result = like_on_disk(x, self.scratch)
             for part in slices(len(x), self.recipe.batch_size):
-                result[part] = self.run(tensors, x[part].to(self.decoder.device), on_input).to(x)
+                result[part] = self.run(tensors, x[part].to(self.decoder.device), on_input, on_attention).to(x)
         return result
+
+    def cached_heads(self, rotation: Mapping[str, Tensor]) -> OnAttention | None:
+        """What acts between RoPE and attention in the quantised stream; None where nothing does."""
+        return CachedHeads(self.scheme.kv, rotation) if rotation or self.scheme.kv else None
 
     def seed(self, purpose: str) -> int:
         """A seed of its own for each purpose in each block."""
@@ -69,6 +87,7 @@ class BlockObjective:
         self.tensors = tensors
         self.transforms = dict(transforms)
         self.online = dict(online or {})
+        self.on_attention = job.cached_heads(self.after_rope())
         family, fmt = job.decoder.family, job.scheme.weight
         self.linears = [linear.name for linear in family.linears]
         self.ranges: dict[str, LearnedRange] = {}
@@ -108,9 +127,16 @@ class BlockObjective:
     def loss(self, batch: tuple[Tensor, ...]) -> Mapping[str, Tensor]:
         """`block`: error against the target; `auxiliary`: against the full-precision block on the same inputs."""
         x, *targets = (part.to(self.job.decoder.device) for part in batch)
-        y = self.job.run(self.quantized(), x, self.on_input).float()
+        y = self.job.run(self.quantized(), x, self.on_input, self.on_attention).float()
         measure = _relative if self.job.recipe.loss == "relative" else nn.functional.mse_loss
         return {name: measure(y, target.float()) for name, target in zip(("block", "auxiliary"), targets, strict=False)}
+
+    def after_rope(self) -> Tensors:
+        """The rotation of queries and keys after RoPE, in fp32, as the run time applies it; nothing learns it."""
+        parts = {name: module for name, module in self.online.items() if self.job.sites[name].kind == "rope"}
+        return {
+            part: tensor.float().contiguous() for module in parts.values() for part, tensor in module.online().items()
+        }
 
     def folded(self) -> Tensors:
         """The block's tensors with every transform folded in."""

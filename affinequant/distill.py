@@ -57,6 +57,9 @@ class Continuous(nn.Module):
             for site, members in family.input_groups()
         }
         parts |= {name for linear in self.linears for name in parts_of(self.stored, linear).values()}
+        rotation = parts_of(self.stored, family.attention)
+        self.on_attention = job.cached_heads({part: self._here(self.stored[name]) for part, name in rotation.items()})
+        parts |= set(rotation.values())
         self.rest = [name for name in self.stored if name not in parts and name not in self.gains]
         self.groups = dict(family.input_groups())
         shapes = {f"{name}.scale": self.stored[f"{name}.scale"].shape for name in self.linears}
@@ -87,7 +90,7 @@ class Continuous(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch tokens hidden"]) -> Float[Tensor, "batch tokens hidden"]:
         """The block on a batch."""
-        return self.job.run(self.tensors(), x, self.on_input)
+        return self.job.run(self.tensors(), x, self.on_input, self.on_attention)
 
     def changed(self) -> Tensors:
         """The trained values under full names, in the dtypes of the stage."""
@@ -220,7 +223,7 @@ def distill(
     after = embedded[:keep]
     for block in blocks:
         with torch.no_grad():
-            after = block.job.run_all(block.tensors(), after, block.on_input)
+            after = block.job.run_all(block.tensors(), after, block.on_input, block.on_attention)
     return Distilled(tensors=tensors, after=after, fitted=fitted)
 
 

@@ -25,14 +25,16 @@ def fold(
 
     Names are relative to the scope: `self_attn.v_proj.weight` [rows, columns]. Differentiable in the transform's
     parameters; computed in the dtype of the tensors. Edges whose tensors are absent are skipped only when they belong
-    to the other scope. With `online`, P acts on activations at run time, so the sources are left as they are.
+    to the other scope. With `online`, P acts on activations at run time, so the sources are left as they are; between
+    RoPE and attention P and P^-T both do, on queries and keys, so no tensor changes.
 
     Raises:
         KeyError: a tensor of this scope is missing.
     """
     result = dict(tensors)
     sources = () if online else site.sources
-    for edges, action in ((sources, transform.on_activations), (site.sinks, transform.on_weights)):
+    sinks = () if online and site.kind == "rope" else site.sinks
+    for edges, action in ((sources, transform.on_activations), (sinks, transform.on_weights)):
         for edge in edges:
             if edge.scope == scope:
                 _act(result, edge, action, norm_offset)

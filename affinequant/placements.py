@@ -35,11 +35,12 @@ def place_all(recipe: Recipe, sites: Mapping[str, Site]) -> dict[str, Placement]
                 f"use {name}=hadamard",
                 exit_code=PREFLIGHT,
             )
-        if online and site.kind == "rope":
+        if online and site.kind == "rope" and recipe.parsed_scheme.kv is None:
             raise AffineQuantError(
                 f"{online} at {name} acts between RoPE and attention, where only a quantised K cache needs it",
                 "--transform",
-                f"use a transform that folds there: {names_at(site, 'folded')}",
+                f"use a scheme that quantises the cache, such as w4a4kv4, or a transform that folds there: "
+                f"{names_at(site, 'folded')}",
                 exit_code=PREFLIGHT,
             )
         if online and recipe.tier == "merged":
@@ -54,9 +55,11 @@ def place_all(recipe: Recipe, sites: Mapping[str, Site]) -> dict[str, Placement]
 
 
 def online_bytes(recipe: Recipe, family: Family, sites: Mapping[str, Site]) -> int:
-    """What one block keeps of the transforms that act at run time: in float32, beside every linear that reads them."""
+    """What one block keeps of the transforms that act at run time: in float32, beside every linear that reads them, or
+    beside the attention."""
     total = 0
-    for name, members in family.input_groups():
+    after_rope = [(name, (family.attention,)) for name, site in sites.items() if site.kind == "rope"]
+    for name, members in (*family.input_groups(), *after_rope):
         online = split_parts(recipe.transforms[name], sites[name])[1] if name in recipe.transforms else ""
         structures = structures_of(online, where="--transform") if online else ()
         total += 4 * len(members) * sum(online_numbers(sites[name], structure) for structure in structures)

@@ -40,6 +40,8 @@ class Plan:
     source_bytes: int
     output_bytes: int
     bits_per_weight: float
+    cache_bytes: int
+    """Keys and values of one token in all blocks, packed as the scheme says."""
     untied_bytes: int
     cpu_bytes: int
     gpu_bytes: int
@@ -74,6 +76,8 @@ class Plan:
             "device": self.device,
             "sites": sites,
             "bits_per_weight": round(self.bits_per_weight, 3),
+            "cache_bits": self.recipe.parsed_scheme.bits_per_cached(self.dims.head_dim),
+            "cache_bytes_per_token": self.cache_bytes,
             **{name: getattr(self, name) for name in sizes},
             "offload": self.offload,
             "notes": list(self.notes),
@@ -208,6 +212,7 @@ def _with_costs(
         or 2 * (table * (2 - dims.tied) + dims.layers * per_block),
         output_bytes=output,
         bits_per_weight=bits / per_block,
+        cache_bytes=round(2 * dims.layers * dims.value * scheme.bits_per_cached(dims.head_dim) / 8),
         untied_bytes=untied,
         cpu_bytes=cpu,
         gpu_bytes=work + 2**30 if device == "cuda" else 0,
@@ -231,8 +236,10 @@ def _notes(recipe: Recipe, placements: Mapping[str, Placement], untied: int) -> 
         notes.append(
             "transforms stay online: affinequant.load and vLLM with this package run this checkpoint, others refuse it"
         )
-    elif recipe.parsed_scheme.activation is not None and recipe.scheme != "w8a8":
+    elif recipe.parsed_scheme.activation is not None and not recipe.parsed_scheme.engines_round_activations:
         notes.append("engines without this package run this checkpoint with 16-bit activations; with it, on integers")
+    if recipe.parsed_scheme.kv is not None:
+        notes.append("affinequant.load packs the KV cache; vLLM, with this package too, runs with a 16-bit KV cache")
     if recipe.model == "demo":
         from affinequant.demo import MODEL_NOTE
 

@@ -1,12 +1,13 @@
 """Integer grids: ranges to scales, values to codes, and the straight-through forms that training needs."""
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float16, Int
 from torch import Tensor, nn
 
 from affinequant.scheme import NumberFormat
 
 SMALLEST_SCALE = 1e-8
+_HALF = torch.finfo(torch.float16)
 CLIP_START = 4.0
 """Logit at which a learned range starts: sigmoid(4) = 0.982 of the full one (arXiv 2308.13137, AffineQuant alike)."""
 
@@ -161,6 +162,30 @@ def fake_quantize_activation(
     scale, inverse, zero = activation_grid(parts, fmt, clip)
     value = _OnGrid.apply(parts.float(), scale, inverse, zero, fmt.code_min, fmt.code_max)
     return value.to(x.dtype).reshape(x.shape)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def cached_grid(x: Float[Tensor, "*b n"], fmt: NumberFormat) -> tuple[Float16[Tensor, "*b 1"], Float16[Tensor, "*b 1"]]:
+    """(scale, offset) of each row of keys or values: value = u * scale + offset with u from 0 to 2^bits - 1.
+
+    The grid starts at the row's smallest value, and its two numbers are kept in float16. Computed in fp32 step by step
+    as the kernels that pack a cache do, so that codes agree exactly.
+    """
+    x = x.detach().float()
+    offset = x.amin(-1, keepdim=True).clamp(-_HALF.max, _HALF.max).half()
+    span = x.amax(-1, keepdim=True) - offset.float()
+    steps = torch.full_like(span, 2**fmt.bits - 1)  # by a plain number, CUDA would multiply with its reciprocal
+    return (span / steps).clamp(_HALF.smallest_normal, _HALF.max).half(), offset
+
+
+def fake_quantize_cached(x: Float[Tensor, "*b n"], fmt: NumberFormat) -> Float[Tensor, "*b n"]:
+    """Keys or values of heads `n` wide as a cache of `fmt` gives them back, in their own dtype.
+
+    Differentiable in x, straight through the rounding; a row's extremes count as constants.
+    """
+    scale, offset = (part.float() for part in cached_grid(x, fmt))
+    zero, last = torch.zeros_like(scale), 2**fmt.bits - 1
+    rounded = _OnGrid.apply(x.float() - offset, scale, 1.0 / scale, zero, 0, last)
+    return (rounded + offset).to(x.dtype)  # pyright: ignore[reportOperatorIssue]
 
 
 class LearnedRange(nn.Module):

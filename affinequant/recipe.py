@@ -43,7 +43,7 @@ class Recipe:
     """
 
     model: str = _option(MISSING, "what", "a local folder, a hub id, or `demo` (SmolLM2-135M)")
-    scheme: str = _option("w4a4", "what", "number formats of weights and activations")
+    scheme: str = _option("w4a4", "what", "number formats of weights, activations and KV cache")
     tier: Tier = _option("merged", "what", "merged: no cost at run time, any engine; online: small matmuls at run time")
     preset: str = _option("default", "what", "named settings for everything in the group `method`")
     tp: int = _option(
@@ -145,7 +145,8 @@ class Recipe:
             value = getattr(self, entry.name)
             if isinstance(value, dict):
                 # What the preset has and this recipe has not must be taken away again by whoever reads the file.
-                value = dict.fromkeys(PRESETS[self.preset].fields(self.tier).get(entry.name, {}), "none") | value
+                base = PRESETS[self.preset].fields(self.tier, kv=self.parsed_scheme.kv is not None)
+                value = dict.fromkeys(base.get(entry.name, {}), "none") | value
                 tables += ["", f"[{entry.name}]", *(f"{key} = {_toml(item)}" for key, item in value.items())]
             else:
                 lines.append(f"{entry.name} = {_toml(value)}")
@@ -182,16 +183,17 @@ def resolve(values: Mapping[str, Any], *, where: str = "quantize()") -> Recipe:
     if "model" not in values:
         raise AffineQuantError("no model was named", where, "give a folder, a hub id or `demo`")
     preset = _find_preset(values.get("preset", "default"))
-    merged = preset.fields(str(values.get("tier", _tier(preset))), demo=values["model"] == "demo")
+    scheme = Scheme.parse(str(values.get("scheme", preset.settings.get("scheme", "w4a4"))))
+    tier, demo = str(values.get("tier", _tier(preset))), values["model"] == "demo"
+    merged = preset.fields(tier, kv=scheme.kv is not None, demo=demo)
     base = dict(merged.get("transforms", {}))
     merged |= values
     given = values.get("transforms", {})
     _check_type("transforms", given, dict[str, str])
     chosen = base | dict(given)
     merged["transforms"] = {site: name for site, name in chosen.items() if name != "none"}
-    scheme = Scheme.parse(str(merged.get("scheme", "w4a4")))
     # Stock engines quantise the activations of W8A8 themselves, over the full range.
-    if (scheme.activation is None or scheme.name == "w8a8") and "activation_clip" not in values:
+    if (scheme.activation is None or scheme.engines_round_activations) and "activation_clip" not in values:
         merged["activation_clip"] = "none"
     return replace(Recipe(**merged), scheme=scheme.name)
 

@@ -43,11 +43,13 @@ def round_block(
     work = {name: (tensor if name in weights else stored[name]).float() for name, tensor in tensors.items()}
     clips: dict[str, float] = {}
     online = {site: _plain(module.online()) for site, module in learned.online.items()}
+    rotation = learned.after_rope()
+    stored |= {stored_name(job.decoder.family.attention, part): tensor for part, tensor in rotation.items()}
     figures: dict[str, dict[str, float]] = {}
     events: list[str] = []
     for site, members in job.decoder.family.input_groups():
         clips[site] = _activation_clip(job, work, x, site, members, clips, learned, online)
-        hessian = _hessian(job, work, x, site, clips, online) if _needs_hessian(job) else None
+        hessian = _hessian(job, work, x, site, clips, learned, online) if _needs_hessian(job) else None
         for member, codes, scale, zero in _round_group(job, work, members, hessian, learned, events):
             weight = work[f"{member}.weight"]
             value = dequantize(codes, scale, zero, job.scheme.weight)
@@ -102,14 +104,20 @@ def _activation_clip(
         return float(learned.clips[site].detach().sigmoid())
     count = max(1, min(len(x), SAMPLE_TOKENS // x.shape[1]))
     seen: list[Tensor] = []
-    _visit(job, work, x[:count], site, clips, online, lambda value: seen.append(value.float()))
+    _visit(job, work, x[:count], site, clips, learned, online, lambda value: seen.append(value.float()))
     sample = torch.cat(seen)[:SAMPLE_TOKENS]
     weight = torch.cat([work[f"{member}.weight"] for member in members])
     return search_activation_clip(sample, weight, fmt, job.sites[site].slices)
 
 
 def _hessian(
-    job: BlockJob, work: Tensors, x: Tensor, site: str, clips: Mapping[str, float], online: Mapping[str, Tensors]
+    job: BlockJob,
+    work: Tensors,
+    x: Tensor,
+    site: str,
+    clips: Mapping[str, float],
+    learned: BlockObjective,
+    online: Mapping[str, Tensors],
 ) -> Tensor:
     """Mean of x^T x over all tokens of the site's quantised input."""
     fmt = job.scheme.activation
@@ -123,7 +131,7 @@ def _hessian(
         square = value.mT @ value
         total = square if total is None else total.add_(square)
 
-    _visit(job, work, x, site, clips, online, add)
+    _visit(job, work, x, site, clips, learned, online, add)
     assert total is not None
     return total / (x.shape[0] * x.shape[1])
 
@@ -134,6 +142,7 @@ def _visit(
     x: Tensor,
     site: str,
     clips: Mapping[str, float],
+    learned: BlockObjective,
     online: Mapping[str, Tensors],
     see: Callable[[Tensor], None],
 ) -> None:
@@ -152,7 +161,7 @@ def _visit(
     with torch.no_grad():
         for part in slices(len(x), job.recipe.batch_size):
             try:
-                job.run(work, x[part].to(job.decoder.device), on_input)
+                job.run(work, x[part].to(job.decoder.device), on_input, learned.on_attention)
             except StopForward:
                 continue
 

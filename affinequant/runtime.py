@@ -1,6 +1,7 @@
 """`load`: a checkpoint folder as a transformers model, its activations quantised for real where the scheme says so."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -147,6 +148,10 @@ def _quantized(source: Source, device: torch.device, dtype: torch.dtype) -> "Pre
             value = _read(source, name, like=parameter).to(device, dtype)
             setattr(model.get_submodule(module), leaf, nn.Parameter(value, requires_grad=False))
     model.tie_weights()
+    if ours.get("kv") is not None:
+        from affinequant.cache import quantize_cache
+
+        quantize_cache(model, NumberFormat(**ours["kv"]), partial(_online_parts, source))
     return model
 
 
@@ -177,17 +182,22 @@ def _linear(source: Source, name: str, module: nn.Linear, ours: Mapping[str, Any
 
 
 def _matrices(source: Source, name: str, width: int, slices: int) -> list[Tensor]:
-    """What the checkpoint keeps beside a linear to act on its input."""
+    """What the checkpoint keeps beside a linear to act on its input, in order."""
+    found = _online_parts(source, name, width, slices)
+    return in_order(found) if found else []
+
+
+def _online_parts(source: Source, name: str, width: int, slices: int = 1) -> dict[str, Tensor]:
+    """The matrices, on `width` features, that the checkpoint keeps beside the module `name`, by part."""
     parts = parts_of(source.entries, name)
     tensors = source.read(parts.values())
     found = {part: tensors[stored] for part, stored in parts.items()}
-    if not found:
-        return []
     try:
-        check_online(found, width, slices)
+        if found:
+            check_online(found, width, slices)
     except ValueError as problem:
         raise AffineQuantError(f"the transform of {name}: {problem}", str(source.folder), _AGAIN) from None
-    return in_order(found)
+    return found
 
 
 def _skeleton(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":

@@ -6,12 +6,16 @@ from typing import Literal
 
 from affinequant.errors import AffineQuantError, unknown_name
 
-Granularity = Literal["channel", "group", "token"]
+Granularity = Literal["channel", "group", "token", "head"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NumberFormat:
-    """One integer grid: `bits` wide, one scale per output channel, per group of inputs, or per token."""
+    """One integer grid: `bits` wide, one scale per output channel, per group of inputs, per token, or per token and head.
+
+    Per head, an asymmetric grid starts at the smallest value itself (`quantizer.fake_quantize_cached`); elsewhere zero is
+    one of its points.
+    """
 
     bits: int
     symmetric: bool
@@ -36,33 +40,36 @@ class NumberFormat:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scheme:
-    """Weights and activations. `activation` is None where activations stay in 16 bits."""
+    """Weights, activations, and keys and values in the cache. None where they stay in 16 bits."""
 
     name: str
     weight: NumberFormat
     activation: NumberFormat | None
+    kv: NumberFormat | None = None
 
     @staticmethod
     def parse(text: str) -> "Scheme":
-        """Read `w4a4`, `w4a16-g64`, `w4a8-sym`, ...
+        """Read `w4a4`, `w4a16-g64`, `w4a8-sym`, `w4a4kv4`, ...
 
         Weights are asymmetric per output channel and activations asymmetric per token unless the name says `sym`;
-        `gN` gives weights one scale per N inputs; `w8a8` is symmetric, the form that engines have kernels for.
+        `gN` gives weights one scale per N inputs; `w8a8` is symmetric, the form that engines have kernels for. `kvN`
+        stores keys and values in N bits with a scale and an offset per token and head, whatever the rest is.
 
         Raises:
             AffineQuantError: unknown name (with the nearest known one), or bits that nothing here can store.
         """
-        match = re.fullmatch(r"w(\d+)a(\d+)(kv\d+)?(?:-g(\d+))?(?:-(sym|asym))?", text.strip().lower())
+        match = re.fullmatch(r"w(\d+)a(\d+)(?:kv(\d+))?(?:-g(\d+))?(?:-(sym|asym))?", text.strip().lower())
         if match is None:
             raise unknown_name("scheme", text, SCHEMES, where="--scheme", listing="schemes")
         weight_bits, act_bits = int(match[1]), int(match[2])
         if weight_bits not in (4, 8) or act_bits not in (4, 8, 16) or (weight_bits, act_bits) == (8, 4):
             raise unknown_name("scheme", text, SCHEMES, where="--scheme", listing="schemes")
-        if match[3]:
+        kv_bits = int(match[3]) if match[3] else 16
+        if kv_bits not in (4, 8, 16):
             raise AffineQuantError(
-                f"scheme {text!r} asks for a quantised KV cache, which cannot be written yet",
+                f"scheme {text!r} asks for a KV cache in {kv_bits} bits",
                 "--scheme",
-                f"use {text.lower().replace(match[3], '')!r}; the cache then stays in 16 bits",
+                f"use kv{4 if kv_bits < 6 else 8}, or leave it out: the cache then stays in 16 bits",
             )
         group = int(match[4]) if match[4] else None
         if group == 0:
@@ -77,18 +84,35 @@ class Scheme:
             if act_bits == 16
             else NumberFormat(bits=act_bits, symmetric=symmetric, granularity="token", dynamic=True)
         )
-        suffix = f"-{match[5]}" if match[5] and match[5] != default else ""
-        name = f"w{weight_bits}a{act_bits}" + (f"-g{group}" if group else "") + suffix
-        return Scheme(name=name, weight=weight, activation=activation)
+        kv = None if kv_bits == 16 else NumberFormat(bits=kv_bits, symmetric=False, granularity="head", dynamic=True)
+        name = f"w{weight_bits}a{act_bits}" + (f"kv{kv_bits}" if kv else "") + (f"-g{group}" if group else "")
+        name += f"-{match[5]}" if match[5] and match[5] != default else ""
+        return Scheme(name=name, weight=weight, activation=activation, kv=kv)
+
+    @property
+    def engines_round_activations(self) -> bool:
+        """Whether stock engines quantise the activations themselves: symmetric W8A8, one scale per channel."""
+        weight, activation = self.weight, self.activation
+        return (
+            activation is not None
+            and (weight.bits, activation.bits) == (8, 8)
+            and (weight.symmetric, activation.symmetric) == (True, True)
+            and weight.granularity == "channel"
+        )
 
     def bits_per_weight(self, width: int, scale_bits: int = 16) -> float:
         """Stored bits per weight of a row of `width` inputs: codes, scales and zero points."""
         overhead = scale_bits + (0 if self.weight.symmetric else self.weight.bits)
         return self.weight.bits + overhead * self.weight.groups(width) / width
 
+    def bits_per_cached(self, head_width: int) -> float:
+        """Bits per number in the KV cache: codes, and a scale and an offset of 16 bits for each head's `head_width`."""
+        return 16.0 if self.kv is None else self.kv.bits + 32 / head_width
+
 
 SCHEMES: dict[str, str] = {
     "w4a4": "4-bit weights per channel, 4-bit activations per token",
+    "w4a4kv4": "as w4a4, with keys and values in 4 bits per token and head",
     "w4a8": "4-bit weights per channel, 8-bit activations per token",
     "w4a16": "4-bit weights per channel, 16-bit activations",
     "w4a16-g64": "4-bit weights in groups of 64, 16-bit activations",

@@ -153,7 +153,10 @@ def block_width(site: Site) -> int:
 
 
 def online_numbers(site: Site, structure: Structure) -> int:
-    """How many numbers one linear keeps beside it for `structure` acting online at `site`."""
+    """How many numbers one linear (after RoPE: one block's attention) keeps beside it for `structure` acting online at
+    `site`."""
+    if site.kind == "rope":  # one matrix for all heads
+        return site.head_width**2
     n = site.width * (_copies(site.sinks) if site.kind == "heads" else 1)
     if structure in ("kronecker", "hadamard"):
         left, right = rotation_factors(n // site.slices) if structure == "hadamard" else kronecker_factors(site)

@@ -90,7 +90,8 @@ def _round_and_run(
 ) -> tuple[Rounded, Tensor]:
     """Fold what the objective holds into the exact tensors, round, and pass the quantised stream through."""
     rounded = round_block(job, folded_exactly(objective, exact), quantized, objective)
-    return rounded, job.run_all(rounded.tensors, quantized, quantized_input(job, rounded.clips, rounded.online))
+    on_input = quantized_input(job, rounded.clips, rounded.online)
+    return rounded, job.run_all(rounded.tensors, quantized, on_input, objective.on_attention)
 
 
 def _load_block(made: Plan, job: BlockJob, rotation: Transform | None) -> Tensors:

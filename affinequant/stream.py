@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from affinequant.attention import OnAttention, register
 from affinequant.checkpoint import Source
 from affinequant.models import Dims, Family
 from affinequant.recipe import Dtype
@@ -114,7 +115,7 @@ def open_decoder(
     with init_empty_weights(include_buffers=False), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=trust_remote_code
+            config, dtype=torch.float32, attn_implementation=register(), trust_remote_code=trust_remote_code
         )
     model.eval().requires_grad_(False)
     for name, buffer in list(model.named_buffers()):
@@ -130,21 +131,37 @@ def run_block(
     x: Float[Tensor, "batch tokens hidden"],
     kwargs: Mapping[str, Any],
     on_input: OnInput | None = None,
+    on_attention: OnAttention | None = None,
 ) -> Float[Tensor, "batch tokens hidden"]:
     """One block with `tensors` (named within it) as its weights.
 
-    `on_input(site, x)` is asked once per site and call, whatever the number of linears that read the site.
+    `on_input(site, x)` is asked once per site and call, whatever the number of linears that read the site;
+    `on_attention` gets queries, keys and values after RoPE.
+
+    Raises:
+        RuntimeError: the block's own code kept `on_attention` from its attention.
     """
-    handles = []
+    handles, passed = [], dict(kwargs)
+    asked: list[bool] = []
+    if on_attention is not None:
+        act = on_attention
+
+        def asking(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            asked.append(True)
+            return act(query, key, value)
+
+        passed["on_attention"] = asking
     if on_input is not None:
         for site, members in family.input_groups():
             hook = _shared_hook(site, on_input)
             handles += [block.get_submodule(member).register_forward_pre_hook(hook) for member in members]
     try:
-        result = functional_call(block, dict(tensors), (x,), dict(kwargs))
+        result = functional_call(block, dict(tensors), (x,), passed)
     finally:
         for handle in handles:
             handle.remove()
+    if on_attention is not None and not asked:
+        raise RuntimeError("the block's attention did not come by")
     return result[0] if isinstance(result, tuple) else result
 
 

@@ -168,7 +168,8 @@ def test_group_that_does_not_divide_names_the_nearest(refuse: Refuse, tiny: Tiny
     ("options", "words"),
     [
         (["--scheme", "w4a5"], ["unknown scheme 'w4a5'", "did you mean 'w4a"]),
-        (["--scheme", "w4a4kv4"], ["KV cache", "'w4a4'"]),
+        (["--scheme", "w4a4kv3"], ["KV cache in 3 bits", "kv4"]),
+        (["--w4a4kv4", "--transform", "qk=hadamard"], ["hadamard at qk stays online", "--tier online"]),
         (["--format", "dens"], ["unknown format 'dens'", "did you mean 'dense'"]),
         (["--tier", "merge"], ["unknown tier 'merge'", "did you mean 'merged'"]),
         (["--rounding", "gptg"], ["unknown rounding", "did you mean 'gptq'"]),

@@ -14,6 +14,7 @@ from affinequant.block import BlockJob, BlockObjective, folded_exactly
 from affinequant.checkpoint import open_source
 from affinequant.distill import Continuous, Distilled, Divergence, distill
 from affinequant.rounding import Rounded, quantized_input, round_block
+from affinequant.transforms.online import parts_of
 from tests.test_block import make_job, started
 
 Tiny = Callable[..., Path]
@@ -30,6 +31,8 @@ class Case(NamedTuple):
 
 ONLINE = {"tier": "online", "transforms": {"mlp_in": "diagonal+kronecker", "vo": "kronecker", "mlp_mid": "hadamard"}}
 
+CACHED = {"scheme": "w4a4kv4", "tier": "online", "transforms": {"qk": "rope-pair+hadamard"}}
+
 
 def make(folder: Path, **fields: Any) -> Case:
     """Both blocks rounded, and the full-precision stream behind them."""
@@ -41,7 +44,8 @@ def make(folder: Path, **fields: Any) -> Case:
             full = quantized = embedded = x
         learned = BlockObjective(job, tensors, *started(job, tensors, x))
         made = round_block(job, folded_exactly(learned, tensors), quantized, learned)
-        quantized = job.run_all(made.tensors, quantized, quantized_input(job, made.clips, made.online))
+        on_input = quantized_input(job, made.clips, made.online)
+        quantized = job.run_all(made.tensors, quantized, on_input, learned.on_attention)
         full = job.run_all(tensors, full)
         prefix = f"{job.decoder.family.blocks}.{index}."
         jobs.append(job)
@@ -58,12 +62,15 @@ def finished(case: Case, **fields: Any) -> Distilled:
 
 
 @pytest.mark.parametrize(
-    "fields", [{"scheme": "w4a4"}, {"scheme": "w4a16-g32"}, {"scheme": "w4a8-sym"}, ONLINE], ids=str
+    "fields", [{"scheme": "w4a4"}, {"scheme": "w4a16-g32"}, {"scheme": "w4a8-sym"}, ONLINE, CACHED], ids=str
 )
 def test_it_starts_from_what_was_rounded(tiny: Tiny, fields: dict[str, Any]) -> None:
     case = make(tiny(), **fields)
     for job, made, stored in zip(case.jobs, case.rounded, case.stages, strict=True):
-        expected = job.run_all(made.tensors, case.embedded, quantized_input(job, made.clips, made.online))
+        parts = parts_of(made.stored, job.decoder.family.attention)
+        heads = job.cached_heads({part: made.stored[name] for part, name in parts.items()})
+        assert (heads is None) is (fields is not CACHED) and bool(parts) is (fields is CACHED)
+        expected = job.run_all(made.tensors, case.embedded, quantized_input(job, made.clips, made.online), heads)
         block = Continuous(job, stored)
         with torch.no_grad():
             assert torch.equal(block(case.embedded), expected)
@@ -140,7 +147,8 @@ def test_full_ranges_stay_full_where_clipping_was_refused(tiny: Tiny) -> None:
 
 
 @pytest.mark.parametrize(
-    ("scheme", "tier"), [("w4a4", "merged"), ("w8a8", "merged"), ("w4a16-g32", "merged"), ("w4a4", "online")]
+    ("scheme", "tier"),
+    [("w4a4", "merged"), ("w8a8", "merged"), ("w4a16-g32", "merged"), ("w4a4", "online"), ("w4a4kv4", "online")],
 )
 def test_in_the_pipeline(tiny: Tiny, tmp_path: Path, scheme: str, tier: str) -> None:
     text = tmp_path / "text.txt"

@@ -3,6 +3,7 @@
 Registries drive the matrix: a new transform or family joins by itself. Parameters are random, never the identity.
 """
 
+import copy
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
+from affinequant.cache import quantize_cache
 from affinequant.fold import Tensors, fold, rotate_block, rotate_outer
 from affinequant.models import FAMILIES, Family, resolve, resolve_sites
 from affinequant.sites import Site, place
@@ -205,6 +207,31 @@ def test_transforms_in_a_row_change_no_logit(family: str, shape: str) -> None:
         for first in folding(case.sites, name) if site.kind != "residual" else []:
             for second in folding(case.sites, name):
                 assert distance(case, applied(case, name, f"{first}+{second}")) < TOLERANCE, (name, first, second)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_acts_after_rope_changes_no_logit(family: str, shape: str) -> None:
+    """One rotation of all query heads and key heads in each block; of the queries alone, it would change them."""
+    case = tiny(family, shape)
+    site = next(site for site in case.sites.values() if site.kind == "rope")
+    online = [t for t in TRANSFORMS if place(site, structures_of(t, where="test")[0]).how == "online"]
+    assert online == ["hadamard"]
+    width, copies = site.head_width, site.sources[0].copies
+    modules = [f"{case.family.blocks}.{index}.{case.family.attention}" for index in range(case.layers)]
+    for name in (*online, "+".join(online * 2)):
+        made = {module: randomised(name, site, 11 + index).online() for index, module in enumerate(modules)}
+        assert all(matrix.shape == (1, width, width) for parts in made.values() for matrix in parts.values())
+        model, seen = copy.deepcopy(case.model), []
+        quantize_cache(model, None, lambda module, _, made=made: made[module])
+        heads = model.get_submodule(modules[0]).cached_heads
+        heads.register_forward_hook(lambda _, before, after, seen=seen: seen.append((*before, *after)))
+        assert float((logits_of(model, case.state) - case.logits).abs().max()) < TOLERANCE
+        query, key, value, turned_query, turned_key, same = seen[0]
+        assert query.shape[1] == copies * key.shape[1] and same is value
+        assert min(float((a - b).abs().max()) for a, b in ((query, turned_query), (key, turned_key))) > 0.05
+        heads.forward = lambda query, key, value, heads=heads: (heads.rotated(query), key, value)
+        assert float((logits_of(model, case.state) - case.logits).abs().max()) > CHANGED
 
 
 def test_every_transform_folds_somewhere() -> None:

@@ -70,7 +70,7 @@ def test_every_shape_online(shape: dict[str, Any], tiny: Make, quantize: Callabl
     assert not report["plan"]["untied_bytes"]
 
 
-@pytest.mark.parametrize("scheme", ["w4a16", "w4a16-g32", "w4a8", "w4a4-sym", "w8a8"])
+@pytest.mark.parametrize("scheme", ["w4a16", "w4a16-g32", "w4a8", "w4a4-sym", "w8a8", "w4a8kv4"])
 def test_every_scheme_online(scheme: str, quantize: Callable[..., affinequant.Result]) -> None:
     report = quantize(preset="fast", scheme=scheme, tier="online").report
     assert report["verified"]["passed"] and report["verified"]["compared"]

@@ -1,5 +1,7 @@
 """Scheme names to numbers."""
 
+import re
+
 import pytest
 
 from affinequant.errors import AffineQuantError
@@ -42,7 +44,23 @@ def test_every_listed_scheme_is_its_own_name(name: str) -> None:
     assert Scheme.parse(name).name == name
 
 
-@pytest.mark.parametrize("text", ["", "w4", "a4w4", "w4a4-g", "w4a4-x", "w4a4-sym-g32", "4/4", "w4a4 w8a8"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "w4",
+        "a4w4",
+        "w4a4-g",
+        "w4a4kv",
+        "kv4",
+        "w4a4-g64kv4",
+        "w4a4kv4kv4",
+        "w4a4-x",
+        "w4a4-sym-g32",
+        "4/4",
+        "w4a4 w8a8",
+    ],
+)
 def test_what_is_no_scheme_is_refused_with_the_list(text: str) -> None:
     with pytest.raises(AffineQuantError, match="unknown scheme") as caught:
         Scheme.parse(text)
@@ -58,10 +76,38 @@ def test_bits_that_nothing_stores_name_the_nearest(text: str, near: str) -> None
         Scheme.parse(text)
 
 
-def test_a_quantised_cache_is_refused_and_not_left_out() -> None:
-    with pytest.raises(AffineQuantError, match="KV cache") as caught:
-        Scheme.parse("w4a4kv4-g64")
-    assert "'w4a4-g64'" in caught.value.fix
+@pytest.mark.parametrize(
+    ("text", "name", "bits"),
+    [
+        ("w4a4kv4", "w4a4kv4", 4),
+        ("W4A4KV8", "w4a4kv8", 8),
+        ("w4a16kv4-g64", "w4a16kv4-g64", 4),
+        ("w4a4kv4-g32-sym", "w4a4kv4-g32-sym", 4),
+        ("w8a8kv8-sym", "w8a8kv8", 8),
+        ("w4a4kv16", "w4a4", 16),
+    ],
+)
+def test_keys_and_values_have_a_grid_of_their_own(text: str, name: str, bits: int) -> None:
+    scheme, without = Scheme.parse(text), Scheme.parse(re.sub(r"kv\d+", "", text.lower()))
+    assert scheme.name == name and Scheme.parse(scheme.name) == scheme
+    assert (scheme.weight, scheme.activation) == (without.weight, without.activation)
+    if bits == 16:
+        assert scheme.kv is None and scheme.bits_per_cached(64) == 16
+    else:
+        assert scheme.kv == NumberFormat(bits=bits, symmetric=False, granularity="head", dynamic=True)
+        assert scheme.bits_per_cached(64) == bits + 0.5
+
+
+@pytest.mark.parametrize(("text", "near"), [("w4a4kv3", "kv4"), ("w4a4kv0", "kv4"), ("w4a4kv7-g64", "kv8")])
+def test_a_cache_in_bits_that_nothing_stores(text: str, near: str) -> None:
+    with pytest.raises(AffineQuantError, match="KV cache in") as caught:
+        Scheme.parse(text)
+    assert near in caught.value.fix and caught.value.exit_code == 2
+
+
+def test_stock_engines_round_the_activations_of_one_scheme() -> None:
+    names = ["w8a8", "w8a8kv4", "w8a8-asym", "w8a8-g64", "w4a8", "w4a4", "w8a16"]
+    assert [name for name in names if Scheme.parse(name).engines_round_activations] == ["w8a8", "w8a8kv4"]
 
 
 def test_a_group_of_nothing() -> None:

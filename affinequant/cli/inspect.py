@@ -113,6 +113,9 @@ def _summary(found: Found) -> dict[str, str]:
         lines["bits"] = f"{report['bits_per_weight']:.2f} per weight of the blocks' linears"
         planned = size(report["weight_bytes_planned"])
         lines["size"] = f"{size(report['bytes'])}; weights {size(report['weight_bytes'])}, planned {planned}"
+        if ours.get("kv"):
+            cached = report["plan"]["cache_bytes_per_token"]
+            lines["KV cache"] = f"{ours['kv']['bits']} bits, {cached:,} bytes per token with its scales"
         losses = report.get("calibration_perplexity", {})
         if losses:
             lines["perplexity"] = f"{losses['full']:.2f} -> {losses['quantized']:.2f} on calibration text"
@@ -208,7 +211,7 @@ def _resume(recipe: Mapping[str, Any], running: Mapping[str, Any], folder: Path)
     base = resolve(start | {"tier": recipe["tier"]})
     words = ["affinequant", "quantize", str(recipe["model"]), "--scheme", base.scheme, "--preset", base.preset]
     words += ["--tier", base.tier] if resolve(start).tier != base.tier else []
-    preset = PRESETS[base.preset].fields(base.tier)
+    preset = PRESETS[base.preset].fields(base.tier, kv=base.parsed_scheme.kv is not None)
     transforms = dict.fromkeys(preset.get("transforms", {}), "none") | recipe["transforms"]
     for site, name in transforms.items():
         if base.transforms.get(site, "none") != name:

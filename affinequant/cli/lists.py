@@ -66,7 +66,10 @@ def _as_json(listing: Listing) -> list[dict[str, Any]]:
 def _schemes() -> Listing:
     from affinequant.scheme import SCHEMES
 
-    pattern = ("wNaM[-gG][-sym|-asym]", "w 4 or 8, a 4, 8 or 16 bits; groups of G; symmetric or not")
+    pattern = (
+        "wNaM[kvK][-gG][-sym|-asym]",
+        "w 4 or 8, a 4, 8 or 16, KV cache 4 or 8 bits; groups of G; symmetric or not",
+    )
     return Listing(columns=("name", "about"), rows=[*SCHEMES.items(), pattern])
 
 
@@ -112,6 +115,7 @@ def _presets() -> Listing:
         transforms = preset.settings.get("transforms", {})
         below[name] = dict(transforms) | {key: one for key, one in preset.settings.items() if key != "transforms"}
         below[name] |= {f"online:{site}": one for site, one in preset.online.get("transforms", {}).items()}
+        below[name] |= {f"online, kv:{site}": one for site, one in preset.kv.items()}
     rows = [(name, preset.about) for name, preset in PRESETS.items()]
     return Listing(columns=("name", "about"), rows=rows, below=below)
 

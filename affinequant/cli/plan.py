@@ -98,12 +98,18 @@ def _figures(made: "Plan") -> dict[str, str]:
     figures: dict[str, Any] = {
         "size": f"{size(made.source_bytes)} -> {size(made.output_bytes)}{untied}",
         "bits per weight": f"{made.bits_per_weight:.2f} in the blocks' linears, scales and zero points included",
+        "KV cache": _cache_text(made) if made.recipe.parsed_scheme.kv else "",
         "time": f"about {minutes(made.minutes)} on {made.device}",
         "memory": f"{size(made.cpu_bytes)}; activations between blocks: {made.offload}",
         "GPU memory": size(made.gpu_bytes) if made.gpu_bytes else "",
         "disk": f"{size(made.disk_bytes)} while it runs; {size(free)} free",
     }
     return {name: text for name, text in figures.items() if text}
+
+
+def _cache_text(made: "Plan") -> str:
+    bits = made.recipe.parsed_scheme.bits_per_cached(made.dims.head_dim)
+    return f"{made.cache_bytes:,} bytes a token where it is packed: {bits:.1f} of 16 bits"
 
 
 def _existing(folder: Path) -> Path:

@@ -3,7 +3,8 @@
 The declared config is what those engines really run. Integer activations below 8 bits are ignored by some and refused
 by others, so such a checkpoint declares its weights only; the activation part stands under our own key `affinequant`
 in `quantization_config`, where the engines leave it alone and `affinequant.load` reads it. Symmetric W8A8 is declared
-in full, because the engines do run it.
+in full, because the engines do run it. A quantised KV cache stands under our key alone: the engines keep theirs in 16
+bits, which is right, if larger.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from affinequant.sites import Placement
 if TYPE_CHECKING:  # a plan asks `supports`, and must not wait for torch
     from torch import Tensor
 
-ABOUT = "integers that stock vLLM and transformers load; activations by our plugin or load"
+ABOUT = "integers for stock vLLM and transformers; activations and KV cache by this package"
 
 _AGAIN = "write or fetch the folder again"
 
@@ -48,13 +49,7 @@ def without_kernel(scheme: Scheme) -> str | None:
 
 def declares_activations(scheme: Scheme) -> bool:
     """Whether stock engines quantise the activations themselves: symmetric W8A8 with one scale per channel."""
-    weight, activation = scheme.weight, scheme.activation
-    return (
-        activation is not None
-        and (weight.bits, activation.bits) == (8, 8)
-        and (weight.symmetric, activation.symmetric) == (True, True)
-        and weight.granularity == "channel"
-    )
+    return scheme.engines_round_activations
 
 
 def write(contents: Contents, out: Path, *, shard_bytes: int = SHARD_BYTES) -> list[Path]:
@@ -129,14 +124,16 @@ def our_config(contents: Contents, found: Mapping[str, Any]) -> dict[str, Any]:
     """Our own part of `config.json`: everything that an engine needs to know of the tensors before it reads them.
 
     Per linear, `input_clip` is the ratio by which the range of its input is narrowed, and `online` has the shapes of what
-    acts on that input at run time, part by part.
+    acts on that input at run time, part by part. `kv` are the numbers of a quantised cache; `qk` among the `placements`
+    says whether queries and keys are rotated after RoPE.
     """
-    activation = contents.scheme.activation
+    activation, kv = contents.scheme.activation, contents.scheme.kv
     return dict(contents.extra) | {
         "version": VERSION,
         "scheme": contents.scheme.name,
         "weight": asdict(contents.scheme.weight),
         "activation": asdict(activation) if activation else None,
+        "kv": asdict(kv) if kv else None,
         **found,
     }
 

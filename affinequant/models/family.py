@@ -75,6 +75,11 @@ class Family:
         """The site called `name`."""
         return next(spec for spec in self.sites if spec.name == name)
 
+    @property
+    def attention(self) -> str:
+        """The module, named within its block, inside which queries meet keys."""
+        return next(spec for spec in self.sites if spec.kind == "rope").sources[0][0].rpartition(".")[0]
+
     def input_groups(self) -> tuple[tuple[str, tuple[str, ...]], ...]:
         """(site, linears) for each tensor that is quantised as an input, in the order of the forward pass."""
         groups: dict[str, list[str]] = {}

@@ -10,20 +10,25 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preset:
-    """`settings`: recipe fields, which any flag overrides. `online`: what differs in the online tier. `demo`: what differs
-    on the embedded model, sized for two CPU cores. `expect`: published perplexities by model and text with their source
+    """`settings`: recipe fields, which any flag overrides. `online`: what differs in the online tier. `kv`: which
+    transforms the online tier adds where the scheme quantises the KV cache. `demo`: what differs on the embedded model,
+    sized for two CPU cores. `expect`: published perplexities by model and text with their source
     and protocol, where there are any; `tolerance` is the share by which a rerun may exceed them."""
 
     about: str
     settings: Mapping[str, Any]
     online: Mapping[str, Any] = field(default_factory=dict)
+    kv: Mapping[str, str] = field(default_factory=dict)
     demo: Mapping[str, Any] = field(default_factory=dict)
     expect: Mapping[str, Any] = field(default_factory=dict)
 
-    def fields(self, tier: str, *, demo: bool = False) -> dict[str, Any]:
-        """The recipe fields of a tier."""
+    def fields(self, tier: str, *, kv: bool, demo: bool = False) -> dict[str, Any]:
+        """The recipe fields of a tier; `kv` where the scheme quantises the cache."""
         chosen = dict(self.settings) | ({"data": "demo", **self.demo} if demo else {})
-        return chosen | dict(self.online if tier == "online" else {})
+        chosen |= self.online if tier == "online" else {}
+        if tier == "online" and kv:
+            chosen["transforms"] = dict(chosen.get("transforms", {})) | dict(self.kv)
+        return chosen
 
     def published(self, model: str) -> Mapping[str, float]:
         """text -> published perplexity of this method on the model of that name (a folder's or a hub id's last part);

@@ -3,6 +3,10 @@
 A transform's `online()` names its tensors: "left" [n1, n1] and "right" [n2, n2] are a Kronecker product left (x) right;
 "blocks" [count, b, b] are the blocks of a block-diagonal matrix, or with a count of 1 the one block that all share. The
 parts of a chain have their position in front ("0.left", "0.right", "1.blocks") and act in that order.
+
+A stage and a checkpoint keep them beside each linear that reads their output (`...mlp.down_proj.online_left`). What acts
+on queries and keys after RoPE belongs to no linear and lies beside the attention (`...self_attn.online_blocks`): one
+orthogonal matrix of a head's width, which every query head and every key head is multiplied with.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -42,14 +46,14 @@ def in_order(tensors: Mapping[str, Tensor]) -> list[Tensor]:
     return [part[name] for part in _parts(tensors) for name in (("left", "right") if "left" in part else ("blocks",))]
 
 
-def stored_name(linear: str, part: str) -> str:
-    """Under which name a stage and a checkpoint keep one of the tensors, beside the linear that reads their output."""
-    return f"{linear}.{_PREFIX}{part.replace('.', '_')}"
+def stored_name(module: str, part: str) -> str:
+    """Under which name a stage and a checkpoint keep one of the tensors, beside the linear (or attention) `module`."""
+    return f"{module}.{_PREFIX}{part.replace('.', '_')}"
 
 
-def parts_of(names: Iterable[str], linear: str) -> dict[str, str]:
-    """Part to stored name, of those among `names` that are kept beside `linear`."""
-    start = f"{linear}.{_PREFIX}"
+def parts_of(names: Iterable[str], module: str) -> dict[str, str]:
+    """Part to stored name, of those among `names` that are kept beside `module`."""
+    start = f"{module}.{_PREFIX}"
     return {name.removeprefix(start).replace("_", "."): name for name in names if name.startswith(start)}
 
 
