@@ -145,6 +145,25 @@ def test_activations_are_quantised_for_real(made: Callable[..., Path]) -> None:
     assert int(same.sum()) >= 4
 
 
+def test_a_quantised_cache_stays_in_16_bits_there_and_the_log_says_so(
+    made: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM has no such cache. Without it the rotation of queries and keys changes nothing, so vLLM leaves it out."""
+    from affinequant.serve import vllm_plugin
+
+    said: list[Any] = []
+    monkeypatch.setattr(vllm_plugin._log, "warning", lambda text, *parts: said.append(text % parts))
+    folder = Path(shutil.copytree(made(scheme="w4a4kv4", tier="online"), tmp_path / "folder"))
+    assert any(".self_attn.online_" in name for name in load_file(folder / "affinequant.safetensors"))
+    with engine(folder) as llm:
+        got = served(llm)
+    assert "w4a4kv4 asks for a KV cache in 4 bits, vLLM keeps it in 16" in said
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["affinequant"]["kv"] = None
+    (folder / "config.json").write_text(json.dumps(config))
+    assert_same(folder, got)
+
+
 def test_compiled_it_is_the_same_and_a_changed_checkpoint_is_noticed(
     made: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
