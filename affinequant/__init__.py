@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from affinequant.errors import AffineQuantError as AffineQuantError
 from affinequant.recipe import Recipe as Recipe
 from affinequant.scheme import Scheme as Scheme
+from affinequant.serve.importing import register_with_transformers
 
 if TYPE_CHECKING:
     from affinequant.fit import fit as fit
@@ -49,3 +50,5 @@ class _Package(ModuleType):
 
 
 sys.modules[__name__].__class__ = _Package
+
+register_with_transformers()

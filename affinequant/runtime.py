@@ -1,7 +1,7 @@
 """`load`: a checkpoint folder as a transformers model, its activations quantised for real where the scheme says so."""
 
-from collections.abc import Callable, Mapping
-from functools import partial
+import functools
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from affinequant.checkpoint import Source, open_source
 from affinequant.errors import AffineQuantError
-from affinequant.formats import VERSION
+from affinequant.formats import check_readable
 from affinequant.formats.compressed_tensors import unpack_linear
 from affinequant.integer_linear import IntegerLinear
 from affinequant.quantizer import dequantize
@@ -41,7 +41,7 @@ def load(path: str | Path, *, device: Device = "auto", dtype: Dtype = "auto") ->
     kind = compute_dtype(dtype, target)
     ours = "affinequant" in (source.config.get("quantization_config") or {})
     model: Any = _quantized(source, target, kind) if ours else _plain(source.folder, kind)
-    _check_finite(model, source.folder)
+    check_finite(model, source.folder)
     return model.to(target).eval()
 
 
@@ -105,6 +105,60 @@ def benchmark(
     return result, bench_report.table(result)
 
 
+def replace_linears(model: Any, ignored: Iterable[str], make: Callable[[str, nn.Linear], nn.Module]) -> None:
+    """Put `make(name, linear)` in the place of each linear that a checkpoint of ours has quantised.
+
+    They all lie in the base model; `name` is theirs in the checkpoint, whatever head the transformers model has.
+    """
+    base, skipped = model.base_model, set(ignored)
+    for name, module in list(base.named_modules()):
+        stored = f"{model.base_model_prefix}.{name}"
+        if isinstance(module, nn.Linear) and stored not in skipped:
+            base.set_submodule(name, make(stored, module))
+
+
+def read_linear(source: Source, name: str, like: nn.Linear, device: torch.device) -> nn.Module:
+    """What the checkpoint holds in the place of the linear `like`, which may lie on `meta`; it computes in its dtype.
+
+    Raises:
+        AffineQuantError: tensors that are missing, or of a size that does not fit.
+    """
+    return _linear(source, name, like, source.config["quantization_config"]["affinequant"]).to(device)
+
+
+def pack_cache(source: Source, model: Any) -> None:
+    """Keep keys and values in the checkpoint's number format, where it has one for them."""
+    kv = source.config["quantization_config"]["affinequant"].get("kv")
+    if kv is not None:
+        from affinequant.cache import quantize_cache
+
+        quantize_cache(model, NumberFormat(**kv), functools.partial(_online_parts, source))
+
+
+def keep_from_saving(model: Any, folder: Path) -> None:
+    """Make `save_pretrained` (and with it `push_to_hub`) refuse: transformers would leave out the integers in silence."""
+    model.save_pretrained = functools.partial(_refuse_to_save, folder)
+
+
+def check_finite(model: nn.Module, folder: Path) -> None:
+    """Look at every number of the model.
+
+    Raises:
+        AffineQuantError: naming a tensor that holds NaN or infinity.
+    """
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise AffineQuantError(f"{name} holds values that are not finite", str(folder), _AGAIN)
+
+
+def _refuse_to_save(folder: Path, *_args: Any, **_kwargs: Any) -> None:
+    raise AffineQuantError(
+        "transformers cannot save this model: its integers are not in its state dict",
+        "save_pretrained",
+        f"copy the folder {folder}, or upload it as it is",
+    )
+
+
 def _plain(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
@@ -131,27 +185,18 @@ def _plain(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":
 
 def _quantized(source: Source, device: torch.device, dtype: torch.dtype) -> "PreTrainedModel":
     declared = source.config["quantization_config"]
-    ours = declared["affinequant"]
-    if ours.get("version") != VERSION:
-        raise AffineQuantError(
-            f"a checkpoint of version {ours.get('version')!r}; this affinequant reads version {VERSION}",
-            str(source.folder / "config.json"),
-            "install the affinequant that wrote it",
-        )
+    check_readable(declared["affinequant"], str(source.folder / "config.json"))
     model = _skeleton(source.folder, dtype)
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and name not in declared["ignore"]:
-            model.set_submodule(name, _linear(source, name, module, ours).to(device))
+    replace_linears(model, declared["ignore"], lambda name, module: read_linear(source, name, module, device))
     for name, parameter in list(model.named_parameters()):
         if parameter.is_meta:
             module, _, leaf = name.rpartition(".")
             value = _read(source, name, like=parameter).to(device, dtype)
             setattr(model.get_submodule(module), leaf, nn.Parameter(value, requires_grad=False))
     model.tie_weights()
-    if ours.get("kv") is not None:
-        from affinequant.cache import quantize_cache
-
-        quantize_cache(model, NumberFormat(**ours["kv"]), partial(_online_parts, source))
+    pack_cache(source, model)
+    if any(isinstance(module, IntegerLinear) for module in model.modules()):
+        keep_from_saving(model, source.folder)
     return model
 
 
@@ -229,9 +274,3 @@ def _check_shape(tensor: Tensor, like: Tensor, name: str) -> None:
     if tensor.shape != like.shape:
         what = f"a tensor of size {tuple(tensor.shape)} where config.json says {tuple(like.shape)}"
         raise AffineQuantError(what, name, _AGAIN)
-
-
-def _check_finite(model: nn.Module, folder: Path) -> None:
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise AffineQuantError(f"{name} holds values that are not finite", str(folder), _AGAIN)

@@ -20,6 +20,7 @@ from affinequant.formats import FORMATS, find_format
 from affinequant.formats.compressed_tensors import declares_activations
 from affinequant.runtime import load
 from affinequant.scheme import Scheme
+from affinequant.serve.transformers_quantizer import stock
 from affinequant.sites import Placement
 from tests.tiny import VOCAB, dense_model, rounded
 
@@ -37,9 +38,11 @@ def logits(model: Any) -> Tensor:
 
 
 def in_transformers(folder: Path) -> Any:
+    """As transformers loads it without this package."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with stock():
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
 def our_key(folder: Path) -> dict[str, Any]:

@@ -195,7 +195,7 @@ Q_PROJ = "model.layers.1.self_attn.q_proj"
 BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "newer version": (
         lambda folder: change_config(folder, lambda c: c["quantization_config"]["affinequant"].update(version=2)),
-        r"version 2; this affinequant reads version 1",
+        r"version 2, written by affinequant .*; this is affinequant .*, which reads version 1",
     ),
     "no version": (
         lambda folder: change_config(folder, lambda c: c["quantization_config"]["affinequant"].pop("version")),
@@ -323,10 +323,3 @@ def test_a_broken_transform_is_refused(online: Path, change: Callable[[dict[str,
     save_file(tensors, file)
     with pytest.raises(AffineQuantError, match=message):
         load(online)
-
-
-def test_transformers_refuses_what_it_cannot_compute(online: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
-    with pytest.raises(OSError, match="no file named"):
-        AutoModelForCausalLM.from_pretrained(online)

@@ -77,7 +77,10 @@ def weight_only(folder: Path, dtype: torch.dtype) -> Any:
     """The checkpoint as stock transformers reads it: 4-bit weights, 16- or 32-bit activations."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    from affinequant.serve.transformers_quantizer import stock
+
+    with stock():
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     model(torch.tensor([[1, 2, 3]]))  # compressed-tensors unpacks at the first forward of the whole model
     return model.eval()
 

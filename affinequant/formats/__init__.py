@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
-from affinequant.errors import unknown_name
-from affinequant.scheme import Scheme
+import affinequant
+from affinequant.errors import AffineQuantError, unknown_name
+from affinequant.scheme import NumberFormat, Scheme
 from affinequant.sites import Placement
 
 if TYPE_CHECKING:
@@ -67,6 +68,35 @@ class Format(Protocol):
             OSError: the folder cannot be written.
         """
         ...
+
+
+def check_readable(ours: Mapping[str, Any], where: str) -> None:
+    """Refuse a checkpoint of another version, or one whose own part lacks what every version 1 has.
+
+    Raises:
+        AffineQuantError: with what wrote the checkpoint, where it says so.
+    """
+    version, writer = ours.get("version"), ours.get("written_by")
+    if version != VERSION:
+        newer = isinstance(version, int) and version > VERSION
+        by = f", written by {writer}" if writer else ""
+        raise AffineQuantError(
+            f"a checkpoint of version {version!r}{by}; this is affinequant {affinequant.__version__}, which reads "
+            f"version {VERSION}",
+            where,
+            f"update affinequant{f', at least to {writer}' if writer else ''}" if newer else "write the folder again",
+        )
+    try:
+        for grid in ("weight", "activation"):
+            if ours[grid] is not None or grid == "weight":
+                NumberFormat(**ours[grid])
+        dict(ours["input_clip"])
+    except (KeyError, TypeError, ValueError) as problem:
+        raise AffineQuantError(
+            f"the key affinequant of the quantization_config is not whole: {problem}",
+            where,
+            "write or fetch the folder again",
+        ) from None
 
 
 def find_format(name: str, placements: Mapping[str, Placement] | None = None) -> Format:

@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import affinequant
 from affinequant.checkpoint import Source
 from affinequant.errors import AffineQuantError
 from affinequant.formats import SHARD_BYTES, VERSION, Contents
@@ -130,6 +131,7 @@ def our_config(contents: Contents, found: Mapping[str, Any]) -> dict[str, Any]:
     activation, kv = contents.scheme.activation, contents.scheme.kv
     return dict(contents.extra) | {
         "version": VERSION,
+        "written_by": f"affinequant {affinequant.__version__}",
         "scheme": contents.scheme.name,
         "weight": asdict(contents.scheme.weight),
         "activation": asdict(activation) if activation else None,
