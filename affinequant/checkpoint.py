@@ -146,6 +146,16 @@ def check_tensors(source: Source, family: Family, dims: Dims) -> None:
             raise _broken(f"tensor {name} has shape {list(entry.shape)}, config.json says {list(shape)}", source.folder)
         if entry.dtype not in _FLOATS:
             raise _broken(f"tensor {name} holds {entry.dtype}, not 16- or 32-bit floats", source.folder)
+    linears = {f"{family.blocks}.{index}.{linear.name}" for index in range(dims.layers) for linear in family.linears}
+    for name in source.entries:
+        owner, _, part = name.rpartition(".")
+        if owner in linears and part not in ("weight", "bias"):
+            raise AffineQuantError(
+                f"tensor {name} stands beside a weight: that is no plain linear, it may be quantised already",
+                str(source.folder),
+                "give the original 16-bit model",
+                exit_code=PREFLIGHT,
+            )
 
 
 def check_finite(source: Source) -> None:

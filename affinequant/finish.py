@@ -2,10 +2,11 @@
 
 import functools
 import gc
+import json
 import platform
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 import affinequant
+from affinequant.card import write_card
 from affinequant.data import Tokens
 from affinequant.errors import QUALITY, AffineQuantError
 from affinequant.fold import Tensors
 from affinequant.formats import Contents, find_format
-from affinequant.formats.shards import write_json
+from affinequant.formats.shards import write_json, write_text
 from affinequant.plan import Plan
 from affinequant.progress import Progress
 from affinequant.run import Run
@@ -47,16 +49,19 @@ def finish(made: Plan, run: Run, out: Path, decoder: Decoder, tokens: Tokens, li
     if run.committed(DISTILLED):
         last, changed = DISTILLED, run.tensors(DISTILLED)
     listen.say(f"writing {out}")
-    files = find_format(made.recipe.format, made.placements).write(_contents(made, run, names, changed), out)
-    (out / "recipe.toml").write_text(made.recipe.to_toml())
+    unknown = decoder.unknown(made.source.entries)
+    contents = _contents(made, run, names, changed, unknown)
+    files = find_format(made.recipe.format, made.placements).write(contents, out)
+    files.append(write_text(out / "recipe.toml", made.recipe.to_toml()))
     listen.say("verifying what was written by loading it again")
     losses = _stream_losses(run, decoder, tokens, last, changed)
     loaded = _reloaded_losses(out, tokens, len(losses["full"]), made)
     checked = _compare(losses["quantized"], loaded, exact=made.recipe.format != "dense")
-    report = _report(made, run, out, tokens, files, names)
+    report = _report(made, run, out, tokens, names, unknown)
     report |= {
         "calibration_perplexity": {name: float(loss.mean().exp()) for name, loss in losses.items()},
         "verified": checked,
+        **_listing(files, out),
     }
     if not checked["passed"]:
         write_json(out / "report.failed.json", report)
@@ -66,7 +71,8 @@ def finish(made: Plan, run: Run, out: Path, decoder: Decoder, tokens: Tokens, li
             "the checkpoint is kept for inspection, see report.failed.json; do not serve it",
             exit_code=QUALITY,
         )
-    return report
+    files.append(write_card(out, made.source.folder, report, json.loads((out / "config.json").read_text())))
+    return report | _listing(files, out)
 
 
 def publish(workspace: Workspace, run: Run, report: Mapping[str, Any]) -> None:
@@ -111,9 +117,15 @@ def token_losses(
     return torch.cat(parts).cpu()
 
 
-def _contents(made: Plan, run: Run, names: list[str], changed: Tensors) -> Contents:
+def _contents(made: Plan, run: Run, names: list[str], changed: Tensors, unknown: list[str]) -> Contents:
+    """What the run has made, and the source's tensors that nothing here knows, as they are and one at a time."""
     family = made.family
     rotated = "residual" in made.recipe.transforms
+
+    def stages() -> Iterator[Tensors]:
+        yield from (_current(run.tensors(name), changed) for name in names)
+        yield from (made.source.read([name]) for name in unknown)
+
     return Contents(
         config=dict(made.source.config),
         source=made.source.folder,
@@ -123,7 +135,7 @@ def _contents(made: Plan, run: Run, names: list[str], changed: Tensors) -> Conte
         linears=tuple(
             f"{family.blocks}.{index}.{linear.name}" for index in range(made.dims.layers) for linear in family.linears
         ),
-        stages=lambda: (_current(run.tensors(name), changed) for name in names),
+        stages=stages,
         extra={
             "tier": made.recipe.tier,
             "placements": {name: asdict(placement) for name, placement in made.placements.items()},
@@ -196,18 +208,24 @@ def _model_name(model: str) -> str:
     return str(Path(model).absolute()) if model != "demo" and Path(model).is_dir() else model
 
 
-def _report(made: Plan, run: Run, out: Path, tokens: Tokens, files: list[Path], names: list[str]) -> dict[str, Any]:
+def _listing(files: list[Path], out: Path) -> dict[str, Any]:
+    """Every file of the folder with its bytes; the report that holds this is not among them."""
+    sizes = {file.relative_to(out).as_posix(): file.stat().st_size for file in sorted(files)}
+    return {"bytes": sum(sizes.values()), "files": sizes}
+
+
+def _report(made: Plan, run: Run, out: Path, tokens: Tokens, names: list[str], unknown: list[str]) -> dict[str, Any]:
     import transformers
 
     blocks = [run.report(name) for name in names[1:]]
     distilled = {"finish": run.report(DISTILLED)} if run.committed(DISTILLED) else {}
-    known = {path.name for path in files} | {"recipe.toml"}
-    size = sum((out / name).stat().st_size for name in known)
+    copied = {name: made.source.entries[name].size for name in unknown}
+    planned = made.output_bytes + sum(copied.values())
     weights = sum(path.stat().st_size for path in out.glob("*.safetensors"))
     events = [f"block {i}: {event}" for i, block in enumerate(blocks) for event in block["events"]]
     events += [f"finish: {event}" for stage in distilled.values() for event in stage["events"]]
-    if abs(weights - made.output_bytes) > 0.02 * made.output_bytes + HEADER_BYTES * len(blocks):
-        events.append(f"weights take {weights:,} bytes, the plan said {made.output_bytes:,}")
+    if abs(weights - planned) > 0.02 * planned + HEADER_BYTES * len(blocks):
+        events.append(f"weights take {weights:,} bytes, the plan said {planned:,}")
     return {
         "schema": 1,
         "model": _model_name(made.recipe.model),
@@ -217,10 +235,9 @@ def _report(made: Plan, run: Run, out: Path, tokens: Tokens, files: list[Path], 
         "plan": made.to_json(),
         "calibration": tokens.summary(),
         "bits_per_weight": made.bits_per_weight,
-        "bytes": size,
         "weight_bytes": weights,
-        "weight_bytes_planned": made.output_bytes,
-        "files": sorted(known | {"report.json"}),
+        "weight_bytes_planned": planned,
+        "unknown_tensors": copied,
         "blocks": blocks,
         **distilled,
         "non_finite": sum(stage["non_finite"] for stage in (*blocks, *distilled.values())),

@@ -97,7 +97,8 @@ def _round_and_run(
 def _load_block(made: Plan, job: BlockJob, rotation: Transform | None) -> Tensors:
     """The block's tensors in fp64, named within it, the residual stream rotated where the recipe asks for it."""
     prefix = f"{made.family.blocks}.{job.index}."
-    read = made.source.read(made.source.names_under(prefix[:-1]))
+    names, unknown = made.source.names_under(prefix[:-1]), job.decoder.unknown(made.source.entries)
+    read = made.source.read(name for name in names if name not in unknown)  # the writer copies what nothing here knows
     tensors = {name[len(prefix) :]: tensor.to(job.decoder.device).double() for name, tensor in read.items()}
     if rotation is not None:
         tensors = rotate_block(tensors, made.family, made.sites["residual"], rotation)
@@ -106,8 +107,9 @@ def _load_block(made: Plan, job: BlockJob, rotation: Transform | None) -> Tensor
 
 def outer_stage(made: Plan, run: Run, tokens: Tokens, decoder: Decoder, rotation: Transform | None) -> None:
     """Embedding, final norm and head: rotated, never quantised. Carries the embedded calibration tokens."""
+    unknown = decoder.unknown(made.source.entries)
     names = [name for name in made.source.entries if not name.startswith(made.family.blocks + ".")]
-    tensors = made.source.read(names)
+    tensors = made.source.read(name for name in names if name not in unknown)
     if made.dims.tied:
         tensors.pop(f"{made.family.head}.weight", None)
     if rotation is not None:

@@ -3,7 +3,7 @@
 import contextlib
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,11 @@ class Decoder:
     def block(self, index: int) -> nn.Module:
         """Block `index`, without weights."""
         return self.model.get_submodule(f"{self.family.blocks}.{index}")
+
+    def unknown(self, names: Iterable[str]) -> list[str]:
+        """Those of a checkpoint's tensors for which the model's own code has no place."""
+        known = self.model.state_dict().keys()
+        return [name for name in names if name not in known]
 
     def embed(
         self, ids: Int[Tensor, "samples tokens"], outer: Mapping[str, Tensor]

@@ -20,7 +20,7 @@ LAYERS = [
     {"recipe", "quantizer", "transforms", "wush", "models", "demo"},
     {"fold", "checkpoint", "text", "gptq", "fit", "run", "attention"},
     {"formats", "data", "stream"},
-    {"block", "cache", "costs", "placements", "plan", "integer_linear"},
+    {"block", "cache", "card", "costs", "placements", "plan", "integer_linear"},
     {"rounding", "runtime", "starts", "workspace"},
     {"finish", "distill"},
     {"stages"},

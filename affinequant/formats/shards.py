@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz", ".ot")
 OWN = ("config.json", "recipe.toml", "report.json", "report.html")
 """Names that this package writes itself, so a source's file of that name is not copied."""
+CARD = "README.md"
 
 
 def write_shards(
@@ -58,8 +60,13 @@ def write_shards(
 
 def write_json(path: Path, value: Any) -> Path:
     """Write a JSON file in one step: readers see the old one or the new one."""
+    return write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write a text file in one step."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     return _publish(temporary, path)
 
 
@@ -72,7 +79,8 @@ def copy_source(source: Path, out: Path) -> list[Path]:
     copied = []
     for file in _other_files(source, skip=out):
         name = file.relative_to(source)
-        target = out / ("SOURCE_README.md" if str(name) == "README.md" else name)
+        renamed = file.parent == source and re.fullmatch(rf"(SOURCE_)*{re.escape(CARD)}", file.name)
+        target = out / (f"SOURCE_{name}" if renamed else name)  # makes room for our own; so a source may be one of ours
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(target.name + ".tmp")
         shutil.copyfile(file, temporary)
