@@ -5,7 +5,7 @@ quantised model's next-token distribution from the full-precision one, which the
 end-to-end stage as in arXiv 2506.04985, restricted to what costs nothing at run time).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,7 @@ from affinequant.block import BlockJob
 from affinequant.fit import FitConfig, FitReport, Group, fit
 from affinequant.fold import Tensors
 from affinequant.quantizer import dequantize, fake_quantize_activation
-from affinequant.stream import slices
+from affinequant.stream import Decoder, slices
 from affinequant.transforms.online import apply_online, parts_of
 
 HELD_OUT = 8
@@ -151,12 +151,7 @@ class Divergence:
         x, teacher = (part.to(self.decoder.device, self.decoder.dtype) for part in batch)
         for block in self.blocks:
             x = checkpoint(block, x, use_reentrant=False)  # pyright: ignore[reportAssignmentType]
-        student, teacher = x.flatten(0, 1), teacher.flatten(0, 1)
-        parts = [
-            checkpoint(self._divergence, student[part], teacher[part], use_reentrant=False)
-            for part in slices(len(student), CHUNK)
-        ]
-        return torch.stack(parts).sum() / len(student)  # pyright: ignore[reportArgumentType, reportCallIssue]
+        return divergence(self.decoder, teacher, self.head, x, self._student)
 
     def final_norm(self) -> Tensor:
         """The trained gain of the last norm."""
@@ -164,12 +159,34 @@ class Divergence:
         gain = (start.to(self.decoder.device).float() + offset) * self.log_gain.exp() - offset
         return _kept(gain, start.dtype)
 
-    def _divergence(self, student: Tensor, teacher: Tensor) -> Tensor:
-        with torch.no_grad():
-            wanted = self.decoder.logits(teacher, self.head).float().log_softmax(-1)
+    def _student(self, hidden: Tensor) -> Tensor:
         gain = self.final_norm().to(self.decoder.dtype)
-        got = self.decoder.logits(student, self.head | {self.norm: gain}).float().log_softmax(-1)
+        return self.decoder.logits(hidden, self.head | {self.norm: gain})
+
+
+def divergence(
+    decoder: Decoder,
+    teacher: Float[Tensor, "batch tokens hidden"],
+    head: Mapping[str, Tensor],
+    student: Float[Tensor, "batch tokens hidden"],
+    logits: Callable[[Tensor], Tensor],
+) -> Float[Tensor, ""]:
+    """Mean divergence, in nats per token, of the distribution that `logits` makes of the student's hidden states from
+    the one that the model's own `head` makes of the teacher's. Logits are made `CHUNK` tokens at a time, and made again
+    in the backward pass."""
+
+    def part(student: Tensor, teacher: Tensor) -> Tensor:
+        with torch.no_grad():
+            wanted = decoder.logits(teacher, head).float().log_softmax(-1)
+        got = logits(student).float().log_softmax(-1)
         return nn.functional.kl_div(got, wanted, reduction="sum", log_target=True)
+
+    student, teacher = student.flatten(0, 1), teacher.flatten(0, 1)
+    parts = [
+        checkpoint(part, student[chosen], teacher[chosen], use_reentrant=False)
+        for chosen in slices(len(student), CHUNK)
+    ]
+    return torch.stack(parts).sum() / len(student)  # pyright: ignore[reportArgumentType, reportCallIssue]
 
 
 def distill(

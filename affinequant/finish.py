@@ -31,6 +31,10 @@ from affinequant.workspace import Workspace
 
 DISTILLED = "distilled"
 """The stage of the end-to-end finish."""
+ROTATED = "rotation"
+"""The stage of the learned rotations."""
+WHOLE = {"rotation": ROTATED, "finish": DISTILLED}
+"""Trainings of the whole network, by their names in the report."""
 VERIFY_TOKENS = 4096
 HEADER_BYTES = 8192
 """Room for one block's entries in the headers of safetensors files, when sizes are held against the plan."""
@@ -218,12 +222,12 @@ def _report(made: Plan, run: Run, out: Path, tokens: Tokens, names: list[str], u
     import transformers
 
     blocks = [run.report(name) for name in names[1:]]
-    distilled = {"finish": run.report(DISTILLED)} if run.committed(DISTILLED) else {}
+    whole = {name: run.report(stage) for name, stage in WHOLE.items() if run.committed(stage)}
     copied = {name: made.source.entries[name].size for name in unknown}
     planned = made.output_bytes + sum(copied.values())
     weights = sum(path.stat().st_size for path in out.glob("*.safetensors"))
     events = [f"block {i}: {event}" for i, block in enumerate(blocks) for event in block["events"]]
-    events += [f"finish: {event}" for stage in distilled.values() for event in stage["events"]]
+    events += [f"{name}: {event}" for name, stage in whole.items() for event in stage["events"]]
     if abs(weights - planned) > 0.02 * planned + HEADER_BYTES * len(blocks):
         events.append(f"weights take {weights:,} bytes, the plan said {planned:,}")
     return {
@@ -239,8 +243,8 @@ def _report(made: Plan, run: Run, out: Path, tokens: Tokens, names: list[str], u
         "weight_bytes_planned": planned,
         "unknown_tensors": copied,
         "blocks": blocks,
-        **distilled,
-        "non_finite": sum(stage["non_finite"] for stage in (*blocks, *distilled.values())),
+        **whole,
+        "non_finite": sum(stage["non_finite"] for stage in (*blocks, *whole.values())),
         "events": events,
         "env": {
             "affinequant": affinequant.__version__,

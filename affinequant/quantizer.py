@@ -124,14 +124,14 @@ def fake_quantize(
 
 
 def activation_grid(
-    x: Float[Tensor, "*b n"], fmt: NumberFormat, clip: Float[Tensor, ""] | float = 1.0
+    x: Float[Tensor, "*b n"], fmt: NumberFormat, clip: Float[Tensor, ""] | float = 1.0, *, through: bool = False
 ) -> tuple[Float[Tensor, "*b 1"], Float[Tensor, "*b 1"], Float[Tensor, "*b 1"]]:
     """(scale, its reciprocal, zero) of each token's own grid, its range narrowed to `clip` of what the token spans.
 
     Computed in fp32 with one reciprocal per token, step by step as the integer kernels do, so that codes agree exactly.
-    Differentiable in `clip`; a token's extremes count as constants.
+    Differentiable in `clip`; a token's extremes count as constants unless the gradient shall pass `through` them.
     """
-    x = x.detach().float()
+    x = (x if through else x.detach()).float()
     if fmt.symmetric:
         scale = (x.abs().amax(-1, keepdim=True) * clip / fmt.code_max).clamp_min(SMALLEST_SCALE)
         return scale, 1.0 / scale, torch.zeros_like(scale)
@@ -154,12 +154,18 @@ def quantize_activation(
 
 
 def fake_quantize_activation(
-    x: Float[Tensor, "*b n"], fmt: NumberFormat, clip: Float[Tensor, ""] | float = 1.0, slices: int = 1
+    x: Float[Tensor, "*b n"],
+    fmt: NumberFormat,
+    clip: Float[Tensor, ""] | float = 1.0,
+    slices: int = 1,
+    *,
+    through: bool = False,
 ) -> Float[Tensor, "*b n"]:
     """Activations rounded to each token's grid, or to one for each of `slices` parts of a token, in their own dtype;
-    differentiable in x and clip."""
+    differentiable in x and clip, and with `through` in the extremes of a grid's values as well, which is how a rotation
+    learns to make them smaller."""
     parts = x if slices == 1 else x.unflatten(-1, (slices, -1))
-    scale, inverse, zero = activation_grid(parts, fmt, clip)
+    scale, inverse, zero = activation_grid(parts, fmt, clip, through=through)
     value = _OnGrid.apply(parts.float(), scale, inverse, zero, fmt.code_min, fmt.code_max)
     return value.to(x.dtype).reshape(x.shape)  # pyright: ignore[reportAttributeAccessIssue]
 

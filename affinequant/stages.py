@@ -71,18 +71,22 @@ def distill_stage(made: Plan, run: Run, tokens: Tokens, jobs: Sequence[BlockJob]
     embedded, _ = decoder.embed(tokens.ids, outer)
     full, keep = run.carry(names[-1])["full"], verified_samples(tokens)
     done = distill(jobs, (run.tensors(name) for name in names), outer, embedded, full, keep, listen.say)
-    held_out = done.fitted.series["held-out"]
-    report = {
-        "divergence_first": held_out[0],
-        "divergence_last": done.fitted.best,
-        "steps": done.fitted.steps,
-        "non_finite": done.fitted.non_finite,
-        "stopped": done.fitted.stopped,
-        "events": _fit_events(done.fitted),
-        "seconds": time.perf_counter() - began,
-        "peak_bytes": peak_bytes(decoder.device),
-    }
+    report = whole_report(done.fitted, began, decoder.device)
     run.commit(DISTILLED, tensors=done.tensors, carry={"full": full[:keep], "quantized": done.after}, report=report)
+
+
+def whole_report(fitted: FitReport, began: float, device: torch.device) -> dict[str, Any]:
+    """What is reported of a training of the whole network, judged by the divergence on held-out text."""
+    return {
+        "divergence_first": fitted.series["held-out"][0],
+        "divergence_last": fitted.best,
+        "steps": fitted.steps,
+        "non_finite": fitted.non_finite,
+        "stopped": fitted.stopped,
+        "events": _fit_events(fitted),
+        "seconds": time.perf_counter() - began,
+        "peak_bytes": peak_bytes(device),
+    }
 
 
 def _round_and_run(

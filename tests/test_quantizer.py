@@ -189,3 +189,26 @@ def test_learning_a_range_finds_a_better_one() -> None:
         optimizer.step()
     assert float(error().detach()) < 0.5 * first
     assert float(ranges.high_logit.detach().max()) < float(ranges.low_logit.detach().min())
+
+
+@pytest.mark.parametrize("scheme", ["w4a4", "w4a4-sym"])
+def test_a_gradient_through_the_extremes_is_that_of_the_grid(scheme: str) -> None:
+    """Codes held fixed, the largest value stretches the grid: each value moves by its code's share of that, less what
+    the straight-through value moves already."""
+    fmt = Scheme.parse(scheme).activation
+    assert fmt is not None
+    x, weighing = random(1, 32), random(1, 32, seed=1)
+    x[0, 3] = 4.0
+    gradients = []
+    for through in (False, True):
+        value = x.clone().requires_grad_()
+        (fake_quantize_activation(value, fmt, through=through) * weighing).sum().backward()
+        assert value.grad is not None
+        gradients.append(value.grad)
+    codes, scale, zero = quantize_activation(x, fmt)
+    share = ((codes - zero) * weighing - x / scale * weighing).sum() / (fmt.code_max if fmt.symmetric else 15)
+    difference = gradients[1] - gradients[0]
+    assert float(difference[0, 3]) == pytest.approx(float(share), rel=1e-4)
+    low = int(x.argmin())
+    moved = [index for index in range(32) if abs(float(difference[0, index])) > 1e-6]
+    assert moved == sorted([3] if fmt.symmetric else [3, low])
