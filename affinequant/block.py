@@ -2,7 +2,7 @@
 
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,8 @@ class BlockJob:
     store: torch.dtype
     scratch: Path | None = None
     """Where activations wait between blocks; None for memory."""
+    starts: Mapping[str, Tensor] = field(default_factory=dict)
+    """By site, matrices that have been learned already: its transform starts from them."""
 
     def run(
         self,

@@ -5,6 +5,7 @@ import os
 
 from affinequant.models import Dims
 from affinequant.recipe import Recipe
+from affinequant.transforms import LEARNED_ROTATIONS
 
 GPU_FLOPS = 1.2e14
 CPU_FLOPS_PER_CORE = 3.5e10
@@ -26,6 +27,15 @@ def finish_bytes(recipe: Recipe, dims: Dims, per_block: int) -> int:
     return dims.layers * per_block + 12 * per_block + 8 * dims.vocab * dims.hidden + step
 
 
+def rotation_bytes(recipe: Recipe, dims: Dims, per_block: int) -> int:
+    """Main memory of learning rotations: one block in float32, what a step keeps, and the rotation with its optimizer."""
+    if recipe.transforms.get("residual") not in LEARNED_ROTATIONS:
+        return 0
+    tokens = min(recipe.seq_len, recipe.rotation_len)
+    step = tokens * (dims.hidden * 4 * (dims.layers + 40) + 40 * dims.mlp) + 256 * dims.vocab * 4 * 6
+    return 12 * per_block + 8 * dims.vocab * dims.hidden + step + 64 * dims.hidden**2
+
+
 def expected_minutes(recipe: Recipe, dims: Dims, per_block: int, device: str) -> float:
     """Minutes for the blocks, from the floating-point operations of each pass over them."""
     tokens = recipe.samples * recipe.seq_len
@@ -37,5 +47,10 @@ def expected_minutes(recipe: Recipe, dims: Dims, per_block: int, device: str) ->
     finish = 0.0
     if recipe.finish == "kl":
         finish = 4.5 * recipe.finish_epochs * (dims.layers * forward + 2 * tokens * dims.hidden * dims.vocab)
+    if recipe.transforms.get("residual") in LEARNED_ROTATIONS:
+        # Forwards, again while going backwards, and backwards to the inputs alone, with four products a token that turn.
+        each = 2 * (per_block + 4 * dims.hidden**2 + recipe.rotation_len * dims.query)
+        tokens = recipe.rotation_steps * min(recipe.seq_len, recipe.rotation_len)
+        finish += 4.0 * tokens * (dims.layers * each + 2 * dims.hidden * dims.vocab)
     rate = GPU_FLOPS if device == "cuda" else CPU_FLOPS_PER_CORE * (os.cpu_count() or 1)
     return (dims.layers * (passes * forward + gram + search + steps) + finish) / rate / 60

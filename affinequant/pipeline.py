@@ -20,10 +20,10 @@ from affinequant.plan import plan as make_plan
 from affinequant.progress import Console, Progress, Silent
 from affinequant.recipe import Recipe
 from affinequant.recipe import resolve as resolve_recipe
+from affinequant.rotation import rotations
 from affinequant.run import Run
 from affinequant.stages import block_stage, distill_stage, outer_stage
 from affinequant.stream import Decoder, compute_dtype, open_decoder
-from affinequant.transforms import Transform, build
 from affinequant.workspace import empty, open_workspace
 
 
@@ -92,7 +92,7 @@ def quantize_blocks(made: Plan, run: Run, tokens: Tokens, listen: Progress) -> D
     decoder = open_decoder(
         made.source, made.family, made.dims, device, dtype, trust_remote_code=made.recipe.trust_remote_code
     )
-    rotation = _rotation(made)
+    rotation, starts = rotations(made, run, tokens, decoder, listen)
     if not run.committed("outer"):
         outer_stage(made, run, tokens, decoder, rotation)
     _, kwargs = decoder.embed(tokens.ids[:1], run.tensors("outer"))
@@ -104,7 +104,7 @@ def quantize_blocks(made: Plan, run: Run, tokens: Tokens, listen: Progress) -> D
         carry = run.carry(names[first - 1] if first else "outer")
         full, quantized = carry["full"], carry.get("quantized", carry["full"])
         for index in range(first, len(names)):
-            job = _job(made, decoder, index, kwargs, _scratch(made, run))
+            job = replace(_job(made, decoder, index, kwargs, _scratch(made, run)), starts=starts.get(index, {}))
             full, quantized = block_stage(made, run, job, rotation, full, quantized, listen)
     listen.end()
     if made.recipe.finish == "kl" and not run.committed(DISTILLED):
@@ -125,13 +125,6 @@ def _with_weights(made: Plan) -> Plan:
 def _plain(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Keywords as recipe values: paths become strings, None means not given."""
     return {name: str(v) if isinstance(v, Path) else v for name, v in fields.items() if v is not None}
-
-
-def _rotation(made: Plan) -> Transform | None:
-    name = made.recipe.transforms.get("residual")
-    if name is None:
-        return None
-    return build(name, made.sites["residual"], seed=made.recipe.seed, alpha=made.recipe.alpha).double()
 
 
 def _scratch(made: Plan, run: Run) -> Path | None:

@@ -6,7 +6,7 @@ from affinequant.errors import PREFLIGHT, AffineQuantError, unknown_name
 from affinequant.models import Family
 from affinequant.recipe import Recipe
 from affinequant.sites import Placement, Site, online_numbers, place
-from affinequant.transforms import names_at, split_parts, structures_of
+from affinequant.transforms import LEARNED_ROTATIONS, names_at, split_parts, structures_of
 
 
 def place_all(recipe: Recipe, sites: Mapping[str, Site]) -> dict[str, Placement]:
@@ -28,13 +28,8 @@ def place_all(recipe: Recipe, sites: Mapping[str, Site]) -> dict[str, Placement]
         _, online = split_parts(chosen, site)
         parts = [place(site, structure) for structure in structures_of(chosen, where="--transform")]
         cost = sum(part.flops for part in parts)
-        if site.kind == "residual" and chosen != "hadamard":
-            raise AffineQuantError(
-                f"nothing learns the rotation of the residual stream yet: {chosen} would stay where it starts",
-                "--transform",
-                f"use {name}=hadamard",
-                exit_code=PREFLIGHT,
-            )
+        if site.kind == "residual":
+            _check_rotation(recipe, name, chosen)
         if online and site.kind == "rope" and recipe.parsed_scheme.kv is None:
             raise AffineQuantError(
                 f"{online} at {name} acts between RoPE and attention, where only a quantised K cache needs it",
@@ -52,6 +47,25 @@ def place_all(recipe: Recipe, sites: Mapping[str, Site]) -> dict[str, Placement]
         reason = "; ".join(dict.fromkeys(part.reason for part in parts))
         placements[name] = Placement(how="online" if online else "folded", reason=reason, flops=cost)
     return placements
+
+
+def _check_rotation(recipe: Recipe, name: str, chosen: str) -> None:
+    """What the residual stream takes: one rotation, and something to learn it from."""
+    fixed = f"use {name}=hadamard"
+    if "+" in chosen:
+        raise AffineQuantError(
+            f"one rotation acts on the residual stream, not {chosen} in turn",
+            "--transform",
+            f"{fixed}, which learned ones start from, or {name}={LEARNED_ROTATIONS[0]}",
+            exit_code=PREFLIGHT,
+        )
+    if chosen in LEARNED_ROTATIONS and recipe.parsed_scheme.activation is None:
+        raise AffineQuantError(
+            f"{chosen} at {name} is learned from rounded activations, and {recipe.scheme} rounds none",
+            "--transform",
+            fixed,
+            exit_code=PREFLIGHT,
+        )
 
 
 def online_bytes(recipe: Recipe, family: Family, sites: Mapping[str, Site]) -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from affinequant.checkpoint import Source, check_tensors, is_local, locate, open_source
-from affinequant.costs import expected_minutes, finish_bytes, graph_bytes
+from affinequant.costs import expected_minutes, finish_bytes, graph_bytes, rotation_bytes
 from affinequant.errors import PREFLIGHT, AffineQuantError
 from affinequant.formats import find_format
 from affinequant.models import Dims, Family, resolve, resolve_sites
@@ -21,6 +21,7 @@ from affinequant.recipe import Recipe, parse_bytes
 from affinequant.recipe import resolve as resolve_recipe
 from affinequant.sites import Placement, Site
 from affinequant.text import check_source
+from affinequant.transforms import LEARNED_ROTATIONS
 
 PROCESS_BYTES = 700 * 2**20
 """What Python, torch and transformers take before any model is there."""
@@ -193,7 +194,8 @@ def _with_costs(
     stream = recipe.samples * recipe.seq_len * dims.hidden * width
     work = per_block * 44 + graph_bytes(recipe, dims, width)
     around = max(8 * table * 3, work) if device == "cpu" else 8 * table * 3
-    cpu = PROCESS_BYTES + max(around, finish_bytes(recipe, dims, per_block)) + 4 * stream
+    whole = max(finish_bytes(recipe, dims, per_block), rotation_bytes(recipe, dims, per_block))
+    cpu = PROCESS_BYTES + max(around, whole) + 4 * stream
     budget, offload = parse_bytes(recipe.cpu_memory, flag="--cpu-memory"), recipe.offload
     if offload == "auto":
         offload = "disk" if budget is not None and cpu > budget >= cpu - 4 * stream else "cpu"
@@ -232,6 +234,8 @@ def _notes(recipe: Recipe, placements: Mapping[str, Placement], untied: int) -> 
             "rotating the residual stream unties the head from the embedding: "
             f"the folder grows by {untied / 2**20:,.0f} MB"
         )
+    if recipe.transforms.get("residual") in LEARNED_ROTATIONS:
+        notes.append("the residual stream's rotation is learned first, without transforms that start from data")
     if any(placement.how == "online" for placement in placements.values()):
         notes.append(
             "transforms stay online: affinequant.load and vLLM with this package run this checkpoint, others refuse it"

@@ -75,6 +75,9 @@ class Recipe:
     finish: Finish = _option("none", "method", "train scales, gains and clips on the full model's logits at the end")
     finish_epochs: int = _option(2, "method", "passes of the finish over the calibration samples")
     finish_lr: float = _option(1e-3, "method", "learning rate of the finish")
+    rotation_steps: int = _option(100, "method", "steps that learn the rotation of the residual stream, where one is")
+    rotation_len: int = _option(2048, "method", "tokens of each of those steps, at most")
+    rotation_lr: float = _option(0.1, "method", "radians by which the first of those steps turn a feature")
     damping: float = _option(0.01, "method", "GPTQ: fraction of the mean Hessian diagonal added to it")
 
     data: str = _option(
@@ -107,6 +110,8 @@ class Recipe:
             ("batch_size", 1),
             ("epochs", 0),
             ("finish_epochs", 1),
+            ("rotation_steps", 1),
+            ("rotation_len", 8),
             ("seed", 0),
         ):
             if getattr(self, name) < least:
@@ -115,7 +120,7 @@ class Recipe:
         for name, low, high in (("alpha", 0.0, 1.0), ("balance", 0.0, 1.0), ("damping", 0.0, 1.0)):
             if not low <= getattr(self, name) <= high:
                 raise AffineQuantError(f"{name} = {getattr(self, name)}", f"--{name}", f"use {low} to {high}")
-        for name in ("lr", "clip_lr", "finish_lr"):
+        for name in ("lr", "clip_lr", "finish_lr", "rotation_lr"):
             if not 0 <= getattr(self, name) < float("inf"):
                 flag = "--" + name.replace("_", "-")
                 raise AffineQuantError(f"{name} = {getattr(self, name)}", flag, "use a finite rate of 0 or more")

@@ -49,7 +49,12 @@ class Watch:
 
 def looks_at_data(job: BlockJob) -> bool:
     """Whether any transform of the recipe starts from what reaches its site: fixed rotations do not."""
-    return any(_looks(job, *parts) for parts in _wanted(job).values())
+    return bool(sites_that_look(job))
+
+
+def sites_that_look(job: BlockJob) -> set[str]:
+    """The sites whose transform starts from what reaches them."""
+    return {name for name, parts in _wanted(job).items() if _looks(job, *parts)}
 
 
 def build_transforms(
@@ -69,6 +74,7 @@ def build_transforms(
         if name in seen:
             start = _online_balance(site, seen[name], weights) if second else _diagonal(job, site, seen[name], weights)
         if first:
+            start = job.starts.get(name, start)
             folded[name] = build(first, site, seed=job.seed(name), alpha=job.recipe.alpha, start=start)
             folded[name].to(job.decoder.device)
         if second:

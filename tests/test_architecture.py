@@ -24,6 +24,7 @@ LAYERS = [
     {"rounding", "runtime", "starts", "workspace"},
     {"finish", "distill"},
     {"stages"},
+    {"rotation"},
     {"pipeline"},
     {"report", "serve"},
     {"cli"},

@@ -23,9 +23,9 @@ def recipe(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) 
     text.write_text(TEXT)
 
     def make(out: Path, preset: str, seed: int = 0) -> Recipe:
-        more = {"epochs": 2, "finish": "kl", "finish_epochs": 1} if preset == "default" else {}
+        more = {"default": {"epochs": 2, "finish": "kl", "finish_epochs": 1}, "spinquant": {"rotation_steps": 4}}
         fields = {"preset": preset, "data": str(text), "samples": 4, "seq_len": 32, "seed": seed, "out": str(out)}
-        return resolve({"model": str(tiny(tied=True))} | fields | more)
+        return resolve({"model": str(tiny(tied=True))} | fields | more.get(preset, {}))
 
     return make
 
@@ -88,6 +88,19 @@ def test_killed_at_every_commit_point(preset: str, recipe: Callable[..., Recipe]
             run_in_child(recipe(out, preset))
             assert final_files(out) == expected, f"killed {'after' if after else 'before'} rename {number}"
     assert kills >= 2 * 6  # fingerprint, outer, two blocks, weights, config, report: before and after each
+
+
+def test_killed_around_the_learned_rotations(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    """The commits around theirs, and one of a block that starts from them."""
+    whole = tmp_path / "whole"
+    run_in_child(recipe(whole, "spinquant"))
+    expected = final_files(whole)
+    for after, number in ((False, 2), (True, 2), (True, 4)):
+        out = tmp_path / f"{after}-{number}"
+        assert killed_at(recipe(out, "spinquant"), number, after)
+        assert (out / ".run/stages/rotation/report.json").exists() == after
+        run_in_child(recipe(out, "spinquant"))
+        assert final_files(out) == expected, f"killed {'after' if after else 'before'} rename {number}"
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_does_not(recipe: Callable[..., Recipe], tmp_path: Path) -> None:

@@ -203,7 +203,7 @@ def online_cost(report: Mapping[str, Any]) -> tuple[int, int]:
 
 def spent_seconds(report: Mapping[str, Any]) -> float:
     """Seconds of a run. The report's own are those of its last process; what blocks took before it counts too."""
-    stages = [*report["blocks"], *([report["finish"]] if "finish" in report else [])]
+    stages = [*report["blocks"], *(report[name] for name in ("rotation", "finish") if name in report)]
     return max(report["seconds"], sum(stage["seconds"] for stage in stages))
 
 

@@ -66,10 +66,16 @@ TRANSFORMS: dict[str, tuple[str, str, str]] = {
     "block": ("block", _HERE + "block:Block", "a matrix per head or block of features, spectra bounded"),
     "lu": ("block", _HERE + "lu:LowerUpper", "triangular factors per head or block of features"),
     "dense": ("dense", _HERE + "block:dense", "one matrix of the whole width, for comparison"),
-    "orthogonal": ("orthogonal", _HERE + "orthogonal:Orthogonal", "learned rotation per head or block, by Cayley"),
+    "orthogonal": (
+        "orthogonal",
+        _HERE + "orthogonal:Orthogonal",
+        "learned rotation per head or block, or whole, by Cayley",
+    ),
     "gram-schmidt": ("orthogonal", _HERE + "orthogonal:by_gram_schmidt", "the same by Gram-Schmidt"),
 }
 """name -> (structure, where it is, what it is)."""
+LEARNED_ROTATIONS = ("orthogonal", "gram-schmidt")
+"""Those that end-to-end training of the residual stream's rotation can move."""
 
 
 def structures_of(name: str, *, where: str) -> tuple[Structure, ...]:

@@ -17,9 +17,9 @@ class Orthogonal(nn.Module):
     """P = F diag(Q1, Q2, ...): learned orthogonal blocks, after a fixed rotation F on the residual stream.
 
     By Cayley, Q = Q0 (I - A)(I + A)^-1; by Gram-Schmidt, Q is made of the columns of Q0 + A (arXiv 1812.07035). Q0 is a
-    Hadamard matrix with random signs. On the residual stream F is one of full width, the very rotation of the transform
-    `hadamard`, and Q0 the identity: blocks then act on features that are all mixed already, so that a step costs a few
-    small systems and none of full width.
+    Hadamard matrix with random signs. On the residual stream F is the very rotation of the transform `hadamard`, and
+    there is one block of full width that starts as the identity: a step of the whole network costs far more than the
+    one system of that width.
     """
 
     start: Tensor
@@ -37,7 +37,7 @@ class Orthogonal(nn.Module):
         start: orthogonal blocks Q0 [count, width, width]. A diagonal [n] is no rotation, and left to other transforms.
         """
         super().__init__()
-        n = block_width(site)
+        n = site.width if site.kind == "residual" else block_width(site)
         count = site.width // n
         self.chart = chart
         self.fixed = Hadamard(site, seed=seed, alpha=alpha) if site.kind == "residual" else None
@@ -51,6 +51,12 @@ class Orthogonal(nn.Module):
             blocks = signs * torch.kron(*orthogonal_factors(n))
         self.register_buffer("start", blocks)
         self.params = nn.Parameter(torch.zeros(count, n, n))
+
+    @property
+    def turn(self) -> float:
+        """How far a feature of n turns, in radians over sqrt(n), when every parameter moves by 1 (small moves: twice by
+        A and its transpose, twice by the Cayley map)."""
+        return 4.0 if self.chart == "cayley" else 1.0
 
     def blocks(self) -> Float[Tensor, "count n n"]:
         """Q, in the parameters' dtype."""
