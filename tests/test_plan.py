@@ -124,7 +124,6 @@ REFUSALS = [
     ({"transforms": {"mlp_mid": "kronecker+diagonal"}}, "but follows kronecker", "diagonal+kronecker", 2),
     ({"transforms": {"qk": "hadamard"}, "tier": "online"}, "only a quantised K cache", "rope-pair", 3),
     ({"tier": "online", "preset": "fast", "format": "compressed-tensors"}, "acts at run time", "list formats", 2),
-    ({"transforms": {"residual": "orthogonal"}}, "would stay where it starts", "residual=hadamard", 3),
     ({"transforms": {"residual": "diagonal"}}, "diagonal at residual is refused", "hadamard", 2),
     ({"scheme": "w8a8", "activation_clip": "search"}, "without clipping", "", 2),
     ({"gpu_memory": "1GB", "device": "cuda"}, "GB are allowed", "allow", 3),
