@@ -46,6 +46,8 @@ def register_with_transformers() -> None:
 
 
 def _register() -> None:
-    from affinequant.serve.transformers_quantizer import register
+    from affinequant.serve import transformers_quantizer
 
-    register()
+    # Where that module is what imports transformers, it is not ready yet, and registers itself when it is.
+    if hasattr(transformers_quantizer, "register"):
+        transformers_quantizer.register()

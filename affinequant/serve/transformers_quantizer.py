@@ -237,3 +237,6 @@ def _check_rest(model: Any, source: Source) -> None:
         if entry is None or entry.shape != tuple(parameter.shape):
             what = "is missing" if entry is None else f"has size {entry.shape} where {tuple(parameter.shape)} is due"
             raise AffineQuantError(f"the tensor {name} {what}", str(source.folder), "write or fetch the folder again")
+
+
+register()  # for whoever imports this module before transformers (`serve/importing.py`)
