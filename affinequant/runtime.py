@@ -147,7 +147,8 @@ def check_finite(model: nn.Module, folder: Path) -> None:
         AffineQuantError: naming a tensor that holds NaN or infinity.
     """
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        values = tensor.float() if tensor.element_size() == 1 else tensor  # torch knows no isfinite for 8-bit floats
+        if tensor.is_floating_point() and not bool(torch.isfinite(values).all()):
             raise AffineQuantError(f"{name} holds values that are not finite", str(folder), _AGAIN)
 
 

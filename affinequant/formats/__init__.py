@@ -1,4 +1,4 @@
-"""What a checkpoint is written as. A format is a module with `ABOUT`, `supports(...)` and `write(...)`."""
+"""What a checkpoint is written as. A format is a module with the face of `Format`, and a line in `FORMATS`."""
 
 import importlib
 from collections.abc import Callable, Iterator, Mapping
@@ -18,8 +18,16 @@ FORMATS: dict[str, str] = {
     "compressed-tensors": "affinequant.formats.compressed_tensors",
     "affinequant": "affinequant.formats.native",
     "dense": "affinequant.formats.dense",
+    "int-quantized": "affinequant.formats.int_quantized",
+    "gptq": "affinequant.formats.gptq",
+    "gguf": "affinequant.formats.gguf",
+    "nvfp4": "affinequant.formats.nvfp4",
+    "mxfp4": "affinequant.formats.mxfp4",
 }
 """What `affinequant list formats` shows: name to the module that writes it."""
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""Sizes of a model's parameters by their Hugging Face names, quantised linears as the weights that they stand for."""
 
 VERSION = 1
 """Version of our own part of `config.json`, the key `affinequant` inside `quantization_config`."""
@@ -32,7 +40,7 @@ SHARD_BYTES = 4 * 2**30
 class Contents:
     """Everything a format writes down: the source, the numbers, and the tensors one stage at a time.
 
-    `stages` is called once and yields flat dicts under full Hugging Face names, the outer tensors first, then the
+    Each call of `stages` yields flat dicts under full Hugging Face names, the outer tensors first, then the
     blocks in order. A quantised linear `M` is `M.codes` int8 [N, K], `M.scale` float32 [N, G], for asymmetric weights
     `M.zero` int8 [N, G], for quantised activations `M.input_clip` float32 [], and `M.bias` where the source has one.
     """
@@ -51,6 +59,12 @@ class Format(Protocol):
     """The face of a module named in `FORMATS`."""
 
     ABOUT: str
+    ROUNDS: str
+    """What is rounded once more beyond the integers and scales of the contents, in words; "" where nothing is."""
+    TOLERANCE: float
+    """Nats per token by which what is read back may diverge from the contents' own weights."""
+    WEIGHT_ONLY: bool
+    """Whether nothing is written of how activations are quantised."""
 
     def supports(self, scheme: Scheme, placements: Mapping[str, Placement], *, clipped: bool = False) -> str | None:
         """None, or why this cannot be written.
@@ -58,6 +72,14 @@ class Format(Protocol):
         `placements` maps the name of a site to what becomes of its transform; `clipped` says that activation ranges
         are narrowed.
         """
+        ...
+
+    def refuses(self, contents: Contents, shapes: Shapes) -> str | None:
+        """None, or what about these sizes, biases or numbers cannot be held, from headers and small tensors alone."""
+        ...
+
+    def reload(self, out: Path, dtype: Literal["float32", "bfloat16"]) -> tuple[Any, str]:
+        """The folder as a transformers model on the CPU, and in words what has read it."""
         ...
 
     def write(self, contents: Contents, out: Path, *, shard_bytes: int = SHARD_BYTES) -> list[Path]:

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import affinequant
 from affinequant.checkpoint import Source
 from affinequant.errors import AffineQuantError
-from affinequant.formats import SHARD_BYTES, VERSION, Contents
+from affinequant.formats import SHARD_BYTES, VERSION, Contents, Shapes
+from affinequant.formats.reading import Dtype, in_transformers
 from affinequant.formats.shards import copy_source, write_json, write_shards
 from affinequant.scheme import NumberFormat, Scheme
 from affinequant.sites import Placement
@@ -26,6 +27,10 @@ if TYPE_CHECKING:  # a plan asks `supports`, and must not wait for torch
     from torch import Tensor
 
 ABOUT = "integers for stock vLLM and transformers; activations and KV cache by this package"
+
+ROUNDS = ""
+TOLERANCE = 0.0001
+WEIGHT_ONLY = False
 
 _AGAIN = "write or fetch the folder again"
 
@@ -38,6 +43,16 @@ def supports(scheme: Scheme, placements: Mapping[str, Placement], *, clipped: bo
     if clipped and declares_activations(scheme):
         return f"stock engines quantise the activations of {scheme.name} over their full range, without clipping"
     return without_kernel(scheme)
+
+
+def refuses(contents: Contents, shapes: Shapes) -> str | None:
+    """None: sizes that cannot be packed are refused before anything is quantised."""
+    return None
+
+
+def reload(out: Path, dtype: Dtype) -> tuple[Any, str]:
+    """The folder in stock transformers."""
+    return in_transformers(out, dtype)
 
 
 def without_kernel(scheme: Scheme) -> str | None:
@@ -70,22 +85,28 @@ def write_packed(
     *,
     shard_bytes: int,
     stem: str = "model",
+    whole: bool | None = None,
 ) -> list[Path]:
     """Packed integers in shards called `stem`, and a config with what `declare(contents, found)` says of them; `found` is
-    what was seen of the linears on the way, for `our_config`."""
+    what was seen of the linears on the way, for `our_config`.
+
+    `whole`: one byte per code, the form of engines that quantise the activations too (default: where they do).
+    """
     clips: dict[str, float] = {}
     online: dict[str, dict[str, list[int]]] = {}
+    whole = declares_activations(contents.scheme) if whole is None else whole
 
     def stages():
         for stage in contents.stages():
-            packed = pack_stage(stage, contents)
+            packed = pack_stage(stage, contents, whole=whole)
             clips.update(_clips(stage, contents))
             online.update(_shapes(stage, contents))
             yield packed
 
     (out / "config.json").unlink(missing_ok=True)
     files = write_shards(stages(), out, shard_bytes=shard_bytes, stem=stem)
-    _check_clips(clips, contents)
+    if whole:
+        _check_clips(clips, contents)
     files += copy_source(contents.source, out)
     config = checkpoint_config(contents) | {
         "quantization_config": declare(contents, {"input_clip": clips, "online": online})
@@ -101,9 +122,13 @@ def checkpoint_config(contents: Contents) -> dict[str, Any]:
     return config | {"dtype": contents.dtype, "tie_word_embeddings": contents.tied}
 
 
-def quantization_config(contents: Contents, found: Mapping[str, Any]) -> dict[str, Any]:
-    """What stands in `config.json`: the part for stock engines, and ours under `affinequant`."""
-    scheme, declared = contents.scheme, declares_activations(contents.scheme)
+def quantization_config(
+    contents: Contents, found: Mapping[str, Any], *, declared: bool | None = None
+) -> dict[str, Any]:
+    """What stands in `config.json`: the part for stock engines, and ours under `affinequant`. `declared`: with the
+    activations (default: where engines have a kernel for them)."""
+    scheme = contents.scheme
+    declared = declares_activations(scheme) if declared is None else declared
     activation = scheme.activation
     group = {
         "targets": ["Linear"],
@@ -140,7 +165,7 @@ def our_config(contents: Contents, found: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def pack_stage(stage: Mapping[str, Tensor], contents: Contents) -> dict[str, Tensor]:
+def pack_stage(stage: Mapping[str, Tensor], contents: Contents, *, whole: bool) -> dict[str, Tensor]:
     """One stage under the names and in the layout of compressed-tensors; other tensors pass through."""
     import torch
     from compressed_tensors.compressors import pack_to_int32
@@ -154,7 +179,7 @@ def pack_stage(stage: Mapping[str, Tensor], contents: Contents) -> dict[str, Ten
         assert weight.code_min <= int(codes.min()) and int(codes.max()) <= weight.code_max, name
         assert torch.equal(scale.to(dtype).float(), scale), f"{name}.scale is not exact in {dtype}"
         packed[f"{name}.weight_scale"] = scale.to(dtype)
-        if declares_activations(contents.scheme):
+        if whole:
             packed[f"{name}.weight"] = codes
             continue
         packed[f"{name}.weight_packed"] = pack_to_int32(codes, weight.bits)
@@ -233,12 +258,10 @@ def _shapes(stage: Mapping[str, Tensor], contents: Contents) -> dict[str, dict[s
 
 
 def _check_clips(clips: Mapping[str, float], contents: Contents) -> None:
-    if not declares_activations(contents.scheme):
-        return
     narrowed = [name for name, clip in clips.items() if clip != 1]
     if narrowed:
         raise AffineQuantError(
-            f"the activation range of {len(narrowed)} linears is clipped, which stock engines ignore at W8A8",
+            f"the activation range of {len(narrowed)} linears is clipped, which stock engines ignore at {contents.scheme.name}",
             narrowed[0],
             "quantise with --activation-clip none",
         )

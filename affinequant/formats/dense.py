@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from affinequant.formats import SHARD_BYTES, Contents
+from affinequant.formats import SHARD_BYTES, Contents, Shapes
 from affinequant.formats.compressed_tensors import checkpoint_config
+from affinequant.formats.reading import Dtype, in_transformers
 from affinequant.formats.shards import copy_source, write_json, write_shards
 from affinequant.scheme import Scheme
 from affinequant.sites import Placement
@@ -16,6 +17,9 @@ if TYPE_CHECKING:  # a plan asks `supports`, and must not wait for torch
     from torch import Tensor
 
 ABOUT = "dequantised weights in 16 bits, rounded to them once more; any engine, no gain in size"
+ROUNDS = "the product of integer and scale, to 16 bits"
+TOLERANCE = 0.01
+WEIGHT_ONLY = True
 
 
 def supports(scheme: Scheme, placements: Mapping[str, Placement], *, clipped: bool = False) -> str | None:
@@ -24,30 +28,69 @@ def supports(scheme: Scheme, placements: Mapping[str, Placement], *, clipped: bo
     return f"the transform at {', '.join(online)} acts at run time, which a plain linear cannot do" if online else None
 
 
+def refuses(contents: Contents, shapes: Shapes) -> str | None:
+    """None: any size can be written."""
+    return None
+
+
+def reload(out: Path, dtype: Dtype) -> tuple[Any, str]:
+    """The folder in stock transformers."""
+    return in_transformers(out, dtype)
+
+
 def write(contents: Contents, out: Path, *, shard_bytes: int = SHARD_BYTES) -> list[Path]:
     """Write the folder and return its files; `config.json` is the last of them.
 
     Raises:
         OSError: the folder cannot be written.
     """
+    import torch
+
+    dtype = getattr(torch, contents.dtype)
+
+    def rounded(stage: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        rest, values = dense_stage(stage, contents)
+        return rest | {name: value.to(dtype) for name, value in values.items()}
+
+    return write_folder(contents, out, map(rounded, contents.stages()), shard_bytes=shard_bytes)
+
+
+def write_folder(
+    contents: Contents,
+    out: Path,
+    stages: Iterable[dict[str, Tensor]],
+    declared: Mapping[str, Any] | None = None,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+) -> list[Path]:
+    """Shards of `stages`, the source's other files, and last a config.json with `declared` as what it says of them."""
     (out / "config.json").unlink(missing_ok=True)
-    stages = (_dense_stage(stage, contents) for stage in contents.stages())
     files = write_shards(stages, out, shard_bytes=shard_bytes)
     files += copy_source(contents.source, out)
-    return [*files, write_json(out / "config.json", checkpoint_config(contents))]
+    config = checkpoint_config(contents) | ({"quantization_config": dict(declared)} if declared else {})
+    return [*files, write_json(out / "config.json", config)]
 
 
-def _dense_stage(stage: Mapping[str, Tensor], contents: Contents) -> dict[str, Tensor]:
+def dense_stage(stage: Mapping[str, Tensor], contents: Contents) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A stage's other tensors as they are, and its quantised linears' weights in float32, under `NAME.weight`."""
     import torch
 
     from affinequant.quantizer import dequantize
 
-    dtype = getattr(torch, contents.dtype)
+    rest, integers = split_stage(stage, contents)
+    values = {}
+    for name, (codes, scale, zero) in integers.items():
+        zeros = torch.zeros_like(scale) if zero is None else zero.to(scale)
+        values[f"{name}.weight"] = dequantize(codes, scale, zeros, contents.scheme.weight)
+    return rest, values
+
+
+def split_stage(
+    stage: Mapping[str, Tensor], contents: Contents
+) -> tuple[dict[str, Tensor], dict[str, tuple[Tensor, Tensor, Tensor | None]]]:
+    """A stage's other tensors, and (codes, scale, zero) of its quantised linears by name."""
     linears = [name for name in contents.linears if f"{name}.codes" in stage]
     parts = {f"{name}.{part}" for name in linears for part in ("codes", "scale", "zero", "input_clip")}
-    dense = {name: tensor for name, tensor in stage.items() if name not in parts}
-    for name in linears:
-        codes, scale = stage[f"{name}.codes"], stage[f"{name}.scale"]
-        zero = stage.get(f"{name}.zero", torch.zeros_like(scale))
-        dense[f"{name}.weight"] = dequantize(codes, scale, zero, contents.scheme.weight).to(dtype)
-    return dense
+    rest = {name: tensor for name, tensor in stage.items() if name not in parts}
+    integers = {name: (stage[f"{name}.codes"], stage[f"{name}.scale"], stage.get(f"{name}.zero")) for name in linears}
+    return rest, integers

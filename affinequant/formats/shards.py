@@ -48,10 +48,10 @@ def write_shards(
         total += sum(tensor.nbytes for tensor in tensors.values())
         written.append((temporary, list(tensors)))
     if len(written) == 1:
-        return [_publish(written[0][0], out / f"{stem}.safetensors")]
+        return [publish(written[0][0], out / f"{stem}.safetensors")]
     files, table = [], {}
     for number, (temporary, names) in enumerate(written, start=1):
-        file = _publish(temporary, out / f"{stem}-{number:05}-of-{len(written):05}.safetensors")
+        file = publish(temporary, out / f"{stem}-{number:05}-of-{len(written):05}.safetensors")
         files.append(file)
         table |= dict.fromkeys(names, file.name)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(table.items()))}
@@ -67,7 +67,7 @@ def write_text(path: Path, text: str) -> Path:
     """Write a text file in one step."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
-    return _publish(temporary, path)
+    return publish(temporary, path)
 
 
 def copy_source(source: Path, out: Path) -> list[Path]:
@@ -84,7 +84,7 @@ def copy_source(source: Path, out: Path) -> list[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(target.name + ".tmp")
         shutil.copyfile(file, temporary)
-        copied.append(_publish(temporary, target))
+        copied.append(publish(temporary, target))
     return copied
 
 
@@ -122,7 +122,8 @@ def _umask() -> int:
     return mask
 
 
-def _publish(temporary: Path, final: Path) -> Path:
+def publish(temporary: Path, final: Path) -> Path:
+    """Give a whole file its name, once it is on the disk."""
     with open(temporary, "rb+") as file:
         os.fsync(file.fileno())
     os.replace(temporary, final)

@@ -1,0 +1,223 @@
+"""gguf: one file for llama.cpp and what is built on it, written with the gguf package.
+
+A 4-bit grid is held as it is: symmetric by Q4_0, value = (q - 8) d, asymmetric by Q4_1, value = q d + m, with one and the
+same d (and m) in every block of 32 under a scale; 8-bit symmetric by Q8_0. The package's own quantisers would fit each
+block anew, and lose the integers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from affinequant.errors import PREFLIGHT, AffineQuantError
+from affinequant.formats import SHARD_BYTES, Contents, Shapes
+from affinequant.formats.compressed_tensors import checkpoint_config
+from affinequant.formats.dense import split_stage
+from affinequant.formats.gguf_tokenizer import Vocabulary, read_vocabulary
+from affinequant.formats.reading import Dtype, in_transformers
+from affinequant.formats.shards import copy_source, publish, write_json
+from affinequant.models import Dims, resolve
+from affinequant.scheme import NumberFormat, Scheme
+from affinequant.sites import Placement
+
+if TYPE_CHECKING:  # a plan asks `supports`, and must not wait for torch
+    import numpy as np
+    from torch import Tensor
+
+ABOUT = "one file for llama.cpp: the same integers as Q4_0, Q4_1 or Q8_0, weights only"
+ROUNDS = "scales to float16 (without loss from 2^-14 on), and what asymmetric weights add to each block"
+TOLERANCE = 0.001
+WEIGHT_ONLY = True
+FILE = "model.gguf"
+BLOCK = 32
+"""Weights of a row that share the two or four bytes of scale in Q4_0, Q4_1 and Q8_0."""
+
+
+def supports(scheme: Scheme, placements: Mapping[str, Placement], *, clipped: bool = False) -> str | None:
+    """None, or why this cannot be written: transforms at run time, or 8-bit weights with zero points."""
+    online = sorted(site for site, placement in placements.items() if placement.how == "online")
+    if online:
+        return f"the transform at {', '.join(online)} acts at run time, which llama.cpp cannot do"
+    if scheme.weight.bits == 8 and not scheme.weight.symmetric:
+        return "GGUF has no 8-bit type with zero points"
+    group = scheme.weight.group_size
+    return f"groups of {group} weights; blocks are of {BLOCK}" if group and group % BLOCK else None
+
+
+def refuses(contents: Contents, shapes: Shapes) -> str | None:
+    """None, or which size, bias, activation function or RoPE scaling is not in llama.cpp's Llama."""
+    for name in contents.linears:
+        if shapes[f"{name}.weight"][1] % BLOCK:
+            return f"{name} has {shapes[f'{name}.weight'][1]} inputs, which blocks of {BLOCK} do not divide"
+    biases = sorted(name for name in shapes if name.endswith(".bias"))
+    if biases:
+        return f"{biases[0]}: readers of this layout disagree on the order of biases of q and k"
+    rope = contents.config.get("rope_parameters") or contents.config.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        return f"RoPE of type {kind!r} needs factors that transformers does not read back from this layout"
+    act = contents.config.get("hidden_act", "silu")
+    return None if act == "silu" else f"llama.cpp's Llama computes silu, this model {act}"
+
+
+def reload(out: Path, dtype: Dtype) -> tuple[Any, str]:
+    """The file in transformers, dequantised; the words say what became of the tokenizer."""
+    from transformers import AutoTokenizer, GgufConfig
+
+    model, words = in_transformers(out, dtype, gguf_file=FILE, quantization_config=GgufConfig(dequantize=True))
+    vocabulary = read_vocabulary(out, model.config.vocab_size)
+    if isinstance(vocabulary, str):
+        return model, f"{words}; the file holds NO tokenizer: {vocabulary}"
+    own, read = (AutoTokenizer.from_pretrained(out, **options) for options in ({}, {"gguf_file": FILE}))
+    text = "It's 3 o'clock; 1,024 geese (or so) flew by.\n\n  \tThen: silence\u2026 na\u00efve \u6f22\u5b57"
+    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for tokenizer in (own, read)]
+    agree = (
+        "splits a test text as tokenizer.json does"
+        if ids[0] == ids[1]
+        else ("is split otherwise by transformers, which does not know every `pre`")
+    )
+    return model, f"{words}; its tokenizer ({vocabulary.split}) {agree}"
+
+
+def write(contents: Contents, out: Path, *, shard_bytes: int = SHARD_BYTES) -> list[Path]:
+    """Write the folder and return its files; `config.json` is the last of them. The file is one whatever its size.
+
+    Raises:
+        AffineQuantError: a scale that float16 does not hold.
+        OSError: the folder cannot be written.
+    """
+    from gguf import GGUFWriter
+
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "config.json").unlink(missing_ok=True)
+    temporary = out / f"{FILE}.tmp"
+    _, dims = _family(contents)
+    writer = GGUFWriter(temporary, "llama", use_temp_file=True)
+    try:
+        _write_settings(writer, contents, dims)
+        _write_tokenizer(writer, contents, dims)
+        for stage in contents.stages():
+            _write_stage(writer, stage, contents, dims)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    finally:
+        writer.close()
+        if writer.temp_file is not None:
+            writer.temp_file.close()
+    files = [publish(temporary, out / FILE), *copy_source(contents.source, out)]
+    return [*files, write_json(out / "config.json", checkpoint_config(contents))]
+
+
+def blocks(codes: Tensor, scale: Tensor, zero: Tensor | None, fmt: NumberFormat, where: str) -> tuple[np.ndarray, str]:
+    """The rows of a linear as bytes of Q4_0, Q4_1 or Q8_0, and which of them.
+
+    Raises:
+        AffineQuantError: see `write`; `where` names the linear.
+    """
+    import numpy as np
+    import torch
+
+    rows, columns = codes.shape
+    each = scale.repeat_interleave(columns // scale.shape[1] // BLOCK, 1).reshape(-1, 1)
+    halves = each.half()
+    if not bool(halves.isfinite().all()) or bool((halves == 0).any()):
+        what = f"scales from {float(scale.min()):.3g} to {float(scale.max()):.3g} do not fit float16"
+        raise AffineQuantError(what, where, "export compressed-tensors, which holds them", exit_code=PREFLIGHT)
+    parts = [halves.numpy().view(np.uint8)]
+    if zero is not None:
+        offset = -(zero.float() + 2 ** (fmt.bits - 1)) * scale
+        offset = offset.repeat_interleave(columns // scale.shape[1] // BLOCK, 1).reshape(-1, 1)
+        parts.append(offset.half().numpy().view(np.uint8))
+    if fmt.bits == 8:
+        parts.append(codes.reshape(-1, BLOCK).numpy().view(np.uint8))
+    else:
+        low, high = (codes.int() + 8).reshape(-1, 2, BLOCK // 2).unbind(1)
+        parts.append((low | high << 4).to(torch.uint8).numpy())
+    kind = "Q8_0" if fmt.bits == 8 else "Q4_0" if zero is None else "Q4_1"
+    return np.concatenate(parts, axis=1).reshape(rows, -1), kind
+
+
+def _write_stage(writer: Any, stage: Mapping[str, Tensor], contents: Contents, dims: Dims) -> None:
+    import numpy as np
+    import torch
+    from gguf import MODEL_ARCH, GGMLQuantizationType, get_tensor_name_map
+
+    names = get_tensor_name_map(MODEL_ARCH.LLAMA, dims.layers)
+    rest, integers = split_stage(stage, contents)
+    for name, (codes, scale, zero) in integers.items():
+        parts = [part if part is None else _for_rope(part, name, dims) for part in (codes, scale, zero)]
+        assert parts[0] is not None and parts[1] is not None
+        packed, kind = blocks(parts[0], parts[1], parts[2], contents.scheme.weight, name)
+        writer.add_tensor(_mapped(names, f"{name}.weight"), packed, raw_dtype=GGMLQuantizationType[kind])
+    for name, tensor in rest.items():
+        if tensor.ndim == 1:  # llama.cpp computes norms in float32
+            writer.add_tensor(_mapped(names, name), tensor.float().numpy())
+        elif tensor.dtype == torch.bfloat16:
+            packed = tensor.contiguous().view(torch.int16).numpy().view(np.uint8)
+            writer.add_tensor(_mapped(names, name), packed, raw_dtype=GGMLQuantizationType.BF16)
+        else:
+            writer.add_tensor(_mapped(names, name), tensor.numpy())
+
+
+def _mapped(names: Any, name: str) -> str:
+    found = names.get_name(name, try_suffixes=(".weight", ".bias"))
+    if found is None:
+        raise AffineQuantError(f"GGUF's Llama has no tensor for {name}", name, "export another format")
+    return found
+
+
+def _for_rope(part: Tensor, name: str, dims: Dims) -> Tensor:
+    """Rows of q and k in the order of llama.cpp, which rotates neighbours where transformers rotates halves."""
+    heads = {"q_proj": dims.heads, "k_proj": dims.kv_heads}.get(name.rpartition(".")[2])
+    if heads is None:
+        return part
+    return part.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(part.shape).contiguous()
+
+
+def _write_settings(writer: Any, contents: Contents, dims: Dims) -> None:
+    from gguf import LlamaFileType
+
+    config, fmt = contents.config, contents.scheme.weight
+    rope = config.get("rope_parameters") or {}
+    kind = "MOSTLY_Q8_0" if fmt.bits == 8 else "MOSTLY_Q4_0" if fmt.symmetric else "MOSTLY_Q4_1"
+    writer.add_name(str(config.get("_name_or_path") or contents.source.name))
+    writer.add_file_type(LlamaFileType[kind])
+    writer.add_quantization_version(2)
+    writer.add_context_length(int(config["max_position_embeddings"]))
+    writer.add_embedding_length(dims.hidden)
+    writer.add_block_count(dims.layers)
+    writer.add_feed_forward_length(dims.mlp)
+    writer.add_head_count(dims.heads)
+    writer.add_head_count_kv(dims.kv_heads)
+    writer.add_key_length(dims.head_dim)
+    writer.add_value_length(dims.head_dim)
+    writer.add_rope_dimension_count(dims.head_dim)
+    writer.add_rope_freq_base(float(rope.get("rope_theta", config.get("rope_theta", 10000.0))))
+    writer.add_layer_norm_rms_eps(float(config["rms_norm_eps"]))
+    writer.add_vocab_size(dims.vocab)
+
+
+def _write_tokenizer(writer: Any, contents: Contents, dims: Dims) -> None:
+    from gguf import SpecialVocab
+
+    vocabulary = read_vocabulary(contents.source, dims.vocab)
+    if not isinstance(vocabulary, Vocabulary):
+        writer.add_tokenizer_model("no_vocab")
+        return
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(vocabulary.split)
+    writer.add_token_list(list(vocabulary.tokens))
+    writer.add_token_types(list(vocabulary.kinds))
+    special = SpecialVocab(contents.source, load_merges=True, n_vocab=dims.vocab)
+    template = contents.source / "chat_template.jinja"
+    if template.is_file():
+        special.chat_template = template.read_text(encoding="utf-8")
+    special.add_to_gguf(writer, quiet=True)
+
+
+def _family(contents: Contents) -> tuple[Any, Dims]:
+    plain = {key: value for key, value in contents.config.items() if key != "quantization_config"}
+    return resolve(plain, where=str(contents.source / "config.json"))

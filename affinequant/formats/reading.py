@@ -1,0 +1,71 @@
+"""Written folders read back by the library that they were written for, and models put together from tensors."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from affinequant.errors import AffineQuantError
+
+if TYPE_CHECKING:  # a plan asks `supports`, and must not wait for torch
+    from torch import Tensor
+
+Dtype = Literal["float32", "bfloat16"]
+
+
+def in_transformers(folder: Path, dtype: Dtype, **options: Any) -> tuple[Any, str]:
+    """The folder as stock transformers loads it, on the CPU, and in words what has read it.
+
+    Raises:
+        AffineQuantError: transformers cannot load it, or finds tensors missing and would go on with random ones.
+    """
+    model = _loaded(folder, folder, dtype, options)
+    words = f"transformers {_version('transformers')}"
+    packed = getattr(model.config, "quantization_config", None) is not None and not options
+    return model, words + (f" with compressed-tensors {_version('compressed-tensors')}" if packed else "")
+
+
+def from_tensors(folder: Path, tensors: "Mapping[str, Tensor]", dtype: Dtype, **config: Any) -> Any:
+    """A transformers model on the CPU by the folder's config.json, changed by `config`, with these tensors in it.
+
+    Raises:
+        AffineQuantError: tensors are missing.
+    """
+    from transformers import AutoConfig
+
+    described: Any = AutoConfig.from_pretrained(folder, local_files_only=True)
+    if hasattr(described, "quantization_config"):
+        del described.quantization_config
+    described.update(config)
+    return _loaded(None, folder, dtype, {"config": described, "state_dict": dict(tensors)})
+
+
+def _loaded(source: Path | None, folder: Path, dtype: Dtype, options: dict[str, Any]) -> Any:
+    import torch
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+    from transformers.utils import logging
+
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    maker: Any = AutoModelForCausalLM if source else MODEL_FOR_CAUSAL_LM_MAPPING[type(options["config"])]
+    try:
+        loaded: Any = maker.from_pretrained(
+            source, dtype=getattr(torch, dtype), output_loading_info=True, local_files_only=True, **options
+        )
+    except (OSError, ValueError, RuntimeError) as problem:
+        what = (str(problem).strip() or type(problem).__name__).splitlines()[0]
+        raise AffineQuantError(f"transformers cannot load it: {what}", str(folder), "write it again") from problem
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+    model, info = loaded
+    if info["missing_keys"]:  # transformers goes on with random numbers
+        names = sorted(info["missing_keys"])
+        what = f"transformers misses {len(names)} tensors, among them {names[0]}"
+        raise AffineQuantError(what, str(folder), "write it again")
+    return model.eval()
+
+
+def _version(package: str) -> str:
+    from importlib.metadata import version
+
+    return version(package)
