@@ -11,6 +11,7 @@ from affinequant.scheme import Scheme as Scheme
 from affinequant.serve.importing import register_with_transformers
 
 if TYPE_CHECKING:
+    from affinequant.export import export as export
     from affinequant.fit import fit as fit
     from affinequant.pipeline import Result as Result
     from affinequant.pipeline import quantize as quantize
@@ -19,9 +20,10 @@ if TYPE_CHECKING:
     from affinequant.runtime import load as load
 
 __version__ = "0.1.0"
-__all__ = ["AffineQuantError", "Recipe", "Result", "Run", "Scheme", "fit", "load", "plan", "quantize"]
+__all__ = ["AffineQuantError", "Recipe", "Result", "Run", "Scheme", "export", "fit", "load", "plan", "quantize"]
 
 _LAZY = {
+    "export": "affinequant.export",
     "fit": "affinequant.fit",
     "Result": "affinequant.pipeline",
     "quantize": "affinequant.pipeline",
@@ -41,7 +43,7 @@ def __getattr__(name: str) -> Any:
 
 
 class _Package(ModuleType):
-    """`affinequant.fit` and `affinequant.plan` are the functions, although submodules of these names exist."""
+    """`affinequant.fit` and others are the functions, although submodules of these names exist."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(value, ModuleType) and name in _LAZY:

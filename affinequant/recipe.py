@@ -248,6 +248,11 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
     flag = "--" + name.replace("_", "-")
     if get_origin(hint) is Literal:
         if value not in get_args(hint):
+            from affinequant.formats import FORMATS
+
+            if name == "format" and value in FORMATS:
+                fix = f"quantise first, then `affinequant export DIR --format {value}`"
+                raise AffineQuantError(f"{value} is made from a finished folder", flag, fix)
             raise unknown_name(name.replace("_", " "), str(value), get_args(hint), where=flag)
         return
     if get_origin(hint) is dict:

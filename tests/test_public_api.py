@@ -14,6 +14,7 @@ def test_the_public_names_are_these() -> None:
         "Result",
         "Run",
         "Scheme",
+        "export",
         "fit",
         "load",
         "plan",
@@ -23,9 +24,11 @@ def test_the_public_names_are_these() -> None:
 
 
 def test_functions_are_functions_although_modules_share_their_names() -> None:
+    import affinequant.export
     import affinequant.fit
     import affinequant.plan
 
+    assert inspect.isfunction(affinequant.export)
     assert inspect.isfunction(affinequant.fit)
     assert inspect.isfunction(affinequant.plan)
     assert list(inspect.signature(affinequant.plan).parameters) == ["model", "fields"]

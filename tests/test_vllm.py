@@ -53,7 +53,8 @@ def vllm_losses(folder: Path, windows: list[list[int]], runs_as: str) -> list[fl
     losses = []
     with engine(folder, len(windows[0]) + 8) as llm:
         model = llm.llm_engine.model_executor.driver_worker.worker.get_model()
-        assert type(model.model.layers[0].mlp.down_proj.scheme).__name__ == runs_as
+        linear = model.model.layers[0].mlp.down_proj
+        assert type(getattr(linear, "scheme", None) or linear.quant_method).__name__ == runs_as
         prompts = [{"prompt_token_ids": window} for window in windows]
         parameters = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
         for window, result in zip(windows, llm.generate(prompts, parameters, use_tqdm=False), strict=True):

@@ -44,6 +44,9 @@ COMMANDS: dict[str, Command] = {
         resumes=True,
     ),
     "inspect": Command(module="affinequant.cli.inspect", about="bits, sizes and errors per layer; the recipe"),
+    "export": Command(
+        module="affinequant.cli.export", about="another format out of a finished folder, nothing retrained"
+    ),
     "bench": Command(module="affinequant.cli.bench", about="time the integer kernels next to torch's linears"),
     "list": Command(
         module="affinequant.cli.lists", about="schemes, models, transforms, formats, presets, data, metrics"

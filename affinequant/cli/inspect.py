@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from affinequant.checkpoint import Source, locate, open_source
 from affinequant.cli.arguments import Parser
+from affinequant.cli.export import outcome
 from affinequant.cli.output import Screen, minutes, size
 from affinequant.errors import PREFLIGHT, AffineQuantError
 from affinequant.presets import PRESETS
@@ -47,7 +48,13 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace, screen: Screen) -> int:
     """Print what is there."""
-    found = look(Path(args.checkpoint).expanduser())
+    folder = Path(args.checkpoint).expanduser()
+    exported = _read_json(folder / _REPORT) if folder.is_dir() else {}
+    if "exported_from" in exported:
+        screen.facts({"exported": f"from {exported['exported_from']}"} | outcome(folder, exported, verbose=True))
+        screen.result(exported | {"path": folder.absolute(), "state": "exported"})
+        return 0
+    found = look(folder)
     sizes = _block_sizes(found)
     screen.facts(_summary(found))
     screen.print()

@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 from affinequant.cli.arguments import Parser
 from affinequant.cli.output import Screen
@@ -99,12 +99,16 @@ def _transforms() -> Listing:
 
 def _formats() -> Listing:
     from affinequant.formats import FORMATS, find_format
+    from affinequant.recipe import Format
 
-    rows = [
-        ("auto", "what stock engines load: compressed-tensors; where a transform stays online, affinequant"),
-        *((name, find_format(name).ABOUT) for name in FORMATS),
-    ]
-    return Listing(columns=("name", "about"), rows=rows)
+    first = (
+        "auto",
+        "quantize",
+        "what stock engines load: compressed-tensors; where a transform stays online, affinequant",
+    )
+    by = {name: "quantize, export" if name in get_args(Format) else "export" for name in FORMATS}
+    rows = [first, *((name, by[name], find_format(name).ABOUT) for name in FORMATS)]
+    return Listing(columns=("name", "written by", "about"), rows=rows)
 
 
 def _presets() -> Listing:
