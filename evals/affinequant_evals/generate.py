@@ -4,7 +4,7 @@
 
 A batch of prompts of random tokens is continued greedily by a fixed number of tokens, after one round that is not counted.
 The time to the first token is taken by a run that stops there; what is left of the whole run's time is divided among the
-other tokens. The last line of stdout is one JSON object.
+other tokens. The result is a line of JSON on stdout.
 """
 
 import argparse
@@ -97,7 +97,7 @@ def peak_bytes() -> int:
 
 
 def main() -> None:
-    """Measure, and print the result as the last line."""
+    """Measure, and print the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--engine", choices=("vllm", "transformers"), required=True)

@@ -224,9 +224,9 @@ def _measure(folder: Path, engine: str, work: Workload) -> dict[str, Any] | str:
     command += ["--rounds", str(work.rounds), "--dtype", work.dtype, *(["--eager"] if work.eager else [])]
     quieter = {"VLLM_LOGGING_LEVEL": "ERROR", "TQDM_DISABLE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=quieter | os.environ)
-    lines = done.stdout.strip().splitlines()
-    if done.returncode == 0 and lines:
-        return json.loads(lines[-1])
+    found = [line for line in done.stdout.splitlines() if line.startswith('{"ready_s"')]  # engines talk after it
+    if done.returncode == 0 and found:
+        return json.loads(found[-1])
     said = [line for line in done.stderr.strip().splitlines() if line.strip()]
     return next((line for line in reversed(said) if "Error" in line), said[-1] if said else f"exit {done.returncode}")
 

@@ -103,36 +103,47 @@ def _run(
     factors = list(parts(matrices))
     if act_bits == WEIGHT_ONLY:
         y = torch.ops.affq.w4a16_linear(_applied(flat, factors), *weight, bias, out_dtype)
-    elif not factors:
-        y = torch.ops.affq.w4a4_linear_dyn(flat, *weight, bias, act_bits, act_symmetric, clip, out_dtype)
+    elif x.is_cuda:
+        y = _on_cuda(flat, factors, weight, bias, act_bits, act_symmetric, clip, out_dtype)
     else:
-        rows = _quantised(_applied(flat, factors[:-1]), factors[-1], act_bits, act_symmetric, clip)
-        zero = None if act_symmetric else rows.zero
-        y = _product(rows, zero, weight, bias, out_dtype, act_bits)
+        from . import cpu
+
+        if factors:
+            flat = _product(_applied(flat, factors[:-1]), factors[-1])
+        settings = {"act_bits": act_bits, "act_symmetric": act_symmetric, "clip": clip, "out_dtype": out_dtype}
+        y = cpu.linear_dyn(flat, weight, bias, **settings)
     return y.view(*x.shape[:-1], qweight.shape[0])
+
+
+def _product(x: Tensor, part: tuple[Tensor, ...]) -> Float[Tensor, "m k"]:
+    """x times one factor, in fp32."""
+    return (reference.kron_apply if len(part) == 2 else reference.block_apply)(x, *part)
 
 
 def _applied(x: Tensor, factors: Sequence[tuple[Tensor, ...]]) -> Tensor:
     for part in factors:
-        x = (reference.kron_apply if len(part) == 2 else reference.block_apply)(x, *part).to(x.dtype)
+        x = _product(x, part).to(x.dtype)
     return x
 
 
-def _quantised(x: Tensor, part: tuple[Tensor, ...], bits: int, symmetric: bool, clip: float) -> Rows:
-    op = torch.ops.affq.kron_quant if len(part) == 2 else torch.ops.affq.block_quant
-    return Rows(*op(x, *part, bits, symmetric, clip))
-
-
-def _product(
-    rows: Rows, zero: Tensor | None, weight: Weight, bias: Tensor | None, out_dtype: torch.dtype, act_bits: int
+def _on_cuda(
+    x: Tensor,
+    factors: Sequence[tuple[Tensor, ...]],
+    weight: Weight,
+    bias: Tensor | None,
+    act_bits: int,
+    act_symmetric: bool,
+    clip: float,
+    out_dtype: torch.dtype,
 ) -> Tensor:
-    if rows.q.is_cuda:
-        from . import gemm
+    from . import gemm
 
-        return gemm.linear(rows.q, rows.scale, zero, rows.rowsum, weight, bias, out_dtype)
-    from . import cpu
-
-    return cpu.linear(rows.q, rows.scale, zero, weight, bias, out_dtype, act_bits)
+    if not factors:
+        return torch.ops.affq.w4a4_linear_dyn(x, *weight, bias, act_bits, act_symmetric, clip, out_dtype)
+    op = torch.ops.affq.kron_quant if len(factors[-1]) == 2 else torch.ops.affq.block_quant
+    rows = Rows(*op(_applied(x, factors[:-1]), *factors[-1], act_bits, act_symmetric, clip))
+    zero = None if act_symmetric else rows.zero
+    return gemm.linear(rows.q, rows.scale, zero, rows.rowsum, weight, bias, out_dtype)
 
 
 register(
