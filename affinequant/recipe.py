@@ -77,7 +77,7 @@ class Recipe:
     finish_lr: float = _option(1e-3, "method", "learning rate of the finish")
     rotation_steps: int = _option(100, "method", "steps that learn the rotation of the residual stream, where one is")
     rotation_len: int = _option(2048, "method", "tokens of each of those steps, at most")
-    rotation_lr: float = _option(0.1, "method", "radians by which the first of those steps turn a feature")
+    rotation_lr: float = _option(0.05, "method", "radians by which the first of those steps turn a feature")
     damping: float = _option(0.01, "method", "GPTQ: fraction of the mean Hessian diagonal added to it")
 
     data: str = _option(

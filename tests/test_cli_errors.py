@@ -336,11 +336,21 @@ def test_inspect_refuses_what_others_made(tiny_copy: Tiny, tmp_path: Path, capsy
     assert "no config.json and holds no run" in capsys.readouterr().err
 
 
-def test_timing_a_checkpoint_is_refused(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", str(tiny())]) == 3
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "not a checkpoint of this package"),
+        (["--engines", "vlm"], "did you mean 'vllm'"),
+        (["--against", "fp16"], "did you mean 'bf16'"),
+        (["--batches", "1,x"], "'1,x' is not a list of numbers"),
+        (["--new", "1"], "use 2 or more"),
+        (["--dtype", "float16"], "unknown dtype"),
+    ],
+)
+def test_what_cannot_be_timed(words: list[str], said: str, tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", str(tiny()), *words]) == 2
     captured = capsys.readouterr()
-    assert "timing a checkpoint is not there yet" in captured.err and "leave it out" in captured.err
-    assert captured.out == ""
+    assert said in captured.err and captured.out == ""
 
 
 def change_config(folder: Path, **values: Any) -> Path:

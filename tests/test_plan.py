@@ -88,7 +88,8 @@ def test_placements_are_shown_for_every_site(tiny: Tiny, text: Path, preset: str
 
 
 @pytest.mark.parametrize(
-    ("preset", "sites"), [("quarot", {"vo", "mlp_mid"}), ("flatquant", {"attn_in", "vo", "mlp_in", "mlp_mid"})]
+    ("preset", "sites"),
+    [("quarot", {"vo", "mlp_mid"}), ("spinquant", {"mlp_mid"}), ("flatquant", {"attn_in", "vo", "mlp_in", "mlp_mid"})],
 )
 def test_presets_that_need_the_online_tier(tiny: Tiny, text: Path, preset: str, sites: set[str]) -> None:
     made = planned(tiny(), text, preset=preset)
@@ -108,6 +109,16 @@ def test_a_rotation_that_unties_is_announced(tiny: Tiny, text: Path) -> None:
     assert without.untied_bytes == 0 and made.output_bytes - without.output_bytes == made.untied_bytes
 
 
+def test_a_learned_rotation_is_counted(seventy: Path, text: Path) -> None:
+    fixed, learned, longer = (
+        planned(seventy, text, preset="quarot", device="cpu", transforms={"residual": name}, rotation_steps=steps)
+        for name, steps in (("hadamard", 100), ("orthogonal", 100), ("orthogonal", 200))
+    )
+    assert fixed.minutes < learned.minutes
+    assert longer.minutes - learned.minutes == pytest.approx(learned.minutes - fixed.minutes)
+    assert learned.cpu_bytes >= fixed.cpu_bytes and learned.output_bytes == fixed.output_bytes
+
+
 REFUSALS = [
     ({"scheme": "w4a16-g48"}, "groups of 48 do not divide 64, 128", "'w4a16-g64'", 3),
     ({"scheme": "w4a16-g128"}, "groups of 128 do not divide 64", "'w4a16-g64'", 3),
@@ -124,6 +135,13 @@ REFUSALS = [
     ({"transforms": {"mlp_mid": "kronecker+diagonal"}}, "but follows kronecker", "diagonal+kronecker", 2),
     ({"transforms": {"qk": "hadamard"}, "tier": "online"}, "only a quantised K cache", "rope-pair", 3),
     ({"tier": "online", "preset": "fast", "format": "compressed-tensors"}, "acts at run time", "list formats", 2),
+    ({"transforms": {"residual": "hadamard+orthogonal"}}, "one rotation acts", "residual=orthogonal", 3),
+    (
+        {"transforms": {"residual": "orthogonal"}, "scheme": "w4a16"},
+        "learned from rounded activations",
+        "residual=hadamard",
+        3,
+    ),
     ({"transforms": {"residual": "diagonal"}}, "diagonal at residual is refused", "hadamard", 2),
     ({"scheme": "w8a8", "activation_clip": "search"}, "without clipping", "", 2),
     ({"gpu_memory": "1GB", "device": "cuda"}, "GB are allowed", "allow", 3),

@@ -37,7 +37,7 @@ class Preset:
         return self.expect.get("perplexity", {}).get(name, {})
 
 
-ORDER = ("rtn", "smoothquant", "omniquant", "paper", "quarot", "flatquant", "fast", "default", "best")
+ORDER = ("rtn", "smoothquant", "omniquant", "paper", "quarot", "spinquant", "flatquant", "fast", "default", "best")
 ALIASES = {"affinequant-paper": "paper"}
 """Second names; a recipe always holds the first."""
 
