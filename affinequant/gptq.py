@@ -5,8 +5,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from affinequant.quantizer import (
-    codes_of,
-    dequantize,
     fake_quantize_activation,
     grid,
     grouped,
@@ -18,6 +16,8 @@ WEIGHT_RATIOS = tuple(1.0 - 0.05 * step for step in range(1, 10))
 END_RATIOS = (0.8, 0.9, 1.1)
 ACTIVATION_RATIOS = tuple(1.0 - 0.04 * step for step in range(11))
 MAX_DAMPING_TRIES = 8
+PANEL = 192
+"""Columns of a Hessian that are taken at once where its symmetry halves the work."""
 
 
 class GPTQFailure(ArithmeticError):
@@ -35,12 +35,13 @@ def search_weight_range(
     Ratios are tried on both ends together, then nearby ones on each end alone. A group is judged by its own block of H.
     """
     low, high = weight_range(weight, fmt)
-    blocks = _diagonal_blocks(hessian, fmt.groups(weight.shape[1]))
+    parts = grouped(weight, fmt).transpose(0, 1).contiguous()
+    panels = _panels(_diagonal_blocks(hessian, len(parts)))
 
     def error(at_low: Tensor, at_high: Tensor) -> Tensor:
-        scale, zero = grid(at_low, at_high, fmt, store)
-        wrong = grouped(dequantize(codes_of(weight, scale, zero, fmt), scale, zero, fmt) - weight, fmt).transpose(0, 1)
-        return ((wrong @ blocks) * wrong).sum(-1).mT
+        scale, zero = (part.mT[..., None] for part in grid(at_low, at_high, fmt, store))
+        codes = (parts / scale).round_().add_(zero).clamp_(fmt.code_min, fmt.code_max)
+        return _quadratic(codes.sub_(zero).mul_(scale).sub_(parts), panels).mT
 
     best_error = error(low, high)
     best_low, best_high = low, high
@@ -81,7 +82,7 @@ def gptq(
     fmt: NumberFormat,
     *,
     damping: float,
-    block: int = 128,
+    block: int = 32,
 ) -> Float[Tensor, "rows columns"]:
     """Codes by GPTQ (arXiv 2210.17323): columns in the order of falling Hessian diagonal, each one's rounding error
     spread over those not yet rounded. Grids are given, so order does not move them.
@@ -92,21 +93,40 @@ def gptq(
     columns = weight.shape[1]
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
     upper = _inverse_factor(hessian[order][:, order], damping)
-    width = columns // scale.shape[1]
-    group = order // width
-    work, codes = weight[:, order].clone(), torch.empty_like(weight)
+    group = (order // (columns // scale.shape[1])).tolist()
+    # One input after the other, each contiguous over the outputs.
+    work, scales, zeros = weight.mT[order].contiguous(), scale.mT.contiguous(), zero.mT.contiguous()
+    codes, pivots = torch.empty_like(work), upper.diagonal().tolist()
     for start in range(0, columns, block):
         stop = min(start + block, columns)
-        errors = torch.empty_like(work[:, start:stop])
+        errors = torch.empty_like(work[start:stop])
         for column in range(start, stop):
-            s, z = scale[:, group[column]], zero[:, group[column]]
-            code = ((work[:, column] / s).round() + z).clamp(fmt.code_min, fmt.code_max)
-            codes[:, column] = code
-            wrong = (work[:, column] - (code - z) * s) / upper[column, column]
-            work[:, column:stop] -= torch.outer(wrong, upper[column, column:stop])
-            errors[:, column - start] = wrong
-        work[:, stop:] -= errors @ upper[start:stop, stop:]
-    return codes[:, torch.argsort(order)]
+            s, z, wrong = scales[group[column]], zeros[group[column]], errors[column - start]
+            code = torch.div(work[column], s, out=codes[column]).round_().add_(z).clamp_(fmt.code_min, fmt.code_max)
+            torch.sub(work[column], (code - z).mul_(s), out=wrong).div_(pivots[column])
+            work[column + 1 : stop].addr_(upper[column, column + 1 : stop], wrong, alpha=-1)
+        work[stop:].addmm_(upper[start:stop, stop:].mT, errors, alpha=-1)
+    return codes[torch.argsort(order)].mT.contiguous()
+
+
+def follow_target(
+    weight: Float[Tensor, "rows columns"],
+    hessian: Float[Tensor, "columns columns"],
+    drift: Float[Tensor, "columns columns"],
+    *,
+    damping: float,
+) -> Float[Tensor, "rows columns"]:
+    """The real weights that make of quantised inputs x what `weight` makes of full-precision inputs t: W + W D H^-1 with
+    D = E[(t - x)^T x] and H = E[x^T x].
+
+    The least squares solution of E|x V^T - t W^T|^2, whose value at any V is a constant plus the error of V against it
+    under H. So GPTQ on it is GPTQ with the asymmetric target of GPTAQ (arXiv 2504.02692), whatever the order of columns.
+
+    Raises:
+        GPTQFailure: as `gptq`.
+    """
+    upper = _inverse_factor(hessian, damping)
+    return weight + weight @ drift @ (upper.mT @ upper)
 
 
 def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
@@ -129,6 +149,25 @@ def _diagonal_blocks(matrix: Tensor, count: int) -> Tensor:
     """[count, n / count, n / count]."""
     width = len(matrix) // count
     return matrix.reshape(count, width, count, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+
+
+def _panels(matrices: Float[Tensor, "count n n"]) -> list[Float[Tensor, "count above width"]]:
+    """Symmetric matrices as panels of columns down to the diagonal, twice what stands above the panel's own rows."""
+    panels = []
+    for start in range(0, matrices.shape[-1], PANEL):
+        panel = matrices[..., : start + PANEL, start : start + PANEL].clone()
+        panel[..., :start, :] *= 2
+        panels.append(panel)
+    return panels
+
+
+def _quadratic(rows: Float[Tensor, "count rows n"], panels: list[Tensor]) -> Float[Tensor, "count rows"]:
+    """e M e^T of each row e, for M in panels: half the work of the plain product."""
+    total = rows.new_zeros(rows.shape[:-1])
+    for panel in panels:
+        stop, width = panel.shape[-2:]
+        total += ((rows[..., :stop] @ panel) * rows[..., stop - width : stop]).sum(-1)
+    return total
 
 
 def _better(

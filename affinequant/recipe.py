@@ -13,7 +13,7 @@ from affinequant.presets import ALIASES, PRESETS, Preset
 from affinequant.scheme import Scheme
 
 Tier = Literal["merged", "online"]
-Rounding = Literal["nearest", "gptq"]
+Rounding = Literal["nearest", "gptq", "gptaq", "auto"]
 Clip = Literal["none", "search", "learn", "learn+search"]
 Loss = Literal["mse", "relative"]
 Propagate = Literal["quantized", "full"]
@@ -54,7 +54,12 @@ class Recipe:
     transforms: dict[str, str] = _option(
         MISSING, "method", "which transform acts at which site; none for none, a+b for both in turn", factory=dict
     )
-    rounding: Rounding = _option("gptq", "method", "round weights to nearest, or by GPTQ on the quantised inputs")
+    rounding: Rounding = _option(
+        "gptq",
+        "method",
+        "weights to nearest; by GPTQ on the quantised inputs; gptaq: the same towards what full-precision inputs give; "
+        "auto: what errs least on held-out samples, input by input",
+    )
     weight_clip: Clip = _option("search", "method", "narrow each weight range: not, by search, or learned")
     activation_clip: Clip = _option("search", "method", "narrow each activation range: not, by search, or learned")
     epochs: int = _option(0, "method", "passes over the calibration samples in each block; 0 learns nothing")

@@ -1,7 +1,8 @@
 """One block from real weights to codes, input group by input group, each on what the rounded part before it gives."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -9,9 +10,10 @@ from torch import Tensor
 
 from affinequant.block import BlockJob, BlockObjective
 from affinequant.fold import Tensors
-from affinequant.gptq import GPTQFailure, gptq, search_activation_clip, search_weight_range
-from affinequant.quantizer import codes_of, dequantize, fake_quantize_activation, grid, to_integers, weight_range
-from affinequant.stream import StopForward, slices
+from affinequant.gptq import GPTQFailure, search_activation_clip, search_weight_range
+from affinequant.quantizer import dequantize, fake_quantize_activation, grid, to_integers, weight_range
+from affinequant.reconstruction import Inputs, Way, choose, gather, round_by
+from affinequant.replay import Replay
 from affinequant.transforms.online import apply_online, stored_name
 
 SAMPLE_TOKENS = 1024
@@ -21,22 +23,31 @@ SAMPLE_TOKENS = 1024
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rounded:
     """A rounded block. `stored` goes to disk (codes, scales, zeros, clips, the rest); `tensors` holds the values, `clips`
-    and `online` are what acts on each site's activations."""
+    and `online` are what acts on each site's activations, and `after` is what the block then gives,
+    `roundings` says by site how its linears were rounded."""
 
     stored: Tensors
     tensors: Tensors
     clips: Mapping[str, float]
     online: Mapping[str, Tensors]
+    after: Float[Tensor, "samples tokens hidden"]
     linears: Mapping[str, Mapping[str, float]]
+    roundings: Mapping[str, Mapping[str, Any]]
     events: tuple[str, ...] = ()
 
 
 def round_block(
-    job: BlockJob, tensors: Tensors, x: Float[Tensor, "samples tokens hidden"], learned: BlockObjective
+    job: BlockJob,
+    tensors: Tensors,
+    x: Float[Tensor, "samples tokens hidden"],
+    learned: BlockObjective,
+    full: Float[Tensor, "samples tokens hidden"] | None = None,
 ) -> Rounded:
     """Quantise the folded block `tensors` on the inputs `x` that it will see.
 
-    With rounding `nearest` and nothing to search, `x` is not used. `learned` holds ranges found in training, if any.
+    Args:
+        learned: holds ranges found in training, if any.
+        full: what the full-precision block sees; for rounding `auto` and `gptaq`.
     """
     weights = {f"{linear.name}.weight" for linear in job.decoder.family.linears}
     stored = {name: tensor.to(job.store) for name, tensor in tensors.items() if name not in weights}
@@ -45,12 +56,23 @@ def round_block(
     online = {site: _plain(module.online()) for site, module in learned.online.items()}
     rotation = learned.after_rope()
     stored |= {stored_name(job.decoder.family.attention, part): tensor for part, tensor in rotation.items()}
+    real, passing = dict(work), Replay(job, x, online, learned.on_attention)
+    beside = None
+    if job.recipe.rounding in ("gptaq", "auto"):
+        assert full is not None, "a target on full-precision inputs needs them"
+        beside = Replay(job, full, online)
+    roundings: dict[str, Mapping[str, Any]] = {}
     figures: dict[str, dict[str, float]] = {}
     events: list[str] = []
     for site, members in job.decoder.family.input_groups():
-        clips[site] = _activation_clip(job, work, x, site, members, clips, learned, online)
-        hessian = _hessian(job, work, x, site, clips, learned, online) if _needs_hessian(job) else None
-        for member, codes, scale, zero in _round_group(job, work, members, hessian, learned, events):
+        if _needs_hessian(job) or "search" in job.recipe.activation_clip:
+            passing.reach(site, work, clips)
+        clips[site] = _activation_clip(job, work, passing, site, members, learned)
+        if beside is not None:
+            beside.reach(site, real, {})
+        inputs = gather(job, passing, beside, clips[site]) if _needs_hessian(job) else None
+        rows, roundings[site] = _round_group(job, work, members, inputs, learned, events)
+        for member, (codes, scale, zero) in rows.items():
             weight = work[f"{member}.weight"]
             value = dequantize(codes, scale, zero, job.scheme.weight)
             figures[member] = {"sqnr": _decibel(weight, value), "clip": clips[site]}
@@ -61,7 +83,16 @@ def round_block(
             if job.scheme.activation is not None:
                 stored[f"{member}.input_clip"] = torch.tensor(clips[site])
             stored |= {stored_name(member, part): tensor.clone() for part, tensor in online.get(site, {}).items()}
-    return Rounded(stored=stored, tensors=work, clips=clips, online=online, linears=figures, events=tuple(events))
+    return Rounded(
+        stored=stored,
+        tensors=work,
+        clips=clips,
+        online=online,
+        after=passing.after(work, clips),
+        linears=figures,
+        roundings=roundings,
+        events=tuple(events),
+    )
 
 
 def quantized_input(job: BlockJob, clips: Mapping[str, float], online: Mapping[str, Tensors]):
@@ -84,104 +115,33 @@ def _plain(tensors: Mapping[str, Tensor]) -> Tensors:
 
 
 def _needs_hessian(job: BlockJob) -> bool:
-    return job.recipe.rounding == "gptq" or "search" in job.recipe.weight_clip
+    return job.recipe.rounding != "nearest" or "search" in job.recipe.weight_clip
 
 
 def _activation_clip(
-    job: BlockJob,
-    work: Tensors,
-    x: Tensor,
-    site: str,
-    members: tuple[str, ...],
-    clips: Mapping[str, float],
-    learned: BlockObjective,
-    online: Mapping[str, Tensors],
+    job: BlockJob, work: Tensors, passing: Replay, site: str, members: tuple[str, ...], learned: BlockObjective
 ) -> float:
     fmt = job.scheme.activation
     if fmt is None or job.recipe.activation_clip == "none":
         return 1.0
     if job.recipe.activation_clip == "learn":
         return float(learned.clips[site].detach().sigmoid())
-    count = max(1, min(len(x), SAMPLE_TOKENS // x.shape[1]))
-    seen: list[Tensor] = []
-    _visit(job, work, x[:count], site, clips, learned, online, lambda value: seen.append(value.float()))
-    sample = torch.cat(seen)[:SAMPLE_TOKENS]
+    samples, tokens, _ = passing.x.shape
+    seen = [value.flatten(0, -2).float() for _, value in passing.values(max(1, min(samples, SAMPLE_TOKENS // tokens)))]
     weight = torch.cat([work[f"{member}.weight"] for member in members])
-    return search_activation_clip(sample, weight, fmt, job.sites[site].slices)
+    return search_activation_clip(torch.cat(seen)[:SAMPLE_TOKENS], weight, fmt, job.sites[site].slices)
 
 
-def _hessian(
-    job: BlockJob,
-    work: Tensors,
-    x: Tensor,
-    site: str,
-    clips: Mapping[str, float],
-    learned: BlockObjective,
-    online: Mapping[str, Tensors],
-) -> Tensor:
-    """Mean of x^T x over all tokens of the site's quantised input."""
-    fmt = job.scheme.activation
-    total: Tensor | None = None
-
-    def add(value: Tensor) -> None:
-        nonlocal total
-        value = value.float()
-        if fmt is not None:
-            value = fake_quantize_activation(value, fmt, clips[site], job.sites[site].slices)
-        square = value.mT @ value
-        total = square if total is None else total.add_(square)
-
-    _visit(job, work, x, site, clips, learned, online, add)
-    assert total is not None
-    return total / (x.shape[0] * x.shape[1])
-
-
-def _visit(
-    job: BlockJob,
-    work: Tensors,
-    x: Tensor,
-    site: str,
-    clips: Mapping[str, float],
-    learned: BlockObjective,
-    online: Mapping[str, Tensors],
-    see: Callable[[Tensor], None],
-) -> None:
-    """Show `see` what reaches the linears of `site` before it is rounded, [tokens, width] a batch; sites before it are
-    quantised as they will be."""
-    before = {name: clip for name, clip in clips.items() if name != site}
-    quantized = quantized_input(job, before, online)
-
-    def on_input(name: str, value: Tensor) -> Tensor:
-        value = quantized(name, value)
-        if name == site:
-            see(value.flatten(0, -2))
-            raise StopForward
-        return value
-
-    with torch.no_grad():
-        for part in slices(len(x), job.recipe.batch_size):
-            try:
-                job.run(work, x[part].to(job.decoder.device), on_input, learned.on_attention)
-            except StopForward:
-                continue
-
-
-def _round_group(
-    job: BlockJob,
-    work: Tensors,
-    members: tuple[str, ...],
-    hessian: Tensor | None,
-    learned: BlockObjective,
-    events: list[str],
-) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
-    """(linear, codes, scale, zero) for the linears that read one input; GPTQ takes them together."""
-    fmt = job.scheme.weight
-    weights = [work[f"{member}.weight"] for member in members]
-    grids = []
-    for member, weight in zip(members, weights, strict=True):
+def _grids(
+    job: BlockJob, work: Tensors, members: tuple[str, ...], inputs: Inputs | None, learned: BlockObjective
+) -> tuple[Tensor, Tensor]:
+    """(scale, zero) of the linears that read one input, one below the other."""
+    fmt, grids = job.scheme.weight, []
+    for member in members:
+        weight = work[f"{member}.weight"]
         if "search" in job.recipe.weight_clip:
-            assert hessian is not None
-            low, high = search_weight_range(weight, hessian, fmt, job.store)
+            assert inputs is not None
+            low, high = search_weight_range(weight, inputs.every.hessian, fmt, job.store)
         elif job.recipe.weight_clip == "learn":
             with torch.no_grad():
                 low, high = learned.ranges[member](weight, fmt)
@@ -189,18 +149,37 @@ def _round_group(
             low, high = weight_range(weight, fmt)
         grids.append(grid(low, high, fmt, job.store))
     scale, zero = (torch.cat(parts) for parts in zip(*grids, strict=True))
-    whole = torch.cat(weights)
-    codes = None
-    if job.recipe.rounding == "gptq":
-        assert hessian is not None
-        try:
-            codes = gptq(whole, hessian, scale, zero, fmt, damping=job.recipe.damping)
-        except GPTQFailure as problem:
-            events.append(f"{', '.join(members)} rounded to nearest: {problem}")
-    if codes is None:
-        codes = codes_of(whole, scale, zero, fmt)
-    sizes = [len(weight) for weight in weights]
-    yield from zip(members, codes.split(sizes), scale.split(sizes), zero.split(sizes), strict=True)
+    return scale, zero
+
+
+def _round_group(
+    job: BlockJob,
+    work: Tensors,
+    members: tuple[str, ...],
+    inputs: Inputs | None,
+    learned: BlockObjective,
+    events: list[str],
+) -> tuple[dict[str, tuple[Tensor, Tensor, Tensor]], dict[str, Any]]:
+    """Linear to (codes, scale, zero) for those that read one input, which are rounded together; and how: the name of the
+    way, with `auto` the held-out error of each."""
+    fmt, damping = job.scheme.weight, job.recipe.damping
+    scale, zero = _grids(job, work, members, inputs, learned)
+    whole = torch.cat([work[f"{member}.weight"] for member in members])
+    errors: Mapping[str, float] = {}
+    if job.recipe.rounding == "auto":
+        assert inputs is not None
+        way, errors = choose(whole, inputs, scale, zero, fmt, damping)
+    else:
+        way = Way(kind=job.recipe.rounding, damping=damping, pull=damping)
+    try:
+        codes = round_by(way, whole, inputs.every if inputs else None, scale, zero, fmt)
+    except GPTQFailure as problem:
+        events.append(f"{', '.join(members)} rounded to nearest: {problem}")
+        way = Way(kind="nearest")
+        codes = round_by(way, whole, None, scale, zero, fmt)
+    sizes = [len(work[f"{member}.weight"]) for member in members]
+    rows = zip(codes.split(sizes), scale.split(sizes), zero.split(sizes), strict=True)
+    return dict(zip(members, rows, strict=True)), {"rounding": str(way), **({"errors": errors} if errors else {})}
 
 
 def _decibel(weight: Tensor, value: Tensor) -> float:

@@ -18,7 +18,7 @@ from affinequant.fold import Tensors, rotate_block, rotate_outer
 from affinequant.plan import Plan
 from affinequant.progress import Progress
 from affinequant.recipe import Recipe
-from affinequant.rounding import Rounded, quantized_input, round_block
+from affinequant.rounding import Rounded, round_block
 from affinequant.run import Run
 from affinequant.starts import Watch, build_transforms, looks_at_data
 from affinequant.stream import Decoder
@@ -38,12 +38,14 @@ def block_stage(
     target = job.run_all(values, full, watch if looks_at_data(job) else None)
     objective = BlockObjective(job, values, *build_transforms(job, values, watch.seen()))
     fitted = fit(objective, _batches(job, values, full, quantized, target), _fit_config(made.recipe))
-    rounded, after = _round_and_run(job, objective, exact, quantized)
+    rounded = round_block(job, folded_exactly(objective, exact), quantized, objective, full)
+    after = rounded.after
     events = _fit_events(fitted)
     if fitted.steps and not bool(after.isfinite().all()):
         events.append("what was learned gave non-finite outputs: the closed-form start was taken instead")
         objective = BlockObjective(job, values, *build_transforms(job, values, watch.seen()))
-        rounded, after = _round_and_run(job, objective, exact, quantized)
+        rounded = round_block(job, folded_exactly(objective, exact), quantized, objective, full)
+    after = rounded.after
     if not bool(after.isfinite().all()):
         raise AffineQuantError(
             f"block {job.index} gives non-finite outputs even unlearned",
@@ -87,15 +89,6 @@ def whole_report(fitted: FitReport, began: float, device: torch.device) -> dict[
         "seconds": time.perf_counter() - began,
         "peak_bytes": peak_bytes(device),
     }
-
-
-def _round_and_run(
-    job: BlockJob, objective: BlockObjective, exact: Tensors, quantized: Tensor
-) -> tuple[Rounded, Tensor]:
-    """Fold what the objective holds into the exact tensors, round, and pass the quantised stream through."""
-    rounded = round_block(job, folded_exactly(objective, exact), quantized, objective)
-    on_input = quantized_input(job, rounded.clips, rounded.online)
-    return rounded, job.run_all(rounded.tensors, quantized, on_input, objective.on_attention)
 
 
 def _load_block(made: Plan, job: BlockJob, rotation: Transform | None) -> Tensors:
@@ -169,6 +162,7 @@ def _block_report(
         "conditions": conditions,
         "dominance": dominance,
         "linears": dict(rounded.linears),
+        **({"roundings": dict(rounded.roundings)} if objective.job.recipe.rounding == "auto" else {}),
         "events": [*events, *rounded.events],
         "peak_bytes": peak_bytes(objective.job.decoder.device),
     }

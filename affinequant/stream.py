@@ -137,16 +137,21 @@ def run_block(
     kwargs: Mapping[str, Any],
     on_input: OnInput | None = None,
     on_attention: OnAttention | None = None,
+    known: Mapping[str, Tensor] | None = None,
 ) -> Float[Tensor, "batch tokens hidden"]:
     """One block with `tensors` (named within it) as its weights.
 
     `on_input(site, x)` is asked once per site and call, whatever the number of linears that read the site;
-    `on_attention` gets queries, keys and values after RoPE.
+    `on_attention` gets queries, keys and values after RoPE. `known` holds what some linears give on this `x`: they are
+    not computed.
 
     Raises:
         RuntimeError: the block's own code kept `on_attention` from its attention.
     """
-    handles, passed = [], dict(kwargs)
+    handles, passed, tensors = [], dict(kwargs), dict(tensors)
+    for member, output in (known or {}).items():
+        tensors |= {name: tensors[name][:0] for name in (f"{member}.weight", f"{member}.bias") if name in tensors}
+        handles.append(block.get_submodule(member).register_forward_hook(lambda *_, output=output: output))
     asked: list[bool] = []
     if on_attention is not None:
         act = on_attention
@@ -161,7 +166,7 @@ def run_block(
             hook = _shared_hook(site, on_input)
             handles += [block.get_submodule(member).register_forward_pre_hook(hook) for member in members]
     try:
-        result = functional_call(block, dict(tensors), (x,), passed)
+        result = functional_call(block, tensors, (x,), passed)
     finally:
         for handle in handles:
             handle.remove()

@@ -21,6 +21,8 @@ LAYERS = [
     {"fold", "checkpoint", "text", "gptq", "fit", "run", "attention"},
     {"formats", "data", "stream"},
     {"block", "cache", "card", "costs", "placements", "plan", "integer_linear"},
+    {"replay"},
+    {"reconstruction"},
     {"reread", "rounding", "runtime", "starts", "workspace"},
     {"finish", "distill"},
     {"stages"},

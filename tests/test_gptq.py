@@ -4,7 +4,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from affinequant.gptq import GPTQFailure, gptq, search_activation_clip, search_weight_range
+from affinequant.gptq import (
+    GPTQFailure,
+    _panels,
+    _quadratic,
+    follow_target,
+    gptq,
+    search_activation_clip,
+    search_weight_range,
+)
 from affinequant.quantizer import codes_of, dequantize, fake_quantize_activation, grid, weight_range
 from affinequant.scheme import NumberFormat, Scheme
 
@@ -167,3 +175,20 @@ def test_a_searched_activation_clip_is_never_worse_than_none(rows: int, symmetri
     assert 0.5 < clip < 1
     assert error(clip) < error(1.0)
     assert search_activation_clip(torch.zeros(4, 64), weight, fmt) == 1.0
+
+
+def test_following_a_target_is_least_squares() -> None:
+    """With no damping to speak of, the weights that make of x what the old ones make of t; with much, the old ones."""
+    x, weight = random(300, 24).double(), random(8, 24).double()
+    target = x @ (torch.eye(24) + 0.1 * random(24, 24, seed=2)).double() + 0.1 * random(300, 24, seed=3).double()
+    hessian, drift = x.mT @ x / 300, (target - x).mT @ x / 300
+    found = follow_target(weight, hessian, drift, damping=0.0)
+    torch.testing.assert_close(found.mT, torch.linalg.lstsq(x, target @ weight.mT).solution, rtol=1e-5, atol=1e-6)
+    assert float((follow_target(weight, hessian, drift, damping=1e6) - weight).abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("width", [5, 192, 500])
+def test_a_symmetric_form_in_panels(width: int) -> None:
+    rows, half = random(3, 4, width).double(), random(3, width, width).double()
+    matrix = half @ half.mT
+    torch.testing.assert_close(_quadratic(rows, _panels(matrix)), ((rows @ matrix) * rows).sum(-1))

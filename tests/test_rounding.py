@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from affinequant import rounding
+from affinequant import reconstruction, rounding
 from affinequant.block import BlockObjective
 from affinequant.gptq import ACTIVATION_RATIOS, GPTQFailure, gptq
 from affinequant.quantizer import codes_of, dequantize, fake_quantize_activation
+from affinequant.reconstruction import Way
 from affinequant.rounding import Rounded, quantized_input, round_block
 from tests.test_block import make_job, unlearned
 
@@ -22,7 +23,7 @@ def rounded(folder: Path, **fields: Any) -> tuple[Rounded, Any, dict[str, Tensor
     """(result, job, the real tensors, the block's inputs)."""
     job, tensors, x = make_job(folder, **fields)
     objective = BlockObjective(job, tensors, unlearned(job))
-    return round_block(job, {n: t.double() for n, t in tensors.items()}, x, objective), job, tensors, x
+    return round_block(job, {n: t.double() for n, t in tensors.items()}, x, objective, x), job, tensors, x
 
 
 @pytest.mark.parametrize("shape", [{}, {"bias": True}], ids=str)
@@ -66,7 +67,7 @@ def test_hessians_are_those_of_the_rounded_inputs(tiny: Tiny, monkeypatch: pytes
     """Each is taken on what the rounded part of the block before it gives, itself rounded."""
     seen: list[Tensor] = []
     monkeypatch.setattr(
-        rounding, "gptq", lambda w, hessian, *rest, **kw: seen.append(hessian) or gptq(w, hessian, *rest, **kw)
+        reconstruction, "gptq", lambda w, hessian, *rest, **kw: seen.append(hessian) or gptq(w, hessian, *rest, **kw)
     )
     result, job, _, x = rounded(tiny(), preset="fast")
     reached: dict[str, list[Tensor]] = {}
@@ -102,7 +103,7 @@ def test_a_hessian_that_cannot_be_factored_is_an_event(tiny: Tiny, monkeypatch: 
     def fails(*_: Any, **__: Any) -> Tensor:
         raise GPTQFailure("no way")
 
-    monkeypatch.setattr(rounding, "gptq", fails)
+    monkeypatch.setattr(reconstruction, "gptq", fails)
     result, _job, *_ = rounded(tiny(), preset="fast")
     assert len(result.events) == 4
     assert result.events[0] == "self_attn.q_proj, self_attn.k_proj, self_attn.v_proj rounded to nearest: no way"
@@ -130,3 +131,24 @@ def test_the_real_tensors_are_left_as_they_were(tiny: Tiny) -> None:
     before = {name: tensor.clone() for name, tensor in tensors.items()}
     round_block(job, tensors, x, BlockObjective(job, tensors, {}))
     assert all(torch.equal(tensor, before[name]) for name, tensor in tensors.items())
+
+
+def test_each_group_is_rounded_by_what_errs_least_and_says_so(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    result, *_ = rounded(tiny(), preset="fast", rounding="auto")
+    assert list(result.roundings) == ["attn_in", "vo", "mlp_in", "mlp_mid"]
+    for one in result.roundings.values():
+        assert one["rounding"] == min(one["errors"], key=one["errors"].get)
+    # What is chosen is what is done, on all samples.
+    for kind in ("nearest", "gptq", "gptaq"):
+        way = Way(kind=kind, damping=0.01, pull=0.01)
+        monkeypatch.setattr(rounding, "choose", lambda *_, way=way: (way, {str(way): 0.0}))
+        forced, plain = (rounded(tiny(), preset="fast", rounding=name)[0] for name in ("auto", kind))
+        assert {one["rounding"] for one in forced.roundings.values()} == {str(way)}
+        for name, tensor in plain.stored.items():
+            torch.testing.assert_close(forced.stored[name], tensor, rtol=1e-2, atol=1)
+
+
+def test_a_target_needs_the_full_precision_inputs(tiny: Tiny) -> None:
+    job, tensors, x = make_job(tiny(), preset="fast", rounding="gptaq")
+    with pytest.raises(AssertionError, match="full-precision inputs"):
+        round_block(job, tensors, x, BlockObjective(job, tensors, unlearned(job)))
