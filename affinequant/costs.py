@@ -40,8 +40,9 @@ def expected_minutes(recipe: Recipe, dims: Dims, per_block: int, device: str) ->
     """Minutes for the blocks, from the floating-point operations of each pass over them."""
     tokens = recipe.samples * recipe.seq_len
     forward = 2 * tokens * (per_block + recipe.seq_len * dims.query)
-    passes = 3.0 + (3.5 * recipe.epochs) + (2.5 if recipe.rounding == "gptq" else 0)
-    gram = 2 * tokens * (3 * dims.hidden**2 + dims.mlp**2) if recipe.rounding == "gptq" else 0
+    by_hessian, by_target = recipe.rounding != "nearest", recipe.rounding in ("gptaq", "auto")
+    passes = 3.0 + (3.5 * recipe.epochs) + (1.5 if by_hessian else 0) + (1.5 if by_target else 0)
+    gram = 2 * tokens * (3 * dims.hidden**2 + dims.mlp**2) * (by_hessian + by_target)
     search = 2 * 40 * per_block * dims.hidden if "search" in recipe.weight_clip else 0
     steps = recipe.epochs * math.ceil(recipe.samples / recipe.batch_size) * per_block * 120
     finish = 0.0

@@ -17,11 +17,13 @@ from torch import Tensor
 
 import affinequant
 from affinequant.card import write_card
+from affinequant.choices import tally
 from affinequant.data import Tokens
 from affinequant.errors import QUALITY, AffineQuantError
 from affinequant.fold import Tensors
 from affinequant.formats import Contents, find_format
 from affinequant.formats.shards import write_json, write_text
+from affinequant.placements import choice_bytes, settled
 from affinequant.plan import Plan
 from affinequant.progress import Progress
 from affinequant.run import Run
@@ -124,6 +126,9 @@ def token_losses(
 def _contents(made: Plan, run: Run, names: list[str], changed: Tensors, unknown: list[str]) -> Contents:
     """What the run has made, and the source's tensors that nothing here knows, as they are and one at a time."""
     family = made.family
+    blocks = [run.report(name) for name in names[1:]]
+    placements = settled(made.placements, made.sites, blocks)
+    chosen = [{site: one["transform"] for site, one in block.get("transforms", {}).items()} for block in blocks]
     rotated = "residual" in made.recipe.transforms
 
     def stages() -> Iterator[Tensors]:
@@ -142,8 +147,9 @@ def _contents(made: Plan, run: Run, names: list[str], changed: Tensors, unknown:
         stages=stages,
         extra={
             "tier": made.recipe.tier,
-            "placements": {name: asdict(placement) for name, placement in made.placements.items()},
+            "placements": {name: asdict(placement) for name, placement in placements.items()},
             "transforms": dict(made.recipe.transforms),
+            **({"transforms_by_block": chosen} if any(chosen) else {}),
             "slices": _sliced(made),
         },
     )
@@ -228,7 +234,9 @@ def _report(made: Plan, run: Run, out: Path, tokens: Tokens, names: list[str], u
     weights = sum(path.stat().st_size for path in out.glob("*.safetensors"))
     events = [f"block {i}: {event}" for i, block in enumerate(blocks) for event in block["events"]]
     events += [f"{name}: {event}" for name, stage in whole.items() for event in stage["events"]]
-    if abs(weights - planned) > 0.02 * planned + HEADER_BYTES * len(blocks):
+    spare = len(blocks) * choice_bytes(made.recipe, made.family, made.dims, made.sites)
+    room = 0.02 * planned + HEADER_BYTES * len(blocks)
+    if not planned - spare - room <= weights <= planned + room:
         events.append(f"weights take {weights:,} bytes, the plan said {planned:,}")
     return {
         "schema": 1,
@@ -242,6 +250,7 @@ def _report(made: Plan, run: Run, out: Path, tokens: Tokens, names: list[str], u
         "weight_bytes": weights,
         "weight_bytes_planned": planned,
         "unknown_tensors": copied,
+        **({"choices": counted} if (counted := tally(blocks)) else {}),
         "blocks": blocks,
         **whole,
         "non_finite": sum(stage["non_finite"] for stage in (*blocks, *whole.values())),

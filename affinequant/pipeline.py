@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 import affinequant
+from affinequant import choices
 from affinequant.block import BlockJob
 from affinequant.checkpoint import check_finite, check_tensors, locate, open_source
 from affinequant.data import Tokens, calibration_tokens
@@ -107,6 +108,8 @@ def quantize_blocks(made: Plan, run: Run, tokens: Tokens, listen: Progress) -> D
             job = replace(_job(made, decoder, index, kwargs, _scratch(made, run)), starts=starts.get(index, {}))
             full, quantized = block_stage(made, run, job, rotation, full, quantized, listen)
     listen.end()
+    for line in choices.lines([run.report(name) for name in names]):
+        listen.say(line)
     if made.recipe.finish == "kl" and not run.committed(DISTILLED):
         jobs = [_job(made, decoder, index, kwargs, _scratch(made, run)) for index in range(len(names))]
         distill_stage(made, run, tokens, jobs, listen)

@@ -1,16 +1,44 @@
 """What becomes of the transforms that a recipe asks for: folded, online at a cost, or refused with the reason."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from affinequant.errors import PREFLIGHT, AffineQuantError, unknown_name
-from affinequant.models import Family
-from affinequant.recipe import Recipe
-from affinequant.sites import Placement, Site, online_numbers, place
+from affinequant.models import Dims, Family
+from affinequant.recipe import AUTO, Recipe
+from affinequant.sites import Kind, Placement, Site, online_numbers, place
 from affinequant.transforms import LEARNED_ROTATIONS, names_at, split_parts, structures_of
 
+CANDIDATES: Mapping[Kind, tuple[str, ...]] = {
+    "norm": ("none", "diagonal", "hadamard", "diagonal+hadamard", "diagonal+block", "diagonal+kronecker"),
+    "heads": ("none", "diagonal", "hadamard", "block", "kronecker"),
+    "linear": ("none", "diagonal", "hadamard", "diagonal+hadamard", "diagonal+block", "diagonal+kronecker"),
+}
+"""What a block chooses from, the simplest first: transforms with a closed-form start, and none as large as a layer."""
 
-def place_all(recipe: Recipe, sites: Mapping[str, Site]) -> dict[str, Placement]:
-    """Site by site what becomes of its transform, the cost being that of all its online parts.
+
+def block_flops(family: Family, dims: Dims) -> int:
+    """Floating-point operations per token of one block's linears: what an online transform is held against."""
+    return 2 * sum(getattr(dims, linear.rows) * getattr(dims, linear.columns) for linear in family.linears)
+
+
+def flops_of(name: str, site: Site) -> int:
+    """Operations per token of the parts of `name` that stay online."""
+    return 0 if name == "none" else sum(place(site, one).flops for one in structures_of(name, where="--transform"))
+
+
+def candidates(site: Site, recipe: Recipe, block: int) -> tuple[str, ...]:
+    """What `auto` chooses from at a site: what its tier and its cost budget allow. `block`: operations of a block."""
+    most = block * recipe.cost_budget / 100 if recipe.tier == "online" else 0
+    return tuple(name for name in CANDIDATES.get(site.kind, ()) if flops_of(name, site) <= most)
+
+
+def place_all(recipe: Recipe, sites: Mapping[str, Site], block: int) -> dict[str, Placement]:
+    """Site by site what becomes of its transform, the cost being that of all its online parts; of one that each block
+    chooses, the most that any could cost.
+
+    Args:
+        block: operations per token of a block's linears (`block_flops`).
 
     Raises:
         AffineQuantError: an unknown site or transform, one that is refused there, or one that stays online in the merged
@@ -24,6 +52,9 @@ def place_all(recipe: Recipe, sites: Mapping[str, Site]) -> dict[str, Placement]
         chosen = recipe.transforms.get(name)
         if chosen is None:
             placements[name] = Placement(how="folded", reason="nothing to fold")
+            continue
+        if chosen == AUTO:
+            placements[name] = _open(recipe, site, block)
             continue
         _, online = split_parts(chosen, site)
         parts = [place(site, structure) for structure in structures_of(chosen, where="--transform")]
@@ -68,13 +99,57 @@ def _check_rotation(recipe: Recipe, name: str, chosen: str) -> None:
         )
 
 
+def _open(recipe: Recipe, site: Site, block: int) -> Placement:
+    """The placement of a transform that each block chooses."""
+    names = candidates(site, recipe, block)
+    if not names:
+        raise AffineQuantError(
+            f"auto does not choose at {site.name}: only where linears read quantised inputs",
+            "--transform",
+            f"name one, or {site.name}=none",
+        )
+    cost = max(flops_of(name, site) for name in names)
+    reason = f"each block takes one of {', '.join(names)}"
+    if cost:
+        reason += f"; with its other choices at most {recipe.cost_budget:g} % of the block"
+    return Placement(how="online" if cost else "folded", reason=reason, flops=cost)
+
+
+def settled(
+    placements: Mapping[str, Placement], sites: Mapping[str, Site], blocks: Sequence[Mapping[str, Any]]
+) -> dict[str, Placement]:
+    """The placements as they came out, from the reports of the blocks: of a chosen transform the most that any block
+    took."""
+    result = dict(placements)
+    for name in {site for block in blocks for site in block.get("transforms", {})}:
+        taken = {block["transforms"][name]["transform"] for block in blocks}
+        cost = max(flops_of(one, sites[name]) for one in taken)
+        reason = f"chosen block by block: {', '.join(sorted(taken))}"
+        result[name] = Placement(how="online" if cost else "folded", reason=reason, flops=cost)
+    return result
+
+
 def online_bytes(recipe: Recipe, family: Family, sites: Mapping[str, Site]) -> int:
     """What one block keeps of the transforms that act at run time: in float32, beside every linear that reads them, or
-    beside the attention."""
-    total = 0
+    beside the attention. At a site whose transform each block chooses nothing is counted: see `choice_bytes`."""
     after_rope = [(name, (family.attention,)) for name, site in sites.items() if site.kind == "rope"]
-    for name, members in (*family.input_groups(), *after_rope):
-        online = split_parts(recipe.transforms[name], sites[name])[1] if name in recipe.transforms else ""
-        structures = structures_of(online, where="--transform") if online else ()
-        total += 4 * len(members) * sum(online_numbers(sites[name], structure) for structure in structures)
+    readers = (*family.input_groups(), *after_rope)
+    groups = [(name, members) for name, members in readers if recipe.transforms.get(name, AUTO) != AUTO]
+    return sum(len(members) * _numbers(recipe.transforms[name], sites[name]) * 4 for name, members in groups)
+
+
+def choice_bytes(recipe: Recipe, family: Family, dims: Dims, sites: Mapping[str, Site]) -> int:
+    """The most that one block can keep beyond `online_bytes` where it chooses."""
+    total, block = 0, block_flops(family, dims)
+    for name, members in family.input_groups():
+        if recipe.transforms.get(name) == AUTO:
+            sizes = [_numbers(one, sites[name]) for one in candidates(sites[name], recipe, block)]
+            total += 4 * len(members) * max(sizes)
     return total
+
+
+def _numbers(name: str, site: Site) -> int:
+    """What one linear keeps of the online parts of a transform."""
+    online = split_parts(name, site)[1] if name != "none" else ""
+    structures = structures_of(online, where="--transform") if online else ()
+    return sum(online_numbers(site, structure) for structure in structures)

@@ -16,8 +16,8 @@ from affinequant.costs import expected_minutes, finish_bytes, graph_bytes, rotat
 from affinequant.errors import PREFLIGHT, AffineQuantError
 from affinequant.formats import find_format
 from affinequant.models import Dims, Family, resolve, resolve_sites
-from affinequant.placements import online_bytes, place_all
-from affinequant.recipe import Recipe, parse_bytes
+from affinequant.placements import block_flops, candidates, choice_bytes, online_bytes, place_all
+from affinequant.recipe import AUTO, Recipe, parse_bytes
 from affinequant.recipe import resolve as resolve_recipe
 from affinequant.sites import Placement, Site
 from affinequant.text import check_source
@@ -60,6 +60,7 @@ class Plan:
                 "placement": placement.how,
                 "reason": placement.reason,
                 "flops_per_token": placement.flops,
+                **self._candidates(name),
             }
             for name, placement in self.placements.items()
         ]
@@ -83,6 +84,12 @@ class Plan:
             "offload": self.offload,
             "notes": list(self.notes),
         }
+
+    def _candidates(self, name: str) -> dict[str, list[str]]:
+        """What each block chooses from at a site, where it does."""
+        if self.recipe.transforms.get(name) != AUTO:
+            return {}
+        return {"candidates": list(candidates(self.sites[name], self.recipe, block_flops(self.family, self.dims)))}
 
 
 def plan(model: Recipe | str, **fields: Any) -> Plan:
@@ -111,7 +118,7 @@ def plan(model: Recipe | str, **fields: Any) -> Plan:
         check_tensors(source, family, dims)
     _check_slices(recipe, dims)
     sites = {site.name: site for site in resolve_sites(family, dims, recipe.tp)}
-    placements = place_all(recipe, sites)
+    placements = place_all(recipe, sites, block_flops(family, dims))
     _check_groups(recipe, family, dims)
     reason = find_format(recipe.format, placements).supports(
         recipe.parsed_scheme, placements, clipped=recipe.activation_clip != "none"
@@ -186,7 +193,7 @@ def _with_costs(
     untied = 2 * table if dims.tied and rotated else 0
     outer = 2 * table * (1 if dims.tied and not rotated else 2)
     dense = recipe.format == "dense"
-    kept = online_bytes(recipe, family, sites)
+    kept = online_bytes(recipe, family, sites) + choice_bytes(recipe, family, dims, sites)
     output = int(outer + dims.layers * (2 * per_block if dense else bits / 8 + kept))
     output += 4 * dims.hidden * (dims.layers + 1)
     device = _device(recipe)

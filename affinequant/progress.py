@@ -5,6 +5,8 @@ import time
 from collections.abc import Mapping
 from typing import IO, Any, Protocol
 
+from affinequant.choices import short
+
 
 class Progress(Protocol):
     """Listens to a run."""
@@ -90,6 +92,8 @@ class Console:
         parts.append(f"SQNR {report['sqnr']:.1f} dB")
         if report.get("condition", 1.0) > 1.0:
             parts.append(f"cond {report['condition']:.3g}")
+        if chosen := short(report):
+            parts.append(chosen)
         parts += [f"{report['seconds']:.0f} s", f"{report['peak_bytes'] / 2**30:.1f} GB"]
         parts += [f"! {event}" for event in report.get("events", ())]
         if self.bar is None:

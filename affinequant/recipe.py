@@ -25,6 +25,12 @@ Schedule = Literal["constant", "cosine"]
 Finish = Literal["none", "kl"]
 Start = Literal["closed-form", "hadamard"]
 
+AUTO = "auto"
+"""In the place of a transform's name: each block takes what errs least on held-out tokens. In the place of them all: at
+`CHOICE_SITES`."""
+CHOICE_SITES = ("attn_in", "vo", "mlp_in", "mlp_mid")
+"""Where the linears of a block read quantised inputs."""
+
 
 def _option(default: Any, group: str, text: str, *, same_bytes: bool = False, factory: Any = MISSING) -> Any:
     """A recipe field: its default, its help group and text, and whether changing it leaves the result's bytes alone."""
@@ -53,6 +59,9 @@ class Recipe:
 
     transforms: dict[str, str] = _option(
         MISSING, "method", "which transform acts at which site; none for none, a+b for both in turn", factory=dict
+    )
+    cost_budget: float = _option(
+        3.0, "method", "transform auto: per cent of a block's operations that its choices may cost at run time"
     )
     rounding: Rounding = _option(
         "gptq",
@@ -122,9 +131,13 @@ class Recipe:
             if getattr(self, name) < least:
                 flag = "--" + name.replace("_", "-")
                 raise AffineQuantError(f"{name} = {getattr(self, name)}", flag, f"use {least} or more")
-        for name, low, high in (("alpha", 0.0, 1.0), ("balance", 0.0, 1.0), ("damping", 0.0, 1.0)):
-            if not low <= getattr(self, name) <= high:
-                raise AffineQuantError(f"{name} = {getattr(self, name)}", f"--{name}", f"use {low} to {high}")
+        for name, most in (("alpha", 1.0), ("balance", 1.0), ("damping", 1.0), ("cost_budget", 100.0)):
+            if not 0 <= getattr(self, name) <= most:
+                flag = "--" + name.replace("_", "-")
+                raise AffineQuantError(f"{name} = {getattr(self, name)}", flag, f"use 0.0 to {most}")
+        if self.samples < 2 and (self.rounding == "auto" or AUTO in self.transforms.values()):
+            what = "a choice by held-out error needs samples to hold out"
+            raise AffineQuantError(what, "--samples", "use 2 or more, or name what to take")
         for name in ("lr", "clip_lr", "finish_lr", "rotation_lr"):
             if not 0 <= getattr(self, name) < float("inf"):
                 flag = "--" + name.replace("_", "-")
@@ -186,6 +199,8 @@ def resolve(values: Mapping[str, Any], *, where: str = "quantize()") -> Recipe:
     Raises:
         AffineQuantError: unknown field, preset or value.
     """
+    if values.get("transforms") == AUTO:
+        values = {**values, "transforms": dict.fromkeys(CHOICE_SITES, AUTO)}
     known = [entry.name for entry in fields(Recipe)]
     for name in values:
         if name not in known:

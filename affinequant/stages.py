@@ -20,6 +20,7 @@ from affinequant.progress import Progress
 from affinequant.recipe import Recipe
 from affinequant.rounding import Rounded, round_block
 from affinequant.run import Run
+from affinequant.selection import select
 from affinequant.starts import Watch, build_transforms, looks_at_data
 from affinequant.stream import Decoder
 from affinequant.transforms import Transform
@@ -36,6 +37,7 @@ def block_stage(
     values = {name: tensor.float() for name, tensor in exact.items()}
     watch = Watch(full.shape[0] * full.shape[1])
     target = job.run_all(values, full, watch if looks_at_data(job) else None)
+    job, chosen = select(job, values, watch.seen())
     objective = BlockObjective(job, values, *build_transforms(job, values, watch.seen()))
     fitted = fit(objective, _batches(job, values, full, quantized, target), _fit_config(made.recipe))
     rounded = round_block(job, folded_exactly(objective, exact), quantized, objective, full)
@@ -54,6 +56,7 @@ def block_stage(
             exit_code=QUALITY,
         )
     report = _block_report(objective, fitted, rounded, after, target, events)
+    report |= {"transforms": chosen} if chosen else {}
     report["seconds"] = time.perf_counter() - began
     prefix = f"{made.family.blocks}.{job.index}."
     run.commit(

@@ -10,9 +10,10 @@ from torch import Tensor
 from affinequant.block import BlockJob
 from affinequant.fold import Tensors
 from affinequant.linalg import orthogonal_factors
+from affinequant.recipe import AUTO
 from affinequant.sites import Site, block_width, kronecker_factors
 from affinequant.transforms import OnlineTransform, Transform, build, split_parts, structures_of
-from affinequant.wush import balance, wush_blocks, wush_kronecker_rows
+from affinequant.wush import balance, block_moments, wush, wush_blocks, wush_kronecker_rows
 
 ROWS = 4096
 """Tokens from which a closed form is computed."""
@@ -49,7 +50,7 @@ class Watch:
 
 def looks_at_data(job: BlockJob) -> bool:
     """Whether any transform of the recipe starts from what reaches its site: fixed rotations do not."""
-    return bool(sites_that_look(job))
+    return AUTO in job.recipe.transforms.values() or bool(sites_that_look(job))
 
 
 def sites_that_look(job: BlockJob) -> set[str]:
@@ -72,7 +73,11 @@ def build_transforms(
         weights = [tensors[f"{edge.module}.weight"] for edge in site.sinks]
         start = None
         if name in seen:
-            start = _online_balance(site, seen[name], weights) if second else _diagonal(job, site, seen[name], weights)
+            if site.kind == "heads" and first == "block":
+                start = _head_blocks(site, seen[name], weights)
+            else:
+                how = second and _online_balance
+                start = how(site, seen[name], weights) if how else _diagonal(job, site, seen[name], weights)
         if first:
             start = job.starts.get(name, start)
             folded[name] = build(first, site, seed=job.seed(name), alpha=job.recipe.alpha, start=start)
@@ -117,6 +122,16 @@ def _online_balance(site: Site, seen: Seen, weights: list[Tensor]) -> Tensor:
     moment = seen.rows.double().square().mean(0)
     gram = torch.cat(weights).double().square().mean(0)
     return balance(_per_head(site, moment, "mean"), _per_head(site, gram, "mean")).float()
+
+
+@torch.no_grad()
+def _head_blocks(site: Site, seen: Seen, weights: list[Tensor]) -> Tensor:
+    """A matrix for each KV head, over the query heads that share it: what a rotation does blindly, on what is there."""
+    moment, gram = (
+        block_moments(value, site.heads, site.sinks[0].copies) / len(value)
+        for value in (seen.rows, torch.cat(weights).float())
+    )
+    return wush(moment, gram)
 
 
 def _per_head(site: Site, value: Tensor, how: str) -> Tensor:

@@ -15,7 +15,8 @@ PACKAGES = {
 ORDER = list(PACKAGES)
 # Inside affinequant, from used to user. Rooms on one line do not ask each other except where the line says so.
 LAYERS = [
-    {"errors", "progress"},
+    {"errors", "choices"},
+    {"progress"},
     {"scheme", "sites", "linalg", "wheels", "presets"},
     {"recipe", "quantizer", "transforms", "wush", "models", "demo"},
     {"fold", "checkpoint", "text", "gptq", "fit", "run", "attention"},
@@ -24,6 +25,7 @@ LAYERS = [
     {"replay"},
     {"reconstruction"},
     {"reread", "rounding", "runtime", "starts", "workspace"},
+    {"selection"},
     {"finish", "distill"},
     {"stages"},
     {"rotation"},

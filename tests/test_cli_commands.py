@@ -116,6 +116,14 @@ def test_plan(tiny: Tiny, options: list[str], capsys: Capture) -> None:
     assert shown.err == "" and "\x1b" not in shown.out
 
 
+def test_plan_of_what_blocks_choose(tiny: Tiny, options: list[str], capsys: Capture) -> None:
+    words = ["--tier", "online", "--transform", "auto", "--transform", "vo=kronecker", "--cost-budget", "60"]
+    assert main(["plan", str(tiny()), *options, *words]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("each block takes one of none, diagonal, hadamard") == 3
+    assert "<= 8,192" in shown and "at most 60 % of the block" in shown
+
+
 def test_plan_verbose_shows_every_structure(tiny: Tiny, options: list[str], capsys: Capture) -> None:
     assert main(["plan", str(tiny()), *options, "-v"]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]

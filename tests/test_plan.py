@@ -143,6 +143,13 @@ REFUSALS = [
         3,
     ),
     ({"transforms": {"residual": "diagonal"}}, "diagonal at residual is refused", "hadamard", 2),
+    ({"transforms": {"vo": "auot"}}, "unknown transform 'auot'", "did you mean 'auto'", 2),
+    ({"transforms": {"vo": "auto+hadamard"}}, "unknown transform 'auto'", "list transforms", 2),
+    ({"transforms": {"qk": "auto"}}, "auto does not choose at qk", "qk=none", 2),
+    ({"transforms": {"residual": "auto"}}, "auto does not choose at residual", "residual=none", 2),
+    ({"transforms": "auto", "samples": 1}, "needs samples to hold out", "use 2 or more", 2),
+    ({"rounding": "auto", "samples": 1}, "needs samples to hold out", "use 2 or more", 2),
+    ({"cost_budget": -1.0}, "cost_budget = -1.0", "0.0 to 100.0", 2),
     ({"scheme": "w8a8", "activation_clip": "search"}, "without clipping", "", 2),
     ({"gpu_memory": "1GB", "device": "cuda"}, "GB are allowed", "allow", 3),
     ({"cpu_memory": "100MB"}, "0.1 GB are allowed", "--samples", 3),
@@ -199,3 +206,21 @@ def test_a_disk_that_is_too_small_says_both_sizes(tiny: Tiny, text: Path, tmp_pa
 def test_w8a8_plans_without_being_told_about_clips(tiny: Tiny, text: Path) -> None:
     for preset in ("rtn", "fast", "default"):
         assert planned(tiny(), text, scheme="w8a8", preset=preset).recipe.activation_clip == "none"
+
+
+def test_what_blocks_choose_from_is_shown_with_the_most_it_can_cost(tiny: Tiny, text: Path) -> None:
+    """And the sizes are the most that can be; a budget that nothing online fits leaves a plain checkpoint."""
+    made = planned(tiny(), text, preset="fast", tier="online", transforms="auto", cost_budget=60.0)
+    shown = {row["site"]: row for row in made.to_json()["sites"]}
+    assert {site for site, row in shown.items() if row["transform"] == "auto"} == {"attn_in", "vo", "mlp_in", "mlp_mid"}
+    assert shown["residual"]["transform"] is None and "candidates" not in shown["residual"]
+    vo = shown["vo"]
+    assert vo["candidates"] == ["none", "diagonal", "hadamard", "block", "kronecker"]
+    assert vo["placement"] == "online" and vo["flops_per_token"] == 2 * 64 * (4 + 16) and "at most 60 %" in vo["reason"]
+    named = planned(tiny(), text, preset="fast", tier="online")
+    assert made.output_bytes > named.output_bytes
+    for other in ({"tier": "online", "cost_budget": 0.0}, {"tier": "merged"}):
+        free = planned(tiny(), text, preset="fast", transforms="auto", **other)
+        assert {placement.how for placement in free.placements.values()} == {"folded"}
+        assert free.to_json()["sites"][-1]["candidates"] == ["none", "diagonal"]
+        assert not any("stay online" in note for note in free.notes)

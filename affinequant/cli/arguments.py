@@ -11,7 +11,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from affinequant.errors import AffineQuantError, unknown_name
 from affinequant.presets import PRESETS
-from affinequant.recipe import Recipe, resolve
+from affinequant.recipe import AUTO, CHOICE_SITES, Recipe, resolve
 from affinequant.scheme import SCHEMES
 
 _GROUPS = {
@@ -95,7 +95,10 @@ def add_recipe(parser: Parser, *, without: Sequence[str] = ()) -> None:
                 flag, default = f"--{scheme}", argparse.SUPPRESS
                 one.add_argument(flag, action="store_const", const=scheme, dest="scheme", default=default, help=about)
         elif entry.name == "transforms":
-            text = f"{entry.metadata['help']}; repeat it; NAME none takes the preset's away (default: by preset)"
+            text = (
+                f"{entry.metadata['help']}; repeat it; NAME none takes the preset's away, auto lets each block choose, "
+            )
+            text += "auto without a site wherever it can (default: by preset)"
             group.add_argument("--transform", metavar="SITE=NAME", action="append", default=[], help=text)
         elif entry.name != "model" and entry.name not in without:
             _add_field(group, entry, hints[entry.name])
@@ -181,15 +184,16 @@ def _help(entry: "Field[Any]") -> str:
 
 def _pairs(words: Sequence[str]) -> dict[str, str]:
     pairs: dict[str, str] = {}
-    for word in words:
+    for word in (word for word in words if word != AUTO):
         site, equals, name = word.partition("=")
         if not (site and equals and name):
-            fix = "write SITE=NAME, e.g. --transform vo=hadamard; `affinequant list transforms` shows both"
+            fix = "write SITE=NAME, e.g. --transform vo=hadamard, or auto for every site that can choose; "
+            fix += "`affinequant list transforms` shows both"
             raise AffineQuantError(f"cannot read {word!r}", "--transform", fix)
         if site in pairs:
             raise AffineQuantError(f"two transforms for the site {site}", "--transform", "give one for each site")
         pairs[site] = name
-    return pairs
+    return dict.fromkeys(CHOICE_SITES if AUTO in words else (), AUTO) | pairs
 
 
 def _unexpected_word(parser: Parser, word: str) -> AffineQuantError:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from affinequant.cli.output import minutes, size, with_error
-from affinequant.cli.plan import block_flops
 from affinequant.models import FAMILIES, Dims
 from affinequant.presets import PRESETS
 
@@ -195,10 +194,15 @@ def ratio(mine: "Score", full: "Score") -> tuple[float, float | None]:
 
 
 def online_cost(report: Mapping[str, Any]) -> tuple[int, int]:
-    """Floating-point operations per token of one block: of its online transforms, and of its linears."""
+    """Floating-point operations per token of one block: of its online transforms (where blocks choose, on
+    average), and of its linears."""
     plan = report["plan"]
+    from affinequant.placements import block_flops
+
     block = block_flops(FAMILIES[plan["family"]], Dims(**plan["dims"]))
-    return sum(site["flops_per_token"] for site in plan["sites"]), block
+    chosen = [{site: one["flops"] for site, one in found.get("transforms", {}).items()} for found in report["blocks"]]
+    fixed = sum(site["flops_per_token"] for site in plan["sites"] if not any(site["site"] in row for row in chosen))
+    return fixed + round(statistics.mean(sum(row.values()) for row in chosen)), block
 
 
 def spent_seconds(report: Mapping[str, Any]) -> float:

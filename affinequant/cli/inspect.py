@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from affinequant.checkpoint import Source, locate, open_source
+from affinequant.choices import tally
 from affinequant.cli.arguments import Parser
 from affinequant.cli.export import outcome
 from affinequant.cli.output import Screen, minutes, size
@@ -130,6 +131,9 @@ def _summary(found: Found) -> dict[str, str]:
         lines["verified"] = f"{check['nats']:+.4f} +- {check['stderr']:.4f} nats per token after reloading"
         data = report["calibration"]
         lines["data"] = f"{data['source']}, {data['samples']} x {data['seq_len']} tokens, BOS: {data['bos']}"
+        lines |= {
+            what: ", ".join(f"{one} x {n}" for one, n in row.items()) for what, row in tally(found.blocks).items()
+        }
         if "seconds" in report:
             lines["cost"] = f"{minutes(report['seconds'] / 60)}, peak memory {size(report['peak_bytes'])}"
     return lines

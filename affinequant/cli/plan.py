@@ -9,7 +9,6 @@ from affinequant.cli.arguments import Parser, add_recipe, recipe_of
 from affinequant.cli.output import Screen, minutes, size
 
 if TYPE_CHECKING:
-    from affinequant.models import Dims, Family
     from affinequant.plan import Plan
 
 USAGE = "MODEL [--w4a4 | --scheme NAME] [--preset NAME] ..."
@@ -46,6 +45,7 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
 def print_plan(made: "Plan", screen: Screen) -> None:
     """The plan as tables, or as JSON."""
     from affinequant.cli.quantize import header
+    from affinequant.placements import block_flops
 
     block = block_flops(made.family, made.dims)
     screen.facts({name: text for name, text in header(made).items() if not name.startswith(("plan", "size", "note"))})
@@ -64,17 +64,14 @@ def print_plan(made: "Plan", screen: Screen) -> None:
     screen.result(value)
 
 
-def block_flops(family: "Family", dims: "Dims") -> int:
-    """Floating-point operations per token of one block's linears: what an online transform is held against."""
-    return 2 * sum(getattr(dims, linear.rows) * getattr(dims, linear.columns) for linear in family.linears)
-
-
 def _print_sites(made: "Plan", block: int, screen: Screen) -> None:
     rows = []
     for name, placement in made.placements.items():
         transform = made.recipe.transforms.get(name, "none")
         how = "-" if transform == "none" else placement.how
         cost = f"{placement.flops:,}" if placement.flops else "0"
+        if transform == "auto":
+            cost = f"<= {cost}"
         rows.append([name, transform, how, cost, f"{100 * placement.flops / block:.1f} %", placement.reason])
     columns = ["site", "transform", "placement", "FLOPs/token", "of the block", "reason"]
     screen.table(columns, rows, right=(3, 4))

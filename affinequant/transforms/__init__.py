@@ -83,7 +83,8 @@ def structures_of(name: str, *, where: str) -> tuple[Structure, ...]:
     parts = name.split("+")
     for part in parts:
         if part not in TRANSFORMS:
-            raise unknown_name("transform", part, TRANSFORMS, where=where, listing="transforms")
+            known = (*TRANSFORMS, *(("auto", "none") if len(parts) == 1 else ()))
+            raise unknown_name("transform", part, known, where=where, listing="transforms")
     return tuple(TRANSFORMS[part][0] for part in parts)  # pyright: ignore[reportReturnType]
 
 
