@@ -8,8 +8,9 @@ from affinequant.recipe import Recipe
 from affinequant.transforms import LEARNED_ROTATIONS
 
 GPU_FLOPS = 1.2e14
-CPU_FLOPS_PER_CORE = 3.5e10
-"""Rates behind the minutes of a plan: bfloat16 on a data-centre GPU, float32 on one core with AVX-512."""
+CPU_FLOPS_PER_CORE = 1e11
+"""Rates behind the minutes of a plan: bfloat16 on a data-centre GPU; float32 on one core with AVX-512, half of what
+bare products reach there (2e11 at a small model's widths): the rest goes to what lies between the products."""
 
 
 def graph_bytes(recipe: Recipe, dims: Dims, width: int) -> int:

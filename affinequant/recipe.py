@@ -50,7 +50,11 @@ class Recipe:
 
     model: str = _option(MISSING, "what", "a local folder, a hub id, or `demo` (SmolLM2-135M)")
     scheme: str = _option("w4a4", "what", "number formats of weights, activations and KV cache")
-    tier: Tier = _option("merged", "what", "merged: no cost at run time, any engine; online: small matmuls at run time")
+    tier: Tier = _option(
+        "merged",
+        "what",
+        "merged: no cost at run time, any engine; online: small matmuls at run time, far better at 4-bit activations",
+    )
     preset: str = _option("default", "what", "named settings for everything in the group `method`")
     tp: int = _option(
         1, "what", "tensor-parallel ranks that may serve it: the inputs of o and down are quantised in so many slices"
@@ -186,7 +190,7 @@ class Recipe:
             ) from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
             raise AffineQuantError(f"{path} is not TOML: {problem}", "--config", "correct that line") from None
-        if not {"preset", "scheme", "tier"}.isdisjoint(overrides):
+        if not {"preset", "scheme", "tier", "format"}.isdisjoint(overrides):
             values = _chosen(values, where=str(path))
         if "transforms" in overrides and isinstance(values.get("transforms", {}), dict):
             overrides = overrides | {"transforms": values.get("transforms", {}) | overrides["transforms"]}
@@ -209,8 +213,9 @@ def resolve(values: Mapping[str, Any], *, where: str = "quantize()") -> Recipe:
         raise AffineQuantError("no model was named", where, "give a folder, a hub id or `demo`")
     preset = _find_preset(values.get("preset", "default"))
     scheme = Scheme.parse(str(values.get("scheme", preset.settings.get("scheme", "w4a4"))))
-    tier, demo = str(values.get("tier", _tier(preset))), values["model"] == "demo"
-    merged = preset.fields(tier, kv=scheme.kv is not None, demo=demo)
+    tier = str(values.get("tier", _tier(preset, scheme, str(values.get("format", "auto")))))
+    demo = values["model"] == "demo"
+    merged = {"tier": tier} | preset.fields(tier, kv=scheme.kv is not None, demo=demo)
     base = dict(merged.get("transforms", {}))
     merged |= values
     given = values.get("transforms", {})
@@ -225,11 +230,11 @@ def resolve(values: Mapping[str, Any], *, where: str = "quantize()") -> Recipe:
 
 def _chosen(values: Mapping[str, Any], *, where: str) -> dict[str, Any]:
     """A file's values without those that its own preset and scheme had filled in: another preset fills them anew."""
-    names = {name: values[name] for name in ("model", "scheme", "preset", "tier") if name in values}
+    names = {name: values[name] for name in ("model", "scheme", "preset", "tier", "format") if name in values}
     base = resolve({"model": "demo"} | names, where=where)
     filled = {"activation_clip"}.union(*({*p.settings, *p.online, *p.demo} for p in PRESETS.values())) - {"tier"}
     kept = {name: value for name, value in values.items() if name not in filled or value != getattr(base, name)}
-    if kept.get("tier") == _tier(PRESETS[base.preset]):
+    if kept.get("tier") == _tier(PRESETS[base.preset], base.parsed_scheme, base.format):
         del kept["tier"]
     if isinstance(kept.get("transforms"), dict):
         sites = kept["transforms"].items()
@@ -244,9 +249,12 @@ def _find_preset(name: Any) -> Preset:
     return PRESETS[known]
 
 
-def _tier(preset: Preset) -> str:
-    """The tier where none is asked for."""
-    return str(preset.settings.get("tier", Recipe.__dataclass_fields__["tier"].default))
+def _tier(preset: Preset, scheme: Scheme, form: str) -> str:
+    """The tier where none is asked for: the preset's own; else online for 4-bit activations, which are hardly usable
+    without, where the preset has transforms for it and the format that was asked for can hold them."""
+    narrow = scheme.activation is not None and scheme.activation.bits <= 4
+    online = bool(preset.online) and narrow and form in ("auto", "affinequant")
+    return str(preset.settings.get("tier", "online" if online else "merged"))
 
 
 def parse_bytes(text: str, *, flag: str) -> int | None:

@@ -139,7 +139,8 @@ def test_presets_rotate_keys_where_the_cache_is_quantised_and_the_tier_lets_them
         return resolve({"model": "m", "preset": "fast"} | fields).transforms.get("qk")
 
     assert at_qk(scheme="w4a4kv4", tier="online") == "hadamard"
-    assert at_qk(scheme="w4a4", tier="online") is None and at_qk(scheme="w4a4kv4") is None
+    assert at_qk(scheme="w4a4", tier="online") is None and at_qk(scheme="w4a4kv4", tier="merged") is None
+    assert at_qk(scheme="w4a4kv4") == "hadamard" and at_qk(scheme="w4a16kv4") is None
     assert at_qk(scheme="w4a4kv4", tier="online", transforms={"qk": "none"}) is None
     assert at_qk(scheme="w4a4kv4", tier="online", preset="rtn") is None
 

@@ -23,11 +23,12 @@ Tiny = Callable[..., Path]
 
 
 def make_job(folder: Path, index: int = 0, **fields: Any) -> tuple[BlockJob, dict[str, Tensor], Tensor]:
-    """(job, the block's tensors in float32, what reaches it [4, 24, hidden])."""
+    """(job, the block's tensors in float32, what reaches it [4, 24, hidden]); in the merged tier, unless asked."""
     source = open_source(folder)
     family, dims = resolve(source.config, where="")
     decoder = open_decoder(source, family, dims, torch.device("cpu"), torch.float32)
-    recipe = resolve_recipe({"model": str(folder), "samples": 4, "seq_len": 24, "batch_size": 2} | fields)
+    small = {"model": str(folder), "tier": "merged", "samples": 4, "seq_len": 24, "batch_size": 2}
+    recipe = resolve_recipe(small | fields)
     ids = torch.randint(2, 320, (4, 24), generator=torch.Generator().manual_seed(0))
     embedding = source.read([f"{family.embedding}.weight"])
     x, kwargs = decoder.embed(ids, {name: tensor.float() for name, tensor in embedding.items()})

@@ -127,7 +127,7 @@ def test_a_source_that_is_one_of_ours_keeps_both_cards(
     tiny_copy: Tiny, quantize: Callable[..., affinequant.Result], tmp_path: Path
 ) -> None:
     dense = quantize(odd_source(tiny_copy()), format="dense", out=tmp_path / "dense").path
-    done = quantize(dense, out=tmp_path / "again").path
+    done = quantize(dense, tier="merged", out=tmp_path / "again").path
     assert (done / "SOURCE_README.md").read_bytes() == (dense / "README.md").read_bytes()
     assert (done / "SOURCE_SOURCE_README.md").read_bytes() == (dense / "SOURCE_README.md").read_bytes()
     with safe_open(done / "model.safetensors", "pt") as file:

@@ -38,7 +38,7 @@ def text(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def words(tiny: Make, text: Path) -> list[str]:
-    small = ["--preset", "fast", "--samples", "4", "--seq-len", "32"]
+    small = ["--tier", "merged", "--preset", "fast", "--samples", "4", "--seq-len", "32"]
     return ["quantize", str(tiny(tied=True)), "--w4a4", "--data", str(text), *small]
 
 

@@ -34,12 +34,12 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def options(text: Path) -> list[str]:
-    return ["--data", str(text), "--samples", "4", "--seq-len", "32", "--preset", "fast"]
+    return ["--data", str(text), "--samples", "4", "--seq-len", "32", "--tier", "merged", "--preset", "fast"]
 
 
 @pytest.fixture(scope="module")
 def made(tiny: Tiny, options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished checkpoint; tests must not change it."""
+    """A finished checkpoint of the merged tier; tests must not change it."""
     out = tmp_path_factory.mktemp("made") / "tiny w4a4"
     assert main(["quantize", str(tiny()), *options, "-o", str(out), "-q"]) == 0
     return out
@@ -99,6 +99,8 @@ def test_help_of_quantize_has_every_field_and_explains_presets(capsys: Capture, 
         assert f"\n{title}" in shown
     assert "calibration sequences (default: by preset; 128)" in shown
     assert "seed of every random choice (default: 0)" in shown
+    words = " ".join(shown.split())
+    assert "(default: by preset; online at 4-bit activations where it has transforms for that, else merged)" in words
 
 
 # plan and --dry-run.
@@ -156,7 +158,7 @@ def test_dry_run_reads_no_weights(
 
 def test_flags_win_over_a_recipe_file(tiny: Tiny, options: list[str], tmp_path: Path, capsys: Capture) -> None:
     file, data = tmp_path / "recipe.toml", {"data": options[1], "samples": 7, "seq_len": 32}
-    recipe = resolve({"model": str(tiny()), "preset": "default", "transforms": {"vo": "none"}} | data)
+    recipe = resolve({"model": str(tiny()), "tier": "merged", "transforms": {"vo": "none"}} | data)
     file.write_text(recipe.to_toml())
     assert Recipe.from_toml(file) == recipe
 
@@ -240,7 +242,8 @@ def test_interrupted_inspected_and_taken_up(
 
 
 @pytest.mark.parametrize(
-    "fields", [{}, {"tier": "online"}, {"tier": "online", "transforms": {"mlp_in": "none"}, "lr": 0.1}]
+    "fields",
+    [{}, {"tier": "merged"}, {"tier": "online"}, {"tier": "online", "transforms": {"mlp_in": "none"}, "lr": 0.1}],
 )
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_command_that_goes_on_gives_the_same_recipe(preset: str, fields: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ def small(tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_demo(capsys: pytest.CaptureFixture[str]) -> None:
-    argv = ["demo", "--preset", "fast", "--samples", "4", "--seq-len", "32"]
+    argv = ["demo", "--tier", "merged", "--preset", "fast", "--samples", "4", "--seq-len", "32"]
     assert main(argv) == 0
     shown = capsys.readouterr()
     lines = shown.out.splitlines()
@@ -41,10 +41,10 @@ def test_demo(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_online_names_no_engine_that_would_refuse(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "demo").mkdir()  # a folder of that name is not what is meant
-    argv = ["demo", "--preset", "fast", "--tier", "online", "--samples", "4", "--seq-len", "32", "--json"]
+    argv = ["demo", "--preset", "fast", "--samples", "4", "--seq-len", "32", "--json"]
     assert main(argv) == 0
     value = json.loads(capsys.readouterr().out)
-    assert value["report"]["model"] == "demo"
+    assert (value["report"]["model"], value["report"]["tier"]) == ("demo", "online")
     assert [command.split()[:2] for command in value["next"]] == [["affinequant", "inspect"], ["affinequant", "eval"]]
 
 

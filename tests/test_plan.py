@@ -12,6 +12,7 @@ import pytest
 
 from affinequant.errors import AffineQuantError
 from affinequant.plan import Plan, check_disk, plan
+from affinequant.presets import PRESETS
 
 Tiny = Callable[..., Path]
 
@@ -25,6 +26,17 @@ LLAMA_2_70B = {
     "num_key_value_heads": 8,
     "vocab_size": 32000,
     "tie_word_embeddings": False,
+}
+
+
+SMOLLM2_135M = LLAMA_2_70B | {
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49152,
+    "tie_word_embeddings": True,
 }
 
 
@@ -79,7 +91,7 @@ def test_it_takes_no_torch_and_no_transformers(seventy: Path, text: Path) -> Non
 
 @pytest.mark.parametrize("preset", ["rtn", "smoothquant", "paper", "fast", "default"])
 def test_placements_are_shown_for_every_site(tiny: Tiny, text: Path, preset: str) -> None:
-    made = planned(tiny(), text, preset=preset)
+    made = planned(tiny(), text, preset=preset, tier="merged")
     shown = {row["site"]: row for row in made.to_json()["sites"]}
     assert list(shown) == ["residual", "attn_in", "qk", "vo", "mlp_in", "mlp_mid"]
     for site, row in shown.items():
@@ -99,13 +111,24 @@ def test_presets_that_need_the_online_tier(tiny: Tiny, text: Path, preset: str, 
     assert caught.value.exit_code == 2 and "--tier online" in caught.value.fix
 
 
+def test_the_minutes_are_those_that_were_taken(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measured on two idle cores with AVX-512 for the embedded model, with its scores and, in the last, its download."""
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    (tmp_path / "config.json").write_text(json.dumps(SMOLLM2_135M))
+    for preset, tier, measured in (("fast", "online", 1.6), ("default", "online", 6.1), ("default", "merged", 7.4)):
+        demo = PRESETS[preset].fields(tier, kv=False, demo=True) | {"data": str(text), "device": "cpu"}
+        made = plan(str(tmp_path), preset=preset, tier=tier, **demo)
+        assert made.minutes == pytest.approx(measured, rel=0.3), (preset, tier)
+
+
 def test_a_rotation_that_unties_is_announced(tiny: Tiny, text: Path) -> None:
-    made = planned(tiny(tied=True), text, preset="fast")
+    fast = {"preset": "fast", "tier": "merged"}
+    made = planned(tiny(tied=True), text, **fast)
     assert made.untied_bytes == 2 * 320 * 64
     assert any("unties the head" in note for note in made.notes)
-    for other in (planned(tiny(tied=True), text, preset="rtn"), planned(tiny(), text, preset="fast")):
+    for other in (planned(tiny(tied=True), text, preset="rtn"), planned(tiny(), text, **fast)):
         assert other.untied_bytes == 0 and not any("unties" in note for note in other.notes)
-    without = planned(tiny(tied=True), text, preset="fast", transforms={"residual": "none"})
+    without = planned(tiny(tied=True), text, transforms={"residual": "none"}, **fast)
     assert without.untied_bytes == 0 and made.output_bytes - without.output_bytes == made.untied_bytes
 
 
@@ -127,7 +150,7 @@ REFUSALS = [
     ({"transforms": {"qk": "banded"}}, "banded at qk is refused", "rope-pair", 2),
     ({"transforms": {"qk": "rope-pair+diagonal"}}, "at qk is refused", "rope-pair", 2),
     (
-        {"transforms": {"attn_in": "hadamard"}},
+        {"transforms": {"attn_in": "hadamard"}, "tier": "merged"},
         "hadamard at attn_in stays online (2,048 operations",
         "--tier online",
         2,

@@ -89,15 +89,70 @@ def test_a_preset_may_choose_the_tier_and_gives_way_to_who_asks(tmp_path: Path) 
     assert resolve({"model": "m", "preset": "quarot", "tier": "merged"}).tier == "merged"
     path = written(tmp_path, resolve({"model": "m", "preset": "quarot"}).to_toml())
     assert Recipe.from_toml(path).tier == "online"
-    assert Recipe.from_toml(path, preset="fast").tier == "merged"
+    assert Recipe.from_toml(path, preset="rtn").tier == "merged"
+    assert Recipe.from_toml(path, preset="fast").tier == "online"
+    assert Recipe.from_toml(path, preset="fast", scheme="w4a16") == resolve(
+        {"model": "m", "preset": "fast", "scheme": "w4a16"}
+    )
     assert Recipe.from_toml(path, tier="merged").tier == "merged"
-    path = written(tmp_path, resolve({"model": "m", "preset": "fast", "tier": "online"}).to_toml())
-    assert Recipe.from_toml(path, preset="default") == resolve({"model": "m", "tier": "online"})
-    assert Recipe.from_toml(path, preset="quarot") == resolve({"model": "m", "preset": "quarot"})
+    for scheme, tier in (("w4a4", "merged"), ("w4a16", "online")):
+        asked = {"model": "m", "scheme": scheme, "tier": tier}
+        path = written(tmp_path, resolve(asked | {"preset": "fast"}).to_toml())
+        assert Recipe.from_toml(path, preset="default") == resolve(asked)
+        assert Recipe.from_toml(path, preset="quarot") == resolve(asked | {"preset": "quarot"})
+
+
+TIERS = [
+    ({}, "online"),
+    ({"preset": "fast"}, "online"),
+    ({"preset": "best", "scheme": "w4a4-g32"}, "online"),
+    ({"scheme": "w4a4kv4"}, "online"),
+    ({"scheme": "w4a4-sym"}, "online"),
+    ({"model": "demo"}, "online"),
+    ({"format": "affinequant"}, "online"),
+    ({"format": "compressed-tensors"}, "merged"),
+    ({"format": "dense"}, "merged"),
+    ({"scheme": "w4a8"}, "merged"),
+    ({"scheme": "w8a8"}, "merged"),
+    ({"scheme": "w4a16-g64"}, "merged"),
+    ({"scheme": "w4a16kv4"}, "merged"),
+    ({"preset": "rtn"}, "merged"),
+    ({"preset": "paper"}, "merged"),
+    ({"preset": "quarot", "scheme": "w4a16"}, "online"),
+    ({"preset": "flatquant", "format": "dense"}, "online"),
+]
+
+
+@pytest.mark.parametrize(("values", "tier"), TIERS, ids=lambda value: str(value)[:60])
+def test_the_tier_where_none_is_asked_for(tmp_path: Path, values: dict[str, Any], tier: str) -> None:
+    """Online at 4-bit activations, where preset and format have room for it; who asks wins, and a file keeps it."""
+    values = {"model": "m"} | values
+    recipe = resolve(values)
+    assert recipe.tier == tier and recipe == resolve(values | {"tier": tier})
+    preset = PRESETS[recipe.preset].fields(tier, kv=recipe.parsed_scheme.kv is not None)
+    assert recipe.transforms == preset.get("transforms", {})
+    assert Recipe.from_toml(written(tmp_path, recipe.to_toml())) == recipe
+    for asked in ("merged", "online"):
+        there = resolve(values | {"tier": asked})
+        assert there.tier == asked and Recipe.from_toml(written(tmp_path, there.to_toml())) == there
+
+
+def test_another_scheme_or_format_than_the_file_s_brings_its_own_tier(tmp_path: Path) -> None:
+    def read(recipe: Recipe, **changes: Any) -> Recipe:
+        return Recipe.from_toml(written(tmp_path, recipe.to_toml()), **changes)
+
+    for change in ({"scheme": "w4a16"}, {"format": "dense"}, {"preset": "rtn"}):
+        there = read(resolve({"model": "m"}), **change)
+        assert there == resolve({"model": "m"} | change) and there.tier == "merged"
+        assert read(there, scheme="w4a4", format="auto", preset="default") == resolve({"model": "m"})
+    asked = {"model": "m", "tier": "merged"}
+    assert read(resolve(asked), format="affinequant") == resolve(asked | {"format": "affinequant"})
 
 
 def test_what_is_given_wins_over_the_preset_and_the_preset_over_defaults() -> None:
-    assert resolve({"model": "m"}).epochs == PRESETS["default"].settings["epochs"] != Recipe(model="m").epochs
+    merged = resolve({"model": "m", "tier": "merged"})
+    assert merged.epochs == PRESETS["default"].settings["epochs"] != Recipe(model="m").epochs
+    assert resolve({"model": "m"}).epochs == PRESETS["default"].online["epochs"] != merged.epochs
     assert resolve({"model": "m", "epochs": 1}).epochs == 1
     paper = resolve({"model": "m", "preset": "paper", "batch_size": 2})
     assert (paper.loss, paper.rounding, paper.batch_size) == ("mse", "nearest", 2)
@@ -119,7 +174,9 @@ def test_a_file_gives_way_to_arguments(tmp_path: Path) -> None:
     assert Recipe.from_toml(path, samples=9).samples == 9
     assert Recipe.from_toml(path, transforms={"vo": "diagonal"}).transforms["vo"] == "diagonal"
     fast = Recipe.from_toml(path, preset="fast")
-    assert (fast.samples, fast.transforms, fast.rounding) == (7, PRESETS["fast"].settings["transforms"], "gptq")
+    assert (fast.samples, fast.transforms, fast.rounding) == (7, PRESETS["fast"].online["transforms"], "gptq")
+    merged = Recipe.from_toml(path, preset="fast", tier="merged")
+    assert (merged.samples, merged.transforms, merged.rounding) == (7, PRESETS["fast"].settings["transforms"], "gptq")
 
 
 def test_a_file_of_a_person_needs_no_more_than_a_person_writes(tmp_path: Path) -> None:

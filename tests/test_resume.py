@@ -22,10 +22,10 @@ def recipe(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) 
     text = tmp_path_factory.mktemp("text") / "text.txt"
     text.write_text(TEXT)
 
-    def make(out: Path, preset: str, seed: int = 0) -> Recipe:
+    def make(out: Path, preset: str, seed: int = 0, **asked: str) -> Recipe:
         more = {"default": {"epochs": 2, "finish": "kl", "finish_epochs": 1}, "spinquant": {"rotation_steps": 4}}
         fields = {"preset": preset, "data": str(text), "samples": 4, "seq_len": 32, "seed": seed, "out": str(out)}
-        return resolve({"model": str(tiny(tied=True))} | fields | more.get(preset, {}))
+        return resolve({"model": str(tiny(tied=True))} | fields | more.get(preset, {}) | asked)
 
     return make
 
@@ -72,20 +72,20 @@ def run_in_child(recipe: Recipe) -> None:
     assert not killed_at(recipe, -1, False)
 
 
-@pytest.mark.parametrize("preset", ["fast", "default"])
-def test_killed_at_every_commit_point(preset: str, recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("preset", "tier"), [("fast", "merged"), ("default", "merged"), ("fast", "online")])
+def test_killed_at_every_commit_point(preset: str, tier: str, recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     whole = tmp_path / "whole"
-    run_in_child(recipe(whole, preset))
+    run_in_child(recipe(whole, preset, tier=tier))
     expected = final_files(whole)
-    assert "model.safetensors" in expected
+    assert {"merged": "model.safetensors", "online": "affinequant.safetensors"}[tier] in expected
     kills = 0
     for after in (False, True):
         for number in range(1, 40):
             out = tmp_path / f"{after}-{number}"
-            if not killed_at(recipe(out, preset), number, after):
+            if not killed_at(recipe(out, preset, tier=tier), number, after):
                 break
             kills += 1
-            run_in_child(recipe(out, preset))
+            run_in_child(recipe(out, preset, tier=tier))
             assert final_files(out) == expected, f"killed {'after' if after else 'before'} rename {number}"
     assert kills >= 2 * 6  # fingerprint, outer, two blocks, weights, config, report: before and after each
 
@@ -105,7 +105,7 @@ def test_killed_around_the_learned_rotations(recipe: Callable[..., Recipe], tmp_
 
 def test_the_same_seed_gives_the_same_bytes_and_another_does_not(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        run_in_child(recipe(tmp_path / name, "default", seed))
+        run_in_child(recipe(tmp_path / name, "default", seed, tier="merged"))
     a, b, c = (final_files(tmp_path / name)["model.safetensors"] for name in "abc")
     assert a == b
     assert a != c
@@ -114,8 +114,8 @@ def test_the_same_seed_gives_the_same_bytes_and_another_does_not(recipe: Callabl
 def test_where_activations_wait_does_not_change_the_bytes(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     from dataclasses import replace
 
-    run_in_child(recipe(tmp_path / "memory", "default"))
-    run_in_child(replace(recipe(tmp_path / "disk", "default"), offload="disk"))
+    run_in_child(recipe(tmp_path / "memory", "default", tier="merged"))
+    run_in_child(replace(recipe(tmp_path / "disk", "default", tier="merged"), offload="disk"))
     assert final_files(tmp_path / "memory")["model.safetensors"] == final_files(tmp_path / "disk")["model.safetensors"]
 
 

@@ -106,7 +106,8 @@ def test_a_tiny_checkpoint_loads_and_agrees(
     # Heads of 32: the smallest that vLLM's attention on a CPU takes.
     source = tiny(hidden=128, heads=4, kv_heads=2, mlp=256)
     clip = {"activation_clip": "none"} if scheme == "w8a8" else {}
-    affinequant.quantize(source, scheme=scheme, preset="fast", data=text, samples=4, seq_len=32, out=out, **clip)
+    fields = {"tier": "merged", "preset": "fast", "data": text, "samples": 4, "seq_len": 32} | clip
+    affinequant.quantize(source, scheme=scheme, out=out, **fields)
     window = [torch.randint(3, 300, (48,), generator=torch.Generator().manual_seed(0)).tolist()]
     ours, theirs = reference_losses(weight_only(out, torch.float32), window), vllm_losses(out, window, runs_as)
     difference = torch.tensor(ours) - torch.tensor(theirs)

@@ -23,6 +23,8 @@ _GROUPS = {
 }
 _METAVARS = {"data": "SOURCE", "out": "DIR", "gpu_memory": "SIZE", "cpu_memory": "SIZE"}
 _BY_PRESET = {name for preset in PRESETS.values() for name in preset.settings}
+_DEFAULTS = {"tier": "online at 4-bit activations where it has transforms for that, else merged"}
+"""Defaults that are no one value."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -174,7 +176,7 @@ class _Switch(argparse.BooleanOptionalAction):
 
 def _help(entry: "Field[Any]") -> str:
     text = str(entry.metadata["help"])
-    default = PRESETS["default"].settings.get(entry.name, entry.default)
+    default = _DEFAULTS.get(entry.name, PRESETS["default"].settings.get(entry.name, entry.default))
     if entry.name in _BY_PRESET:
         text += f" (default: by preset; {default})"
     elif default is not MISSING and default != "" and default is not False:

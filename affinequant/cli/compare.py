@@ -42,7 +42,7 @@ FAIL if the text and the windows are the same; below the table stands where the 
 
 examples:
   affinequant compare demo --presets rtn,fast,default
-  affinequant compare ./my-llama --presets fast,default --tier online --text my-text.txt --windows 20 -o tiers-online
+  affinequant compare ./my-llama --presets fast,default --tier merged --text my-text.txt --windows 20 -o tiers-merged
   affinequant compare meta-llama/Llama-2-7b-hf --presets affinequant-paper,quarot,flatquant,best \\
       --text wikitext2 --bos first -o llama-2-7b-presets
 """

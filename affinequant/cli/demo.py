@@ -30,7 +30,7 @@ Typed again it goes straight to the scores.
 examples:
   affinequant demo                                 W4A4, preset default, a few minutes on two cores
   affinequant demo --preset fast                   no learning
-  affinequant demo --tier online                   far closer to full precision; only affinequant.load runs it
+  affinequant demo --tier merged                   nothing at run time, any engine; farther from full precision
   affinequant demo --w4a16-g64 -o smollm2-w4       another scheme
 """
 
