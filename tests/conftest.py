@@ -86,7 +86,8 @@ def tiny_copy(tiny: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def smollm2_w4a4(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The embedded model at W4A4 by preset `fast`, in the merged tier; the folder named in AFFINEQUANT_TEST_SMOLLM2 is used instead."""
+    """The embedded model at W4A4 by preset `fast`, merged tier; the folder named in AFFINEQUANT_TEST_SMOLLM2 is used
+    instead."""
     made = os.environ.get("AFFINEQUANT_TEST_SMOLLM2")
     if made:
         yield Path(made)

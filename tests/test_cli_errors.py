@@ -169,7 +169,10 @@ def test_group_that_does_not_divide_names_the_nearest(refuse: Refuse, tiny: Tiny
     [
         (["--scheme", "w4a5"], ["unknown scheme 'w4a5'", "did you mean 'w4a"]),
         (["--scheme", "w4a4kv3"], ["KV cache in 3 bits", "kv4"]),
-        (["--w4a4kv4", "--tier", "merged", "--transform", "qk=hadamard"], ["hadamard at qk stays online", "--tier online"]),
+        (
+            ["--w4a4kv4", "--tier", "merged", "--transform", "qk=hadamard"],
+            ["hadamard at qk stays online", "--tier online"],
+        ),
         (["--format", "dens"], ["unknown format 'dens'", "did you mean 'dense'"]),
         (["--tier", "merge"], ["unknown tier 'merge'", "did you mean 'merged'"]),
         (["--rounding", "gptg"], ["unknown rounding", "did you mean 'gptq'"]),
@@ -182,7 +185,10 @@ def test_group_that_does_not_divide_names_the_nearest(refuse: Refuse, tiny: Tiny
         (["--transform", "vo"], ["cannot read 'vo'", "SITE=NAME"]),
         (["--transform", "vo=none", "--transform", "vo=hadamard"], ["two transforms for the site vo"]),
         (["--transform", "qk=banded"], ["banded at qk is refused", "RoPE", "rope-pair"]),
-        (["--tier", "merged", "--transform", "mlp_mid=hadamard"], ["hadamard at mlp_mid stays online", "--tier online"]),
+        (
+            ["--tier", "merged", "--transform", "mlp_mid=hadamard"],
+            ["hadamard at mlp_mid stays online", "--tier online"],
+        ),
         (["--w4a4", "--w4a8"], ["--w4a8 cannot go together with --w4a4"]),
         (["--smaples", "3"], ["unknown option --smaples", "did you mean --samples"]),
         (["--w4a5"], ["unknown option --w4a5", "did you mean --w4a"]),

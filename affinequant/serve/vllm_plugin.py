@@ -28,7 +28,8 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.layers.quantization.utils.quant_utils import is_layer_skipped
 from vllm.model_executor.models.utils import WeightsMapper
 
-from affinequant.formats import VERSION
+from affinequant.errors import AffineQuantError
+from affinequant.formats import check_readable
 from affinequant.formats.compressed_tensors import declares_activations
 from affinequant.scheme import NumberFormat, Scheme
 from affinequant.serve.vllm_linear import AffineQuantLinear
@@ -76,11 +77,10 @@ class AffineQuantConfig(QuantizationConfig):
     def __init__(self, declared: Mapping[str, Any]) -> None:
         super().__init__()
         ours = declared["affinequant"]
-        if ours.get("version") != VERSION:
-            raise ValueError(
-                f"a checkpoint of version {ours.get('version')!r}, this affinequant reads version {VERSION}: install the "
-                "affinequant that wrote it"
-            )
+        try:
+            check_readable(ours, "quantization_config of config.json")
+        except AffineQuantError as problem:
+            raise ValueError(str(problem)) from None  # the kind of error that vLLM shows as one about its input
         self.weight = NumberFormat(**ours["weight"])
         self.activation = NumberFormat(**ours["activation"]) if ours["activation"] else None
         self.whole = declares_activations(Scheme.parse(ours["scheme"]))
