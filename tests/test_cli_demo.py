@@ -39,13 +39,13 @@ def test_demo(capsys: pytest.CaptureFixture[str]) -> None:
     assert value["greedy"][0].keys() == {"prompt", "full", "quantized"}
 
 
-def test_online_names_no_engine_that_would_refuse(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_the_default_tier_is_served_too(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "demo").mkdir()  # a folder of that name is not what is meant
     argv = ["demo", "--preset", "fast", "--samples", "4", "--seq-len", "32", "--json"]
     assert main(argv) == 0
     value = json.loads(capsys.readouterr().out)
     assert (value["report"]["model"], value["report"]["tier"]) == ("demo", "online")
-    assert [command.split()[:2] for command in value["next"]] == [["affinequant", "inspect"], ["affinequant", "eval"]]
+    assert [command.split()[:2] for command in value["next"]] == [["vllm", "serve"], ["affinequant", "eval"]]
 
 
 def test_options_and_the_folder_s_name(capsys: pytest.CaptureFixture[str]) -> None:

@@ -47,7 +47,9 @@ COMMANDS: dict[str, Command] = {
     "export": Command(
         module="affinequant.cli.export", about="another format out of a finished folder, nothing retrained"
     ),
-    "bench": Command(module="affinequant.cli.bench", about="time the integer kernels next to torch's linears"),
+    "bench": Command(
+        module="affinequant.cli.bench", about="time a checkpoint next to its model, or the integer kernels"
+    ),
     "list": Command(
         module="affinequant.cli.lists", about="schemes, models, transforms, formats, presets, data, metrics"
     ),

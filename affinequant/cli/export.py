@@ -84,8 +84,6 @@ def next_commands(path: Path, report: Mapping[str, Any]) -> list[str]:
             return [f"vllm serve {folder}"] if symmetric else []  # vLLM reads no zero points of this layout
         case "nvfp4" | "mxfp4":  # compressed-tensors unpacks them to bfloat16
             return [f"{evaluate} --dtype bfloat16"]
-        case "affinequant":
-            return [evaluate]
         case _:
             return [f"vllm serve {folder}", evaluate]
 

@@ -148,10 +148,9 @@ def outcome(done: "Result") -> dict[str, str]:
 
 
 def next_commands(done: "Result") -> list[str]:
-    """What to type next; no engine is named that would refuse the folder."""
+    """What to type next."""
     folder = spoken(done.path)
-    online = any(site["placement"] == "online" for site in done.report["plan"]["sites"])
-    return [f"affinequant inspect {folder}" if online else f"vllm serve {folder}", f"affinequant eval {folder}"]
+    return [f"vllm serve {folder}", f"affinequant eval {folder}"]
 
 
 def print_next(commands: list[str], screen: Screen) -> None:
