@@ -215,7 +215,7 @@ def resolve(values: Mapping[str, Any], *, where: str = "quantize()") -> Recipe:
     scheme = Scheme.parse(str(values.get("scheme", preset.settings.get("scheme", "w4a4"))))
     tier = str(values.get("tier", _tier(preset, scheme, str(values.get("format", "auto")))))
     demo = values["model"] == "demo"
-    merged = {"tier": tier} | preset.fields(tier, kv=scheme.kv is not None, demo=demo)
+    merged: dict[str, Any] = {"tier": tier} | preset.fields(tier, kv=scheme.kv is not None, demo=demo)
     base = dict(merged.get("transforms", {}))
     merged |= values
     given = values.get("transforms", {})

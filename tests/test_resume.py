@@ -72,7 +72,7 @@ def run_in_child(recipe: Recipe) -> None:
     assert not killed_at(recipe, -1, False)
 
 
-@pytest.mark.parametrize(("preset", "tier"), [("fast", "merged"), ("default", "merged"), ("fast", "online")])
+@pytest.mark.parametrize(("preset", "tier"), [("fast", "online"), ("default", "merged")])
 def test_killed_at_every_commit_point(preset: str, tier: str, recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     whole = tmp_path / "whole"
     run_in_child(recipe(whole, preset, tier=tier))
