@@ -439,29 +439,3 @@ def test_a_wrong_result_is_kept_and_exits_with_4(
 def test_quantize_names_the_way_to_a_format_that_only_export_writes(tiny: Tiny) -> None:
     with pytest.raises(AffineQuantError, match="affinequant export DIR --format gguf"):
         affinequant.plan(str(tiny(**SHAPE)), format="gguf")
-
-
-# Stock vLLM.
-
-VLLM = [
-    ("w4a4", "compressed-tensors", "w4a16", "CompressedTensorsWNA16"),
-    ("w4a4", "int-quantized", "w8a8", "CompressedTensorsW8A8Int8"),
-    ("w4a16-sym", "int-quantized", "w4a8", "CompressedTensorsW4A8Int"),
-    ("w4a16-sym", "gptq", None, "AutoGPTQLinearMethod"),
-]
-
-
-@pytest.mark.vllm
-@pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize(("source", "form", "asked", "runs_as"), VLLM, ids=lambda value: str(value))
-def test_stock_vllm_computes_an_export(
-    source: str, form: str, asked: str | None, runs_as: str, made: Make, tiny: Tiny, tmp_path: Path
-) -> None:
-    from tests.test_vllm import reference_losses, vllm_losses
-
-    export(made(source), form, tmp_path / "out", asked)
-    window = [torch.randint(3, 300, (48,), generator=torch.Generator().manual_seed(0)).tolist()]
-    expected = torch.tensor(reference_losses(dense_model(rounded(tiny(**SHAPE), source)), window))
-    difference = torch.tensor(vllm_losses(tmp_path / "out", window, runs_as)) - expected
-    # bfloat16, and 8-bit activations where they are declared, against weights alone in float32.
-    assert float(difference.abs().mean()) < 0.05 * float(expected.std())
