@@ -189,6 +189,17 @@ def divergence(
     return torch.stack(parts).sum() / len(student)  # pyright: ignore[reportArgumentType, reportCallIssue]
 
 
+@torch.no_grad()
+def mean_loss(
+    loss: Callable[[tuple[Tensor, Tensor]], Tensor],
+    embedded: Float[Tensor, "samples tokens hidden"],
+    full: Float[Tensor, "samples tokens hidden"],
+) -> float:
+    """The loss of samples one by one, on average."""
+    losses = [float(loss((x[None], teacher[None]))) for x, teacher in zip(embedded, full, strict=True)]
+    return sum(losses) / len(losses)
+
+
 def distill(
     jobs: Sequence[BlockJob],
     stages: Iterator[Tensors],
@@ -220,10 +231,7 @@ def distill(
             yield embedded[chosen][None], full[chosen][None]
 
     def held_out() -> float:
-        with torch.no_grad():
-            pairs = zip(embedded[-held:], full[-held:], strict=True)
-            losses = [float(objective.loss((x[None], teacher[None]))) for x, teacher in pairs]
-        mean = sum(losses) / len(losses)
+        mean = mean_loss(objective.loss, embedded[-held:], full[-held:])
         say(f"finish  divergence from full precision {mean:.4f} nats per token, on {held} held-out samples")
         return mean
 

@@ -11,11 +11,10 @@ import torch
 
 import affinequant
 from affinequant import choices
-from affinequant.block import BlockJob
 from affinequant.checkpoint import check_finite, check_tensors, locate, open_source
 from affinequant.data import Tokens, calibration_tokens
 from affinequant.errors import AffineQuantError
-from affinequant.finish import DISTILLED, finish, peak_bytes, publish, stage_name, store_dtype
+from affinequant.finish import DISTILLED, finish, peak_bytes, publish, stage_name
 from affinequant.plan import Plan, check_disk
 from affinequant.plan import plan as make_plan
 from affinequant.progress import Console, Progress, Silent
@@ -23,7 +22,7 @@ from affinequant.recipe import Recipe
 from affinequant.recipe import resolve as resolve_recipe
 from affinequant.rotation import rotations
 from affinequant.run import Run
-from affinequant.stages import block_stage, distill_stage, outer_stage
+from affinequant.stages import block_job, block_stage, distill_stage, outer_stage
 from affinequant.stream import Decoder, compute_dtype, open_decoder
 from affinequant.workspace import empty, open_workspace
 
@@ -105,13 +104,13 @@ def quantize_blocks(made: Plan, run: Run, tokens: Tokens, listen: Progress) -> D
         carry = run.carry(names[first - 1] if first else "outer")
         full, quantized = carry["full"], carry.get("quantized", carry["full"])
         for index in range(first, len(names)):
-            job = replace(_job(made, decoder, index, kwargs, _scratch(made, run)), starts=starts.get(index, {}))
+            job = replace(block_job(made, decoder, index, kwargs, _scratch(made, run)), starts=starts.get(index, {}))
             full, quantized = block_stage(made, run, job, rotation, full, quantized, listen)
     listen.end()
     for line in choices.lines([run.report(name) for name in names]):
         listen.say(line)
     if made.recipe.finish == "kl" and not run.committed(DISTILLED):
-        jobs = [_job(made, decoder, index, kwargs, _scratch(made, run)) for index in range(len(names))]
+        jobs = [block_job(made, decoder, index, kwargs, _scratch(made, run)) for index in range(len(names))]
         distill_stage(made, run, tokens, jobs, listen)
     return decoder
 
@@ -132,19 +131,6 @@ def _plain(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def _scratch(made: Plan, run: Run) -> Path | None:
     return run.folder if made.offload == "disk" else None
-
-
-def _job(made: Plan, decoder: Decoder, index: int, kwargs: Mapping[str, Any], scratch: Path | None) -> BlockJob:
-    return BlockJob(
-        decoder=decoder,
-        index=index,
-        sites=made.sites,
-        recipe=made.recipe,
-        scheme=made.recipe.parsed_scheme,
-        kwargs=kwargs,
-        store=store_dtype(made),
-        scratch=scratch,
-    )
 
 
 def _tokens(made: Plan, listen: Progress) -> Tokens:

@@ -18,8 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 from affinequant.block import BlockJob
 from affinequant.data import Tokens
-from affinequant.distill import HELD_OUT, divergence
-from affinequant.finish import ROTATED, store_dtype
+from affinequant.distill import HELD_OUT, divergence, mean_loss
+from affinequant.finish import ROTATED
 from affinequant.fit import FitConfig, FitReport, Group, fit
 from affinequant.fold import Tensors, fold, fuse_gains
 from affinequant.linalg import from_blocks, to_blocks
@@ -27,7 +27,7 @@ from affinequant.plan import Plan
 from affinequant.progress import Progress
 from affinequant.quantizer import fake_quantize_activation
 from affinequant.run import Run
-from affinequant.stages import whole_report
+from affinequant.stages import block_job, block_reader, read_outer, whole_report
 from affinequant.starts import build_transforms, sites_that_look
 from affinequant.stream import Decoder
 from affinequant.transforms import LEARNED_ROTATIONS, Transform, build
@@ -165,27 +165,14 @@ def _rotation_stage(
 ) -> None:
     """Learn the rotations and commit them: the residual stream's as parameters, those of the values as matrices."""
     began = time.perf_counter()
-    outer = made.source.read(name for name in made.source.entries if not name.startswith(made.family.blocks + "."))
+    outer, read = read_outer(made, decoder), block_reader(made, decoder)
     ids, held = _pieces(tokens.ids, made)
     embedded, kwargs = decoder.embed(ids, outer)
 
     def load(index: int) -> Tensors:
-        prefix = f"{made.family.blocks}.{index}."
-        read = made.source.read(made.source.names_under(prefix[:-1]))
-        return {name[len(prefix) :]: tensor.to(decoder.device).float() for name, tensor in read.items()}
+        return {name: tensor.float() for name, tensor in read(index).items()}
 
-    jobs = [
-        BlockJob(
-            decoder=decoder,
-            index=index,
-            sites=made.sites,
-            recipe=made.recipe,
-            scheme=made.recipe.parsed_scheme,
-            kwargs=kwargs,
-            store=store_dtype(made),
-        )
-        for index in range(made.dims.layers)
-    ]
+    jobs = [block_job(made, decoder, index, kwargs) for index in range(made.dims.layers)]
     full = embedded
     for job in jobs:
         full = job.run_all(load(job.index), full)
@@ -226,10 +213,7 @@ def learn(
             yield embedded[chosen][None], full[chosen][None]
 
     def held_out() -> float:
-        with torch.no_grad():
-            pairs = zip(embedded[-held:], full[-held:], strict=True)
-            losses = [float(objective.loss((x[None], teacher[None]))) for x, teacher in pairs]
-        mean = sum(losses) / len(losses)
+        mean = mean_loss(objective.loss, embedded[-held:], full[-held:])
         say(f"rotation  divergence with rounded inputs {mean:.4f} nats per token, on {held} held-out pieces of text")
         return mean
 

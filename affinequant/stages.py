@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,9 +42,8 @@ def block_stage(
     objective = BlockObjective(job, values, *build_transforms(job, values, watch.seen()))
     fitted = fit(objective, _batches(job, values, full, quantized, target), _fit_config(made.recipe))
     rounded = round_block(job, folded_exactly(objective, exact), quantized, objective, full)
-    after = rounded.after
     events = _fit_events(fitted)
-    if fitted.steps and not bool(after.isfinite().all()):
+    if fitted.steps and not bool(rounded.after.isfinite().all()):
         events.append("what was learned gave non-finite outputs: the closed-form start was taken instead")
         objective = BlockObjective(job, values, *build_transforms(job, values, watch.seen()))
         rounded = round_block(job, folded_exactly(objective, exact), quantized, objective, full)
@@ -94,12 +94,45 @@ def whole_report(fitted: FitReport, began: float, device: torch.device) -> dict[
     }
 
 
+def block_job(
+    made: Plan, decoder: Decoder, index: int, kwargs: Mapping[str, Any], scratch: Path | None = None
+) -> BlockJob:
+    """What is fixed while block `index` of this plan is worked on."""
+    return BlockJob(
+        decoder=decoder,
+        index=index,
+        sites=made.sites,
+        recipe=made.recipe,
+        scheme=made.recipe.parsed_scheme,
+        kwargs=kwargs,
+        store=store_dtype(made),
+        scratch=scratch,
+    )
+
+
+def block_reader(made: Plan, decoder: Decoder) -> Callable[[int], Tensors]:
+    """Index of a block -> its tensors as the source has them, named within it, on the device. What the model's own code
+    has no place for is left out: the writer copies it."""
+    unknown = set(decoder.unknown(made.source.entries))
+
+    def read(index: int) -> Tensors:
+        prefix = f"{made.family.blocks}.{index}."
+        found = made.source.read(name for name in made.source.names_under(prefix[:-1]) if name not in unknown)
+        return {name[len(prefix) :]: tensor.to(decoder.device) for name, tensor in found.items()}
+
+    return read
+
+
+def read_outer(made: Plan, decoder: Decoder) -> Tensors:
+    """The source's tensors outside the blocks, without those that the model's own code has no place for."""
+    unknown = set(decoder.unknown(made.source.entries))
+    names = (name for name in made.source.entries if not name.startswith(made.family.blocks + "."))
+    return made.source.read(name for name in names if name not in unknown)
+
+
 def _load_block(made: Plan, job: BlockJob, rotation: Transform | None) -> Tensors:
     """The block's tensors in fp64, named within it, the residual stream rotated where the recipe asks for it."""
-    prefix = f"{made.family.blocks}.{job.index}."
-    names, unknown = made.source.names_under(prefix[:-1]), job.decoder.unknown(made.source.entries)
-    read = made.source.read(name for name in names if name not in unknown)  # the writer copies what nothing here knows
-    tensors = {name[len(prefix) :]: tensor.to(job.decoder.device).double() for name, tensor in read.items()}
+    tensors = {name: tensor.double() for name, tensor in block_reader(made, job.decoder)(job.index).items()}
     if rotation is not None:
         tensors = rotate_block(tensors, made.family, made.sites["residual"], rotation)
     return tensors
@@ -107,9 +140,7 @@ def _load_block(made: Plan, job: BlockJob, rotation: Transform | None) -> Tensor
 
 def outer_stage(made: Plan, run: Run, tokens: Tokens, decoder: Decoder, rotation: Transform | None) -> None:
     """Embedding, final norm and head: rotated, never quantised. Carries the embedded calibration tokens."""
-    unknown = decoder.unknown(made.source.entries)
-    names = [name for name in made.source.entries if not name.startswith(made.family.blocks + ".")]
-    tensors = made.source.read(name for name in names if name not in unknown)
+    tensors = read_outer(made, decoder)
     if made.dims.tied:
         tensors.pop(f"{made.family.head}.weight", None)
     if rotation is not None:

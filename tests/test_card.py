@@ -85,11 +85,12 @@ def test_everything_of_the_source_is_there(
     assert model.generation_config.temperature == 0.6 and model.generation_config.eos_token_id == [1, 7]
 
 
+@pytest.mark.parametrize("recipe", [{}, {"preset": "spinquant", "rotation_steps": 2}], ids=["fast", "spinquant"])
 def test_odd_tensors_change_nothing_else(
-    tiny: Tiny, tiny_copy: Tiny, quantize: Callable[..., affinequant.Result], tmp_path: Path
+    recipe: dict[str, Any], tiny: Tiny, tiny_copy: Tiny, quantize: Callable[..., affinequant.Result], tmp_path: Path
 ) -> None:
-    plain = quantize(tiny(), out=tmp_path / "plain")
-    odd = quantize(odd_source(tiny_copy()), out=tmp_path / "odd")
+    plain = quantize(tiny(), out=tmp_path / "plain", **recipe)
+    odd = quantize(odd_source(tiny_copy()), out=tmp_path / "odd", **recipe)
     known = {name: tensor for name, tensor in tensors_of(odd.path).items() if name not in ODD}
     expected = tensors_of(plain.path)
     assert known.keys() == expected.keys() and plain.report["unknown_tensors"] == {}

@@ -16,13 +16,14 @@ from affinequant.block import BlockJob
 from affinequant.data import Tokens
 from affinequant.finish import ROTATED
 from affinequant.fold import fold, rotate_block
-from affinequant.pipeline import _job, _tokens
+from affinequant.pipeline import _tokens
 from affinequant.plan import Plan, plan
 from affinequant.progress import Silent
 from affinequant.quantizer import fake_quantize_activation
 from affinequant.recipe import resolve
 from affinequant.rotation import Rotations, RoundedInputs, rotations
 from affinequant.run import Run
+from affinequant.stages import block_job
 from affinequant.stream import Decoder, open_decoder
 from affinequant.transforms import build
 
@@ -42,7 +43,7 @@ class Case(NamedTuple):
 
     def job(self, index: int) -> BlockJob:
         _, kwargs = self.decoder.embed(self.tokens.ids[:1], self.outer())
-        return _job(self.made, self.decoder, index, kwargs, None)
+        return block_job(self.made, self.decoder, index, kwargs)
 
     def outer(self) -> dict[str, Tensor]:
         return self.made.source.read(name for name in self.made.source.entries if ".layers." not in name)
