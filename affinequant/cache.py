@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from affinequant.attention import NAME, CachedHeads, register
+from affinequant.checkpoint import unquantized
 from affinequant.errors import AffineQuantError
 from affinequant.models import resolve
 from affinequant.quantizer import cached_grid
@@ -33,8 +34,7 @@ def quantize_cache(
         kv: the cache's numbers; None leaves them as they are.
         rotation_of: (name of an attention module, width of a head) -> its rotation of queries and keys, if any.
     """
-    config = {key: value for key, value in model.config.to_dict().items() if key != "quantization_config"}
-    family, dims = resolve(config, where="config.json")
+    family, dims = resolve(unquantized(model.config.to_dict()), where="config.json")
     for index in range(dims.layers):
         name = f"{family.blocks}.{index}.{family.attention}"
         module = model.get_submodule(name)

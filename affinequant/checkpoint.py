@@ -123,6 +123,11 @@ def open_source(folder: Path, *, weights: bool = True) -> Source:
     return Source(folder=folder, config=config, entries=entries)
 
 
+def unquantized(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json without what it says of how the weights are quantised."""
+    return {key: value for key, value in config.items() if key != "quantization_config"}
+
+
 def check_tensors(source: Source, family: Family, dims: Dims) -> None:
     """Every tensor that the family needs is there, in the shape that the config says.
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from affinequant.checkpoint import Source, open_source
+from affinequant.checkpoint import Source, open_source, unquantized
 from affinequant.errors import PREFLIGHT, AffineQuantError
-from affinequant.formats import VERSION, Contents, Shapes
+from affinequant.formats import Contents, Shapes, check_readable
 from affinequant.formats.compressed_tensors import unpack_linear
 from affinequant.models import resolve
 from affinequant.run import Run
@@ -51,13 +51,8 @@ def read_finished(folder: Path) -> Finished:
     if "affinequant" not in declared:
         raise _foreign(folder, declared)
     ours = declared["affinequant"]
-    if ours.get("version") != VERSION:
-        raise AffineQuantError(
-            f"a checkpoint of version {ours.get('version')!r}; this affinequant reads version {VERSION}",
-            str(folder / "config.json"),
-            "install the affinequant that wrote it",
-        )
-    resolve(_plain(source.config), where=str(folder / "config.json"))
+    check_readable(ours, str(folder / "config.json"))
+    resolve(unquantized(source.config), where=str(folder / "config.json"))
     linears = _linears(source)
     placements = {name: Placement(**one) for name, one in ours.get("placements", {}).items()}
     online = [name for name in linears if parts_of(source.entries, name)]
@@ -69,7 +64,7 @@ def read_finished(folder: Path) -> Finished:
         raise AffineQuantError(what, str(folder / "config.json"), "write or fetch the folder again")
     clips = {name: float(ours["input_clip"][name]) for name in linears} if scheme.activation else {}
     contents = Contents(
-        config=_plain(source.config),
+        config=unquantized(source.config),
         source=folder,
         scheme=scheme,
         dtype=source.config["dtype"],
@@ -208,10 +203,6 @@ def _shapes(source: Source, linears: tuple[str, ...]) -> Shapes:
             rows, columns = source.read([f"{name}.weight_shape"])[f"{name}.weight_shape"].tolist()
             shapes[f"{name}.weight"] = rows, columns
     return shapes
-
-
-def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in config.items() if key != "quantization_config"}
 
 
 def _check_finite(tensor: Tensor, name: str, folder: Path) -> None:

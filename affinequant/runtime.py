@@ -13,6 +13,7 @@ from affinequant.checkpoint import Source, open_source
 from affinequant.errors import AffineQuantError
 from affinequant.formats import check_readable
 from affinequant.formats.compressed_tensors import unpack_linear
+from affinequant.formats.reading import pretrained
 from affinequant.integer_linear import IntegerLinear
 from affinequant.quantizer import dequantize
 from affinequant.recipe import Device, Dtype
@@ -161,27 +162,10 @@ def _refuse_to_save(folder: Path, *_args: Any, **_kwargs: Any) -> None:
 
 
 def _plain(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, output_loading_info=True, use_safetensors=True, local_files_only=True
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as problem:
-        what = (str(problem).strip() or type(problem).__name__).splitlines()[0]
-        raise AffineQuantError(f"transformers cannot load it: {what}", str(folder), _AGAIN) from problem
-    finally:
-        if bars:
-            logging.enable_progress_bar()
-    model, info = loaded
-    if info["missing_keys"]:  # transformers goes on with random numbers
-        names = sorted(info["missing_keys"])
-        raise AffineQuantError(f"{len(names)} tensors are missing, among them {names[0]}", str(folder), _AGAIN)
-    return model
+    kind: Any = str(dtype).removeprefix("torch.")
+    return pretrained(AutoModelForCausalLM, folder, folder, kind, _AGAIN, use_safetensors=True)
 
 
 def _quantized(source: Source, device: torch.device, dtype: torch.dtype) -> "PreTrainedModel":

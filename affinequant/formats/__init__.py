@@ -1,4 +1,4 @@
-"""What a checkpoint is written as. A format is a module with the face of `Format`, and a line in `FORMATS`."""
+"""What a checkpoint is written as. A format has the face of `Format`, be it a module or data, and a line in `FORMATS`."""
 
 import importlib
 from collections.abc import Callable, Iterator, Mapping
@@ -21,10 +21,10 @@ FORMATS: dict[str, str] = {
     "int-quantized": "affinequant.formats.int_quantized",
     "gptq": "affinequant.formats.gptq",
     "gguf": "affinequant.formats.gguf",
-    "nvfp4": "affinequant.formats.nvfp4",
-    "mxfp4": "affinequant.formats.mxfp4",
+    "nvfp4": "affinequant.formats.float4:NVFP4",
+    "mxfp4": "affinequant.formats.float4:MXFP4",
 }
-"""What `affinequant list formats` shows: name to the module that writes it."""
+"""What `affinequant list formats` shows: name to the module, or `module:attribute`, that writes it."""
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Sizes of a model's parameters by their Hugging Face names, quantised linears as the weights that they stand for."""
@@ -56,7 +56,7 @@ class Contents:
 
 
 class Format(Protocol):
-    """The face of a module named in `FORMATS`."""
+    """The face of what `FORMATS` names."""
 
     ABOUT: str
     ROUNDS: str
@@ -121,6 +121,23 @@ def check_readable(ours: Mapping[str, Any], where: str) -> None:
         ) from None
 
 
+def online_reason(placements: Mapping[str, Placement], engine: str) -> str | None:
+    """None, or at which sites a transform acts at run time; `engine` says in words what cannot follow."""
+    online = sorted(site for site, placement in placements.items() if placement.how == "online")
+    return f"the transform at {', '.join(online)} acts at run time, which {engine}" if online else None
+
+
+def split_stage(
+    stage: "Mapping[str, Tensor]", contents: Contents
+) -> "tuple[dict[str, Tensor], dict[str, tuple[Tensor, Tensor, Tensor | None]]]":
+    """A stage's other tensors, and (codes, scale, zero) of its quantised linears by name."""
+    linears = [name for name in contents.linears if f"{name}.codes" in stage]
+    parts = {f"{name}.{part}" for name in linears for part in ("codes", "scale", "zero", "input_clip")}
+    rest = {name: tensor for name, tensor in stage.items() if name not in parts}
+    integers = {name: (stage[f"{name}.codes"], stage[f"{name}.scale"], stage.get(f"{name}.zero")) for name in linears}
+    return rest, integers
+
+
 def find_format(name: str, placements: Mapping[str, Placement] | None = None) -> Format:
     """The format of that name; `auto` is what stock engines load, or our own where a transform stays online.
 
@@ -132,4 +149,6 @@ def find_format(name: str, placements: Mapping[str, Placement] | None = None) ->
         name = "affinequant" if online else "compressed-tensors"
     if name not in FORMATS:
         raise unknown_name("format", name, FORMATS, where="--format", listing="formats")
-    return cast(Format, importlib.import_module(FORMATS[name]))
+    module, _, attribute = FORMATS[name].partition(":")
+    found = importlib.import_module(module)
+    return cast(Format, getattr(found, attribute) if attribute else found)

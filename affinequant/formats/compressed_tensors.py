@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import affinequant
-from affinequant.checkpoint import Source
+from affinequant.checkpoint import Source, unquantized
 from affinequant.errors import AffineQuantError
-from affinequant.formats import SHARD_BYTES, VERSION, Contents, Shapes
+from affinequant.formats import SHARD_BYTES, VERSION, Contents, Shapes, online_reason, split_stage
 from affinequant.formats.reading import Dtype, in_transformers
 from affinequant.formats.shards import copy_source, write_json, write_shards
 from affinequant.scheme import NumberFormat, Scheme
@@ -37,9 +37,8 @@ _AGAIN = "write or fetch the folder again"
 
 def supports(scheme: Scheme, placements: Mapping[str, Placement], *, clipped: bool = False) -> str | None:
     """None, or why this cannot be written in the form that stock engines compute correctly."""
-    online = sorted(site for site, placement in placements.items() if placement.how == "online")
-    if online:
-        return f"the transform at {', '.join(online)} acts at run time, which stock engines cannot do"
+    if online := online_reason(placements, "stock engines cannot do"):
+        return online
     if clipped and declares_activations(scheme):
         return f"stock engines quantise the activations of {scheme.name} over their full range, without clipping"
     return without_kernel(scheme)
@@ -116,7 +115,7 @@ def write_packed(
 
 def checkpoint_config(contents: Contents) -> dict[str, Any]:
     """The source's config with the result's dtype and tie, and without how the source was quantised."""
-    config = {key: value for key, value in contents.config.items() if key != "quantization_config"}
+    config = unquantized(contents.config)
     if "torch_dtype" in config:  # the older spelling of the same key, still read by older engines
         config["torch_dtype"] = contents.dtype
     return config | {"dtype": contents.dtype, "tie_word_embeddings": contents.tied}
@@ -171,11 +170,8 @@ def pack_stage(stage: Mapping[str, Tensor], contents: Contents, *, whole: bool) 
     from compressed_tensors.compressors import pack_to_int32
 
     weight, dtype = contents.scheme.weight, getattr(torch, contents.dtype)
-    linears = [name for name in contents.linears if f"{name}.codes" in stage]
-    parts = {f"{name}.{part}" for name in linears for part in ("codes", "scale", "zero", "input_clip")}
-    packed = {name: tensor for name, tensor in stage.items() if name not in parts}
-    for name in linears:
-        codes, scale = stage[f"{name}.codes"], stage[f"{name}.scale"]
+    packed, integers = split_stage(stage, contents)
+    for name, (codes, scale, zero) in integers.items():
         assert weight.code_min <= int(codes.min()) and int(codes.max()) <= weight.code_max, name
         assert torch.equal(scale.to(dtype).float(), scale), f"{name}.scale is not exact in {dtype}"
         packed[f"{name}.weight_scale"] = scale.to(dtype)
@@ -184,8 +180,8 @@ def pack_stage(stage: Mapping[str, Tensor], contents: Contents, *, whole: bool) 
             continue
         packed[f"{name}.weight_packed"] = pack_to_int32(codes, weight.bits)
         packed[f"{name}.weight_shape"] = torch.tensor(codes.shape, dtype=torch.int64)
-        if not weight.symmetric:
-            packed[f"{name}.weight_zero_point"] = pack_to_int32(stage[f"{name}.zero"], weight.bits, packed_dim=0)
+        if zero is not None:
+            packed[f"{name}.weight_zero_point"] = pack_to_int32(zero, weight.bits, packed_dim=0)
     return packed
 
 

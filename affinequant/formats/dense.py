@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from affinequant.formats import SHARD_BYTES, Contents, Shapes
+from affinequant.formats import SHARD_BYTES, Contents, Shapes, online_reason, split_stage
 from affinequant.formats.compressed_tensors import checkpoint_config
 from affinequant.formats.reading import Dtype, in_transformers
 from affinequant.formats.shards import copy_source, write_json, write_shards
@@ -24,8 +24,7 @@ WEIGHT_ONLY = True
 
 def supports(scheme: Scheme, placements: Mapping[str, Placement], *, clipped: bool = False) -> str | None:
     """None, or why this cannot be written: a plain linear has no place for a transform at run time."""
-    online = sorted(site for site, placement in placements.items() if placement.how == "online")
-    return f"the transform at {', '.join(online)} acts at run time, which a plain linear cannot do" if online else None
+    return online_reason(placements, "a plain linear cannot do")
 
 
 def refuses(contents: Contents, shapes: Shapes) -> str | None:
@@ -83,14 +82,3 @@ def dense_stage(stage: Mapping[str, Tensor], contents: Contents) -> tuple[dict[s
         zeros = torch.zeros_like(scale) if zero is None else zero.to(scale)
         values[f"{name}.weight"] = dequantize(codes, scale, zeros, contents.scheme.weight)
     return rest, values
-
-
-def split_stage(
-    stage: Mapping[str, Tensor], contents: Contents
-) -> tuple[dict[str, Tensor], dict[str, tuple[Tensor, Tensor, Tensor | None]]]:
-    """A stage's other tensors, and (codes, scale, zero) of its quantised linears by name."""
-    linears = [name for name in contents.linears if f"{name}.codes" in stage]
-    parts = {f"{name}.{part}" for name in linears for part in ("codes", "scale", "zero", "input_clip")}
-    rest = {name: tensor for name, tensor in stage.items() if name not in parts}
-    integers = {name: (stage[f"{name}.codes"], stage[f"{name}.scale"], stage.get(f"{name}.zero")) for name in linears}
-    return rest, integers

@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from affinequant.checkpoint import unquantized
 from affinequant.errors import PREFLIGHT, AffineQuantError
-from affinequant.formats import SHARD_BYTES, Contents, Shapes
+from affinequant.formats import SHARD_BYTES, Contents, Shapes, online_reason, split_stage
 from affinequant.formats.compressed_tensors import checkpoint_config
-from affinequant.formats.dense import split_stage
 from affinequant.formats.gguf_tokenizer import Vocabulary, read_vocabulary
 from affinequant.formats.reading import Dtype, in_transformers
 from affinequant.formats.shards import copy_source, publish, write_json
@@ -37,9 +37,8 @@ BLOCK = 32
 
 def supports(scheme: Scheme, placements: Mapping[str, Placement], *, clipped: bool = False) -> str | None:
     """None, or why this cannot be written: transforms at run time, or 8-bit weights with zero points."""
-    online = sorted(site for site, placement in placements.items() if placement.how == "online")
-    if online:
-        return f"the transform at {', '.join(online)} acts at run time, which llama.cpp cannot do"
+    if online := online_reason(placements, "llama.cpp cannot do"):
+        return online
     if scheme.weight.bits == 8 and not scheme.weight.symmetric:
         return "GGUF has no 8-bit type with zero points"
     group = scheme.weight.group_size
@@ -219,5 +218,4 @@ def _write_tokenizer(writer: Any, contents: Contents, dims: Dims) -> None:
 
 
 def _family(contents: Contents) -> tuple[Any, Dims]:
-    plain = {key: value for key, value in contents.config.items() if key != "quantization_config"}
-    return resolve(plain, where=str(contents.source / "config.json"))
+    return resolve(unquantized(contents.config), where=str(contents.source / "config.json"))

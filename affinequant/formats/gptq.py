@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from affinequant.checkpoint import open_source
-from affinequant.formats import SHARD_BYTES, Contents, Shapes
-from affinequant.formats.dense import split_stage, write_folder
+from affinequant.formats import SHARD_BYTES, Contents, Shapes, online_reason, split_stage
+from affinequant.formats.dense import write_folder
 from affinequant.formats.reading import Dtype, from_tensors
 from affinequant.scheme import Scheme
 from affinequant.sites import Placement
@@ -32,8 +32,7 @@ PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
 def supports(scheme: Scheme, placements: Mapping[str, Placement], *, clipped: bool = False) -> str | None:
     """None, or why this cannot be written: a plain linear has no place for a transform at run time."""
-    online = sorted(site for site, placement in placements.items() if placement.how == "online")
-    return f"the transform at {', '.join(online)} acts at run time, which no GPTQ engine does" if online else None
+    return online_reason(placements, "no GPTQ engine does")
 
 
 def refuses(contents: Contents, shapes: Shapes) -> str | None:

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from affinequant.formats import SHARD_BYTES, Contents, Shapes
+from affinequant.formats import SHARD_BYTES, Contents, Shapes, online_reason
 from affinequant.formats import compressed_tensors as packed
 from affinequant.formats.reading import Dtype, in_transformers
 from affinequant.scheme import Scheme
@@ -26,9 +26,8 @@ WEIGHT_ONLY = False
 def supports(scheme: Scheme, placements: Mapping[str, Placement], *, clipped: bool = False) -> str | None:
     """None, or why stock engines would not compute this: asymmetric numbers, other widths, clipped or grouped ones."""
     weight, activation = scheme.weight, scheme.activation
-    online = sorted(site for site, placement in placements.items() if placement.how == "online")
-    if online:
-        return f"the transform at {', '.join(online)} acts at run time, which stock engines cannot do"
+    if online := online_reason(placements, "stock engines cannot do"):
+        return online
     if activation is None or activation.bits != 8:
         return f"engines of this form quantise activations to 8 bits, {scheme.name} does not; add --scheme w8a8"
     if not weight.symmetric:

@@ -11,6 +11,8 @@ if TYPE_CHECKING:  # a plan asks `supports`, and must not wait for torch
 
 Dtype = Literal["float32", "bfloat16"]
 
+_AGAIN = "write it again"
+
 
 def in_transformers(folder: Path, dtype: Dtype, **options: Any) -> tuple[Any, str]:
     """The folder as stock transformers loads it, on the CPU, and in words what has read it.
@@ -18,7 +20,9 @@ def in_transformers(folder: Path, dtype: Dtype, **options: Any) -> tuple[Any, st
     Raises:
         AffineQuantError: transformers cannot load it, or finds tensors missing and would go on with random ones.
     """
-    model = _loaded(folder, folder, dtype, options)
+    from transformers import AutoModelForCausalLM
+
+    model = pretrained(AutoModelForCausalLM, folder, folder, dtype, _AGAIN, **options)
     words = f"transformers {_version('transformers')}"
     packed = getattr(model.config, "quantization_config", None) is not None and not options
     return model, words + (f" with compressed-tensors {_version('compressed-tensors')}" if packed else "")
@@ -30,38 +34,41 @@ def from_tensors(folder: Path, tensors: "Mapping[str, Tensor]", dtype: Dtype, **
     Raises:
         AffineQuantError: tensors are missing.
     """
-    from transformers import AutoConfig
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
     described: Any = AutoConfig.from_pretrained(folder, local_files_only=True)
     if hasattr(described, "quantization_config"):
         del described.quantization_config
     described.update(config)
-    return _loaded(None, folder, dtype, {"config": described, "state_dict": dict(tensors)})
+    maker = MODEL_FOR_CAUSAL_LM_MAPPING[type(described)]
+    return pretrained(maker, None, folder, dtype, _AGAIN, config=described, state_dict=dict(tensors))
 
 
-def _loaded(source: Path | None, folder: Path, dtype: Dtype, options: dict[str, Any]) -> Any:
+def pretrained(maker: Any, source: Path | None, folder: Path, dtype: Dtype, fix: str, **options: Any) -> Any:
+    """`maker.from_pretrained(source, ...)` on the CPU, quietly and in eval mode.
+
+    Raises:
+        AffineQuantError: with `folder` and `fix`: it cannot be loaded, or tensors are missing.
+    """
     import torch
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+    from safetensors import SafetensorError
     from transformers.utils import logging
 
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
-    maker: Any = AutoModelForCausalLM if source else MODEL_FOR_CAUSAL_LM_MAPPING[type(options["config"])]
     try:
-        loaded: Any = maker.from_pretrained(
+        model, info = maker.from_pretrained(
             source, dtype=getattr(torch, dtype), output_loading_info=True, local_files_only=True, **options
         )
-    except (OSError, ValueError, RuntimeError) as problem:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as problem:
         what = (str(problem).strip() or type(problem).__name__).splitlines()[0]
-        raise AffineQuantError(f"transformers cannot load it: {what}", str(folder), "write it again") from problem
+        raise AffineQuantError(f"transformers cannot load it: {what}", str(folder), fix) from problem
     finally:
         if bars:
             logging.enable_progress_bar()
-    model, info = loaded
     if info["missing_keys"]:  # transformers goes on with random numbers
         names = sorted(info["missing_keys"])
-        what = f"transformers misses {len(names)} tensors, among them {names[0]}"
-        raise AffineQuantError(what, str(folder), "write it again")
+        raise AffineQuantError(f"{len(names)} tensors are missing, among them {names[0]}", str(folder), fix)
     return model.eval()
 
 
