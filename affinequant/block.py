@@ -42,11 +42,13 @@ class BlockJob:
         x: Tensor,
         on_input: OnInput | None = None,
         on_attention: OnAttention | None = None,
+        known: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
-        """The block on a batch, in the compute dtype whatever the tensors are in. Without the two last arguments, in
-        full precision: they hold all that acts on activations at run time."""
-        lent, block = {name: tensor.to(self.decoder.dtype) for name, tensor in tensors.items()}, self.index
-        return run_block(self.decoder.block(block), self.decoder.family, lent, x, self.kwargs, on_input, on_attention)
+        """The block on a batch (`run_block`), in the compute dtype whatever the tensors are in. Without `on_input` and
+        `on_attention` in full precision: they hold all that acts on activations at run time."""
+        lent = {name: tensor.to(self.decoder.dtype) for name, tensor in tensors.items()}
+        block, family = self.decoder.block(self.index), self.decoder.family
+        return run_block(block, family, lent, x, self.kwargs, on_input, on_attention, known)
 
     def run_all(
         self,

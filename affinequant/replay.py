@@ -11,7 +11,7 @@ from affinequant.attention import OnAttention
 from affinequant.block import BlockJob
 from affinequant.fold import Tensors
 from affinequant.quantizer import fake_quantize_activation
-from affinequant.stream import StopForward, like_on_disk, run_block, slices
+from affinequant.stream import StopForward, like_on_disk, slices
 from affinequant.transforms.online import apply_online
 
 KEPT_BYTES = 2**30
@@ -104,8 +104,7 @@ class Replay:
 
         x = self.x[part].to(job.decoder.device)
         known = {member: self._known(member, part, x) for name in before for member in self.groups[name]}
-        lent = {name: tensor.to(job.decoder.dtype) for name, tensor in self.tensors.items()}
-        block, family = job.decoder.block(job.index), job.decoder.family
+        block = job.decoder.block(job.index)
         watched = self.groups.get(self.site, ()) if site and self.input is not None else ()
 
         def note(member: str, output: Any) -> None:
@@ -119,7 +118,7 @@ class Replay:
             if member in self.writers
         ]
         try:
-            return run_block(block, family, lent, x, job.kwargs, on_input, self.on_attention, known)
+            return job.run(self.tensors, x, on_input, self.on_attention, known)
         except StopForward:
             return reached[0]
         finally:

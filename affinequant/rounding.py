@@ -11,10 +11,10 @@ from torch import Tensor
 from affinequant.block import BlockJob, BlockObjective
 from affinequant.fold import Tensors
 from affinequant.gptq import GPTQFailure, search_activation_clip, search_weight_range
-from affinequant.quantizer import dequantize, fake_quantize_activation, grid, to_integers, weight_range
+from affinequant.quantizer import dequantize, grid, to_integers, weight_range
 from affinequant.reconstruction import Inputs, Way, choose, gather, round_by
 from affinequant.replay import Replay
-from affinequant.transforms.online import apply_online, stored_name
+from affinequant.transforms.online import stored_name
 
 SAMPLE_TOKENS = 1024
 """Tokens on which activation clipping is searched."""
@@ -93,21 +93,6 @@ def round_block(
         roundings=roundings,
         events=tuple(events),
     )
-
-
-def quantized_input(job: BlockJob, clips: Mapping[str, float], online: Mapping[str, Tensors]):
-    """The `on_input` that transforms activations and rounds them with these clip ratios; a site that has no ratio yet is
-    not rounded."""
-    fmt = job.scheme.activation
-
-    def on_input(site: str, x: Tensor) -> Tensor:
-        if site in online:
-            x = apply_online(x, online[site])
-        if fmt is None or site not in clips:
-            return x
-        return fake_quantize_activation(x, fmt, clips[site], job.sites[site].slices)
-
-    return on_input
 
 
 def _plain(tensors: Mapping[str, Tensor]) -> Tensors:

@@ -75,9 +75,10 @@ def build_transforms(
         if name in seen:
             if site.kind == "heads" and first == "block":
                 start = _head_blocks(site, seen[name], weights)
+            elif second:
+                start = _online_balance(site, seen[name], weights)
             else:
-                how = second and _online_balance
-                start = how(site, seen[name], weights) if how else _diagonal(job, site, seen[name], weights)
+                start = _diagonal(job, site, seen[name], weights)
         if first:
             start = job.starts.get(name, start)
             folded[name] = build(first, site, seed=job.seed(name), alpha=job.recipe.alpha, start=start)

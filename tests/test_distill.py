@@ -13,9 +13,10 @@ import affinequant
 from affinequant.block import BlockJob, BlockObjective, folded_exactly
 from affinequant.checkpoint import open_source
 from affinequant.distill import Continuous, Distilled, Divergence, distill
-from affinequant.rounding import Rounded, quantized_input, round_block
+from affinequant.rounding import Rounded, round_block
 from affinequant.transforms.online import parts_of
 from tests.test_block import make_job, started
+from tests.tiny import quantized_input
 
 Tiny = Callable[..., Path]
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from affinequant.replay import Replay
-from affinequant.rounding import quantized_input
 from affinequant.stream import StopForward
 from tests.test_block import make_job, started
+from tests.tiny import quantized_input
 
 Tiny = Callable[..., Path]
 SHAPES = [{}, {"bias": True}, {"kv_heads": 1}, {"hidden": 72, "heads": 3, "kv_heads": 1}]

@@ -13,8 +13,9 @@ from affinequant.block import BlockObjective
 from affinequant.gptq import ACTIVATION_RATIOS, GPTQFailure, gptq
 from affinequant.quantizer import codes_of, dequantize, fake_quantize_activation
 from affinequant.reconstruction import Way
-from affinequant.rounding import Rounded, quantized_input, round_block
+from affinequant.rounding import Rounded, round_block
 from tests.test_block import make_job, unlearned
+from tests.tiny import quantized_input
 
 Tiny = Callable[..., Path]
 

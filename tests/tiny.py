@@ -1,7 +1,7 @@
 """Tiny Llamas and a tokenizer, built in code; and their weights rounded to nearest, for tests of what comes after."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +9,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from affinequant.block import BlockJob
+from affinequant.fold import Tensors
 from affinequant.formats import Contents
+from affinequant.quantizer import fake_quantize_activation
 from affinequant.scheme import Scheme
+from affinequant.transforms.online import apply_online
 
 LINEARS = (
     *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
@@ -180,3 +184,18 @@ def _save(state: dict[str, Tensor], folder: Path, shards: int) -> None:
         table |= dict.fromkeys(chosen, file)
     index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in state.values())}, "weight_map": table}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def quantized_input(job: BlockJob, clips: Mapping[str, float], online: Mapping[str, Tensors]):
+    """The `on_input` that transforms activations and rounds them with these clip ratios; a site that has no ratio yet is
+    not rounded."""
+    fmt = job.scheme.activation
+
+    def on_input(site: str, x: Tensor) -> Tensor:
+        if site in online:
+            x = apply_online(x, online[site])
+        if fmt is None or site not in clips:
+            return x
+        return fake_quantize_activation(x, fmt, clips[site], job.sites[site].slices)
+
+    return on_input

@@ -203,7 +203,7 @@ def evaluate(subject: S, suite: Suite[S], *, run: "Run | None" = None, say: Say 
 def environment() -> dict[str, Any]:
     """Versions and machine, as they belong to every result."""
     packages = ("affinequant", "torch", "transformers", "compressed-tensors", "datasets", "lm_eval")
-    versions = {name: version for name in packages if (version := _version(name))}
+    versions = {name: version for name in packages if (version := package_version(name))}
     return versions | {
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
@@ -253,7 +253,8 @@ def _stderr(parts: Sequence[float]) -> float | None:
     return math.sqrt(math.fsum((part - mean) ** 2 for part in parts) / (count - 1) / count)
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
+    """Of an installed package; None where it is not."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

