@@ -26,9 +26,10 @@ def check_tensor(
     """Check dtype, shape (None: any size), contiguity and, where given, the device."""
     if value.dtype not in dtypes:
         raise fail(argument, " or ".join(str(d) for d in dtypes), value.dtype)
-    if value.ndim != len(shape) or any(
-        want is not None and have != want for have, want in zip(value.shape, shape, strict=True)
-    ):
+    fits = value.ndim == len(shape)
+    for axis, want in enumerate(shape if fits else ()):
+        fits &= want is None or value.shape[axis] == want
+    if not fits:
         wanted = "[" + ", ".join("any" if s is None else str(s) for s in shape) + "]"
         raise fail(argument, f"shape {wanted}", list(value.shape))
     if not value.is_contiguous():

@@ -13,7 +13,7 @@ Shapes: m rows (tokens), k input features, n output features, g groups.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar, cast
 
@@ -22,6 +22,7 @@ from jaxtyping import Float, Int8, Int32
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from . import native, reference
 from .reference import SCALE_FLOOR, Rows
 from .weight import Weight, integer_weight, kind_of, unpack
 
@@ -37,6 +38,9 @@ BLOCK_ELEMENTS = 1 << 19
 MAGIC = 12582912.0  # 1.5 * 2^23: adding it leaves no fraction, and rounds to nearest even
 # Rows of the output worked on at once: bounds the fp32 intermediate, which costs page faults when it is large.
 CHUNK_ROWS = 512
+# Up to so many rows reading a weight takes longer than multiplying, and native.c reads it in 4 bits; less of a large one,
+# where the time of oneDNN's call no longer counts.
+FEW_ROWS, FEW_ROWS_OF_LARGE, LARGE = 16, 8, 1 << 22
 # Integers that fp32 holds exactly lie below this.
 EXACT = 1 << 24
 
@@ -269,6 +273,9 @@ def _chunk(
         y = _groups(plan, q, weight)
         if zero is not None:
             y.sub_(zero.float().unsqueeze(1) * weight.colsum)
+    elif plan.engine == "onednn" and out_dtype in native.TYPES and native.available() is None:
+        acc = _onednn(q, plan.packed[0], plan.one, plan.no_zero)
+        return native.epilogue(acc, weight, scale, zero, bias, out_dtype)
     elif zero is None and plan.engine == "onednn" and out_dtype != torch.int32:
         y = _onednn(q, plan.packed[0], weight.scale, plan.no_zero)
     else:
@@ -330,10 +337,24 @@ def linear_dyn(
     act_symmetric: bool,
     clip: float,
     out_dtype: torch.dtype,
+    factors: Sequence[tuple[Tensor, ...]] = (),
 ) -> Tensor:
-    """As `reference.linear_dyn`."""
-    rows = row_quant(x, bits=act_bits, symmetric=act_symmetric, clip=clip, with_rowsum=False)
+    """As `reference.linear_dyn` of `reference.transform(x, factors)`."""
+    settings = {"bits": act_bits, "symmetric": act_symmetric, "clip": clip}
+    if native.available() is None:
+        layer = _native(weight, x, factors)
+        few = FEW_ROWS if layer.n * layer.k < LARGE else FEW_ROWS_OF_LARGE
+        if x.shape[0] <= few and out_dtype in native.TYPES and native.serves(weight):
+            return native.linear(layer, x, bias, out_dtype=out_dtype, **settings)
+        rows = native.rows(layer, x, **settings)
+    else:
+        rows = row_quant(reference.transform(x, factors), with_rowsum=False, **settings)
     return linear(rows.q, rows.scale, None if act_symmetric else rows.zero, weight, bias, out_dtype, act_bits)
+
+
+def _native(weight: Weight, x: Tensor, factors: Sequence[tuple[Tensor, ...]]) -> native.Layer:
+    k, parts = x.shape[1], (*weight, *(matrix for factor in factors for matrix in factor))
+    return _made(parts, ("native", k, x.dtype), lambda: native.prepare(weight, k, factors, x.dtype))
 
 
 def w4a16_linear(

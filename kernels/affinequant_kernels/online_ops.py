@@ -102,28 +102,15 @@ def _run(
     flat = x.view(-1, x.shape[-1])
     factors = list(parts(matrices))
     if act_bits == WEIGHT_ONLY:
-        y = torch.ops.affq.w4a16_linear(_applied(flat, factors), *weight, bias, out_dtype)
+        y = torch.ops.affq.w4a16_linear(reference.transform(flat, factors).to(x.dtype), *weight, bias, out_dtype)
     elif x.is_cuda:
         y = _on_cuda(flat, factors, weight, bias, act_bits, act_symmetric, clip, out_dtype)
     else:
         from . import cpu
 
-        if factors:
-            flat = _product(_applied(flat, factors[:-1]), factors[-1])
         settings = {"act_bits": act_bits, "act_symmetric": act_symmetric, "clip": clip, "out_dtype": out_dtype}
-        y = cpu.linear_dyn(flat, weight, bias, **settings)
+        y = cpu.linear_dyn(flat, weight, bias, factors=factors, **settings)
     return y.view(*x.shape[:-1], qweight.shape[0])
-
-
-def _product(x: Tensor, part: tuple[Tensor, ...]) -> Float[Tensor, "m k"]:
-    """x times one factor, in fp32."""
-    return (reference.kron_apply if len(part) == 2 else reference.block_apply)(x, *part)
-
-
-def _applied(x: Tensor, factors: Sequence[tuple[Tensor, ...]]) -> Tensor:
-    for part in factors:
-        x = _product(x, part).to(x.dtype)
-    return x
 
 
 def _on_cuda(
@@ -141,7 +128,8 @@ def _on_cuda(
     if not factors:
         return torch.ops.affq.w4a4_linear_dyn(x, *weight, bias, act_bits, act_symmetric, clip, out_dtype)
     op = torch.ops.affq.kron_quant if len(factors[-1]) == 2 else torch.ops.affq.block_quant
-    rows = Rows(*op(_applied(x, factors[:-1]), *factors[-1], act_bits, act_symmetric, clip))
+    first = reference.transform(x, factors[:-1]).to(x.dtype)
+    rows = Rows(*op(first, *factors[-1], act_bits, act_symmetric, clip))
     zero = None if act_symmetric else rows.zero
     return gemm.linear(rows.q, rows.scale, zero, rows.rowsum, weight, bias, out_dtype)
 

@@ -11,6 +11,7 @@ Shapes: m rows (tokens), k input features, n output features, g groups.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -151,6 +152,15 @@ def block_apply(x: Float[Tensor, "m k"], matrices: Float[Tensor, "blocks b b"]) 
     return torch.einsum("mpi,pij->mpj", pieces, matrices.to(x.dtype).float().expand(pieces.shape[1], -1, -1)).reshape(
         x.shape
     )
+
+
+def transform(x: Float[Tensor, "m k"], factors: Sequence[tuple[Tensor, ...]]) -> Tensor:
+    """x times each factor in turn, (left, right) of `kron_apply` or (matrices,) of `block_apply`: fp32 after the last of
+    them, rounded to x's type between two; x itself where there is none."""
+    y = x
+    for factor in factors:
+        y = (kron_apply if len(factor) == 2 else block_apply)(y.to(x.dtype), *factor)
+    return y
 
 
 def kron_quant(

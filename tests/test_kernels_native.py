@@ -1,0 +1,138 @@
+"""The compiled CPU code: its transforms, its agreement with itself at any number of tokens, and how it does without."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from affinequant_kernels import cpu, native, online_linear, prepare_weight, reference
+from affinequant_kernels.weight import Weight
+from torch import Tensor
+
+K, N = 576, 70
+GENERATOR = torch.Generator().manual_seed(0)
+compiled = pytest.mark.skipif(native.available() is not None, reason=f"no compiled code: {native.available()}")
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=GENERATOR)
+
+
+FACTORS = {
+    "none": [],
+    "kronecker": [(random(9, 9), random(64, 64))],
+    "kronecker of odd sizes": [(random(48, 48), random(12, 12))],
+    "blocks": [(random(9, 64, 64),)],
+    "one block for all": [(random(1, 36, 36),)],
+    "dense": [(random(1, K, K),)],
+    "three": [(random(9, 64, 64),), (random(9, 9), random(64, 64)), (random(1, 32, 32),)],
+}
+
+
+def weight() -> Weight:
+    codes = torch.randint(-8, 8, (N, K), dtype=torch.int8, generator=GENERATOR)
+    zero = torch.randint(-8, 8, (N,), dtype=torch.int8, generator=GENERATOR)
+    return prepare_weight(codes, torch.rand(N, generator=GENERATOR) * 0.01 + 1e-3, zero)
+
+
+def dense(factor: tuple[Tensor, ...]) -> Tensor:
+    if len(factor) == 2:
+        return torch.kron(factor[0].double(), factor[1].double())
+    return torch.block_diag(*factor[0].double().expand(K // factor[0].shape[1], -1, -1))
+
+
+@compiled
+@pytest.mark.parametrize("factors", FACTORS.values(), ids=FACTORS)
+@pytest.mark.parametrize("m", [1, 3, 6])
+def test_a_transform_is_that_of_fp64_up_to_fp32(factors: list[tuple[Tensor, ...]], m: int) -> None:
+    x, whole = random(m, K), torch.eye(K, dtype=torch.float64)
+    for factor in factors:
+        whole = whole @ dense(factor)
+    rows = native.rows(native.prepare(weight(), K, factors, x.dtype), x, bits=8, symmetric=False, clip=0.9)
+    wanted = reference.row_quant((x.double() @ whole).float(), bits=8, symmetric=False, clip=0.9)
+    torch.testing.assert_close(rows.scale, wanted.scale, rtol=1e-5, atol=0)
+    assert int((rows.q.int() - wanted.q).abs().max()) <= 1 and float((rows.q != wanted.q).float().mean()) < 1e-3
+    assert torch.equal(rows.rowsum, rows.q.sum(1, dtype=torch.int32))
+
+
+@compiled
+@pytest.mark.parametrize("dtype", native.TYPES)
+@pytest.mark.parametrize("name", ["kronecker", "three"])
+def test_roundings_between_and_within_factors_are_the_references(dtype: torch.dtype, name: str) -> None:
+    # Small integers: no sum is rounded, whatever its order, so that all that is left are the roundings to x's type.
+    factors = [tuple(matrix.mul(2).round() for matrix in factor) for factor in FACTORS[name]]
+    x = torch.randint(-3, 4, (5, K), generator=GENERATOR).to(dtype)
+    given = weight()
+    wanted = reference.linear_dyn(
+        reference.transform(x, factors), given, out_dtype=dtype, act_symmetric=False, clip=0.9
+    )
+    settings = {"act_bits": 4, "act_symmetric": False, "clip": 0.9, "out_dtype": dtype}
+    assert torch.equal(cpu.linear_dyn(x, given, None, factors=factors, **settings), wanted)
+
+
+@compiled
+@pytest.mark.parametrize("act_bits", [4, 8])
+def test_a_token_comes_out_the_same_whatever_its_company(act_bits: int) -> None:
+    given, matrices = weight(), [matrix for factor in FACTORS["three"] for matrix in factor]
+    x = random(cpu.FEW_ROWS + 9, K).bfloat16()
+    many = online_linear(x, matrices, given, act_bits=act_bits, clip=0.9)
+    for count in (1, 2, 7, cpu.FEW_ROWS):
+        assert torch.equal(online_linear(x[:count], matrices, given, act_bits=act_bits, clip=0.9), many[:count])
+
+
+@compiled
+def test_matrices_that_change_in_place_are_seen() -> None:
+    given, blocks, x = weight(), random(9, 64, 64), random(2, K)
+    before = online_linear(x, [blocks], given)
+    blocks.mul_(-1)
+    assert not torch.equal(online_linear(x, [blocks], given), before)
+
+
+@pytest.mark.parametrize("hindrance", ["no compiler", "a compiler that fails", "switched off"])
+def test_without_it_the_reason_is_known_and_the_result_the_same(
+    hindrance: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given, x = weight(), random(3, K)
+    wanted = reference.linear_dyn(x, given)
+    monkeypatch.setenv("AFFQ_CACHE", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(native, "UNITS", ())
+    if hindrance == "no compiler":
+        monkeypatch.setenv("PATH", str(tmp_path))
+        expected = "no C compiler"
+    elif hindrance == "a compiler that fails":
+        broken = tmp_path / "broken-cc"
+        broken.write_text('#!/bin/sh\n[ "$1" = --version ] && exit 0\necho "fatal error: none" >&2\nexit 1\n')
+        broken.chmod(0o755)
+        monkeypatch.setenv("CC", str(broken))
+        expected = "fatal error: none"
+    else:
+        monkeypatch.setenv("AFFQ_NATIVE", "0")
+        expected = "AFFQ_NATIVE=0"
+    reason = native.available.__wrapped__()
+    assert reason is not None and expected in reason
+    monkeypatch.setattr(native, "available", lambda: reason)
+    assert torch.equal(
+        cpu.linear_dyn(x, given, None, act_bits=4, act_symmetric=True, clip=1.0, out_dtype=x.dtype), wanted
+    )
+    assert not list(tmp_path.glob("*.so"))
+
+
+@compiled
+def test_wrong_results_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = native.linear
+    monkeypatch.setattr(native, "linear", lambda *args, **settings: right(*args, **settings) + 1)
+    assert "not the reference's" in str(native.available.__wrapped__())
+
+
+@compiled
+def test_compiling_at_once_in_several_processes_leaves_one_whole_library(tmp_path: Path) -> None:
+    check = "from affinequant_kernels import native; assert native.available() is None, native.available()"
+    environment = os.environ | {"AFFQ_CACHE": str(tmp_path)}
+    running = [subprocess.Popen([sys.executable, "-c", check], env=environment) for _ in range(3)]
+    assert [process.wait() for process in running] == [0, 0, 0]
+    assert len(list(tmp_path.iterdir())) == 1
