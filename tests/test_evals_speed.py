@@ -62,6 +62,25 @@ def test_the_table_and_the_verdict_say_where_it_loses() -> None:
     assert speed.verdict(RESULT) == ["vllm: slower than bf16 at batch 1 (0.50x)", "not measured: vllm w8a8: no kernel"]
 
 
+def test_turns_become_one_result(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Medians of what was measured; what was asked for stays as it is."""
+    rates = iter((10.0, 40.0, 30.0, 40.0))
+
+    def measured(*_: Any) -> dict[str, Any]:
+        rate = next(rates)
+        rows = [{"batch": 4, "first_token_s": 0.1, "ms_per_token": 4e3 / rate, "tokens_per_s": rate}]
+        return {"ready_s": rate, "peak_bytes": 2**30, "rows": rows}
+
+    monkeypatch.setattr(speed, "_measure", measured)
+    work = speed.Workload(batches=(4,), turns=2)
+    result = speed.bench_checkpoint(checkpoint, engines=("transformers",), against=("bf16",), workload=work)
+    columns, rows = speed.table(result)
+    cells = {row[2]: dict(zip(columns, row, strict=True)) for row in rows}
+    ours = cells["w4a4 online (this)"]
+    assert (ours["batch"], ours["tokens/s"], ours["x bf16"], ours["start-up"]) == ("4", "20.0", "0.50", "20 s")
+    assert speed.verdict(result) == ["transformers: slower than bf16 at batch 4 (0.50x)"]
+
+
 def test_the_plot_is_written(tmp_path: Path) -> None:
     assert speed.plot(RESULT, tmp_path / "speed.png") is None
     assert (tmp_path / "speed.png").read_bytes()[:4] == b"\x89PNG"

@@ -224,8 +224,10 @@ def _measure(folder: Path, engine: str, work: Workload) -> dict[str, Any] | str:
     command = [sys.executable, "-m", "affinequant_evals.generate", str(folder), "--engine", engine]
     command += ["--batches", ",".join(map(str, work.batches)), "--prompt", str(work.prompt), "--new", str(work.new)]
     command += ["--rounds", str(work.rounds), "--dtype", work.dtype, *(["--eager"] if work.eager else [])]
-    quieter = {"VLLM_LOGGING_LEVEL": "ERROR", "TQDM_DISABLE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=quieter | os.environ)
+    settings = {"VLLM_LOGGING_LEVEL": "ERROR", "TQDM_DISABLE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    # vLLM would make W4A8 of W4A16 on a CPU with AMX, and stop at widths that are no multiple of 128.
+    settings["VLLM_CPU_INT4_W4A8"] = "0"
+    done = subprocess.run(command, capture_output=True, text=True, env=settings | os.environ)
     found = [line for line in done.stdout.splitlines() if line.startswith('{"ready_s"')]  # engines talk after it
     if done.returncode == 0 and found:
         return json.loads(found[-1])
@@ -235,7 +237,8 @@ def _measure(folder: Path, engine: str, work: Workload) -> dict[str, Any] | str:
 
 def _median(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     def middle(values: Sequence[Any]) -> Any:
-        return values[0] if isinstance(values[0], str) else statistics.median(values)
+        # What all turns share is not a measurement: the median of two equal integers would be a float.
+        return values[0] if all(value == values[0] for value in values) else statistics.median(values)
 
     rows = [
         {key: middle([row[key] for row in same]) for key in same[0]}
