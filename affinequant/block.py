@@ -4,9 +4,10 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from affinequant.attention import CachedHeads, OnAttention
@@ -18,6 +19,16 @@ from affinequant.scheme import Scheme
 from affinequant.sites import Site
 from affinequant.stream import Decoder, OnInput, like_on_disk, run_block, slices
 from affinequant.transforms import OnlineTransform, Transform
+
+
+class Judge(Protocol):
+    """Says what the whole model makes of a block, on the last `held` samples, which are not trained on then."""
+
+    held: int
+
+    def __call__(self, index: int, hidden: Float[Tensor, "held tokens hidden"]) -> float:
+        """The less the better, for what block `index` gives on the held-out samples."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +44,8 @@ class BlockJob:
     store: torch.dtype
     scratch: Path | None = None
     """Where activations wait between blocks; None for memory."""
+    judge: Judge | None = None
+    """Judges what is learned after every epoch; None where the last epoch stands."""
     starts: Mapping[str, Tensor] = field(default_factory=dict)
     """By site, matrices that have been learned already: its transform starts from them."""
 

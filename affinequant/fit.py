@@ -230,10 +230,10 @@ class _State:
         """The report, with the best parameters put back where that was asked for."""
         losses = self.series["loss"]
         done = self.epoch == self.config.epochs and self.non_finite <= self.config.max_backoffs
-        if not done:
-            self._restore(self.good)
-        elif self.config.keep_best or self.config.judge:
+        if self.config.keep_best or self.config.judge:
             self._restore(self.best_values)
+        elif not done:
+            self._restore(self.good)
         self.optimizer.zero_grad(set_to_none=True)
         return FitReport(
             first=losses[0] if losses else math.nan,

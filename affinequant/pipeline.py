@@ -15,6 +15,7 @@ from affinequant.checkpoint import check_finite, check_tensors, locate, open_sou
 from affinequant.data import Tokens, calibration_tokens
 from affinequant.errors import AffineQuantError
 from affinequant.finish import DISTILLED, finish, peak_bytes, publish, stage_name
+from affinequant.judge import ModelJudge
 from affinequant.plan import Plan, check_disk
 from affinequant.plan import plan as make_plan
 from affinequant.progress import Console, Progress, Silent
@@ -103,8 +104,11 @@ def quantize_blocks(made: Plan, run: Run, tokens: Tokens, listen: Progress) -> D
         first = names.index(pending[0])
         carry = run.carry(names[first - 1] if first else "outer")
         full, quantized = carry["full"], carry.get("quantized", carry["full"])
+        judged = made.recipe.judge == "kl" and made.recipe.epochs > 0
+        judge = ModelJudge(made, decoder, tokens, rotation, kwargs) if judged else None
         for index in range(first, len(names)):
-            job = replace(block_job(made, decoder, index, kwargs, _scratch(made, run)), starts=starts.get(index, {}))
+            job = block_job(made, decoder, index, kwargs, _scratch(made, run))
+            job = replace(job, starts=starts.get(index, {}), judge=judge)
             full, quantized = block_stage(made, run, job, rotation, full, quantized, listen)
     listen.end()
     for line in choices.lines([run.report(name) for name in names]):

@@ -22,7 +22,7 @@ Dtype = Literal["auto", "float32", "bfloat16"]
 Offload = Literal["auto", "cpu", "disk"]
 Format = Literal["auto", "compressed-tensors", "affinequant", "dense"]
 Schedule = Literal["constant", "cosine"]
-Finish = Literal["none", "kl"]
+Divergence = Literal["none", "kl"]
 Start = Literal["closed-form", "hadamard"]
 
 AUTO = "auto"
@@ -90,7 +90,10 @@ class Recipe:
     start: Start = _option(
         "closed-form", "method", "what matrices that stay online start from: the closed form, or a fixed rotation"
     )
-    finish: Finish = _option("none", "method", "train scales, gains and clips on the full model's logits at the end")
+    judge: Divergence = _option("none", "method", "kl: the epoch stands after which held-out text diverges least")
+    finish: Divergence = _option(
+        "none", "method", "train scales, gains and clips on the full model's logits at the end"
+    )
     finish_epochs: int = _option(2, "method", "passes of the finish over the calibration samples")
     finish_lr: float = _option(1e-3, "method", "learning rate of the finish")
     rotation_steps: int = _option(100, "method", "steps that learn the rotation of the residual stream, where one is")
@@ -121,17 +124,8 @@ class Recipe:
         Scheme.parse(self.scheme)
         _find_preset(self.preset)
         object.__setattr__(self, "preset", ALIASES.get(self.preset, self.preset))
-        for name, least in (
-            ("tp", 1),
-            ("samples", 1),
-            ("seq_len", 8),
-            ("batch_size", 1),
-            ("epochs", 0),
-            ("finish_epochs", 1),
-            ("rotation_steps", 1),
-            ("rotation_len", 8),
-            ("seed", 0),
-        ):
+        smallest = {"tp": 1, "samples": 1, "seq_len": 8, "batch_size": 1, "epochs": 0, "finish_epochs": 1, "seed": 0}
+        for name, least in (smallest | {"rotation_steps": 1, "rotation_len": 8}).items():
             if getattr(self, name) < least:
                 flag = "--" + name.replace("_", "-")
                 raise AffineQuantError(f"{name} = {getattr(self, name)}", flag, f"use {least} or more")
@@ -206,9 +200,8 @@ def resolve(values: Mapping[str, Any], *, where: str = "quantize()") -> Recipe:
     if values.get("transforms") == AUTO:
         values = {**values, "transforms": dict.fromkeys(CHOICE_SITES, AUTO)}
     known = [entry.name for entry in fields(Recipe)]
-    for name in values:
-        if name not in known:
-            raise unknown_name("recipe field", name, known, where=where)
+    for name in [name for name in values if name not in known]:
+        raise unknown_name("recipe field", name, known, where=where)
     if "model" not in values:
         raise AffineQuantError("no model was named", where, "give a folder, a hub id or `demo`")
     preset = _find_preset(values.get("preset", "default"))

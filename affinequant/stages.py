@@ -18,7 +18,6 @@ from affinequant.fit import FitConfig, FitReport, fit
 from affinequant.fold import Tensors, rotate_block, rotate_outer
 from affinequant.plan import Plan
 from affinequant.progress import Progress
-from affinequant.recipe import Recipe
 from affinequant.rounding import Rounded, round_block
 from affinequant.run import Run
 from affinequant.selection import select
@@ -40,7 +39,7 @@ def block_stage(
     target = job.run_all(values, full, watch if looks_at_data(job) else None)
     job, chosen = select(job, values, watch.seen())
     objective = BlockObjective(job, values, *build_transforms(job, values, watch.seen()))
-    fitted = fit(objective, _batches(job, values, full, quantized, target), _fit_config(made.recipe))
+    fitted = _learn(job, objective, values, full, quantized, target)
     rounded = round_block(job, folded_exactly(objective, exact), quantized, objective, full)
     events = _fit_events(fitted)
     if fitted.steps and not bool(rounded.after.isfinite().all()):
@@ -153,12 +152,28 @@ def outer_stage(made: Plan, run: Run, tokens: Tokens, decoder: Decoder, rotation
     run.commit("outer", tensors=stored, carry={"full": hidden}, report={})
 
 
-def _fit_config(recipe: Recipe) -> FitConfig:
-    return FitConfig(
+def _learn(
+    job: BlockJob, objective: BlockObjective, values: Tensors, full: Tensor, quantized: Tensor, target: Tensor
+) -> FitReport:
+    """Train the objective; where there is a judge, on all samples but those that it judges by."""
+    recipe, judge = job.recipe, job.judge
+    train = max(1, len(full) - judge.held) if judge else len(full)
+    config = FitConfig(
         epochs=recipe.epochs,
-        steps_per_epoch=math.ceil(recipe.samples / recipe.batch_size),
+        steps_per_epoch=math.ceil(train / recipe.batch_size),
         schedule=recipe.schedule,
+        judge="held-out" if judge else "",
     )
+
+    def held_out() -> float:
+        assert judge is not None
+        with torch.no_grad():
+            tensors = objective.quantized()
+            after = job.run_all(tensors, quantized[-judge.held :], objective.on_input, objective.on_attention)
+        return judge(job.index, after)
+
+    batches = _batches(job, values, full[:train], quantized[:train], target[:train])
+    return fit(objective, batches, config, {"held-out": held_out} if judge else None)
 
 
 def _batches(job: BlockJob, values: Tensors, full: Tensor, quantized: Tensor, target: Tensor):
@@ -188,6 +203,7 @@ def _block_report(
     return {
         "loss_first": fitted.first if fitted.steps else None,
         "loss_last": fitted.last if fitted.steps else None,
+        **({"divergence": list(fitted.series["held-out"])} if "held-out" in fitted.series else {}),
         "steps": fitted.steps,
         "non_finite": fitted.non_finite,
         "stopped": fitted.stopped,

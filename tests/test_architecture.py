@@ -28,7 +28,7 @@ LAYERS = [
     {"selection"},
     {"finish", "distill"},
     {"stages"},
-    {"rotation"},
+    {"rotation", "judge"},
     {"pipeline"},
     {"report", "serve"},
     {"export"},

@@ -286,3 +286,11 @@ def test_a_judge_sees_an_epoch_that_is_done_again_once() -> None:
     problem = Problem(of)
     report = run(problem, probes={"p": lambda: float(quadratic(problem.w.detach(), 0))}, judge="p")
     assert report.non_finite == 1 and len(report.series["p"]) == 5
+
+
+def test_what_was_judged_best_stands_where_training_gives_up() -> None:
+    calls = itertools.count()
+    problem = Problem(lambda w, batch: quadratic(w, batch) * (1.0 if next(calls) < 3 else math.nan))
+    report = run(problem, probes={"p": lambda: float(problem.w.detach().square().sum())}, judge="p", epochs=8)
+    assert report.stopped == "non-finite" and report.best == report.series["p"][0] == 0.0
+    assert torch.equal(problem.w.detach(), torch.zeros(3))

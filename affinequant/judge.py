@@ -1,0 +1,59 @@
+"""Judge a block by what the network makes of it: its output goes on through the other blocks in full precision."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from affinequant.data import Tokens
+from affinequant.distill import HELD_OUT, divergence, mean_loss
+from affinequant.plan import Plan
+from affinequant.stages import block_job, block_reader, read_outer
+from affinequant.stream import Decoder
+from affinequant.transforms import Transform
+
+JUDGED_TOKENS = 1024
+"""Held-out tokens that judge, or one sample where samples are longer."""
+
+
+class ModelJudge:
+    """Divergence of next-token distributions on the last `held` calibration samples, which are then not trained on.
+
+    It costs one forward pass of those samples through what lies behind the block each time, so that a run's cost in
+    judging grows with the square of the number of blocks; next to training, it is small.
+    """
+
+    def __init__(
+        self, made: Plan, decoder: Decoder, tokens: Tokens, rotation: Transform | None, kwargs: Mapping[str, Any]
+    ) -> None:
+        """Args:
+        rotation: of the residual stream, in fp64; hidden states to be judged are rotated.
+        kwargs: what blocks are called with.
+        """
+        samples, length = tokens.ids.shape
+        self.held = max(1, min(samples // HELD_OUT, JUDGED_TOKENS // length))
+        self.decoder, self.read = decoder, block_reader(made, decoder)
+        self.jobs = [block_job(made, decoder, index, kwargs) for index in range(made.dims.layers)]
+        outer = read_outer(made, decoder)
+        self.head = decoder.head(outer)
+        width = made.dims.hidden
+        turn = None if rotation is None else rotation.on_activations(torch.eye(width, dtype=torch.float64))
+        self.back = None if turn is None else turn.mT.to(decoder.device, decoder.dtype)
+        embedded, _ = decoder.embed(tokens.ids[-self.held :], outer)
+        self.full = self._onwards(embedded, 0)
+
+    def __call__(self, index: int, hidden: Float[Tensor, "held tokens hidden"]) -> float:
+        """Nats per token by which `hidden`, behind block `index`, makes the network diverge from full precision."""
+        hidden = hidden if self.back is None else hidden @ self.back
+        return mean_loss(self._divergence, self._onwards(hidden, index + 1), self.full)
+
+    def _onwards(self, hidden: Tensor, first: int) -> Tensor:
+        for job in self.jobs[first:]:
+            hidden = job.run_all(self.read(job.index), hidden)
+        return hidden
+
+    def _divergence(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        student, teacher = (part.to(self.decoder.device, self.decoder.dtype) for part in batch)
+        return divergence(self.decoder, teacher, self.head, student, lambda x: self.decoder.logits(x, self.head))
