@@ -1,12 +1,17 @@
 """One block's objective: what is trained, what is compared, and the gradual mask over a whole fit."""
 
-from collections.abc import Callable
+import json
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from affinequant.block import BlockJob, BlockObjective, folded_exactly
 from affinequant.checkpoint import open_source
@@ -211,3 +216,56 @@ def test_seeds_differ_by_purpose_block_and_recipe(tiny: Tiny) -> None:
     jobs = [make_job(tiny(), index=index, seed=seed)[0] for index in (0, 1) for seed in (0, 1)]
     seeds = [job.seed(purpose) for job in jobs for purpose in ("vo", "order")]
     assert len(set(seeds)) == 8 and seeds == [job.seed(purpose) for job in jobs for purpose in ("vo", "order")]
+
+
+def step_flops(folder: Path, preset: str, tokens: int) -> int:
+    """Floating-point operations of one training step of a block of LLaMA-2-7B's sizes, counted without computing it."""
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": 32000,
+        "num_hidden_layers": 1,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    family, dims = resolve(config, where="")
+    with torch.device("meta"):
+        source: Any = SimpleNamespace(folder=folder)
+        decoder = open_decoder(source, family, dims, torch.device("meta"), torch.float32)
+        recipe = resolve_recipe({"model": str(folder), "preset": preset, "tier": "merged", "seq_len": tokens})
+        position = (torch.empty(1, tokens, 128), torch.empty(1, tokens, 128))
+        job = BlockJob(
+            decoder=decoder,
+            index=0,
+            sites={site.name: site for site in resolve_sites(family, dims)},
+            recipe=recipe,
+            scheme=recipe.parsed_scheme,
+            kwargs={"position_embeddings": position, "attention_mask": None},
+            store=torch.bfloat16,
+        )
+        tensors = {name: torch.empty(tensor.shape) for name, tensor in decoder.block(0).state_dict().items()}
+        objective = BlockObjective(job, tensors, unlearned(job))
+        objective.progress(1.0)
+        x = torch.empty(1, tokens, dims.hidden)
+        solve = torch.ops.aten._linalg_solve_ex.default
+        with FlopCounterMode(display=False, custom_mapping={solve: solve_flops}) as counter:
+            torch.stack(list(objective.loss((x, x)).values())).sum().backward()
+    return counter.get_total_flops()
+
+
+def solve_flops(matrix: Sequence[int], right: Sequence[int], *_: Any, **__: Any) -> int:
+    """A factorisation, and two triangular systems for each right side."""
+    *batch, n, _ = matrix
+    return math.prod(batch) * (2 * n**3 // 3 + 2 * n**2 * right[-1])
+
+
+@pytest.mark.parametrize("preset", ["paper", "default"])
+def test_transforms_cost_a_fraction_of_dense_inversions(tmp_path: Path, preset: str) -> None:
+    """What a step costs whatever its tokens, against four inversions of 4096 x 4096 and their backward passes, which is
+    what a step of the published code has."""
+    tokens = (512, 1024, 2048)
+    *_, constant = numpy.polyfit(tokens, [step_flops(tmp_path, preset, count) for count in tokens], 2)
+    assert 1e10 < constant < 4 * 6 * 4096**3 / 50
