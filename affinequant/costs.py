@@ -7,6 +7,8 @@ from affinequant.models import Dims
 from affinequant.recipe import Recipe
 from affinequant.transforms import LEARNED_ROTATIONS
 
+JUDGED_TOKENS = 1024
+"""Held-out tokens that judge what a block has learned, or one sample where samples are longer."""
 GPU_FLOPS = 1.2e14
 CPU_FLOPS_PER_CORE = 1e11
 """Rates behind the minutes of a plan: bfloat16 on a data-centre GPU; float32 on one core with AVX-512, half of what
@@ -49,6 +51,11 @@ def expected_minutes(recipe: Recipe, dims: Dims, per_block: int, device: str) ->
     finish = 0.0
     if recipe.finish == "kl":
         finish = 4.5 * recipe.finish_epochs * (dims.layers * forward + 2 * tokens * dims.hidden * dims.vocab)
+    if recipe.judge == "kl" and recipe.epochs:
+        # At the start and after each epoch, on average through half of the blocks, and the logits of both models.
+        judging = min(tokens, max(JUDGED_TOKENS, recipe.seq_len))
+        each = dims.layers / 2 * per_block + 2 * dims.hidden * dims.vocab
+        finish += 2 * judging * dims.layers * (recipe.epochs + 1) * each
     if recipe.transforms.get("residual") in LEARNED_ROTATIONS:
         # Forwards, again while going backwards, and backwards to the inputs alone, with four products a token that turn.
         each = 2 * (per_block + 4 * dims.hidden**2 + recipe.rotation_len * dims.query)

@@ -7,15 +7,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from affinequant.costs import JUDGED_TOKENS
 from affinequant.data import Tokens
 from affinequant.distill import HELD_OUT, divergence, mean_loss
 from affinequant.plan import Plan
 from affinequant.stages import block_job, block_reader, read_outer
 from affinequant.stream import Decoder
 from affinequant.transforms import Transform
-
-JUDGED_TOKENS = 1024
-"""Held-out tokens that judge, or one sample where samples are longer."""
 
 
 class ModelJudge:

@@ -142,6 +142,17 @@ def test_a_learned_rotation_is_counted(seventy: Path, text: Path) -> None:
     assert learned.cpu_bytes >= fixed.cpu_bytes and learned.output_bytes == fixed.output_bytes
 
 
+def test_judging_is_counted_where_something_learns(seventy: Path, text: Path) -> None:
+    minutes = {
+        (epochs, judge): planned(seventy, text, tier="merged", device="cpu", epochs=epochs, judge=judge).minutes
+        for epochs in (0, 1, 3)
+        for judge in ("none", "kl")
+    }
+    once, thrice = (minutes[epochs, "kl"] - minutes[epochs, "none"] for epochs in (1, 3))
+    assert minutes[0, "kl"] == minutes[0, "none"]
+    assert thrice == pytest.approx(2 * once) and 0 < thrice < minutes[3, "none"]
+
+
 REFUSALS = [
     ({"scheme": "w4a16-g48"}, "groups of 48 do not divide 64, 128", "'w4a16-g64'", 3),
     ({"scheme": "w4a16-g128"}, "groups of 128 do not divide 64", "'w4a16-g64'", 3),
