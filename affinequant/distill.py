@@ -151,7 +151,7 @@ class Divergence:
         x, teacher = (part.to(self.decoder.device, self.decoder.dtype) for part in batch)
         for block in self.blocks:
             x = checkpoint(block, x, use_reentrant=False)  # pyright: ignore[reportAssignmentType]
-        return divergence(self.decoder, teacher, self.head, x, self._student)
+        return divergence(self.decoder, teacher, self.head, x, self._student, [self.log_gain])
 
     def final_norm(self) -> Tensor:
         """The trained gain of the last norm."""
@@ -170,23 +170,30 @@ def divergence(
     head: Mapping[str, Tensor],
     student: Float[Tensor, "batch tokens hidden"],
     logits: Callable[[Tensor], Tensor],
+    parameters: Sequence[nn.Parameter] = (),
 ) -> Float[Tensor, ""]:
     """Mean divergence, in nats per token, of the distribution that `logits` makes of the student's hidden states from
-    the one that the model's own `head` makes of the teacher's. Logits are made `CHUNK` tokens at a time, and made again
-    in the backward pass."""
+    the one that the model's own `head` makes of the teacher's. Logits are made `CHUNK` tokens at a time and their
+    gradients at once, so that they are neither kept nor made again in the backward pass.
 
-    def part(student: Tensor, teacher: Tensor) -> Tensor:
+    Args:
+        parameters: what `logits` depends on besides the hidden states, to be trained.
+    """
+    student, teacher, learns = student.flatten(0, 1), teacher.flatten(0, 1), torch.is_grad_enabled()
+    total = slope = torch.zeros((), device=student.device)
+    for chosen in slices(len(student), CHUNK):
         with torch.no_grad():
-            wanted = decoder.logits(teacher, head).float().log_softmax(-1)
-        got = logits(student).float().log_softmax(-1)
-        return nn.functional.kl_div(got, wanted, reduction="sum", log_target=True)
-
-    student, teacher = student.flatten(0, 1), teacher.flatten(0, 1)
-    parts = [
-        checkpoint(part, student[chosen], teacher[chosen], use_reentrant=False)
-        for chosen in slices(len(student), CHUNK)
-    ]
-    return torch.stack(parts).sum() / len(student)  # pyright: ignore[reportArgumentType, reportCallIssue]
+            wanted = decoder.logits(teacher[chosen], head).float().log_softmax(-1)
+        hidden = student[chosen].detach().requires_grad_(learns)
+        got = logits(hidden).float().log_softmax(-1)
+        part = nn.functional.kl_div(got, wanted, reduction="sum", log_target=True) / len(student)
+        total = total + part.detach()
+        if learns:
+            gradients = torch.autograd.grad(part, (hidden, *parameters))
+            pairs = zip((student[chosen], *parameters), gradients, strict=True)
+            slope = slope + torch.stack([(value * gradient).sum() for value, gradient in pairs]).sum()
+    # Zero, with the gradient of the total.
+    return total + (slope - slope.detach())
 
 
 @torch.no_grad()

@@ -3,16 +3,17 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import affinequant
 from affinequant.block import BlockJob, BlockObjective, folded_exactly
 from affinequant.checkpoint import open_source
-from affinequant.distill import Continuous, Distilled, Divergence, distill
+from affinequant.distill import Continuous, Distilled, Divergence, distill, divergence
 from affinequant.rounding import Rounded, round_block
 from affinequant.transforms.online import parts_of
 from tests.test_block import make_job, started
@@ -162,3 +163,26 @@ def test_in_the_pipeline(tiny: Tiny, tmp_path: Path, scheme: str, tier: str) -> 
     assert finish["divergence_last"] <= finish["divergence_first"]
     assert done.report["verified"]["passed"]
     assert done.report["calibration_perplexity"]["full"] == plain.report["calibration_perplexity"]["full"]
+
+
+def test_the_divergence_and_its_gradients_are_those_of_the_plain_expression() -> None:
+    """Over more tokens than are worked on at once, with a parameter behind the logits, and scaled by what follows."""
+    generator = torch.Generator().manual_seed(0)
+    head = torch.randn(50, 8, generator=generator)
+    log_gain = nn.Parameter(torch.randn(8, generator=generator) / 10)
+    student, teacher = (torch.randn(2, 300, 8, generator=generator) for _ in range(2))
+    student.requires_grad_()
+    decoder: Any = SimpleNamespace(logits=lambda hidden, weight: hidden @ weight["w"].mT)
+
+    def logits(hidden: Tensor) -> Tensor:
+        return hidden * log_gain.exp() @ head.mT
+
+    wanted = nn.functional.kl_div(
+        logits(student).log_softmax(-1), (teacher @ head.mT).log_softmax(-1), reduction="sum", log_target=True
+    )
+    expected = torch.autograd.grad(3 * wanted / 600, (student, log_gain))
+    got = divergence(decoder, teacher, {"w": head}, student, logits, [log_gain])
+    torch.testing.assert_close(got, wanted / 600)
+    torch.testing.assert_close(torch.autograd.grad(3 * got, (student, log_gain)), expected)
+    with torch.no_grad():
+        assert torch.equal(divergence(decoder, teacher, {"w": head}, student, logits, [log_gain]), got)
