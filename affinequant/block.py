@@ -56,12 +56,14 @@ class BlockJob:
         on_input: OnInput | None = None,
         on_attention: OnAttention | None = None,
         known: Mapping[str, Tensor] | None = None,
+        scales: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """The block on a batch (`run_block`), in the compute dtype whatever the tensors are in. Without `on_input` and
         `on_attention` in full precision: they hold all that acts on activations at run time."""
         lent = {name: tensor.to(self.decoder.dtype) for name, tensor in tensors.items()}
         block, family = self.decoder.block(self.index), self.decoder.family
-        return run_block(block, family, lent, x, self.kwargs, on_input, on_attention, known)
+        factors = {name: scale.to(self.decoder.dtype) for name, scale in (scales or {}).items()}
+        return run_block(block, family, lent, x, self.kwargs, on_input, on_attention, known, factors)
 
     def run_all(
         self,
@@ -69,12 +71,14 @@ class BlockJob:
         x: Tensor,
         on_input: OnInput | None = None,
         on_attention: OnAttention | None = None,
+        scales: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """The block on every sample, a batch at a time, without gradients; the result lies where `x` lies."""
         with torch.no_grad():
             result = like_on_disk(x, self.scratch)
             for part in slices(len(x), self.recipe.batch_size):
-                result[part] = self.run(tensors, x[part].to(self.decoder.device), on_input, on_attention).to(x)
+                batch = x[part].to(self.decoder.device)
+                result[part] = self.run(tensors, batch, on_input, on_attention, scales=scales).to(x)
         return result
 
     def cached_heads(self, rotation: Mapping[str, Tensor]) -> OnAttention | None:

@@ -70,16 +70,29 @@ class Continuous(nn.Module):
         self.names = list(shapes)
         self.logs = nn.ParameterList(nn.Parameter(torch.zeros(shape, device=device)) for shape in shapes.values())
 
-    def tensors(self) -> Tensors:
-        """The block's tensors by their names within it, weights as values."""
+    def tensors(self) -> tuple[Tensors, Tensors]:
+        """The block's tensors by their names within it, and factors of rows of weights that are left to the outputs.
+
+        A scale per row never meets its weight: the product with integers is scaled, which spares every step the making
+        of the weight and a product for its gradient. Scales per group are in the weights.
+        """
         fmt, stored = self.job.scheme.weight, self.stored
-        result = {name: self._here(stored[name]) for name in self.rest} | self._gains()
+        tensors = {name: self._here(stored[name]) for name in self.rest} | self._gains()
+        factors = {}
         for name in self.linears:
-            zero = stored.get(f"{name}.zero")
             codes, scale = self._here(stored[f"{name}.codes"]), self._scale(name)
-            zeros = torch.zeros_like(scale) if zero is None else self._here(zero).to(scale)
-            result[f"{name}.weight"] = dequantize(codes, scale, zeros, fmt)
-        return result
+            zero = self._here(stored.get(f"{name}.zero", torch.zeros(scale.shape, dtype=torch.int8)))
+            if fmt.granularity == "channel":
+                tensors[f"{name}.weight"], factors[name] = codes.to(torch.int16) - zero, scale.squeeze(1)
+            else:
+                tensors[f"{name}.weight"] = dequantize(codes, scale, zero.to(scale), fmt)
+        return tensors, factors
+
+    def run_all(self, x: Float[Tensor, "samples tokens hidden"]) -> Float[Tensor, "samples tokens hidden"]:
+        """The block on every sample, without gradients."""
+        with torch.no_grad():
+            tensors, factors = self.tensors()
+            return self.job.run_all(tensors, x, self.on_input, self.on_attention, factors)
 
     def on_input(self, site: str, x: Tensor) -> Tensor:
         """Transform and round what a site's linears read."""
@@ -90,7 +103,8 @@ class Continuous(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch tokens hidden"]) -> Float[Tensor, "batch tokens hidden"]:
         """The block on a batch."""
-        return self.job.run(self.tensors(), x, self.on_input, self.on_attention)
+        tensors, factors = self.tensors()
+        return self.job.run(tensors, x, self.on_input, self.on_attention, scales=factors)
 
     def changed(self) -> Tensors:
         """The trained values under full names, in the dtypes of the stage."""
@@ -254,8 +268,7 @@ def distill(
     tensors[objective.norm] = objective.final_norm().detach().to(outer[objective.norm].dtype)
     after = embedded[:keep]
     for block in blocks:
-        with torch.no_grad():
-            after = block.job.run_all(block.tensors(), after, block.on_input, block.on_attention)
+        after = block.run_all(after)
     return Distilled(tensors=tensors, after=after, fitted=fitted)
 
 

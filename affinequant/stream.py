@@ -138,12 +138,13 @@ def run_block(
     on_input: OnInput | None = None,
     on_attention: OnAttention | None = None,
     known: Mapping[str, Tensor] | None = None,
+    scales: Mapping[str, Tensor] | None = None,
 ) -> Float[Tensor, "batch tokens hidden"]:
     """One block with `tensors` (named within it) as its weights.
 
     `on_input(site, x)` is asked once per site and call, whatever the number of linears that read the site;
     `on_attention` gets queries, keys and values after RoPE. `known` holds what some linears give on this `x`: they are
-    not computed.
+    not computed. `scales` holds, for some linears, factors of the rows of their weights that are not in these yet.
 
     Raises:
         RuntimeError: the block's own code kept `on_attention` from its attention.
@@ -152,6 +153,10 @@ def run_block(
     for member, output in (known or {}).items():
         tensors |= {name: tensors[name][:0] for name in (f"{member}.weight", f"{member}.bias") if name in tensors}
         handles.append(block.get_submodule(member).register_forward_hook(lambda *_, output=output: output))
+    for member, scale in (scales or {}).items():
+        if (bias := f"{member}.bias") in tensors:
+            tensors[bias] = tensors[bias] / scale
+        handles.append(block.get_submodule(member).register_forward_hook(lambda *given, scale=scale: given[-1] * scale))
     asked: list[bool] = []
     if on_attention is not None:
         act = on_attention

@@ -67,15 +67,20 @@ def finished(case: Case, **fields: Any) -> Distilled:
     "fields", [{"scheme": "w4a4"}, {"scheme": "w4a16-g32"}, {"scheme": "w4a8-sym"}, ONLINE, CACHED], ids=str
 )
 def test_it_starts_from_what_was_rounded(tiny: Tiny, fields: dict[str, Any]) -> None:
-    case = make(tiny(), **fields)
+    case = make(tiny(bias=True), **fields)
+    embedded = case.embedded.double()
     for job, made, stored in zip(case.jobs, case.rounded, case.stages, strict=True):
+        # In fp64: scaled outputs differ from scaled weights in their last bits, which would move a rounding now and then.
+        job = replace(job, decoder=replace(job.decoder, dtype=torch.float64))
         parts = parts_of(made.stored, job.decoder.family.attention)
         heads = job.cached_heads({part: made.stored[name] for part, name in parts.items()})
         assert (heads is None) is (fields is not CACHED) and bool(parts) is (fields is CACHED)
-        expected = job.run_all(made.tensors, case.embedded, quantized_input(job, made.clips, made.online), heads)
+        expected = job.run_all(made.tensors, embedded, quantized_input(job, made.clips, made.online), heads)
         block = Continuous(job, stored)
-        with torch.no_grad():
-            assert torch.equal(block(case.embedded), expected)
+        assert block.tensors()[1].keys() == (
+            set(block.linears) if job.scheme.weight.granularity == "channel" else set()
+        )
+        torch.testing.assert_close(block.run_all(embedded), expected, rtol=1e-9, atol=1e-9)
         changed = block.changed()
         assert changed.keys() < stored.keys()
         assert all(torch.equal(tensor, stored[name]) for name, tensor in changed.items())
