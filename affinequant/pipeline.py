@@ -37,7 +37,7 @@ class Result:
 
 
 def quantize(
-    model: Recipe | str,
+    model: Recipe | str | Path,
     *,
     progress: bool | Progress = False,
     overwrite: bool = False,
@@ -58,7 +58,7 @@ def quantize(
     listen: Progress = Console() if progress is True else (progress or Silent())
     if isinstance(model, Recipe) and fields:
         model = replace(model, **fields)
-    recipe = model if isinstance(model, Recipe) else resolve_recipe({"model": str(model)} | _plain(fields))
+    recipe = model if isinstance(model, Recipe) else resolve_recipe({"model": model} | fields)
     began = time.perf_counter()
     if recipe.model == "demo":
         from affinequant.demo import demo_model
@@ -126,11 +126,6 @@ def _with_weights(made: Plan) -> Plan:
     source = open_source(locate(made.recipe.model))
     check_tensors(source, made.family, made.dims)
     return replace(made, source=source)
-
-
-def _plain(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Keywords as recipe values: paths become strings, None means not given."""
-    return {name: str(v) if isinstance(v, Path) else v for name, v in fields.items() if v is not None}
 
 
 def _scratch(made: Plan, run: Run) -> Path | None:

@@ -92,7 +92,7 @@ class Plan:
         return {"candidates": list(candidates(self.sites[name], self.recipe, block_flops(self.family, self.dims)))}
 
 
-def plan(model: Recipe | str, **fields: Any) -> Plan:
+def plan(model: Recipe | str | Path, **fields: Any) -> Plan:
     """Resolve a recipe against a model, without reading weights.
 
     Args:

@@ -192,11 +192,13 @@ class Recipe:
 
 
 def resolve(values: Mapping[str, Any], *, where: str = "quantize()") -> Recipe:
-    """A recipe from the fields that were given: a preset fills what was not, and the scheme may adjust the preset.
+    """A recipe from the fields that were given: a preset fills what was not, and the scheme may adjust the preset. None
+    means not given; a path means its string.
 
     Raises:
         AffineQuantError: unknown field, preset or value.
     """
+    values = {name: str(v) if isinstance(v, Path) else v for name, v in values.items() if v is not None}
     if values.get("transforms") == AUTO:
         values = {**values, "transforms": dict.fromkeys(CHOICE_SITES, AUTO)}
     known = [entry.name for entry in fields(Recipe)]

@@ -47,7 +47,7 @@ def text(tmp_path: Path) -> Path:
 
 
 def planned(folder: Path, text: Path, **fields: Any) -> Plan:
-    return plan(str(folder), **{"data": str(text), "samples": 4, "seq_len": 32, "device": "cpu"} | fields)
+    return plan(folder, **{"data": text, "samples": 4, "seq_len": 32, "device": "cpu"} | fields)
 
 
 def refusal(folder: Path, text: Path, **fields: Any) -> AffineQuantError:
