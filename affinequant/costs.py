@@ -47,6 +47,7 @@ def expected_minutes(recipe: Recipe, dims: Dims, per_block: int, device: str) ->
     passes = 3.0 + (3.5 * recipe.epochs) + (1.5 if by_hessian else 0) + (1.5 if by_target else 0)
     gram = 2 * tokens * (3 * dims.hidden**2 + dims.mlp**2) * (by_hessian + by_target)
     search = 2 * 40 * per_block * dims.hidden if "search" in recipe.weight_clip else 0
+    search += 2 * recipe.sweeps * per_block * dims.hidden
     steps = recipe.epochs * math.ceil(recipe.samples / recipe.batch_size) * per_block * 120
     finish = 0.0
     if recipe.finish == "kl":

@@ -5,6 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from affinequant.quantizer import (
+    dequantize,
     fake_quantize_activation,
     grid,
     grouped,
@@ -107,6 +108,43 @@ def gptq(
             work[column + 1 : stop].addr_(upper[column, column + 1 : stop], wrong, alpha=-1)
         work[stop:].addmm_(upper[start:stop, stop:].mT, errors, alpha=-1)
     return codes[torch.argsort(order)].mT.contiguous()
+
+
+def refine(
+    codes: Float[Tensor, "rows columns"],
+    weight: Float[Tensor, "rows columns"],
+    hessian: Float[Tensor, "columns columns"],
+    scale: Float[Tensor, "rows groups"],
+    zero: Float[Tensor, "rows groups"],
+    fmt: NumberFormat,
+    *,
+    damping: float,
+    sweeps: int,
+    block: int = 32,
+) -> Float[Tensor, "rows columns"]:
+    """Codes that err less than those given, e H e^T under the damped H, by coordinate descent (QuantEase, arXiv
+    2309.01885): `sweeps` times over, each column in turn takes the code that is best while all others stay."""
+    columns = weight.shape[1]
+    hessian = hessian + torch.eye(columns).to(hessian) * (damping * hessian.diagonal().mean())
+    if not sweeps or not bool((hessian.diagonal() > 0).all()):
+        return codes
+    group = [column // (columns // scale.shape[1]) for column in range(columns)]
+    curvature, scales, zeros = hessian.diagonal().tolist(), scale.mT.contiguous(), zero.mT.contiguous()
+    # One input after the other, each contiguous over the outputs.
+    codes, value = codes.mT.contiguous(), dequantize(codes, scale, zero, fmt).mT.contiguous()
+    errors = weight.mT - value
+    for start in list(range(0, columns, block)) * sweeps:
+        stop = min(start + block, columns)
+        slope, local = hessian[start:stop] @ errors, hessian[start:stop, start:stop]
+        for column in range(start, stop):
+            s, z, row = scales[group[column]], zeros[group[column]], column - start
+            wanted = value[column] + slope[row] / curvature[column]
+            code = torch.div(wanted, s, out=codes[column]).round_().add_(z).clamp_(fmt.code_min, fmt.code_max)
+            step = (code - z).mul_(s).sub_(value[column])
+            value[column] += step
+            errors[column] -= step
+            slope[row + 1 :].addr_(local[row + 1 :, row], step, alpha=-1)
+    return codes.mT.contiguous()
 
 
 def follow_target(

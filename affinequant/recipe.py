@@ -99,6 +99,7 @@ class Recipe:
     rotation_steps: int = _option(100, "method", "steps that learn the rotation of the residual stream, where one is")
     rotation_len: int = _option(2048, "method", "tokens of each of those steps, at most")
     rotation_lr: float = _option(0.05, "method", "radians by which the first of those steps turn a feature")
+    sweeps: int = _option(0, "method", "GPTQ: passes of coordinate descent over its codes")
     damping: float = _option(0.01, "method", "GPTQ: fraction of the mean Hessian diagonal added to it")
 
     data: str = _option(
@@ -125,7 +126,7 @@ class Recipe:
         _find_preset(self.preset)
         object.__setattr__(self, "preset", ALIASES.get(self.preset, self.preset))
         smallest = {"tp": 1, "samples": 1, "seq_len": 8, "batch_size": 1, "epochs": 0, "finish_epochs": 1, "seed": 0}
-        for name, least in (smallest | {"rotation_steps": 1, "rotation_len": 8}).items():
+        for name, least in (smallest | {"rotation_steps": 1, "rotation_len": 8, "sweeps": 0}).items():
             if getattr(self, name) < least:
                 flag = "--" + name.replace("_", "-")
                 raise AffineQuantError(f"{name} = {getattr(self, name)}", flag, f"use {least} or more")

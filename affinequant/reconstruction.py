@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from affinequant.block import BlockJob
-from affinequant.gptq import GPTQFailure, follow_target, gptq
+from affinequant.gptq import GPTQFailure, follow_target, gptq, refine
 from affinequant.quantizer import codes_of, dequantize, fake_quantize_activation
 from affinequant.replay import Replay
 from affinequant.scheme import NumberFormat
@@ -25,11 +25,12 @@ Kind = Literal["nearest", "gptq", "gptaq"]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Way:
     """How to round: to nearest, by GPTQ, or by GPTQ towards what the full-precision inputs give. That target is pulled
-    back to the weights themselves by a damping of its own."""
+    back to the weights themselves by a damping of its own. GPTQ's codes are refined in so many `sweeps`."""
 
     kind: Kind
     damping: float = 0.0
     pull: float = 0.0
+    sweeps: int = 0
 
     def __str__(self) -> str:
         return {"nearest": "nearest", "gptq": f"gptq {self.damping:g}", "gptaq": f"gptaq {self.pull:g}"}[self.kind]
@@ -153,7 +154,8 @@ def round_by(
     if way.kind == "gptaq":
         assert moments.drift is not None
         weight = follow_target(weight, moments.hessian, moments.drift, damping=way.pull)
-    return gptq(weight, moments.hessian, scale, zero, fmt, damping=way.damping)
+    codes = gptq(weight, moments.hessian, scale, zero, fmt, damping=way.damping)
+    return refine(codes, weight, moments.hessian, scale, zero, fmt, damping=way.damping, sweeps=way.sweeps)
 
 
 def choose(
@@ -163,6 +165,7 @@ def choose(
     zero: Float[Tensor, "rows groups"],
     fmt: NumberFormat,
     damping: float,
+    sweeps: int = 0,
 ) -> tuple[Way, Mapping[str, float]]:
     """The way with the least error on the held-out rows, and by name the error of each that could be tried: of x V^T,
     with V rounded on the other samples, against t W^T."""
@@ -171,7 +174,7 @@ def choose(
     wanted = target @ weight.mT
     errors: dict[str, float] = {}
     best = Way(kind="nearest")
-    for way in ways(damping):
+    for way in ways(damping, sweeps):
         try:
             codes = round_by(way, weight, inputs.fitted, scale, zero, fmt)
         except GPTQFailure:
@@ -182,10 +185,11 @@ def choose(
     return best, errors
 
 
-def ways(damping: float) -> tuple[Way, ...]:
+def ways(damping: float, sweeps: int = 0) -> tuple[Way, ...]:
     """What `auto` tries: nearest; GPTQ at the recipe's damping and at ten times as much; and targets from full-precision
     inputs, which a few thousand tokens determine badly, pulled back a little and a lot."""
     least, more = (min(1.0, max(damping, 1e-4) * factor) for factor in (1, 10))
-    plain = (Way(kind="gptq", damping=step) for step in (least, more))
-    drawn = (Way(kind="gptaq", damping=least, pull=min(10.0, least * factor)) for factor in (10, 100))
+    plain = (Way(kind="gptq", damping=step, sweeps=sweeps) for step in (least, more))
+    pulls = (min(10.0, least * factor) for factor in (10, 100))
+    drawn = (Way(kind="gptaq", damping=least, pull=pull, sweeps=sweeps) for pull in pulls)
     return (Way(kind="nearest"), *plain, *drawn)

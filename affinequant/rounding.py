@@ -147,15 +147,15 @@ def _round_group(
 ) -> tuple[dict[str, tuple[Tensor, Tensor, Tensor]], dict[str, Any]]:
     """Linear to (codes, scale, zero) for those that read one input, which are rounded together; and how: the name of the
     way, with `auto` the held-out error of each."""
-    fmt, damping = job.scheme.weight, job.recipe.damping
+    fmt, damping, sweeps = job.scheme.weight, job.recipe.damping, job.recipe.sweeps
     scale, zero = _grids(job, work, members, inputs, learned)
     whole = torch.cat([work[f"{member}.weight"] for member in members])
     errors: Mapping[str, float] = {}
     if job.recipe.rounding == "auto":
         assert inputs is not None
-        way, errors = choose(whole, inputs, scale, zero, fmt, damping)
+        way, errors = choose(whole, inputs, scale, zero, fmt, damping, sweeps)
     else:
-        way = Way(kind=job.recipe.rounding, damping=damping, pull=damping)
+        way = Way(kind=job.recipe.rounding, damping=damping, pull=damping, sweeps=sweeps)
     try:
         codes = round_by(way, whole, inputs.every if inputs else None, scale, zero, fmt)
     except GPTQFailure as problem:

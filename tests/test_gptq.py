@@ -10,6 +10,7 @@ from affinequant.gptq import (
     _quadratic,
     follow_target,
     gptq,
+    refine,
     search_activation_clip,
     search_weight_range,
 )
@@ -115,6 +116,48 @@ def test_what_no_damping_mends_is_said(hessian: Tensor) -> None:
         assert "not positive definite" in str(failure)
     else:  # nothing to know is nothing to correct
         assert not bool(hessian.any()) and torch.equal(codes, codes_of(weight, scale, zero, fmt))
+
+
+def damped_error(
+    weight: Tensor, codes: Tensor, hessian: Tensor, scale: Tensor, zero: Tensor, fmt: NumberFormat
+) -> Tensor:
+    """e H e^T per row, at a damping of 0.01."""
+    wrong = (dequantize(codes, scale, zero, fmt) - weight).double()
+    damped = hessian.double() + 0.01 * hessian.diagonal().mean() * torch.eye(len(hessian), dtype=torch.float64)
+    return ((wrong @ damped) * wrong).sum(-1)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("block", [128, 7])
+def test_descent_ends_where_no_code_alone_can_be_bettered(scheme: str, block: int) -> None:
+    fmt, weight, x = Scheme.parse(scheme).weight, random(12, 32), correlated(32)
+    hessian = x.mT @ x / len(x)
+    low, high = (0.8 * end for end in weight_range(weight, fmt))
+    scale, zero = grid(low, high, fmt, torch.bfloat16)
+    codes = gptq(weight, hessian, scale, zero, fmt, damping=0.01)
+    errors = [damped_error(weight, codes, hessian, scale, zero, fmt)]
+    for sweeps in (1, 2, 40):
+        found = refine(codes, weight, hessian, scale, zero, fmt, damping=0.01, sweeps=sweeps, block=block)
+        assert torch.equal(found, found.round()) and fmt.code_min <= found.min() and found.max() <= fmt.code_max
+        errors.append(damped_error(weight, found, hessian, scale, zero, fmt))
+        assert bool((errors[-1] <= errors[-2] * (1 + 1e-6)).all())
+    assert float(errors[-1].sum()) < 0.99 * float(errors[0].sum())
+    for column in range(weight.shape[1]):
+        for step in (-1, 1):
+            other = found.clone()
+            other[:, column] = (other[:, column] + step).clamp(fmt.code_min, fmt.code_max)
+            assert bool((damped_error(weight, other, hessian, scale, zero, fmt) >= errors[-1] * (1 - 1e-5)).all())
+
+
+@pytest.mark.parametrize("kind", SINGULAR)
+@pytest.mark.parametrize("damping", [0.0, 0.01])
+def test_descent_leaves_alone_what_nothing_decides(kind: str, damping: float) -> None:
+    fmt, weight = Scheme.parse("w4a4").weight, random(8, 32)
+    scale, zero = grid(*weight_range(weight, fmt), fmt)
+    codes = codes_of(weight, scale, zero, fmt)
+    found = refine(codes, weight, SINGULAR[kind], scale, zero, fmt, damping=damping, sweeps=3)
+    assert bool(found.isfinite().all())
+    assert torch.equal(refine(codes, weight, SINGULAR[kind], scale, zero, fmt, damping=damping, sweeps=0), codes)
 
 
 def searched_error(weight: Tensor, hessian: Tensor, fmt: NumberFormat, low: Tensor, high: Tensor) -> Tensor:

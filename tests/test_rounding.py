@@ -92,12 +92,13 @@ def output_noise(result: Rounded, job: Any, tensors: dict[str, Tensor], x: Tenso
     return float((after - target).square().sum() / target.square().sum())
 
 
-def test_each_step_from_nearest_to_searched_to_gptq_helps_the_block(tiny: Tiny) -> None:
-    noise = [
-        output_noise(*rounded(tiny(), preset="rtn", scheme="w4a16", **fields))
-        for fields in ({}, {"weight_clip": "search"}, {"weight_clip": "search", "rounding": "gptq"})
-    ]
-    assert noise[0] > noise[1] > noise[2] > 0
+def test_each_step_from_nearest_to_searched_to_gptq_to_refined_helps_the_block(tiny: Tiny) -> None:
+    steps: list[dict[str, Any]] = [{}, {"weight_clip": "search"}, {"rounding": "gptq"}, {"sweeps": 4}]
+    asked: list[dict[str, Any]] = [{}]
+    for step in steps:
+        asked.append(asked[-1] | step)
+    noise = [output_noise(*rounded(tiny(), preset="rtn", scheme="w4a16", **fields)) for fields in asked[1:]]
+    assert noise[0] > noise[1] > noise[2] > noise[3] > 0
 
 
 def test_a_hessian_that_cannot_be_factored_is_an_event(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
