@@ -7,7 +7,7 @@ import torch
 from affinequant_kernels import cpu, native, prepare_weight, reference
 from affinequant_kernels.weight import Weight
 
-ENGINES = ["native", "onednn", "int_mm", "float64"]
+ENGINES = ["native", "onednn", "int_mm", "float32", "float64"]
 SHAPES = [(1, 96), (3, 4128), (17, 1024), (600, 96)]
 KINDS = [("channel", 4), ("integer", 4), ("group", 4), ("channel", 8), ("group", 8)]
 
@@ -22,7 +22,10 @@ def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     monkeypatch.setattr(native, "available", lambda: "another engine is tested")
     if request.param == "onednn" and cpu.engine() != "onednn":
         pytest.skip(f"this machine's best exact engine is {cpu.engine()}")
-    monkeypatch.setattr(cpu, "engine", lambda: request.param)
+    if request.param in ("onednn", "float32"):
+        monkeypatch.setattr(cpu, "engine", lambda: request.param)
+    else:
+        monkeypatch.setattr(cpu, "_engine_for", lambda *_: request.param)
     return request.param
 
 
@@ -143,7 +146,23 @@ def test_views_of_one_storage_are_different_weights(engine: str) -> None:
 def test_engine_check_rejects_wrong_results(monkeypatch: pytest.MonkeyPatch) -> None:
     exact = cpu._onednn
     monkeypatch.setattr(cpu, "_onednn", lambda *a: exact(*a) + 1)
-    assert cpu.engine.__wrapped__() == "int_mm"
-    product_of_int8 = torch._int_mm
-    monkeypatch.setattr(torch, "_int_mm", lambda a, b: product_of_int8(a, b) + 1)
-    assert cpu.engine.__wrapped__() == "float64"
+    assert cpu.engine.__wrapped__() == "float32"
+
+
+@pytest.mark.parametrize("best, wider", [("onednn", "int_mm"), ("float32", "float64")])
+def test_sums_that_fp32_does_not_hold_go_to_another_engine(
+    monkeypatch: pytest.MonkeyPatch, best: str, wider: str
+) -> None:
+    monkeypatch.setattr(cpu, "engine", lambda: best)
+    zero = torch.ones(1, dtype=torch.int32)
+    four, eight = (sample("channel", bits, False, 8, 1024) for bits in (4, 8))
+    for k, act_bits, weight, expected in (
+        (1 << 16, 4, four, best),
+        (1 << 17, 4, four, wider),
+        (256, 8, eight, best),
+        (512, 8, eight, wider),
+        (256, 8, sample("channel", 8, True, 8, 1024), wider),
+    ):
+        assert cpu._engine_for(k, zero, weight, torch.float32, act_bits) == expected
+    # A group is summed by itself.
+    assert cpu._engine_for(1 << 17, zero, sample("group", 4, True, 8, 1 << 17), torch.float32, 4) == best

@@ -1,11 +1,11 @@
-"""The CPU path: oneDNN int8 matmuls on weights that are unpacked once, and row quantisation in cache-sized blocks.
+"""The CPU path: int8 matmuls on weights that are unpacked once, and row quantisation in cache-sized blocks.
 
 Equal to reference.py bit for bit. What makes it fast and still exact:
 * `onednn::qlinear_pointwise` on a weight that `qlinear_prepack` laid out for this machine's int8 units returns
   float(int32 accumulator) * weight_scale, rounded once each. Zero points are integers, taken off before the scale;
   below 2^24 fp32 holds them exactly, above it `torch._int_mm` gives the int32.
-* Whether this build and machine really compute that is checked once per process with extreme values; otherwise
-  `torch._int_mm`, otherwise fp64.
+* Whether this build and machine really compute that is checked once per process with extreme values. Where they do not
+  (no VNNI: its sums of int8 products saturate), integers are multiplied in fp32, which is exact below 2^24, above in fp64.
 
 Shapes: m rows (tokens), k input features, n output features, g groups.
 """
@@ -26,7 +26,7 @@ from . import native, reference
 from .reference import SCALE_FLOOR, Rows
 from .weight import Weight, integer_weight, kind_of, unpack
 
-Engine = Literal["onednn", "int_mm", "float64"]
+Engine = Literal["onednn", "int_mm", "float32", "float64"]
 T = TypeVar("T")
 
 # torch shares an op among threads above this many elements (torch.round above 2048). Waking a thread that sleeps costs
@@ -193,22 +193,24 @@ def _onednn_add(q: Tensor, packed: Tensor, scale: Tensor, no_zero: Tensor, total
     )
 
 
-def _int32(q: Tensor, codes: Tensor, using: Engine) -> Int32[Tensor, "m n"]:
+def _product(q: Tensor, codes: Tensor, using: Engine) -> Tensor:
+    """Exact integers: int32, or with `float32` in fp32."""
     if using == "float64":
         return (q.double() @ codes.double().t()).to(torch.int32)
+    if using == "float32":
+        return q.float() @ codes.float().t()
     return torch._int_mm(q, codes.t())  # pyright: ignore[reportPrivateImportUsage]
 
 
 @functools.cache
 def engine() -> Engine:
-    """The fastest engine whose results on extreme values are exact on this machine."""
+    """oneDNN where its results on extreme values are exact on this machine, else fp32 (where that is)."""
     generator = torch.Generator().manual_seed(0)
     q = torch.randint(-128, 128, (17, 2048), dtype=torch.int8, generator=generator)
     codes = torch.randint(-128, 128, (48, 2048), dtype=torch.int8, generator=generator)
     q[:2], codes[:2] = -128, torch.tensor([[-128], [127]], dtype=torch.int8)
     scale = torch.rand(48, generator=generator)
-    acc = _int32(q, codes, "float64")
-    scaled = acc.float() * scale
+    scaled = _product(q, codes, "float64").float() * scale
     no_zero = torch.zeros(48, dtype=torch.int32)
     try:
         packed = torch.ops.onednn.qlinear_prepack(codes, None)
@@ -218,10 +220,7 @@ def engine() -> Engine:
             return "onednn"
     except (AttributeError, RuntimeError, NotImplementedError):
         pass  # a build without oneDNN, or with another version's signature
-    try:
-        return "int_mm" if torch.equal(_int32(q, codes, "int_mm"), acc) else "float64"
-    except RuntimeError:
-        return "float64"
+    return "float32"
 
 
 def linear(
@@ -247,17 +246,20 @@ def linear(
 
 
 def _engine_for(k: int, zero: Tensor | None, weight: Weight, out_dtype: torch.dtype, act_bits: int) -> Engine:
-    """oneDNN hands out fp32: where the integers are needed and may be too large for it, another engine."""
-    best = engine()
-    if best != "onednn" or kind_of(weight.scale, weight.mul) == "group":
+    """The best engine, or where its integers may be too large for fp32, or do not fit int8, another."""
+    best, grouped = engine(), kind_of(weight.scale, weight.mul) == "group"
+    wider: Engine = "int_mm" if best == "onednn" else "float64"
+    if best == "onednn" and grouped:
         return best
     if _by_rowsum(weight):
-        return "int_mm"
-    if zero is None and out_dtype != torch.int32:
+        return wider
+    # oneDNN sums in int32 and hands out fp32, rounded once: that harms where the integers themselves are needed.
+    if best == "onednn" and zero is None and out_dtype != torch.int32:
         return best
     # The product and the zero point's correction, each at most this, must both and in their difference be exact.
-    bound = 2 * (1 << (act_bits - 1)) * _largest(weight) * k
-    return best if bound < EXACT else "int_mm"
+    summed = k // weight.scale.shape[1] if grouped else k
+    bound = 2 * (1 << (act_bits - 1)) * _largest(weight) * summed
+    return best if bound < EXACT else wider
 
 
 def _chunk(
@@ -302,15 +304,15 @@ def _scaled(y: Float[Tensor, "m n"], scale: Tensor, bias: Tensor | None, out_dty
 
 
 def _accumulate(plan: _Plan, q: Tensor, zero: Tensor | None, weight: Weight) -> Tensor:
-    """The corrected accumulator: int32, or (oneDNN) the same integers in fp32, which `_engine_for` found to fit."""
+    """The corrected accumulator: int32, or the same integers in fp32 where `_engine_for` found them to fit."""
     if plan.engine == "onednn":
         acc = _onednn(q, plan.packed[0], plan.one, plan.no_zero)
         return acc if zero is None else acc.addr_(zero.float(), weight.colsum.float(), alpha=-1.0)
-    acc = _int32(q, weight.qweight if plan.codes is None else plan.codes, plan.engine)
+    acc = _product(q, weight.qweight if plan.codes is None else plan.codes, plan.engine)
     if _by_rowsum(weight):
         assert weight.zero is not None
         acc -= q.sum(1, dtype=torch.int32).unsqueeze(1) * weight.zero
-    return acc if zero is None else acc.addr_(zero, weight.colsum, alpha=-1)
+    return acc if zero is None else acc.addr_(zero.to(acc.dtype), weight.colsum.to(acc.dtype), alpha=-1)
 
 
 def _groups(plan: _Plan, q: Tensor, weight: Weight) -> Float[Tensor, "m n"]:
@@ -324,7 +326,7 @@ def _groups(plan: _Plan, q: Tensor, weight: Weight) -> Float[Tensor, "m n"]:
             y = _onednn_add(part, plan.packed[g], scales[g], plan.no_zero, y)
         else:
             codes = (weight.qweight if plan.codes is None else plan.codes)[:, g * size : (g + 1) * size].contiguous()
-            y.add_(_int32(part, codes, plan.engine).float().mul_(scales[g]))
+            y.add_(_product(part, codes, plan.engine).float().mul_(scales[g]))
     return y
 
 
