@@ -13,6 +13,12 @@ import torch
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("default")]
 
 WINDOW, WINDOWS = 1024, 10
+stock_needs_avx512 = pytest.mark.xfail(
+    torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2"),
+    reason="without AVX512, vLLM's CPU build has no W4A16 kernel, and its sums of int8 products saturate",
+    raises=(AttributeError, AssertionError),
+    strict=True,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -86,6 +92,7 @@ def weight_only(folder: Path, dtype: torch.dtype) -> Any:
     return model.eval()
 
 
+@stock_needs_avx512
 @pytest.mark.parametrize(
     ("scheme", "runs_as"),
     [
@@ -115,6 +122,7 @@ def test_a_tiny_checkpoint_loads_and_agrees(
     assert float(difference.abs().mean()) < 0.05 * float(spread), (ours[:5], theirs[:5])
 
 
+@stock_needs_avx512
 @pytest.mark.slow
 def test_the_real_checkpoint_agrees_in_perplexity(smollm2_w4a4: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from transformers import AutoTokenizer

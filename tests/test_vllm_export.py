@@ -9,17 +9,17 @@ import torch
 
 from tests.test_export import SHAPE, export
 from tests.test_export import made as made
-from tests.test_vllm import reference_losses, vllm_losses
+from tests.test_vllm import reference_losses, stock_needs_avx512, vllm_losses
 from tests.tiny import dense_model, rounded
 
 Tiny = Callable[..., Path]
 Make = Callable[..., Path]
 
 VLLM = [
-    ("w4a4", "compressed-tensors", "w4a16", "CompressedTensorsWNA16"),
+    pytest.param("w4a4", "compressed-tensors", "w4a16", "CompressedTensorsWNA16", marks=stock_needs_avx512),
     ("w4a4", "int-quantized", "w8a8", "CompressedTensorsW8A8Int8"),
     ("w4a16-sym", "int-quantized", "w4a8", "CompressedTensorsW4A8Int"),
-    ("w4a16-sym", "gptq", None, "AutoGPTQLinearMethod"),
+    pytest.param("w4a16-sym", "gptq", None, "AutoGPTQLinearMethod", marks=stock_needs_avx512),
 ]
 
 
