@@ -41,7 +41,7 @@ def search_weight_range(
 
     def error(at_low: Tensor, at_high: Tensor) -> Tensor:
         scale, zero = (part.mT[..., None] for part in grid(at_low, at_high, fmt, store))
-        codes = (parts / scale).round_().add_(zero).clamp_(fmt.code_min, fmt.code_max)
+        codes = _nearest(parts, scale, zero, fmt)
         return _quadratic(codes.sub_(zero).mul_(scale).sub_(parts), panels).mT
 
     best_error = error(low, high)
@@ -103,7 +103,7 @@ def gptq(
         errors = torch.empty_like(work[start:stop])
         for column in range(start, stop):
             s, z, wrong = scales[group[column]], zeros[group[column]], errors[column - start]
-            code = torch.div(work[column], s, out=codes[column]).round_().add_(z).clamp_(fmt.code_min, fmt.code_max)
+            code = _nearest(work[column], s, z, fmt, out=codes[column])
             torch.sub(work[column], (code - z).mul_(s), out=wrong).div_(pivots[column])
             work[column + 1 : stop].addr_(upper[column, column + 1 : stop], wrong, alpha=-1)
         work[stop:].addmm_(upper[start:stop, stop:].mT, errors, alpha=-1)
@@ -124,9 +124,10 @@ def refine(
 ) -> Float[Tensor, "rows columns"]:
     """Codes that err less than those given, e H e^T under the damped H, by coordinate descent (QuantEase, arXiv
     2309.01885): `sweeps` times over, each column in turn takes the code that is best while all others stay."""
-    columns = weight.shape[1]
-    hessian = hessian + torch.eye(columns).to(hessian) * (damping * hessian.diagonal().mean())
-    if not sweeps or not bool((hessian.diagonal() > 0).all()):
+    if not sweeps:
+        return codes
+    columns, hessian = weight.shape[1], _damped(hessian, damping * hessian.diagonal().mean())
+    if not bool((hessian.diagonal() > 0).all()):
         return codes
     group = [column // (columns // scale.shape[1]) for column in range(columns)]
     curvature, scales, zeros = hessian.diagonal().tolist(), scale.mT.contiguous(), zero.mT.contiguous()
@@ -139,7 +140,7 @@ def refine(
         for column in range(start, stop):
             s, z, row = scales[group[column]], zeros[group[column]], column - start
             wanted = value[column] + slope[row] / curvature[column]
-            code = torch.div(wanted, s, out=codes[column]).round_().add_(z).clamp_(fmt.code_min, fmt.code_max)
+            code = _nearest(wanted, s, z, fmt, out=codes[column])
             step = (code - z).mul_(s).sub_(value[column])
             value[column] += step
             errors[column] -= step
@@ -167,13 +168,21 @@ def follow_target(
     return weight + weight @ drift @ (upper.mT @ upper)
 
 
+def _nearest(value: Tensor, scale: Tensor, zero: Tensor, fmt: NumberFormat, out: Tensor | None = None) -> Tensor:
+    """The nearest codes, without gradients and in place: `codes_of` for loops that cannot spare the memory."""
+    return torch.div(value, scale, out=out).round_().add_(zero).clamp_(fmt.code_min, fmt.code_max)
+
+
+def _damped(hessian: Tensor, amount: Tensor) -> Tensor:
+    return hessian + torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device) * amount
+
+
 def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     """Upper Cholesky factor of the inverse of the damped Hessian; damping grows tenfold until it exists."""
     mean = hessian.diagonal().mean().clamp_min(torch.finfo(hessian.dtype).tiny)
     fraction = max(damping, 1e-8)
     for _ in range(MAX_DAMPING_TRIES):
-        damped = hessian + torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device) * (fraction * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        lower, failed = torch.linalg.cholesky_ex(_damped(hessian, fraction * mean))
         if not failed:
             inverse = torch.cholesky_inverse(lower)
             upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
