@@ -14,6 +14,7 @@ from affinequant.gptq import GPTQFailure, follow_target, gptq, refine
 from affinequant.quantizer import codes_of, dequantize, fake_quantize_activation
 from affinequant.replay import Replay
 from affinequant.scheme import NumberFormat
+from affinequant.stream import spread
 
 HELD_OUT = 8
 """One sample in so many judges, the last ones, and at least one."""
@@ -116,7 +117,7 @@ def gather(job: BlockJob, passing: Replay, full: Replay | None, clip: float) -> 
     """
     fmt, slices, (samples, tokens, _) = job.scheme.activation, job.sites[passing.site].slices, passing.x.shape
     held = max(1, samples // HELD_OUT) if job.recipe.rounding == "auto" else 0
-    stride = max(1, held * tokens // HELD_TOKENS)
+    chosen = spread(held, tokens, HELD_TOKENS, job.seed(f"{passing.site}/held")).flatten().to(job.decoder.device)
     fitted, rest, rows = _Sums(), _Sums(), list[tuple[Tensor, Tensor]]()
     for (part, value), other in zip(passing.values(), full.values() if full else repeat(None), strict=False):
         x = value.flatten(0, -2).float()
@@ -127,7 +128,8 @@ def gather(job: BlockJob, passing: Replay, full: Replay | None, clip: float) -> 
         if cut < len(x):
             assert target is not None
             rest.add(x[cut:], target[cut:])
-            rows.append((x[cut::stride], target[cut::stride]))
+            first, chosen = chosen[: len(x) - cut], chosen[len(x) - cut :]
+            rows.append((x[cut:][first], target[cut:][first]))
     if not held:
         means = fitted.means()
         return Inputs(every=means, fitted=means, held=None)

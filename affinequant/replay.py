@@ -57,12 +57,12 @@ class Replay:
             self.input = found
         self.site = site
 
-    def values(self, samples: int | None = None) -> Iterator[tuple[slice, Float[Tensor, "batch tokens width"]]]:
+    def values(self) -> Iterator[tuple[slice, Float[Tensor, "batch tokens width"]]]:
         """(which samples, what reaches the site's linears before it is rounded), a batch at a time."""
         if self.input is None:
-            yield from self._run(self.site, {}, samples)
+            yield from self._run(self.site, {})
             return
-        for part in slices(len(self.x) if samples is None else samples, self.job.recipe.batch_size):
+        for part in slices(len(self.x), self.job.recipe.batch_size):
             yield part, self.input[part]
 
     def after(
@@ -75,12 +75,10 @@ class Replay:
             result[part] = value.to(result)
         return result
 
-    def _run(
-        self, site: str, passed: dict[str, list[Tensor]], samples: int | None = None
-    ) -> Iterator[tuple[slice, Tensor]]:
+    def _run(self, site: str, passed: dict[str, list[Tensor]]) -> Iterator[tuple[slice, Tensor]]:
         """The inputs of `site`, or the block's outputs where it is "", a batch at a time. What the last site's linears
         write to the residual stream is added to `passed`."""
-        for part in slices(len(self.x) if samples is None else samples, self.job.recipe.batch_size):
+        for part in slices(len(self.x), self.job.recipe.batch_size):
             yield part, self._batch(site, part, passed)
 
     @torch.no_grad()

@@ -14,10 +14,11 @@ from affinequant.gptq import GPTQFailure, search_activation_clip, search_weight_
 from affinequant.quantizer import dequantize, grid, to_integers, weight_range
 from affinequant.reconstruction import Inputs, Way, choose, gather, round_by
 from affinequant.replay import Replay
+from affinequant.stream import spread
 from affinequant.transforms.online import stored_name
 
-SAMPLE_TOKENS = 1024
-"""Tokens on which activation clipping is searched."""
+SEARCHED_TOKENS = 1024
+"""Tokens on which activation clipping is searched, about: some of every sample."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,9 +113,10 @@ def _activation_clip(
     if job.recipe.activation_clip == "learn":
         return float(learned.clips[site].detach().sigmoid())
     samples, tokens, _ = passing.x.shape
-    seen = [value.flatten(0, -2).float() for _, value in passing.values(max(1, min(samples, SAMPLE_TOKENS // tokens)))]
+    chosen = spread(samples, tokens, SEARCHED_TOKENS, job.seed(f"{site}/clip")).to(job.decoder.device)
+    seen = [value[chosen[part]].float() for part, value in passing.values()]
     weight = torch.cat([work[f"{member}.weight"] for member in members])
-    return search_activation_clip(torch.cat(seen)[:SAMPLE_TOKENS], weight, fmt, job.sites[site].slices)
+    return search_activation_clip(torch.cat(seen), weight, fmt, job.sites[site].slices)
 
 
 def _grids(

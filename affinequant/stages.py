@@ -35,7 +35,7 @@ def block_stage(
     began = time.perf_counter()
     exact = _load_block(made, job, rotation)
     values = {name: tensor.float() for name, tensor in exact.items()}
-    watch = Watch(full.shape[0] * full.shape[1])
+    watch = Watch(full.shape[0], full.shape[1], job.seed("rows"))
     target = job.run_all(values, full, watch if looks_at_data(job) else None)
     job, chosen = select(job, values, watch.seen())
     objective = BlockObjective(job, values, *build_transforms(job, values, watch.seen()))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -198,6 +198,22 @@ def like_on_disk(x: Tensor, folder: Path | None) -> Tensor:
     with tempfile.NamedTemporaryFile(dir=folder) as file:
         file.truncate(x.nbytes)
         return torch.from_file(file.name, shared=True, size=x.numel(), dtype=x.dtype).view(x.shape)
+
+
+def spread(samples: int, tokens: int, rows: int, seed: int) -> Bool[Tensor, "samples tokens"]:
+    """Which tokens to look at where about `rows` are enough: every sample gives some, and every position is there as
+    often as in all samples.
+
+    One token in so many of each sample, from an offset of its own; in turn the samples take every offset once, in an
+    order that the seed decides. More than `rows` are taken where samples, or positions, are more. The first token of a
+    sample carries massive activations: always taken, it counted the more the more text there was, and drawn by chance
+    it would be there or not.
+    """
+    stride = max(1, min(samples * tokens // max(1, rows), samples, tokens))
+    generator = torch.Generator().manual_seed(seed)
+    rounds = [torch.randperm(stride, generator=generator) for _ in range(samples // stride + 1)]
+    offsets = torch.cat(rounds)[:samples, None]
+    return (torch.arange(tokens) - offsets) % stride == 0
 
 
 def slices(count: int, size: int) -> Iterator[slice]:

@@ -60,7 +60,7 @@ def unlearned(job: BlockJob) -> dict[str, Transform]:
 
 def started(job: BlockJob, tensors: dict[str, Tensor], x: Tensor) -> Any:
     """The recipe's transforms, those that fold and those that stay online, from where they start on `x`."""
-    watch = Watch(x.shape[0] * x.shape[1])
+    watch = Watch(x.shape[0], x.shape[1], job.seed("rows"))
     job.run_all(tensors, x, watch)
     return build_transforms(job, tensors, watch.seen())
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from affinequant import reconstruction
 from affinequant.quantizer import fake_quantize_activation, grid, weight_range
 from affinequant.reconstruction import Inputs, Moments, Way, choose, gather, round_by, ways
 from affinequant.replay import Replay
@@ -89,3 +90,18 @@ def test_moments_are_those_of_the_rounded_inputs(tiny: Tiny, rounding: str) -> N
     assert (inputs.held is not None) is bool(held)
     if inputs.held is not None:
         torch.testing.assert_close(inputs.held, (rows[-held:], target[-held:]))
+
+
+def test_what_judges_are_tokens_of_every_position(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of four held-out samples as many tokens as of one: each position once, whatever the batches."""
+    monkeypatch.setattr(reconstruction, "HELD_TOKENS", 24)
+    job, tensors, x = make_job(tiny(), preset="fast", rounding="auto", batch_size=3)
+    x = torch.cat([x + 0.1 * number for number in range(8)])
+    passing, beside = Replay(job, x, {}), Replay(job, x, {})
+    for one in (passing, beside):
+        one.reach("mlp_in", tensors, {})
+    inputs = gather(job, passing, beside, 1.0)
+    assert inputs.held is not None
+    held = torch.cat([value for _, value in beside.values()])[-4:]
+    found = (held[:, :, None] == inputs.held[1]).all(-1)
+    assert found.sum((1, 2)).tolist() == [6] * 4 and found.sum((0, 2)).tolist() == [1] * 24

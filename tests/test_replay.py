@@ -58,9 +58,6 @@ def test_it_meets_what_a_whole_pass_meets(
         passing.reach(site, work, clips)
         expected = reached(job, work, x, site, clips, online, heads)
         assert torch.equal(torch.cat([value for _, value in passing.values()]), expected)
-        few = [(part.stop, value) for part, value in passing.values(1)]
-        assert [stop for stop, _ in few] == [1]
-        torch.testing.assert_close(few[0][1], expected[:1])
         clips[site] = 1.0 - 0.05 * number
         work |= {f"{name}.weight": work[f"{name}.weight"] * 1.1 for name in members}
     expected = job.run_all(work, x, quantized_input(job, clips, online), heads)

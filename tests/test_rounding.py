@@ -1,5 +1,6 @@
 """A block from real weights to codes: what is stored is what is computed with, on the inputs that will be seen."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from affinequant import reconstruction, rounding
+from affinequant import reconstruction, replay, rounding
 from affinequant.block import BlockObjective
 from affinequant.gptq import ACTIVATION_RATIOS, GPTQFailure, gptq
 from affinequant.quantizer import codes_of, dequantize, fake_quantize_activation
@@ -62,6 +63,24 @@ def test_activation_clips_come_from_where_the_recipe_says(tiny: Tiny, clip: str)
         else:
             assert ratio in ACTIVATION_RATIOS
     assert clip in ("none", "learn") or min(result.clips.values()) < 1
+
+
+@pytest.mark.parametrize("room", [0, replay.KEPT_BYTES], ids=["again", "kept"])
+def test_activation_clips_are_searched_on_every_sample(tiny: Tiny, room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On as many tokens of each, and on each position once."""
+    monkeypatch.setattr(rounding, "SEARCHED_TOKENS", 24)
+    monkeypatch.setattr(rounding, "Replay", functools.partial(replay.Replay, room=room))
+    seen: list[Tensor] = []
+    monkeypatch.setattr(rounding, "search_activation_clip", lambda rows, *_: seen.append(rows) or 1.0)
+    job, tensors, x = make_job(tiny(), preset="rtn", activation_clip="search")
+    x = x + torch.randn(x.shape, generator=torch.Generator().manual_seed(2))  # no token is there twice
+    round_block(job, tensors, x, BlockObjective(job, tensors, {}))
+    reached: list[Tensor] = []
+    with torch.no_grad():
+        job.run(tensors, x, lambda site, value: reached.append(value) or value)
+    found = (reached[0][:, :, None] == seen[0]).all(-1)
+    assert len(seen) == 4 and len(seen[0]) == 24
+    assert found.sum((1, 2)).tolist() == [6] * 4 and found.sum((0, 2)).tolist() == [1] * 24
 
 
 def test_hessians_are_those_of_the_rounded_inputs(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:

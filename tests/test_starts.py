@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from affinequant import starts
 from affinequant.block import BlockObjective, folded_exactly
 from affinequant.presets import PRESETS
-from affinequant.starts import build_transforms, looks_at_data
+from affinequant.starts import Watch, build_transforms, looks_at_data
 from affinequant.transforms.online import apply_online
 from tests.test_block import make_job, objective_of, started
 
@@ -29,6 +30,20 @@ def test_a_diagonal_balances_activations_against_weights(tiny: Tiny, balance: fl
     w = tensors["mlp.down_proj.weight"].abs().amax(0)
     expected = w ** (1 - balance) / a**balance
     torch.testing.assert_close(scales["mlp_mid"].detach(), expected / expected.log().mean().exp(), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("samples", [4, 32, 250, 256])
+def test_more_text_gives_the_first_token_no_more_weight(samples: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What closed forms see of it is its share of all tokens, one in 16, whatever the batches."""
+    monkeypatch.setattr(starts, "ROWS", 64)
+    watch = Watch(samples, 16, seed=1)
+    value = torch.arange(16.0).expand(samples, 16)[..., None].repeat(1, 1, 3)
+    for batch in value.split(6):
+        assert watch("mlp_mid", batch) is batch and watch("vo", batch) is batch
+    for seen in watch.seen().values():
+        counts = seen.rows[:, 0].long().bincount(minlength=16)
+        assert counts.min() > 0 and counts.max() - counts.min() <= 1 and len(seen.rows) >= 64
+        assert torch.equal(seen.largest, torch.full((3,), 15.0))
 
 
 def test_a_start_evens_out_what_is_quantised(tiny: Tiny) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from affinequant.checkpoint import open_source
 from affinequant.models import resolve
-from affinequant.stream import Decoder, StopForward, like_on_disk, open_decoder, run_block, slices
+from affinequant.stream import Decoder, StopForward, like_on_disk, open_decoder, run_block, slices, spread
 
 Tiny = Callable[..., Path]
 IDS = torch.randint(2, 320, (3, 20), generator=torch.Generator().manual_seed(0))
@@ -112,3 +112,15 @@ def test_slices_cover_everything_once() -> None:
     rows = list(range(10))
     assert [rows[part] for part in slices(10, 4)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
     assert list(slices(0, 4)) == []
+
+
+@pytest.mark.parametrize(("samples", "rows"), [(1, 64), (8, 64), (32, 64), (128, 64), (512, 64), (4, 24), (64, 5)])
+def test_tokens_are_looked_at_as_often_as_they_occur(samples: int, rows: int) -> None:
+    """Each of 16 positions alike, the first no more than others, however many samples there are; and every sample."""
+    chosen = spread(samples, 16, rows, seed=3)
+    counts = chosen.sum(0)
+    assert chosen.shape == (samples, 16) and int(chosen.sum()) >= min(rows, samples * 16)
+    assert counts.min() > 0 and counts.max() - counts.min() <= 1 and bool(chosen.any(1).all())
+    assert torch.equal(chosen, spread(samples, 16, rows, seed=3))
+    alike = [torch.equal(chosen, spread(samples, 16, rows, seed=seed)) for seed in range(4, 12)]
+    assert all(alike) is bool(chosen.all())
