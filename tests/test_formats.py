@@ -15,9 +15,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from affinequant.checkpoint import open_source
 from affinequant.errors import AffineQuantError
 from affinequant.formats import FORMATS, Contents, find_format
-from affinequant.formats.compressed_tensors import declares_activations
+from affinequant.formats.compressed_tensors import declares_activations, unpack_linear
 from affinequant.runtime import load
 from affinequant.scheme import Scheme
 from affinequant.serve.transformers_quantizer import stock
@@ -112,6 +113,27 @@ def test_compressed_tensors_reads_the_packing(tiny: Tiny, tmp_path: Path, scheme
         parts["weight_scale"] = parts["weight_scale"].float()
         weight = PackedQuantizationCompressor.decompress(parts, group)["weight"]
         assert torch.equal(weight, reference.get_submodule(name).weight), name
+
+
+@pytest.mark.parametrize("scheme", ["w4a4", "w4a4-g32", "w4a8-g32"])
+def test_integers_are_read_contiguous_whatever_view_the_library_returns(
+    tiny: Tiny, tmp_path: Path, scheme: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import compressed_tensors.compressors as library
+
+    unpack = library.unpack_from_int32
+
+    def transposed(*args: Any, **options: Any) -> Tensor:  # as release 0.20 answers for zero points
+        return unpack(*args, **options).t().contiguous().t()
+
+    contents = rounded(tiny(), scheme)
+    find_format("auto").write(contents, tmp_path)
+    expected = logits(load(tmp_path))
+    monkeypatch.setattr(library, "unpack_from_int32", transposed)
+    source = open_source(tmp_path)
+    for tensor in unpack_linear(source, contents.linears[0], contents.scheme.weight):
+        assert tensor is not None and tensor.is_contiguous()
+    assert torch.equal(logits(load(tmp_path)), expected)
 
 
 def test_dense_weights_are_the_dequantised_ones(tiny: Tiny, tmp_path: Path) -> None:

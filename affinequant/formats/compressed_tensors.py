@@ -203,13 +203,14 @@ def unpack_linear(source: Source, name: str, weight: NumberFormat) -> tuple[Tens
     else:
         rows, columns = tensors["weight_shape"].tolist()
         _check_size(tensors["weight_packed"], (rows, -(-columns // per_word)), f"{name}.weight_packed")
-        codes = unpack_from_int32(tensors["weight_packed"], weight.bits, torch.Size((rows, columns)))
+        codes = unpack_from_int32(tensors["weight_packed"], weight.bits, torch.Size((rows, columns))).contiguous()
     _check_size(scale, (codes.shape[0], weight.groups(codes.shape[1])), f"{name}.weight_scale")
     if weight.symmetric:
         return codes, scale, None
     packed = tensors["weight_zero_point"]
     _check_size(packed, (-(-scale.shape[0] // per_word), scale.shape[1]), f"{name}.weight_zero_point")
-    return codes, scale, unpack_from_int32(packed, weight.bits, scale.shape, packed_dim=0)
+    # Some releases of the library answer with a transposed view, which the kernels do not take.
+    return codes, scale, unpack_from_int32(packed, weight.bits, scale.shape, packed_dim=0).contiguous()
 
 
 def _read(source: Source, name: str, parts: list[str]) -> dict[str, Tensor]:

@@ -150,7 +150,7 @@ class AffineQuantLinear(LinearMethodBase):
         else:
             codes = unpack_from_int32(tensors["weight_packed"], fmt.bits, torch.Size(self.size))
         if not fmt.symmetric:
-            zero = unpack_from_int32(tensors["weight_zero_point"], fmt.bits, scale.shape, packed_dim=0)
+            zero = unpack_from_int32(tensors["weight_zero_point"], fmt.bits, scale.shape, packed_dim=0).contiguous()
         online = {part: tensors[name] for part, name in self.parts.items()}
         for name in self.loaders:
             delattr(layer, name)
