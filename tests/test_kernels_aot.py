@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from affinequant_kernels import aot
+from affinequant_kernels import aot, ptx
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="triton brings its assembler on Linux only")
 
@@ -32,6 +32,39 @@ def reports() -> dict[tuple[int, str], aot.Report]:
 def test_machine_code(reports: dict[tuple[int, str], aot.Report], arch: int, name: str) -> None:
     report = reports[arch, name]
     assert not report.problems, report
+
+
+# The end of a split product as it once was: the sums are loaded in one layout and zeroed in another, which are two threads'
+# business, with no barrier between.
+RACED = """
+.visible .entry gemm_kernel(.param .u64 .ptr .global .align 1 gemm_kernel_param_0, .param .u64 gemm_kernel_param_1)
+	ld.param.b64 	%rd1, [gemm_kernel_param_0];
+	ld.param.b64 	%rd2, [gemm_kernel_param_1];
+$L__BB0_1:
+	mad.wide.s32 	%rd3, %r1, 4, %rd1;
+	add.s64 	%rd4, %rd3, 16;
+	cp.async.cg.shared.global [ %r5 + 0 ], [ %rd2 + 0 ], 0x10, %r6;
+	@%p1 atom.global.gpu.relaxed.add.u32 %r2, [ %rd3 + 0 ], %r3;
+	bar.sync 	0;
+	ld.global.cg.v4.b32 { %r287, %r288, %r289, %r290 }, [ %rd3 + 0 ];
+	st.global.b32 [ %rd4 + 0 ], { %r4 };
+	st.shared.b32 [ %r9 + 0 ], %r4;
+"""
+
+
+def test_memory_that_is_read_and_written_is_named() -> None:
+    assert ptx.read_and_written(RACED) == [0]
+    kept = [(set(a.arguments), a.reads, a.writes, a.width) for a in ptx.accesses(RACED)]
+    assert kept == [({1}, True, False, 16), ({0}, True, True, 4), ({0}, True, False, 16), ({0}, False, True, 4)]
+    two = "\n".join(line for line in RACED.splitlines() if "atom" not in line and "st.global" not in line)
+    assert ptx.read_and_written(two) == [] and ptx.read_and_written(two.replace("ld.global.cg", "st.global")) == []
+    with pytest.raises(ValueError, match="no argument is known to give the addresses %rd4"):
+        ptx.accesses(RACED.replace("add.s64 \t%rd4, %rd3", "add.s64 \t%rd4, %rd9"))
+
+
+def test_what_was_found_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ptx, "read_and_written", lambda text: [1])
+    assert compile_for(90, "kv_pack").problems == ("out_ptr is read and written",)
 
 
 def test_every_kernel_is_among_the_cases() -> None:

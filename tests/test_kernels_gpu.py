@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from affinequant_kernels import linear, ops, prepare_weight, reference
+from affinequant_kernels import gemm, linear, ops, prepare_weight, reference, tune
 from affinequant_kernels.weight import Weight
 
 pytestmark = pytest.mark.gpu
@@ -36,20 +36,13 @@ def test_linear_of_real_sizes(n: int, k: int, m: int, grouped: bool) -> None:
         assert torch.equal(got, reference.linear_dyn(x, weight, act_symmetric=symmetric))
 
 
-@pytest.mark.parametrize("m", [1, 16, 256])
-@pytest.mark.parametrize("warm", [False, True])
-def test_in_a_cuda_graph(m: int, warm: bool) -> None:
-    """Captured on a stream that has scratch memory already (`warm`), or on one that has none."""
+@pytest.mark.parametrize("m", [1, 16, 48, 256])
+def test_in_a_cuda_graph(m: int) -> None:
     weight, x = sample(4096, 4096), tokens(m, 4096)
     linear(x, weight)  # compile outside the capture
-    stream = torch.cuda.Stream()
-    torch.cuda.synchronize()
-    with torch.cuda.stream(stream):
-        if warm:
-            linear(x, weight)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
+    with torch.cuda.graph(graph):
         y = linear(x, weight)
     for _ in range(3):
         x.normal_()
@@ -57,23 +50,55 @@ def test_in_a_cuda_graph(m: int, warm: bool) -> None:
         assert torch.equal(y, reference.linear_dyn(x, weight))
 
 
-def test_a_graph_keeps_scratch_that_was_outgrown() -> None:
-    weight, larger = sample(256, 4096), sample(4096, 4096)
-    x, stream = tokens(16, 4096), torch.cuda.Stream()
-    torch.cuda.synchronize()
-    with torch.cuda.stream(stream):
-        linear(x, weight)
-    torch.cuda.synchronize()
+# Tiles of features by tokens, each split: with sums that two threads of a program handled, these gave wrong ones.
+RACED = [
+    tune.Config(bn=64, bm=64, split=8, warps=4, stages=4),
+    tune.Config(bn=128, bm=64, split=4, warps=4, stages=4),
+    tune.Config(bn=64, bm=32, split=8, warps=4, stages=4),
+    tune.Config(bn=128, bm=128, split=2),
+]
+
+
+@pytest.mark.parametrize("config", RACED, ids=lambda config: f"{config.bn}x{config.bm}")
+def test_a_split_product_is_exact_every_time(config: tune.Config) -> None:
+    """Two streams, a graph on a third: nothing that one call leaves or another is writing may show in a result."""
+    weight = sample(4096, 4096)
+    inputs = [reference.row_quant(tokens(m, 4096)) for m in (64, 51, 33)]
+    wanted = [reference.linear(q.q, q.scale, None, weight, None, torch.bfloat16) for q in inputs]
+
+    def product(index: int) -> torch.Tensor:
+        q = inputs[index]
+        return gemm.linear(q.q, q.scale, None, q.rowsum, weight, None, torch.bfloat16, config)
+
+    product(0)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        y = linear(x, weight)
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            linear(x, larger)  # needs more scratch
-            torch.full((1 << 22,), -1, device="cuda", dtype=torch.int32)  # would take memory that was given back
     torch.cuda.synchronize()
-    graph.replay()
-    assert torch.equal(y, reference.linear_dyn(x, weight))
+    with torch.cuda.graph(graph):
+        replayed = product(2)
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    wrong = torch.zeros(3, dtype=torch.int64, device="cuda")
+    torch.cuda.synchronize()
+    for _ in range(300):
+        for index, stream in enumerate(streams):
+            with torch.cuda.stream(stream):
+                if index == 2:
+                    graph.replay()
+                got = replayed if index == 2 else product(index)
+                wrong[index] += (got != wanted[index]).sum()
+    torch.cuda.synchronize()
+    assert wrong.tolist() == [0, 0, 0]
+
+
+@pytest.mark.filterwarnings("ignore:TensorFloat32:UserWarning")
+def test_in_a_tree_of_cuda_graphs() -> None:
+    """What `cache_implementation="static"` makes of a model: every memory of a call belongs to the graph."""
+    weight = sample(4096, 4096)
+    compiled = torch.compile(lambda x: linear(linear(x, weight), weight), mode="reduce-overhead", fullgraph=True)
+    for m in (16, 40):
+        for _ in range(4):  # twice to warm up, then captured, then replayed
+            x = tokens(m, 4096)
+            torch.compiler.cudagraph_mark_step_begin()
+            assert torch.equal(compiled(x), reference.linear_dyn(reference.linear_dyn(x, weight), weight))
 
 
 @pytest.mark.filterwarnings("ignore:TensorFloat32:UserWarning")  # torch.compile's advice
@@ -85,7 +110,7 @@ def test_compiled() -> None:
         assert torch.equal(compiled(x), reference.linear_dyn(x, weight))
 
 
-def test_two_streams_do_not_share_scratch() -> None:
+def test_two_streams_at_once() -> None:
     weight = sample(256, 4096)  # few tiles: split along K
     inputs = [tokens(8, 4096), tokens(9, 4096)]
     wanted = [reference.linear_dyn(x, weight) for x in inputs]
@@ -123,8 +148,6 @@ def test_benchmark() -> None:
 
 
 def test_search() -> None:
-    from affinequant_kernels import tune
-
     said: list[str] = []
     found = dict(tune.search([(512, 1024)], [1, 128], "channel", 4, 5.0, said.append))
     assert len(found) == 2 and not any("differs from the reference" in line for line in said), said

@@ -3,8 +3,9 @@
     python -m affinequant_kernels.aot            a table; exit status 1 where a limit is broken
 
 For each kernel and architecture: it compiles; no register is spilled to memory; registers stay below a limit; on sm_90
-products of int8 use the warp-group instruction, elsewhere mma; and unpacking does not shuffle bytes (PRMT), which is what
-the compiler falls back to when it takes int8 apart. Needs triton, whose wheel brings ptxas and the disassembler.
+products of int8 use the warp-group instruction, elsewhere mma; unpacking does not shuffle bytes (PRMT), which is what
+the compiler falls back to when it takes int8 apart; and no memory is both read and written, which threads could do in the
+wrong order (ptx.py). Needs triton, whose wheel brings ptxas and the disassembler.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+
+from . import ptx
 
 ARCHITECTURES = (80, 89, 90)
 
@@ -52,6 +55,7 @@ class Report:
     from_registers: int  # of these, with the weight in registers
     mma: int  # integer warp products
     dp4a: int
+    raced: tuple[str, ...]  # arguments whose memory is both read and written
     problems: tuple[str, ...]
 
 
@@ -60,12 +64,16 @@ _QUANT = {"q_ptr": "*i8", "scale_ptr": "*fp32", "zero_ptr": "*i32", "sum_ptr": "
 _GEMM = {
     "a_ptr": "*i8", "w_ptr": "*i8", "out_ptr": "*bf16", "sa_ptr": "*fp32", "za_ptr": "*i32", "rowsum_ptr": "*i32",
     "sw_ptr": "*fp32", "zw_ptr": "*i8", "mul_ptr": "*u8", "colsum_ptr": "*i32", "bias_ptr": "*bf16",
-    "space_ptr": "*i32", "M": _I, "N": _I, "K": _I, "stride_w": _I, "groups": _I, "group_size": _I,
+    "M": _I, "N": _I, "K": _I, "stride_w": _I, "groups": _I, "group_size": _I,
 }  # fmt: skip
 _GROUP = {
     "a_ptr": "*i8", "w_ptr": "*i8", "out_ptr": "*bf16", "sa_ptr": "*fp32", "za_ptr": "*i32", "sw_ptr": "*fp32",
     "zw_ptr": "*i8", "colsum_ptr": "*fp32", "bias_ptr": "*bf16", "M": _I, "N": _I, "K": _I, "stride_w": _I,
     "groups": _I,
+}  # fmt: skip
+_FINISH = {
+    "parts_ptr": "*i32", "out_ptr": "*bf16", "sa_ptr": "*fp32", "za_ptr": "*i32", "rowsum_ptr": "*i32",
+    "sw_ptr": "*fp32", "zw_ptr": "*i8", "colsum_ptr": "*i32", "bias_ptr": "*bf16", "M": _I, "N": _I,
 }  # fmt: skip
 _GEMV = {
     "a_ptr": "*i32", "w_ptr": "*i32", "out_ptr": "*bf16", "sa_ptr": "*fp32", "za_ptr": "*i32", "rowsum_ptr": "*i32",
@@ -113,7 +121,13 @@ def cases() -> list[Case]:
         _gemm("gemm 128x128 persistent", 255, 8, PERSISTENT=True),
         _gemm("gemm 128x256", 255, 8, BM=256),
         _gemm("gemm 64x16 split", 80, 8, warps=4, stages=4, BN=64, BM=16, SPLIT=4),
+        _gemm("gemm 64x32 split", 96, 8, warps=4, stages=4, BN=64, BM=32, SPLIT=4),
         _gemm("gemm 64x64", 128, 8, warps=4, stages=4, BN=64, BM=64),
+        _gemm("gemm 64x64 split", 128, 8, warps=4, stages=4, BN=64, BM=64, SPLIT=4),
+        _gemm("gemm 128x64 split", 168, 8, warps=4, stages=4, BM=64, SPLIT=4),
+        _gemm("gemm 128x128 split", 168, 8, SPLIT=4),
+        Case(name="finish", module="gemm", kernel="finish_kernel", types=_FINISH, warps=4, registers=64,
+             values={**_FLAGS, "HAS_ZW": True, "RAW": False, "SPLIT": 8, "BN": 128, "BM": 4}),
         _gemm("gemm 128x128 int8 weights", 200, 8, BITS=8, HAS_ZW=True),
         Case(name="gemv", module="gemm", kernel="gemv_kernel", types=_GEMV, warps=4, registers=128, shuffles=8,
              values={**_FLAGS, "RAW": False, "BN": 16, "BW": 128, "ASM": True}),
@@ -175,10 +189,11 @@ def compile_case(case: Case, arch: int) -> Report:
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     options = {"num_warps": case.warps, "num_stages": case.stages, "enable_fp_fusion": False}
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    return _inspect(case, arch, compiled.asm["cubin"], compiled.metadata.shared)
+    raced = tuple(list(case.types)[argument] for argument in ptx.read_and_written(compiled.asm["ptx"]))
+    return _inspect(case, arch, compiled.asm["cubin"], compiled.metadata.shared, raced)
 
 
-def _inspect(case: Case, arch: int, cubin: bytes, shared: int) -> Report:
+def _inspect(case: Case, arch: int, cubin: bytes, shared: int, raced: tuple[str, ...]) -> Report:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
@@ -195,7 +210,8 @@ def _inspect(case: Case, arch: int, cubin: bytes, shared: int) -> Report:
         "registers": int(match.group(1)), "spills": found["STL"] + found["LDL"], "shuffles": found["PRMT"],
         "from_registers": len(re.findall(r"\bIGMMA\S* R\d+, R\d+, gdesc", code)), "wgmma": found["IGMMA"], "mma": found["IMMA"], "dp4a": found["IDP"],  # noqa: E501
     }  # fmt: skip
-    return Report(name=case.name, arch=arch, shared=shared, problems=_problems(case, arch, numbers), **numbers)
+    problems = (*_problems(case, arch, numbers), *(f"{name} is read and written" for name in raced))
+    return Report(name=case.name, arch=arch, shared=shared, raced=raced, problems=problems, **numbers)
 
 
 def product_loop(code: str) -> str:

@@ -57,6 +57,13 @@ def _group_values(mul_ptr, zero_ptr, rn, column, GROUPS, GROUP_SIZE, HAS_ZERO: t
 
 
 @triton.jit
+def store_tile(y, out_ptr, rn, rm, N, M):
+    """A tile [features, tokens] into [M, N], as far as it lies inside."""
+    at = rm[:, None].to(tl.int64) * N + rn[None, :]
+    tl.store(out_ptr + at, tl.trans(y).to(out_ptr.dtype.element_ty), mask=(rm < M)[:, None] & (rn < N)[None, :])
+
+
+@triton.jit
 def store_result(
     acc, out_ptr, sa_ptr, za_ptr, rowsum_ptr, sw_ptr, zw_ptr, colsum_ptr, bias_ptr, rn, rm, N, M,
     HAS_ZA: tl.constexpr, HAS_ZW: tl.constexpr, HAS_BIAS: tl.constexpr, RAW: tl.constexpr,
@@ -76,8 +83,7 @@ def store_result(
         y = y * tl.load(sa_ptr + rm, mask=mask_m, other=0.0)[None, :]
         if HAS_BIAS:
             y += tl.load(bias_ptr + rn, mask=mask_n, other=0.0).to(tl.float32)[:, None]
-    at = rm[:, None].to(tl.int64) * N + rn[None, :]
-    tl.store(out_ptr + at, tl.trans(y).to(out_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
+    store_tile(y, out_ptr, rn, rm, N, M)
 
 
 @triton.jit
@@ -120,8 +126,8 @@ def _product(
 
 @triton.jit
 def _one_tile(
-    tile, tiles, a_ptr, w_ptr, out_ptr, sa_ptr, za_ptr, rowsum_ptr, sw_ptr, zw_ptr, mul_ptr, colsum_ptr, bias_ptr,
-    space_ptr, M, N, K, stride_w, groups, group_size,
+    tile, a_ptr, w_ptr, out_ptr, sa_ptr, za_ptr, rowsum_ptr, sw_ptr, zw_ptr, mul_ptr, colsum_ptr, bias_ptr,
+    M, N, K, stride_w, groups, group_size,
     BITS: tl.constexpr, AFFINE: tl.constexpr, HAS_ZA: tl.constexpr, HAS_ZW: tl.constexpr, HAS_BIAS: tl.constexpr,
     RAW: tl.constexpr, EVEN: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BJ: tl.constexpr,
     SPLIT: tl.constexpr, ASM: tl.constexpr,
@@ -137,17 +143,9 @@ def _one_tile(
         a_ptr, w_ptr, mul_ptr, zw_ptr, tl.minimum(rn, N - 1), tl.minimum(rm, M - 1), N, K, stride_w, groups, group_size,
         first, last, BITS, AFFINE, HAS_ZW, EVEN, BN, BM, BJ, ASM,
     )  # fmt: skip
-    finish = True
     if SPLIT > 1:
-        at = space_ptr + tiles + tile * (BN * BM) + tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
-        tl.atomic_add(at, acc, sem="relaxed")
-        tl.debug_barrier()  # every thread's sums are out before the ticket is drawn
-        finish = tl.atomic_add(space_ptr + tile, 1, sem="acq_rel") == SPLIT - 1
-        if finish:
-            acc = tl.load(at, cache_modifier=".cg")
-            tl.store(at, tl.zeros([BN, BM], tl.int32))
-            tl.store(space_ptr + tile, 0)
-    if finish:
+        store_tile(acc, out_ptr + tl.program_id(1).to(tl.int64) * M * N, rn, rm, N, M)
+    else:
         store_result(
             acc, out_ptr, sa_ptr, za_ptr, rowsum_ptr, sw_ptr, zw_ptr, colsum_ptr, bias_ptr, rn, rm, N, M,
             HAS_ZA, HAS_ZW and not AFFINE, HAS_BIAS, RAW,
@@ -156,7 +154,7 @@ def _one_tile(
 
 @triton.jit
 def gemm_kernel(
-    a_ptr, w_ptr, out_ptr, sa_ptr, za_ptr, rowsum_ptr, sw_ptr, zw_ptr, mul_ptr, colsum_ptr, bias_ptr, space_ptr,
+    a_ptr, w_ptr, out_ptr, sa_ptr, za_ptr, rowsum_ptr, sw_ptr, zw_ptr, mul_ptr, colsum_ptr, bias_ptr,
     M, N, K, stride_w, groups, group_size,
     BITS: tl.constexpr, AFFINE: tl.constexpr, HAS_ZA: tl.constexpr, HAS_ZW: tl.constexpr, HAS_BIAS: tl.constexpr,
     RAW: tl.constexpr, EVEN: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BJ: tl.constexpr,
@@ -164,23 +162,43 @@ def gemm_kernel(
 ):  # fmt: skip
     """Kinds "channel" and "integer" of weight. One tile per program, a walk over tiles, or SPLIT programs per tile.
 
-    With SPLIT the partial sums meet in `space` by integer atomics, whose order does not matter; the program that comes
-    last finishes the tile and leaves `space` zeroed for the next call.
+    With SPLIT `out` is int32 [SPLIT, M, N], the share of each program in a sum, which `finish_kernel` makes up. No memory
+    is both read and written by one kernel, and none outlives the call: nothing to order, to zero, or to share between
+    streams and CUDA graphs.
     """
     tiles = tl.cdiv(N, BN) * tl.cdiv(M, BM)
     if PERSISTENT:
         for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
             _one_tile(
-                tile, tiles, a_ptr, w_ptr, out_ptr, sa_ptr, za_ptr, rowsum_ptr, sw_ptr, zw_ptr, mul_ptr, colsum_ptr,
-                bias_ptr, space_ptr, M, N, K, stride_w, groups, group_size,
+                tile, a_ptr, w_ptr, out_ptr, sa_ptr, za_ptr, rowsum_ptr, sw_ptr, zw_ptr, mul_ptr, colsum_ptr, bias_ptr,
+                M, N, K, stride_w, groups, group_size,
                 BITS, AFFINE, HAS_ZA, HAS_ZW, HAS_BIAS, RAW, EVEN, BN, BM, BJ, SPLIT, ASM,
             )  # fmt: skip
     else:
         _one_tile(
-            tl.program_id(0), tiles, a_ptr, w_ptr, out_ptr, sa_ptr, za_ptr, rowsum_ptr, sw_ptr, zw_ptr, mul_ptr,
-            colsum_ptr, bias_ptr, space_ptr, M, N, K, stride_w, groups, group_size,
+            tl.program_id(0), a_ptr, w_ptr, out_ptr, sa_ptr, za_ptr, rowsum_ptr, sw_ptr, zw_ptr, mul_ptr, colsum_ptr,
+            bias_ptr, M, N, K, stride_w, groups, group_size,
             BITS, AFFINE, HAS_ZA, HAS_ZW, HAS_BIAS, RAW, EVEN, BN, BM, BJ, SPLIT, ASM,
         )  # fmt: skip
+
+
+@triton.jit
+def finish_kernel(
+    parts_ptr, out_ptr, sa_ptr, za_ptr, rowsum_ptr, sw_ptr, zw_ptr, colsum_ptr, bias_ptr, M, N,
+    HAS_ZA: tl.constexpr, HAS_ZW: tl.constexpr, HAS_BIAS: tl.constexpr, RAW: tl.constexpr,
+    SPLIT: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """Adds the SPLIT shares that `gemm_kernel` left, and finishes the product."""
+    rn, rm = tl.program_id(0) * BN + tl.arange(0, BN), tl.program_id(1) * BM + tl.arange(0, BM)
+    at = rm[None, :].to(tl.int64) * N + rn[:, None]
+    inside = (rn < N)[:, None] & (rm < M)[None, :]
+    acc = tl.zeros([BN, BM], tl.int32)
+    for part in tl.static_range(SPLIT):
+        acc += tl.load(parts_ptr + tl.full([], part, tl.int64) * M * N + at, mask=inside, other=0)
+    store_result(
+        acc, out_ptr, sa_ptr, za_ptr, rowsum_ptr, sw_ptr, zw_ptr, colsum_ptr, bias_ptr, rn, rm, N, M,
+        HAS_ZA, HAS_ZW, HAS_BIAS, RAW,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -211,26 +229,7 @@ def gemv_kernel(
     )  # fmt: skip
 
 
-_SPACES: dict[tuple[int, int], Tensor] = {}
-_OUTGROWN: list[Tensor] = []  # a CUDA graph that was captured with them may be replayed
-
-
-def _space(integers: int, device: torch.device) -> Tensor:
-    """Zeroed int32 scratch that the kernel leaves zeroed: one per stream, so that calls in flight do not share it."""
-    if device.type != "cuda":
-        return torch.zeros(integers, dtype=torch.int32, device=device)
-    key = (device.index, torch.cuda.current_stream(device).cuda_stream)
-    space = _SPACES.get(key)
-    if space is None or space.numel() < integers:
-        capturing = torch.cuda.is_current_stream_capturing()
-        # At least twice as much as before, so that what was outgrown is never more than what is in use.
-        size = integers if space is None or capturing else max(integers, 2 * space.numel())
-        outgrown, space = space, torch.zeros(size, dtype=torch.int32, device=device)
-        # Memory made while a CUDA graph is captured belongs to the graph; its own memset zeroes it at each replay.
-        if not capturing:
-            _SPACES[key] = space
-            _OUTGROWN.extend([] if outgrown is None else [outgrown])
-    return space
+FINISH = (128, 4)  # features and tokens of a tile of `finish_kernel`: four sums a thread, and many programs
 
 
 def linear(
@@ -260,7 +259,7 @@ def linear(
         rowsum = q.sum(1, dtype=torch.int32)
     flags = {
         "HAS_ZA": zero is not None, "HAS_ZW": weight.zero is not None, "HAS_BIAS": bias is not None,
-        "RAW": out_dtype == torch.int32, "BN": config.bn, "ASM": not INTERPRET,
+        "RAW": out_dtype == torch.int32,
     }  # fmt: skip
     # Arguments that a kernel does not use still need a pointer.
     rest = tuple(t if t is not None else weight.colsum for t in (zero, rowsum))
@@ -269,8 +268,8 @@ def linear(
     if config.path == "gemv" and kind == "channel" and bits == 4 and k % 4 == 0:
         gemv_kernel[(triton.cdiv(n, config.bn), m)](
             q.view(torch.int32), weight.qweight.view(torch.int32), out, scale, *rest, weight.scale, zw, *tail,
-            m, n, k // 4, weight.qweight.shape[1] // 64, BW=config.bj, num_warps=config.warps,
-            enable_fp_fusion=False, **flags,
+            m, n, k // 4, weight.qweight.shape[1] // 64, BN=config.bn, BW=config.bj, ASM=not INTERPRET,
+            num_warps=config.warps, enable_fp_fusion=False, **flags,
         )  # fmt: skip
         return out
     _launch_gemm(q, scale, rest, weight, zw, tail, out, config, bits, flags)
@@ -279,7 +278,7 @@ def linear(
 
 def _launch_gemm(
     q: Tensor, scale: Tensor, rest: tuple[Tensor, ...], weight: Weight, zw: Tensor, tail: tuple[Tensor, ...],
-    out: Tensor, config: tune.Config, bits: int, flags: dict[str, object],
+    out: Tensor, config: tune.Config, bits: int, flags: dict[str, bool],
 ) -> None:  # fmt: skip
     m, k = q.shape
     n = out.shape[1]
@@ -287,16 +286,27 @@ def _launch_gemm(
     bj = group_step(k // groups, config.bj) if weight.mul is not None else config.bj
     tiles = triton.cdiv(n, config.bn) * triton.cdiv(m, config.bm)
     split = min(config.split, triton.cdiv(k, 128) * (64 // bj))
-    space = _space(tiles * (1 + config.bn * config.bm), q.device) if split > 1 else weight.colsum
     programs = min(tiles, config.programs or tiles) if split == 1 else tiles
+    affine = weight.mul is not None
+    mul = weight.mul if weight.mul is not None else weight.qweight
+    share, share_zw, share_flags = tail, zw, flags
+    if split > 1:
+        # A share of a sum knows nothing of how the sum ends, and needs no variants for it.
+        share, share_zw = (weight.colsum, weight.scale), zw if affine else weight.qweight
+        share_flags = {"HAS_ZA": False, "HAS_ZW": flags["HAS_ZW"] and affine, "HAS_BIAS": False, "RAW": False}
+    sums = out if split == 1 else torch.empty(split, m, n, dtype=torch.int32, device=q.device)
     gemm_kernel[(programs, split)](
-        q, weight.qweight.view(torch.int8), out, scale, *rest, weight.scale, zw,
-        weight.mul if weight.mul is not None else weight.qweight, *tail, space,
+        q, weight.qweight.view(torch.int8), sums, scale, *rest, weight.scale, share_zw, mul, *share,
         m, n, k, weight.qweight.shape[1], groups, k // groups,
-        BITS=bits, AFFINE=weight.mul is not None, EVEN=k % 128 == 0,
-        BM=config.bm, BJ=bj, SPLIT=split, PERSISTENT=programs < tiles,
-        num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=False, **flags,
+        BITS=bits, AFFINE=affine, EVEN=k % 128 == 0, BN=config.bn, BM=config.bm, BJ=bj, SPLIT=split,
+        PERSISTENT=programs < tiles, ASM=not INTERPRET,
+        num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=False, **share_flags,
     )  # fmt: skip
+    if split > 1:
+        finish_kernel[(triton.cdiv(n, FINISH[0]), triton.cdiv(m, FINISH[1]))](
+            sums, out, scale, *rest, weight.scale, zw, *tail, m, n, SPLIT=split, BN=FINISH[0], BM=FINISH[1],
+            num_warps=4, enable_fp_fusion=False, **(flags | {"HAS_ZW": flags["HAS_ZW"] and not affine}),
+        )  # fmt: skip
 
 
 def group_step(group_size: int, bj: int) -> int:

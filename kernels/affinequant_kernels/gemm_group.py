@@ -20,7 +20,7 @@ from torch import Tensor
 from . import tune
 from .asm import INTERPRET, nibbles_affine, nibbles_times_16
 from .checks import fail
-from .gemm import group_step, load_activations, tile_of
+from .gemm import group_step, load_activations, store_tile, tile_of
 from .weight import Weight, kind_of
 
 
@@ -123,8 +123,7 @@ def group_kernel(
     y = acc * tl.load(sa_ptr + rm, mask=mask_m, other=0.0)[None, :]
     if HAS_BIAS:
         y += tl.load(bias_ptr + rn, mask=mask_n, other=0.0).to(tl.float32)[:, None]
-    at = rm[:, None].to(tl.int64) * N + rn[None, :]
-    tl.store(out_ptr + at, tl.trans(y).to(out_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
+    store_tile(y, out_ptr, rn, rm, N, M)
 
 
 def group_linear(
@@ -204,13 +203,12 @@ def a16_kernel(
                 w = _columns(w_ptr, in_n, block, stride_w, K, half, piece * J, J, BITS, EVEN)
                 acc = _half(x_ptr, w, in_m, k + tl.arange(0, J), K, k // group_size, groups, in_n, sw_ptr, zw_ptr,
                             mul_ptr, acc, GROUPED, AFFINE, HAS_ZW, EVEN, FP32)  # fmt: skip
-    mask_n, mask_m = rn < N, rm < M
+    mask_n = rn < N
     if not GROUPED:
         acc = acc * tl.load(sw_ptr + rn, mask=mask_n, other=0.0)[:, None]
     if HAS_BIAS:
         acc += tl.load(bias_ptr + rn, mask=mask_n, other=0.0).to(tl.float32)[:, None]
-    at = rm[:, None].to(tl.int64) * N + rn[None, :]
-    tl.store(out_ptr + at, tl.trans(acc).to(out_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
+    store_tile(acc, out_ptr, rn, rm, N, M)
 
 
 def w4a16_linear(
