@@ -14,6 +14,7 @@ import torch
 from affinequant_evals import evaluate, tasks
 from affinequant_evals.harness import Score, Suite
 from affinequant_evals.perplexity import LanguageModel
+from affinequant_evals.suites import Measurements, build_suite
 from affinequant_evals.tasks import TaskOptions, task_batteries
 
 from affinequant.demo import DEMO_TASKS, demo_task_rows
@@ -116,15 +117,137 @@ def test_a_task_named_twice_runs_once(subject: LanguageModel) -> None:
     assert len(task_batteries(["piqa", "piqa"], TaskOptions())) == 1
 
 
-def test_bos_where_the_tokenizer_adds_none(subject: LanguageModel) -> None:
-    plain, with_bos = (tasks._adapter(subject, bos) for bos in ("auto", "yes"))
-    ids = plain.tok_encode("the heron")
-    assert ids[0] != 0 and with_bos.tok_encode("the heron") == [0, *ids]
-    assert with_bos.tok_encode(" heron", add_special_tokens=False) == plain.tok_encode(" heron")
-    context, answer = with_bos._encode_pair("the heron", " stood")
-    assert context == [0, *ids] and answer == plain.tok_encode(" stood")
-    found = scores(subject, "piqa", limit=2, bos="yes")["piqa,acc"]
-    assert found.about["bos"] == "each prompt"
+BOS, EOS = 0, 1
+SEEN = {
+    # What stands before the text's own ids: (bos, whether the tokenizer adds one by itself).
+    ("auto", False): [],
+    ("auto", True): [BOS],
+    ("yes", False): [BOS],
+    ("yes", True): [BOS],
+    ("no", False): [],
+    ("no", True): [],
+}
+
+
+@pytest.fixture(scope="module")
+def small(tiny: Callable[..., Path]) -> Callable[[bool], LanguageModel]:
+    """small(own): a tiny Llama, whose tokenizer begins a text with a BOS by itself or not."""
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model: Any = AutoModelForCausalLM.from_pretrained(tiny(), dtype=torch.float32).eval()
+
+    def make(own: bool) -> LanguageModel:
+        tokenizer: Any = AutoTokenizer.from_pretrained(tiny())
+        if own:
+            tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+                single="<s> $A", special_tokens=[("<s>", BOS)]
+            )
+        return LanguageModel(model=model, tokenizer=tokenizer, name="tiny")
+
+    return make
+
+
+def given(subject: LanguageModel, bos: Any, kind: str, *arguments: Any) -> tuple[list[list[int]], Any]:
+    """The ids that reach the model, padding left out, for one request of lm-eval's; and what the adapter says of them."""
+    from affinequant_evals.lm_eval_model import InMemory
+    from lm_eval.api.instance import Instance
+
+    adapter, seen = InMemory(subject, bos), []
+    inner = subject.model.forward
+
+    def watched(input_ids: torch.Tensor, *others: Any, **named: Any) -> Any:
+        mask = named.get("attention_mask")
+        if named.get("past_key_values") is None or named["past_key_values"].get_seq_length() == 0:
+            kept = torch.ones_like(input_ids) if mask is None else mask
+            seen.extend(row[keep.bool()].tolist() for row, keep in zip(input_ids, kept, strict=True))
+        return inner(input_ids, *others, **named)
+
+    subject.model.forward = watched  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        requests = [Instance(kind, {}, one, 0) for one in arguments]  # pyright: ignore[reportArgumentType]
+        getattr(adapter, kind)(requests, disable_tqdm=True)
+    finally:
+        del subject.model.forward
+    return seen, adapter
+
+
+@pytest.mark.parametrize(("bos", "own"), SEEN)
+def test_one_bos_reaches_the_model_where_it_should(bos: str, own: bool, small: Callable[[bool], LanguageModel]) -> None:
+    subject, start = small(own), SEEN[bos, own]
+    short, ids = (subject.tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("the", "the heron stood"))
+    told = "each prompt" if start else "none"
+    seen, adapter = given(subject, bos, "loglikelihood", ("the heron", " stood"))
+    assert seen == [[*start, *ids[:-1]]] and adapter.bos_said() == told
+    until = {"until": ["\n"], "max_gen_toks": 2}
+    seen, adapter = given(subject, bos, "generate_until", ("the heron stood", until), ("the", until))
+    assert sorted(seen, key=len) == [[*start, *short], [*start, *ids]] and adapter.bos_said() == told
+    # A text that is scored as a whole begins with one BOS in any case: its first token needs something before it.
+    seen, adapter = given(subject, bos, "loglikelihood_rolling", ("the heron stood",))
+    assert seen == [[BOS, *ids[:-1]]] and adapter.bos_said() == "each prompt"
+
+
+def test_a_prompt_that_is_cut_keeps_its_bos(small: Callable[[bool], LanguageModel]) -> None:
+    subject = small(False)
+    room = subject.model.config.max_position_embeddings
+    long = " ".join(["the heron"] * room)
+    (seen,), _ = given(subject, "yes", "loglikelihood", (long, " stood"))
+    assert len(seen) == room and seen[0] == BOS and BOS not in seen[1:]
+    (seen,), _ = given(subject, "yes", "generate_until", (long, {"until": ["\n"], "max_gen_toks": 2}))
+    assert len(seen) == room - 2 and seen[0] == BOS and BOS not in seen[1:]
+    _, adapter = given(subject, "auto", "loglikelihood", ("<s>the heron", " stood"), ("the heron", " stood"))
+    assert adapter.bos_said() == "1 of 2 prompts"
+
+
+def test_batches_are_as_large_as_their_logits_allow(
+    small: Callable[[bool], LanguageModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from affinequant_evals import lm_eval_model
+
+    subject, sizes = small(False), []
+    call = lm_eval_model.InMemory._model_call
+    monkeypatch.setattr(
+        lm_eval_model.InMemory, "_model_call", lambda self, inps: (sizes.append(tuple(inps.shape)), call(self, inps))[1]
+    )
+    requests = [(f"the heron number {index} of them", " stood in the reeds") for index in range(9)]
+    plain, _ = given(subject, "auto", "loglikelihood", *requests)
+    assert max(rows for rows, _ in sizes) == 4
+    longest, sizes[:] = max(len(ids) for ids in plain) + 1, []
+    monkeypatch.setattr(lm_eval_model, "LOGITS_BYTES", 4 * 320 * 2 * longest)
+    given(subject, "auto", "loglikelihood", *requests)
+    assert [rows for rows, _ in sizes] == [2, 2, 2, 2, 1]
+    assert all(4 * 320 * rows * width <= lm_eval_model.LOGITS_BYTES for rows, width in sizes)
+    sizes.clear()
+    monkeypatch.setattr(lm_eval_model, "LOGITS_BYTES", 1)
+    given(subject, "auto", "loglikelihood", *requests)
+    assert {rows for rows, _ in sizes} == {1}
+
+
+def test_a_bos_in_a_task_is_in_its_report(subject: LanguageModel) -> None:
+    assert scores(subject, "piqa", limit=2, bos="yes")["piqa,acc"].about["bos"] == "each prompt"
+
+
+def test_a_tokenizer_without_bos_is_refused(small: Callable[[bool], LanguageModel]) -> None:
+    tokenizer = small(False).tokenizer
+    tokenizer.bos_token = None
+    with pytest.raises(AffineQuantError, match="no BOS token") as caught:
+        build_suite(Measurements(tasks=("piqa",), bos="yes"), tokenizer)
+    assert caught.value.exit_code == USAGE
+
+
+@pytest.mark.parametrize(
+    ("version", "words"), [("0.4.11", "too old"), ("0.5.0", ""), ("0.4.12", None), ("0.4.13", None)]
+)
+def test_versions_of_lm_eval(version: str, words: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(tasks, "package_version", lambda name: version)
+    if words:
+        with pytest.raises(AffineQuantError, match=words) as caught:
+            tasks._stock_folder(said.append)
+        assert caught.value.exit_code == PREFLIGHT and "lm-eval>=0.4.12" in caught.value.fix
+    else:
+        tasks._stock_folder(said.append)
+        assert len(said) == (words is not None)
 
 
 def test_unknown_task() -> None:

@@ -61,8 +61,7 @@ def cut_windows(
     """
     if seq_len < 2 or (windows is not None and windows < 1):
         raise AffineQuantError(f"{windows} windows of {seq_len} tokens", "--windows, --seq-len", "use at least 1 and 2")
-    if bos == "yes" and tokenizer.bos_token_id is None:
-        raise AffineQuantError("the tokenizer has no BOS token", "--bos yes", "use --bos auto or --bos no")
+    check_bos(tokenizer, bos)
     own = adds_bos(tokenizer)
     each = bos == "yes" or (bos == "auto" and own)
     first = bos == "first" and own
@@ -82,6 +81,16 @@ def cut_windows(
     if each:
         cut = torch.cat([torch.full((count, 1), tokenizer.bos_token_id), cut], dim=1)
     return Windows(ids=cut, text=name, bos="each window" if each else "start of the text" if first else "none")
+
+
+def check_bos(tokenizer: Any, bos: Bos) -> None:
+    """Refuse to put a BOS where the tokenizer has none.
+
+    Raises:
+        AffineQuantError: that (exit 2).
+    """
+    if bos == "yes" and tokenizer.bos_token_id is None:
+        raise AffineQuantError("the tokenizer has no BOS token", "--bos yes", "use --bos auto or --bos no")
 
 
 def c4_windows(tokenizer: Any, *, seq_len: int = 2048, count: int = 256) -> Windows:

@@ -8,7 +8,7 @@ from affinequant.data import evaluation_text
 from affinequant.errors import unknown_name
 from affinequant.wheels import Say, quiet
 from affinequant_evals.harness import Suite
-from affinequant_evals.perplexity import Bos, LanguageModel, c4_windows, cut_windows, perplexity
+from affinequant_evals.perplexity import Bos, LanguageModel, c4_windows, check_bos, cut_windows, perplexity
 from affinequant_evals.tasks import TaskOptions, task_batteries
 
 METRICS: dict[str, str] = {
@@ -69,8 +69,9 @@ def build_suite(
     """The metrics of `wanted`, with every text read and every task name checked before anything is measured.
 
     Raises:
-        AffineQuantError: a text or task that is not there (exit 2 or 3), or too little text (exit 3).
+        AffineQuantError: a text, task or BOS that is not there (exit 2 or 3), or too little text (exit 3).
     """
+    check_bos(tokenizer, wanted.bos)
     # Tasks speak of a BOS in each prompt or none; the papers put none there.
     options = TaskOptions(
         limit=wanted.limit,

