@@ -93,7 +93,7 @@ def write_card(out: Path, source: Path, report: Mapping[str, Any], config: Mappi
         "bits": report["bits_per_weight"],
         "size": report["weight_bytes"],
         "data": data,
-        "tokens": report["verified"]["tokens"],
+        "tokens": report["calibration_perplexity"]["tokens"],
         "full": report["calibration_perplexity"]["full"],
         "quantized": report["calibration_perplexity"]["quantized"],
         "engines": _engines(scheme, config),
@@ -173,7 +173,7 @@ def _results(report: Mapping[str, Any]) -> "list[EvalResult]":
     """The one thing that the run itself has measured: perplexity on the first calibration samples, named as that."""
     from huggingface_hub import EvalResult
 
-    data, tokens = report["calibration"], report["verified"]["tokens"]
+    data, tokens = report["calibration"], report["calibration_perplexity"]["tokens"]
     return [
         EvalResult(
             task_type="text-generation",

@@ -11,6 +11,7 @@ import torch
 
 import affinequant
 from affinequant import choices
+from affinequant.block import BlockJob
 from affinequant.checkpoint import check_finite, check_tensors, locate, open_source
 from affinequant.data import Tokens, calibration_tokens
 from affinequant.errors import AffineQuantError
@@ -24,7 +25,7 @@ from affinequant.recipe import resolve as resolve_recipe
 from affinequant.rotation import rotations
 from affinequant.run import Run
 from affinequant.stages import block_job, block_stage, distill_stage, outer_stage
-from affinequant.stream import Decoder, compute_dtype, open_decoder
+from affinequant.stream import compute_dtype, open_decoder
 from affinequant.workspace import empty, open_workspace
 
 
@@ -79,15 +80,16 @@ def quantize(
         if overwrite:
             empty(workspace)
         run = Run.open(workspace.run_folder, _fingerprint(made, tokens))
-        decoder = quantize_blocks(made, run, tokens, listen)
-        report = finish(made, run, workspace.out, decoder, tokens, listen)
-        report |= {"seconds": time.perf_counter() - began, "peak_bytes": peak_bytes(decoder.device)}
+        jobs = quantize_blocks(made, run, tokens, listen)
+        report = finish(made, run, workspace.out, jobs, tokens, listen)
+        report |= {"seconds": time.perf_counter() - began, "peak_bytes": peak_bytes(jobs[0].decoder.device)}
         publish(workspace, run, report)
         return Result(path=workspace.out, report=report)
 
 
-def quantize_blocks(made: Plan, run: Run, tokens: Tokens, listen: Progress) -> Decoder:
-    """Every stage that is not on disk yet: what lies outside the blocks, then the blocks in order."""
+def quantize_blocks(made: Plan, run: Run, tokens: Tokens, listen: Progress) -> list[BlockJob]:
+    """Every stage that is not on disk yet: what lies outside the blocks, then the blocks in order. Returns a job for each
+    block, without what was needed to learn it."""
     device = torch.device(made.device)
     dtype = compute_dtype(made.recipe.dtype, device)
     decoder = open_decoder(
@@ -113,10 +115,10 @@ def quantize_blocks(made: Plan, run: Run, tokens: Tokens, listen: Progress) -> D
     listen.end()
     for line in choices.lines([run.report(name) for name in names]):
         listen.say(line)
+    jobs = [block_job(made, decoder, index, kwargs, _scratch(made, run)) for index in range(len(names))]
     if made.recipe.finish == "kl" and not run.committed(DISTILLED):
-        jobs = [block_job(made, decoder, index, kwargs, _scratch(made, run)) for index in range(len(names))]
         distill_stage(made, run, tokens, jobs, listen)
-    return decoder
+    return jobs
 
 
 def _with_weights(made: Plan) -> Plan:

@@ -109,15 +109,18 @@ def benchmark(
     return result, bench_report.table(result)
 
 
-def replace_linears(model: Any, ignored: Iterable[str], make: Callable[[str, nn.Linear], nn.Module]) -> None:
+def replace_linears(
+    model: Any, ignored: Iterable[str], make: Callable[[str, nn.Linear], nn.Module], under: str = ""
+) -> None:
     """Put `make(name, linear)` in the place of each linear that a checkpoint of ours has quantised.
 
-    They all lie in the base model; `name` is theirs in the checkpoint, whatever head the transformers model has.
+    They all lie in the base model; `name` is theirs in the checkpoint, whatever head the transformers model has, and
+    starts with `under`.
     """
     base, skipped = model.base_model, set(ignored)
     for name, module in list(base.named_modules()):
         stored = f"{model.base_model_prefix}.{name}"
-        if isinstance(module, nn.Linear) and stored not in skipped:
+        if isinstance(module, nn.Linear) and stored not in skipped and stored.startswith(under):
             base.set_submodule(name, make(stored, module))
 
 
@@ -171,18 +174,46 @@ def _plain(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":
     return pretrained(AutoModelForCausalLM, folder, folder, kind, _AGAIN, use_safetensors=True)
 
 
-def _quantized(source: Source, device: torch.device, dtype: torch.dtype) -> "PreTrainedModel":
-    declared = source.config["quantization_config"]
-    check_readable(declared["affinequant"], str(source.folder / "config.json"))
+def open_empty(source: Source, device: torch.device, dtype: torch.dtype) -> Any:
+    """The model of a folder, its buffers on the device and its weights on `meta` until `fill` reads them.
+
+    Raises:
+        AffineQuantError: another version, or a KV cache without its matrices.
+    """
+    declared = source.config.get("quantization_config") or {}
+    if "affinequant" in declared:
+        check_readable(declared["affinequant"], str(source.folder / "config.json"))
     model = _skeleton(source.folder, dtype)
-    replace_linears(model, declared["ignore"], lambda name, module: read_linear(source, name, module, device))
+    if "affinequant" in declared:
+        pack_cache(source, model)
+    for name, buffer in list(model.named_buffers()):
+        owner, _, leaf = name.rpartition(".")
+        model.get_submodule(owner)._buffers[leaf] = buffer.to(device)
+    return model
+
+
+def fill(source: Source, model: Any, under: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Read the weights whose names start with `under` into the model of `open_empty`, onto the device.
+
+    Raises:
+        AffineQuantError: tensors that are missing, or of a size that does not fit.
+    """
+    declared = source.config.get("quantization_config") or {}
+    if "affinequant" in declared:
+        replace_linears(
+            model, declared["ignore"], lambda name, module: read_linear(source, name, module, device), under
+        )
     for name, parameter in list(model.named_parameters()):
-        if parameter.is_meta:
+        if parameter.is_meta and name.startswith(under):
             module, _, leaf = name.rpartition(".")
             value = _read(source, name, like=parameter).to(device, dtype)
             setattr(model.get_submodule(module), leaf, nn.Parameter(value, requires_grad=False))
+
+
+def _quantized(source: Source, device: torch.device, dtype: torch.dtype) -> "PreTrainedModel":
+    model = open_empty(source, device, dtype)
+    fill(source, model, "", device, dtype)
     model.tie_weights()
-    pack_cache(source, model)
     if any(isinstance(module, IntegerLinear) for module in model.modules()):
         keep_from_saving(model, source.folder)
     return model
@@ -238,7 +269,8 @@ def _skeleton(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     config: Any = AutoConfig.from_pretrained(folder, local_files_only=True)
-    del config.quantization_config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     for name, module in list(model.named_modules()):

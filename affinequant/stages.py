@@ -13,7 +13,7 @@ from affinequant.block import BlockJob, BlockObjective, folded_exactly
 from affinequant.data import Tokens
 from affinequant.distill import distill
 from affinequant.errors import QUALITY, AffineQuantError
-from affinequant.finish import DISTILLED, peak_bytes, stage_name, store_dtype, verified_samples
+from affinequant.finish import DISTILLED, peak_bytes, scored_samples, stage_name, store_dtype
 from affinequant.fit import FitConfig, FitReport, fit
 from affinequant.fold import Tensors, rotate_block, rotate_outer
 from affinequant.plan import Plan
@@ -73,7 +73,7 @@ def distill_stage(made: Plan, run: Run, tokens: Tokens, jobs: Sequence[BlockJob]
     decoder, names = jobs[0].decoder, [stage_name(job.index) for job in jobs]
     began, outer = time.perf_counter(), run.tensors("outer")
     embedded, _ = decoder.embed(tokens.ids, outer)
-    full, keep = run.carry(names[-1])["full"], verified_samples(tokens)
+    full, keep = run.carry(names[-1])["full"], scored_samples(tokens)
     done = distill(jobs, (run.tensors(name) for name in names), outer, embedded, full, keep, listen.say)
     report = whole_report(done.fitted, began, decoder.device)
     run.commit(DISTILLED, tensors=done.tensors, carry={"full": full[:keep], "quantized": done.after}, report=report)

@@ -102,8 +102,7 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
 def test_a_loaded_model_is_the_run(scheme: str, tier: str, shape: dict[str, Any], make: Any) -> None:
     done = make(scheme, tier, **shape)
     checked = done.report["verified"]
-    exact = 1e-6 if "a16" in scheme else 1e-3
-    assert checked["passed"] and checked["compared"] and abs(checked["nats"]) < exact
+    assert checked["passed"] and checked["compared"] and checked["hidden"] < 1e-3
     declared = json.loads((done.path / "config.json").read_text())["quantization_config"]
     assert declared["quant_method"] == ("affinequant" if tier == "online" else "compressed-tensors")
     assert NumberFormat(**declared["affinequant"]["kv"]) == affinequant.Scheme.parse(scheme).kv
@@ -111,13 +110,12 @@ def test_a_loaded_model_is_the_run(scheme: str, tier: str, shape: dict[str, Any]
     assert torch.equal(logits(model), logits(model, use_cache=False))
 
 
-def test_a_run_without_the_cache_would_fail_that(make: Any, tiny: Tiny, tmp_path: Path, monkeypatch: Any) -> None:
-    good = make("w4a16kv4", "online")
+def test_a_run_without_the_cache_would_fail_that(tiny: Tiny, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(BlockJob, "cached_heads", lambda self, rotation: None)
     (tmp_path / "text.txt").write_text(TEXT)
     fields: dict[str, Any] = SMALL | {"data": tmp_path / "text.txt", "out": tmp_path / "bad"}
-    bad = affinequant.quantize(str(tiny()), scheme="w4a16kv4", tier="online", **fields)
-    assert abs(good.report["verified"]["nats"]) < 1e-6 < 1e-4 < abs(bad.report["verified"]["nats"])
+    with pytest.raises(AffineQuantError, match="block 0 computes something else"):
+        affinequant.quantize(str(tiny()), scheme="w4a16kv4", tier="online", **fields)
 
 
 @pytest.mark.parametrize(("scheme", "tier", "shape"), CASES, ids=str)

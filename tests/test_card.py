@@ -180,8 +180,7 @@ def report_of(model: str, scheme: str) -> dict[str, Any]:
         "calibration": {"source": "WikiText-2", "samples": 8, "seq_len": 64, "sha256": "abc"},
         "bits_per_weight": 4.25,
         "weight_bytes": 3 * 2**20,
-        "calibration_perplexity": {"full": 10.0, "quantized": 12.34567},
-        "verified": {"tokens": 500},
+        "calibration_perplexity": {"full": 10.0, "quantized": 12.34567, "tokens": 500},
         "unknown_tensors": {},
         "env": {"affinequant": "0.1.0"},
     }

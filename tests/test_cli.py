@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -165,16 +166,20 @@ def test_a_mistake_of_ours_is_1_with_a_traceback_in_a_file(
 def test_a_checkpoint_that_reads_back_wrongly_is_4(
     words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("affinequant.finish._reloaded_losses", lambda out, tokens, needed, made: 9 + _ramp(needed))
+    from affinequant.formats import compressed_tensors
+
+    real = compressed_tensors.pack_stage
+
+    def wrong(*given: Any, **options: Any) -> Any:
+        return {
+            n: t * 1.5 if n.endswith("0.mlp.up_proj.weight_scale") else t for n, t in real(*given, **options).items()
+        }
+
+    monkeypatch.setattr(compressed_tensors, "pack_stage", wrong)
     assert main([*words, "-o", str(tmp_path / "out")]) == 4
     assert (tmp_path / "out/model.safetensors").exists() and not (tmp_path / "out/report.json").exists()
-    assert "differs from the run" in capsys.readouterr().err
-
-
-def _ramp(count: int):
-    import torch
-
-    return torch.linspace(0, 1, count)
+    assert json.loads((tmp_path / "out/report.failed.json").read_text())["verified"]["passed"] is False
+    assert "differs from the run: model.layers.0.mlp.up_proj.scale" in capsys.readouterr().err
 
 
 def test_ctrl_c_is_130_and_the_same_command_goes_on(words: list[str], tmp_path: Path) -> None:

@@ -128,7 +128,7 @@ def _summary(found: Found) -> dict[str, str]:
         if losses:
             lines["perplexity"] = f"{losses['full']:.2f} -> {losses['quantized']:.2f} on calibration text"
         check = report["verified"]
-        lines["verified"] = f"{check['nats']:+.4f} +- {check['stderr']:.4f} nats per token after reloading"
+        lines["verified"] = _verified(check)
         data = report["calibration"]
         lines["data"] = f"{data['source']}, {data['samples']} x {data['seq_len']} tokens, BOS: {data['bos']}"
         lines |= {
@@ -137,6 +137,16 @@ def _summary(found: Found) -> dict[str, str]:
         if "seconds" in report:
             lines["cost"] = f"{minutes(report['seconds'] / 60)}, peak memory {size(report['peak_bytes'])}"
     return lines
+
+
+def _verified(check: Mapping[str, Any]) -> str:
+    """What was found when the folder was read back; reports of older versions knew the loss alone."""
+    if "tensors" not in check:
+        return f"{check['nats']:+.4f} +- {check['stderr']:.4f} nats per token after reloading"
+    if not check["passed"]:
+        return f"FAILED: {'; '.join(check['wrong'][:3])}"
+    blocks = f"blocks off by {check['hidden']:.1g} at most (median over {check['tokens']} tokens)"
+    return f"{check['tensors']} tensors bit for bit; {blocks}"
 
 
 def _print_blocks(found: Found, sizes: Mapping[str, int], screen: Screen) -> None:
