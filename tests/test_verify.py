@@ -63,11 +63,17 @@ def written(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory)
             made[name] = Written(out, (contents, kept, jobs, *rest), options)
             return made[name].check(out)
 
-        fields = {"preset": "fast", "samples": 4, "seq_len": 32, "data": folder / "text.txt", "out": folder / "out"}
-        asked = {key: value for key, value in RECIPES[name].items() if key != "shape"}
+        fields: dict[str, Any] = {
+            "preset": "fast",
+            "samples": 4,
+            "seq_len": 32,
+            "data": folder / "text.txt",
+            "out": folder / "out",
+        }
+        fields |= {key: value for key, value in RECIPES[name].items() if key != "shape"}
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(finish, "verify", seen)
-            affinequant.quantize(tiny(**RECIPES[name]["shape"]), **fields, **asked)
+            affinequant.quantize(tiny(**RECIPES[name]["shape"]), **fields)
         return made[name]
 
     return of
