@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from affinequant_evals import checkpoint, evaluate
-from affinequant_evals.checkpoint import eval_checkpoint
+from affinequant_evals.checkpoint import eval_checkpoint, find_baseline
 from affinequant_evals.perplexity import LanguageModel, cut_windows, perplexity
 from affinequant_evals.suites import METRICS, SUITES, Measurements, build_suite, find_suite, measurements
 
@@ -99,6 +99,81 @@ def test_a_baseline_that_is_gone_is_said(tiny_copy: Callable[..., Path], text: s
     assert card.baseline is None and card.to_json()["baseline"] is None
     assert len(card.notes) == 1 and card.notes[0].startswith("no baseline") and "--baseline MODEL" in card.notes[0]
     assert card.notes[0] in said and card.to_json()["notes"] == list(card.notes)
+
+
+class Hub:
+    """Stands in for the hub: what is asked of it, in order, beside what was said."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+        import huggingface_hub
+        from huggingface_hub.errors import LocalEntryNotFoundError
+
+        self.events: list[str] = []
+
+        def snapshot_download(model: str, local_files_only: bool = False, **options: Any) -> str:
+            if local_files_only:
+                raise LocalEntryNotFoundError(model)
+            self.events.append(f"fetched {model}")
+            return str(folder)
+
+        def model_info(api: Any, model: str, **options: Any) -> Any:
+            self.events.append(f"asked {model}")
+            file = huggingface_hub.hf_api.RepoSibling(rfilename="model.safetensors", size=7_340_000_000)
+            return type("Info", (), {"siblings": [file]})
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+        monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
+
+
+def named(tiny_copy: Callable[..., Path], model: str) -> Path:
+    """A folder whose report names that model."""
+    folder = tiny_copy()
+    (folder / "report.json").write_text(json.dumps({"model": model}))
+    return folder
+
+
+@pytest.mark.parametrize("setting", checkpoint.OFFLINE)
+def test_offline_the_folders_author_fetches_nothing(
+    setting: str, tiny: Callable[..., Path], tiny_copy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = Hub(monkeypatch, tiny())
+    for name in checkpoint.OFFLINE:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv(setting, "1")
+    found, note = find_baseline(named(tiny_copy, "some/model"), None, hub.events.append)
+    assert found is None and "some/model" in note and setting in note and "--baseline MODEL" in note
+    assert hub.events == []
+
+
+def test_what_is_fetched_is_said_first(
+    tiny: Callable[..., Path], tiny_copy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = Hub(monkeypatch, tiny())
+    for name in checkpoint.OFFLINE:
+        monkeypatch.delenv(name)
+    found, _ = find_baseline(named(tiny_copy, "some/model"), None, hub.events.append)
+    asked, said, fetched = hub.events
+    assert found == ("some/model", tiny()) and (asked, fetched) == ("asked some/model", "fetched some/model")
+    assert all(part in said for part in ("some/model", "7.3 GB", "report.json", "--baseline none"))
+
+
+@pytest.mark.parametrize(
+    "model", ["../models/llama", "models/a/b", "/nowhere/llama", "~/llama", "llama", "./a", "a/../b"]
+)
+def test_a_path_from_elsewhere_is_no_name_of_the_hubs(
+    model: str, tiny: Callable[..., Path], tiny_copy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = Hub(monkeypatch, tiny())
+    for name in checkpoint.OFFLINE:
+        monkeypatch.delenv(name)
+    found, note = find_baseline(named(tiny_copy, model), None, hub.events.append)
+    assert found is None and "is not here" in note and model in note and hub.events == []
+
+
+def test_another_model_at_that_path_is_no_baseline(tiny: Callable[..., Path], tiny_copy: Callable[..., Path]) -> None:
+    other = tiny(hidden=128)
+    found, note = find_baseline(named(tiny_copy, str(other)), None, print)
+    assert found is None and "not the model" in note and "hidden_size 128 for 64" in note
 
 
 def test_a_baseline_that_is_no_model_is_refused_before_scoring(quantized: Path, text: str, tmp_path: Path) -> None:
