@@ -38,7 +38,7 @@ def made(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @contextmanager
-def engine(folder: Path, *, dtype: str = "float32", eager: bool = True) -> Iterator[Any]:
+def engine(folder: Path, *, dtype: str = "float32", eager: bool = True, **settings: Any) -> Iterator[Any]:
     """A vLLM engine with our plugin in this process, gone afterwards."""
     from vllm import LLM
 
@@ -53,6 +53,7 @@ def engine(folder: Path, *, dtype: str = "float32", eager: bool = True) -> Itera
         max_logprobs=1,
         gpu_memory_utilization=0.3,
         disable_log_stats=True,
+        **settings,
     )
     try:
         yield llm
@@ -143,6 +144,118 @@ def test_activations_are_quantised_for_real(made: Callable[..., Path]) -> None:
         # Too small a change to reach another step of the grid, for all but a few values.
         same = (linear(x) - linear(x + 1e-6)).abs().amax(1) < 1e-6
     assert int(same.sum()) >= 4
+
+
+ADAPTED = ("self_attn.v_proj", "mlp.down_proj")  # one of a fused layer, one that stands alone
+
+
+def adapter(folder: Path, out: Path) -> dict[str, torch.Tensor]:
+    """Write an adapter (LoRA) of rank 8; linear to what it adds to the weight."""
+    model: Any = affinequant.load(folder, device="cpu", dtype="float32")
+    generator, tensors, added = torch.Generator().manual_seed(3), {}, {}
+    for layer in range(2):
+        for name in (f"model.layers.{layer}.{linear}" for linear in ADAPTED):
+            linear = model.get_submodule(name)
+            down = 0.05 * torch.randn(8, linear.in_features, generator=generator)
+            up = 0.05 * torch.randn(linear.out_features, 8, generator=generator)
+            tensors |= {f"base_model.model.{name}.lora_{part}.weight": one for part, one in (("A", down), ("B", up))}
+            added[name] = 2 * up @ down
+    out.mkdir()
+    save_file(tensors, out / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "bias": "none", "task_type": "CAUSAL_LM"}
+    config |= {"target_modules": [name.rpartition(".")[2] for name in ADAPTED]}
+    (out / "adapter_config.json").write_text(json.dumps(config))
+    return added
+
+
+def next_tokens(llm: Any, **given: Any) -> list[tuple[int, float]]:
+    """The likeliest next token of each prompt, and its log-probability. (vLLM gives none of a prompt beside an adapter.)"""
+    from vllm import SamplingParams
+
+    settings = SamplingParams(max_tokens=1, temperature=0, logprobs=0)
+    results = llm.generate([{"prompt_token_ids": ids} for ids in prompts()], settings, use_tqdm=False, **given)
+    return [(token, entry.logprob) for result in results for token, entry in result.outputs[0].logprobs[0].items()]
+
+
+def test_adapters_act_beside_the_integers_and_weights_are_not_reloaded(
+    made: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.lora.request import LoRARequest
+
+    from affinequant.serve import vllm_plugin
+
+    said: list[str] = []
+    monkeypatch.setattr(vllm_plugin._log, "warning_once", lambda text, *parts: said.append(text % parts))
+    folder = made(scheme="w4a4", tier="merged")
+    added, model = adapter(folder, tmp_path / "adapter"), affinequant.load(folder, device="cpu", dtype="float32")
+    with engine(folder, enable_lora=True, max_lora_rank=8) as llm:
+        got = [next_tokens(llm), next_tokens(llm, lora_request=LoRARequest("one", 1, str(tmp_path / "adapter")))]
+        with pytest.raises(Exception, match=r"cannot be loaded again into a running engine \(reload_weights\)"):
+            llm.collective_rpc("reload_weights")
+    for adapted, found in enumerate(got):
+        for name, weight in added.items() if adapted else ():
+            model.get_submodule(name).register_forward_hook(
+                lambda _, given, result, weight=weight: result + given[0] @ weight.T
+            )
+        with torch.no_grad():
+            wanted, tokens = model(torch.tensor(prompts())).logits[:, -1].log_softmax(-1).max(-1)
+        same = [
+            token == other and abs(logprob - value) < 1e-4
+            for (token, logprob), other, value in zip(found, tokens.tolist(), wanted.tolist(), strict=True)
+        ]
+        assert sum(same) >= PROMPTS - 8, f"adapter: {bool(adapted)}; {sum(same)} of {PROMPTS} agree"
+    assert sum(abs(one[1] - other[1]) > 1e-3 for one, other in zip(*got, strict=True)) > PROMPTS // 2
+    assert said and all("folded" in line and "attn_in" in line and "LoRA" in line for line in said)
+
+
+def test_small_scales_survive_in_float16(made: Callable[..., Path], tmp_path: Path) -> None:
+    """Numbers below 6e-5 lose digits in float16, below 6e-8 all of them."""
+    folder = broken(made, tmp_path, lambda tensors, config: [
+        tensor.mul_(2.0**-20) for name, tensor in tensors.items() if name.endswith("down_proj.weight_scale")
+    ])  # fmt: skip
+    with engine(folder, dtype="float16") as llm:
+        block = blocks_of(llm)[0]
+        weight = block.mlp.down_proj.integers.parts[0].weight()
+        activations = block.mlp.gate_up_proj(torch.randn(3, 128, dtype=torch.float16))[0]
+    model: Any = affinequant.load(folder, device="cpu", dtype="float32")
+    wanted = model.model.layers[0].mlp.down_proj.parts[0].weight()
+    assert activations.dtype == torch.float16 and weight.scale.dtype == torch.float32
+    assert torch.equal(weight.scale, wanted.scale) and 0 < float(weight.scale.max()) < 6e-5
+
+
+def test_unpacking_needs_a_byte_for_each_code_and_little_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    from compressed_tensors import compressors
+
+    from affinequant.formats import compressed_tensors as packing
+
+    codes = torch.randint(-8, 8, (37, 43), generator=torch.Generator().manual_seed(0), dtype=torch.int8)
+    packed, unpack, sizes = compressors.pack_to_int32(codes, 4), compressors.unpack_from_int32, []
+
+    def watched(value: torch.Tensor, bits: int, shape: torch.Size) -> torch.Tensor:
+        sizes.append(shape.numel())
+        return unpack(value, bits, shape)
+
+    monkeypatch.setattr(compressors, "unpack_from_int32", watched)
+    monkeypatch.setattr(packing, "_UNPACKED", 5 * 43 + 1)
+    assert torch.equal(packing.unpack_rows(packed, 4, 43), codes)
+    assert sizes == [5 * 43] * 7 + [2 * 43]
+    monkeypatch.setattr(packing, "_UNPACKED", 1)
+    assert torch.equal(packing.unpack_rows(packed, 4, 43), codes) and max(sizes[8:]) == 43
+
+
+def test_experts_are_refused_by_name() -> None:
+    from affinequant.formats import VERSION
+    from affinequant.serve.vllm_plugin import AffineQuantConfig
+
+    numbers = {"bits": 4, "symmetric": False, "granularity": "channel", "group_size": None}
+    ours = {"version": VERSION, "scheme": "w4a4", "weight": numbers, "activation": None, "input_clip": {}}
+    config = AffineQuantConfig({"quant_method": "compressed-tensors", "affinequant": ours, "ignore": ["a.mlp.experts"]})
+    for name in ("RoutedExperts", "FusedMoE"):
+        layer = type("Derived", (type(name, (torch.nn.Module,), {}),), {})()
+        with pytest.raises(ValueError, match=r"model\.layers\.3\.mlp\.experts: .* does not run layers of experts"):
+            config.get_quant_method(layer, "model.layers.3.mlp.experts")
+        assert config.get_quant_method(layer, "a.mlp.experts") is None  # left as it is in the checkpoint
+    assert config.get_quant_method(torch.nn.Embedding(2, 2), "model.embed_tokens") is None
 
 
 def test_a_quantised_cache_stays_in_16_bits_there_and_the_log_says_so(

@@ -35,6 +35,10 @@ WEIGHT_ONLY = False
 _AGAIN = "write or fetch the folder again"
 
 
+_UNPACKED = 2**22
+"""Codes that are unpacked at once."""
+
+
 def supports(scheme: Scheme, placements: Mapping[str, Placement], *, clipped: bool = False) -> str | None:
     """None, or why this cannot be written in the form that stock engines compute correctly."""
     if online := online_reason(placements, "stock engines cannot do"):
@@ -185,13 +189,26 @@ def pack_stage(stage: Mapping[str, Tensor], contents: Contents, *, whole: bool) 
     return packed
 
 
+def unpack_rows(packed: Tensor, bits: int, columns: int) -> Tensor:
+    """Codes int8 [N, columns] of words int32 [N, ceil(columns * bits / 32)]; the library makes an int32 of every code, so it
+    is given some rows at a time."""
+    import torch
+    from compressed_tensors.compressors import unpack_from_int32
+
+    codes = torch.empty(len(packed), columns, dtype=torch.int8, device=packed.device)
+    step = max(1, _UNPACKED // columns)
+    for start in range(0, len(packed), step):
+        part = packed[start : start + step]
+        codes[start : start + step] = unpack_from_int32(part, bits, torch.Size((len(part), columns)))
+    return codes
+
+
 def unpack_linear(source: Source, name: str, weight: NumberFormat) -> tuple[Tensor, Tensor, Tensor | None]:
     """(codes int8 [N, K], scale float32 [N, G], zero int8 [N, G] or None) of one linear, as `write` stored it.
 
     Raises:
         AffineQuantError: a tensor is missing, or its size is not what the others say.
     """
-    import torch
     from compressed_tensors.compressors import unpack_from_int32
 
     parts = ["weight_scale", *([] if weight.symmetric else ["weight_zero_point"])]
@@ -203,7 +220,7 @@ def unpack_linear(source: Source, name: str, weight: NumberFormat) -> tuple[Tens
     else:
         rows, columns = tensors["weight_shape"].tolist()
         _check_size(tensors["weight_packed"], (rows, -(-columns // per_word)), f"{name}.weight_packed")
-        codes = unpack_from_int32(tensors["weight_packed"], weight.bits, torch.Size((rows, columns))).contiguous()
+        codes = unpack_rows(tensors["weight_packed"], weight.bits, columns)
     _check_size(scale, (codes.shape[0], weight.groups(codes.shape[1])), f"{name}.weight_scale")
     if weight.symmetric:
         return codes, scale, None

@@ -18,6 +18,7 @@ from vllm.model_executor.parameter import (
     PackedvLLMParameter,
 )
 
+from affinequant.formats.compressed_tensors import unpack_rows
 from affinequant.integer_linear import IntegerLinear
 from affinequant.transforms.online import check_online, in_order
 
@@ -46,18 +47,11 @@ class Shared(BasevLLMParameter):
 
 
 @dataclass(slots=True)
-class Counted:
-    """A weight loader that remembers how many members of a layer it was given."""
+class Loaded:
+    """How often a parameter was given its part of a layer, and whether it was given all of it at once."""
 
-    load: Callable[..., None]
     seen: int = 0
     whole: bool = False
-
-    def __call__(self, param: nn.Parameter, loaded: Tensor, *shard: Any) -> None:
-        """As vLLM calls it: with the member's id where the layer is fused."""
-        self.seen += 1
-        self.whole |= not shard or shard[0] is None
-        self.load(param, loaded, *shard)
 
 
 @register_weight_loader_v2_supported_method
@@ -88,17 +82,18 @@ class AffineQuantLinear(LinearMethodBase):
         ranks = input_size // columns
         self.slices = self.slices_of(ranks, online)
         self.size, self.count = (rows, columns), len(output_partition_sizes)
-        self.loaders: dict[str, Counted] = {}
+        self.loaded: dict[str, Loaded] = {}
+        self.ready = False
         load, per_word = extra_weight_attrs["weight_loader"], 32 // fmt.bits
         groups = fmt.groups(columns)
 
         def add(name: str, kind: type[BasevLLMParameter], data: Tensor, **settings: Any) -> None:
-            self.loaders[name] = Counted(load)
-            layer.register_parameter(name, kind(data=data, weight_loader=self.loaders[name], **settings))
+            layer.register_parameter(name, kind(data=data, weight_loader=self._counted(name, load), **settings))
 
         by_rows = {"output_dim": 0} | ({"input_dim": 1} if fmt.granularity == "group" else {})
         scale = GroupQuantScaleParameter if fmt.granularity == "group" else ChannelQuantScaleParameter
-        add("weight_scale", scale, torch.full((rows, groups), torch.nan), **by_rows)
+        # vLLM's default dtype may be float16, which has no room for small scales.
+        add("weight_scale", scale, torch.full((rows, groups), torch.nan, dtype=torch.float32), **by_rows)
         if self.config.whole:
             add("weight", ModelWeightParameter, torch.empty(rows, columns, dtype=torch.int8), output_dim=0, input_dim=1)
         else:
@@ -140,19 +135,18 @@ class AffineQuantLinear(LinearMethodBase):
         """
         from compressed_tensors.compressors import unpack_from_int32
 
-        for name, loader in self.loaders.items():
-            if not loader.whole and loader.seen != self.count:
+        for name, loaded in self.loaded.items():
+            if not loaded.whole and loaded.seen != self.count:
                 raise ValueError(f"{self.prefix}: the checkpoint lacks {name} of {', '.join(self.members)}")
-        fmt, tensors = self.config.weight, {name: getattr(layer, name).data for name in self.loaders}
+        fmt, tensors = self.config.weight, {name: getattr(layer, name).data for name in self.loaded}
         scale, zero = tensors["weight_scale"], None
-        if self.config.whole:
-            codes = tensors["weight"]
-        else:
-            codes = unpack_from_int32(tensors["weight_packed"], fmt.bits, torch.Size(self.size))
+        codes = (
+            tensors["weight"] if self.config.whole else unpack_rows(tensors["weight_packed"], fmt.bits, self.size[1])
+        )
         if not fmt.symmetric:
             zero = unpack_from_int32(tensors["weight_zero_point"], fmt.bits, scale.shape, packed_dim=0).contiguous()
         online = {part: tensors[name] for part, name in self.parts.items()}
-        for name in self.loaders:
+        for name in self.loaded:
             delattr(layer, name)
         try:
             if any(not bool(matrix.isfinite().all()) for matrix in online.values()):
@@ -172,6 +166,27 @@ class AffineQuantLinear(LinearMethodBase):
             )
         except ValueError as problem:
             raise ValueError(f"{self.prefix}: {problem}") from None
+        # vLLM's wrapper for adapters (LoRA) asks this for its device, and nothing for anything else.
+        layer.register_buffer("weight_packed", torch.empty(0, dtype=torch.int32, device=codes.device), persistent=False)
+        self.ready = True
+
+    def _counted(self, name: str, load: Callable[..., None]) -> Callable[..., None]:
+        """A weight loader that remembers how many members of the layer it was given."""
+        count = self.loaded[name] = Loaded()
+
+        def weight_loader(param: nn.Parameter, loaded: Tensor, *shard: Any) -> None:
+            # As vLLM calls it: with the member's id where the layer is fused.
+            if self.ready:
+                raise ValueError(
+                    f"{self.prefix}: weights of an affinequant checkpoint cannot be loaded again into a running engine "
+                    "(reload_weights): what belongs to them stands in config.json, which is not read again. This engine "
+                    "has lost its weights: start another one on the new folder"
+                )
+            count.seen += 1
+            count.whole |= not shard or shard[0] is None
+            load(param, loaded, *shard)
+
+        return weight_loader
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """The layer on a batch of tokens."""

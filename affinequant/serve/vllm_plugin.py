@@ -21,6 +21,7 @@ import torch
 from packaging.version import Version
 from torch import nn
 from vllm import __version__ as vllm_version
+from vllm.config import get_current_vllm_config_or_none
 from vllm.logger import init_logger
 from vllm.model_executor.layers import quantization
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
@@ -37,6 +38,9 @@ from affinequant.serve.vllm_linear import AffineQuantLinear
 NAME = "affinequant"
 TESTED = ("0.32.0", "0.32.0")
 """Oldest and newest vLLM on which the tests of this package ran."""
+
+EXPERTS = ("RoutedExperts", "FusedMoE")
+"""vLLM's layers of experts, by name: the classes change their place with its versions."""
 
 _log = init_logger(f"vllm.{__name__}")
 
@@ -92,6 +96,7 @@ class AffineQuantConfig(QuantizationConfig):
             )
         self.online: dict[str, dict[str, list[int]]] = dict(ours.get("online", {}))
         self.slices: dict[str, int] = dict(ours.get("slices", {}))
+        self.folded = [site for site, place in ours.get("placements", {}).items() if place["how"] == "folded"]
         if ours.get("kv"):
             bits = ours["kv"]["bits"]
             _log.warning("%s asks for a KV cache in %d bits, vLLM keeps it in 16", ours["scheme"], bits)
@@ -147,12 +152,36 @@ class AffineQuantConfig(QuantizationConfig):
         self.ignore = hf_to_vllm_mapper.apply_list(self.ignore)
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        """Our method for linears; None, which is vLLM's own, for embeddings, head and attention."""
+        """Our method for linears; None, which is vLLM's own, for embeddings, head and attention.
+
+        Raises:
+            ValueError: experts, which no checkpoint of ours holds in a form that vLLM's one layer for all of them takes.
+        """
         if not isinstance(layer, LinearBase):
+            self._refuse_experts(layer, prefix)
             return None
+        self._warn_of_adapters()
         if is_layer_skipped(prefix, self.ignore, self.packed_modules_mapping):
             return UnquantizedLinearMethod()
         return AffineQuantLinear(self, prefix)
+
+    def _refuse_experts(self, layer: nn.Module, prefix: str) -> None:
+        experts = any(kind.__name__ in EXPERTS for kind in type(layer).__mro__)
+        if experts and not any(f"{name}.".startswith(f"{prefix}.") for name in self.ignore):
+            raise ValueError(
+                f"{prefix}: affinequant's plugin does not run layers of experts ({type(layer).__name__}). Load the checkpoint "
+                "by affinequant.load or transformers, or serve the model itself"
+            )
+
+    def _warn_of_adapters(self) -> None:
+        running = get_current_vllm_config_or_none()
+        if self.folded and running is not None and running.lora_config is not None:
+            _log.warning_once(
+                "transforms were folded into the weights of this checkpoint (%s). An adapter (LoRA) that was trained on the "
+                "model it was made from acts on other numbers here and gives wrong results: merge it into the model before "
+                "quantising, or quantise with --preset rtn",
+                ", ".join(self.folded),
+            )
 
     def members(self, prefix: str) -> list[str]:
         """The linears of the checkpoint that make up one of vLLM's."""
