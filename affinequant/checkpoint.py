@@ -73,7 +73,7 @@ class Source:
 
 def is_local(model: str) -> bool:
     """Whether MODEL is a folder here (or the demo's), not a hub id."""
-    return model == "demo" or Path(model).expanduser().is_dir()
+    return model == "demo" or os.path.isdir(os.path.expanduser(model))
 
 
 def locate(model: str, *, weights: bool = True) -> Path:
@@ -87,10 +87,10 @@ def locate(model: str, *, weights: bool = True) -> Path:
         from affinequant.demo import demo_model
 
         return demo_model()
-    path = Path(model).expanduser()
+    path = Path(os.path.expanduser(model))
     if is_local(model):
         return path
-    if path.exists():
+    if os.path.lexists(path):
         raise AffineQuantError(
             f"{model} is a file, not a model folder", "MODEL", "give the folder that holds config.json"
         )

@@ -2,6 +2,7 @@
 
 import gc
 import math
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -77,7 +78,9 @@ def export(
         AffineQuantError: exit 2 or 3 for what cannot be exported, with the reason, before anything is written;
             exit 4 where what is read back is not what the source means, and the folder is kept.
     """
-    job = _prepare(Path(checkpoint).expanduser(), format, scheme, Path(out).expanduser() if out else None, overwrite)
+    job = _prepare(
+        Path(os.path.expanduser(checkpoint)), format, scheme, Path(os.path.expanduser(out)) if out else None, overwrite
+    )
     say(f"writing {job.out}")
     files = _write(job)
     recipe = job.source / "recipe.toml"

@@ -103,7 +103,7 @@ class Recipe:
     damping: float = _option(0.01, "method", "GPTQ: fraction of the mean Hessian diagonal added to it")
 
     data: str = _option(
-        "wikitext2", "data", "calibration text: wikitext2, c4, demo, a .txt or .jsonl file, a folder, hf:ID"
+        "wikitext2", "data", "calibration text: wikitext2, c4, demo, a text or .jsonl file, a folder, hf:ID"
     )
     samples: int = _option(128, "data", "calibration sequences")
     seq_len: int = _option(2048, "data", "tokens per calibration sequence")

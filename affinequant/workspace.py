@@ -90,7 +90,7 @@ def check_output(out: Path, source: Path, *, overwrite: bool, resume: bool) -> N
     if resume and not holds_run:
         raise AffineQuantError(f"no run to resume in {out}", "--resume", "leave --resume out to start one")
     if overwrite:
-        protected = [path.resolve() for path in (Path.cwd(), Path.home(), source)]
+        protected = [path.resolve() for path in (Path.cwd(), Path(os.path.expanduser("~")), source)]
         if any(path == out.resolve() or out.resolve() in path.parents for path in protected):
             raise AffineQuantError(
                 f"--overwrite would empty {out}, which holds the model, this folder or your home",

@@ -17,8 +17,8 @@ ORDER = list(PACKAGES)
 LAYERS = [
     {"errors", "choices"},
     {"progress"},
-    {"scheme", "sites", "linalg", "wheels", "presets"},
-    {"recipe", "quantizer", "transforms", "wush", "models", "demo"},
+    {"scheme", "sites", "linalg", "wheels", "presets", "files"},
+    {"recipe", "quantizer", "transforms", "wush", "models", "demo", "documents"},
     {"fold", "checkpoint", "text", "gptq", "fit", "run", "attention"},
     {"formats", "data", "stream"},
     {"block", "cache", "card", "costs", "placements", "plan", "integer_linear"},

@@ -265,6 +265,17 @@ def test_json_of_an_interruption_and_of_a_bug(tiny: Tiny, tmp_path: Path, capsys
     assert "Traceback" in capsys.readouterr().err
 
 
+def test_a_bug_where_the_cache_cannot_be_written(tmp_path: Path, capsys: Capture, monkeypatch: Patch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("AFFINEQUANT_CACHE", str(tmp_path / "file"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("affinequant.cli.plan.recipe_of", fails(ZeroDivisionError("half an emoji: \ud83d")))
+    assert main(["plan", "x"]) == 1
+    error = capsys.readouterr().err
+    assert "ZeroDivisionError" in error and "Traceback" not in error
+    assert list(tmp_path.glob("affinequant-*/errors/*.txt"))
+
+
 def test_a_full_disk_says_how_to_go_on(capsys: Capture, monkeypatch: Patch) -> None:
     full = OSError(28, "No space left on device", "/data/out")
     monkeypatch.setattr("affinequant.cli.quantize.recipe_of", fails(full))

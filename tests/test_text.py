@@ -1,6 +1,9 @@
 """Files, folders and names that text is read from, and everything that can be wrong with them."""
 
+import bz2
+import gzip
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +28,28 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
     assert read_text(str(tmp_path / "x.txt"), 1000, print)[1] == "hello"
 
 
+ROWS = b'{"text": "one"}\n{"text": "two"}\n'
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "ROWS.JSONL", "rows.ndjson", "rows.NdJson"])
+def test_rows_are_rows_whatever_the_case_of_their_suffix(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(ROWS)
+    assert read_text(str(tmp_path / name), 1000, print)[1] == "one\n\ntwo"
+    assert read_text(str(tmp_path), 1000, print)[1] == "one\n\ntwo"
+
+
+@pytest.mark.parametrize("name", ["CORPUS.TXT", "README.md", "argparse.py", "wiki.test.raw", "corpus"])
+def test_plain_text_by_other_names(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("import this\n{ and that }")
+    assert read_text(str(tmp_path / name), 1000, print)[1] == "import this\n{ and that }"
+
+
+def test_half_of_a_surrogate_pair_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text('{"text": "half \\ud83d, whole \\ud83d\\ude00, other half \\ude00"}\n')
+    text = read_text(str(tmp_path / "x.jsonl"), 1000, print)[1]
+    assert text == "half \ufffd, whole \U0001f600, other half \ufffd" and text.encode()
+
+
 @pytest.mark.parametrize("name", ["x.txt", "x.jsonl"])
 def test_much_text_is_cut_and_the_name_says_so(tmp_path: Path, name: str) -> None:
     lines = ["abcdefghij"] * 50
@@ -43,7 +68,32 @@ BROKEN = {
     "other.jsonl": (b'{"text": "a"}\n\n{"body": "b"}\n', "no string field 'text'", "line 3"),
     "list.jsonl": (b'["a"]\n', "no string field 'text'", "line 1"),
     "number.jsonl": (b'{"text": 5}\n', "no string field 'text'", "line 1"),
+    "null.jsonl": (b'{"text": null}\n', "no string field 'text': it is null", "line 1"),
+    "deep.jsonl": (b'{"text": ' + b"[" * 100_000 + b"\n", "not JSON", "line 1"),
     "value.json": (b'{"text": "a"}', "one JSON value", ".jsonl"),
+    "VALUE.JSON": (b'{"text": "a"}', "one JSON value", ".jsonl"),
+    "rows.txt": (ROWS, "an object a line", "name it .jsonl"),
+    "table.csv": (b"text\nriver", "a table", ".jsonl"),
+    "table.TSV": (b"text\nriver", "a table", ".jsonl"),
+    "page.html": (b"<p>river</p>", "markup", "a .txt file"),
+    "page.xml": (b"<p>river</p>", "markup", "a .txt file"),
+    "settings.yaml": (b"river: 5", "settings", ".txt"),
+    "text.xyz": (b"river", "no kind of text is known by the suffix '.xyz'", "ends in .txt"),
+    "rows.jsonl.gz": (gzip.compress(ROWS), "gzip", "gunzip"),
+    "packed.txt": (gzip.compress(ROWS), "gzip", "gunzip"),
+    "packed.jsonl": (bz2.compress(ROWS), "bzip2", "bunzip2"),
+    "rows.xz": (b"river", "compressed", "unpack it"),
+    "archive.txt": (b"PK\x03\x04river", "zip", "unzip"),
+    "table.parquet": (b"PAR1\x15\x04", "a table", ".jsonl"),
+    "table.txt": (b"PAR1\x15\x04", "a table", ".jsonl"),
+    "paper.pdf": (b"%PDF-1.7\n", "document", "export it"),
+    "wide.txt": ("the river".encode("utf-16"), "UTF-16", "iconv -f utf-16 "),
+    "wide.jsonl": ('{"text": "a"}'.encode("utf-16"), "UTF-16", "iconv -f utf-16 "),
+    "unmarked.txt": ("the river \u017e".encode("utf-16le"), "UTF-16", "iconv -f utf-16le "),
+    "unmarked-be.txt": ("the river \u017e".encode("utf-16be"), "UTF-16", "iconv -f utf-16be "),
+    "wider.txt": ("the river".encode("utf-32"), "UTF-32", "iconv -f utf-32 "),
+    "zeros.txt": (b"river\x00\x01\x02\x03\x04\x05\x06\x07", "binary", ".txt"),
+    "pointer.txt": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "Git LFS", "git lfs pull"),
 }
 
 
@@ -57,6 +107,28 @@ def test_broken_files(tmp_path: Path, name: str) -> None:
         error = caught.value
         assert error.exit_code == USAGE and what in error.what
         assert rest in error.where + error.fix and name in error.where
+        assert "latin1" not in error.fix
+
+
+def test_what_turns_out_to_be_no_text_further_on(tmp_path: Path) -> None:
+    (tmp_path / "late.txt").write_bytes(b"river " * 20_000 + b"\x00")
+    with pytest.raises(AffineQuantError, match="binary"):
+        check_source(str(tmp_path / "late.txt"))
+
+
+def test_what_is_no_regular_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo.txt")
+    (tmp_path / "link.txt").symlink_to(tmp_path / "nowhere")
+    for source, what in {
+        str(tmp_path / "fifo.txt"): "no regular file",
+        str(tmp_path / "link.txt"): "a link to nowhere",
+        "words " * 1000 + "/x": "no such file",
+        "~nobody-of-that-name/x.txt": "no such file",
+        "\x00.txt": "no such file",
+    }.items():
+        with pytest.raises(AffineQuantError) as caught:
+            check_source(source)
+        assert what in caught.value.what and caught.value.exit_code == USAGE
 
 
 def test_sources_that_are_not_there(tmp_path: Path) -> None:

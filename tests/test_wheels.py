@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from affinequant.errors import PREFLIGHT, AffineQuantError
-from affinequant.wheels import WHEELS, Wheel, cache_folder, find_package, new_folder, wheel_folder
+from affinequant.wheels import WHEELS, Wheel, cache_folder, find_package, new_folder, settle_home, wheel_folder
 
 NAME = "affinequant_test_rows"
 
@@ -52,6 +52,21 @@ def pinned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Pat
         return path
 
     return pin
+
+
+def test_without_a_home_there_is_still_a_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # what it does without HOME and passwd entry
+    for name in ("AFFINEQUANT_CACHE", "XDG_CACHE_HOME", "HOME", "USER", "LOGNAME", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    folder = cache_folder()
+    own = tmp_path / f"affinequant-{os.getuid()}"
+    assert folder == own / "affinequant" == cache_folder() and own.stat().st_mode & 0o777 == 0o700
+    own.chmod(0o777)  # anyone may write there: not trusted
+    assert cache_folder().is_relative_to(tmp_path) and not cache_folder().is_relative_to(own)
+    own.chmod(0o700)
+    settle_home()
+    assert os.environ["HOME"] == str(own) and os.environ["USER"] == f"uid{os.getuid()}"
 
 
 def test_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,9 +3,11 @@
 Nothing in this package imports torch before a command needs it.
 """
 
+import contextlib
 import difflib
 import errno
 import importlib
+import io
 import os
 import shlex
 import sys
@@ -74,6 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Said by transformers about itself, not about the run.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     screen = Screen.of(typed)
+    _settle()
     if screen.quiet or not sys.stderr.isatty():
         # Bars are drawn over and over, which no file wants; TQDM_DISABLE reaches those that have no setting.
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -97,6 +100,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as problem:
         screen.error(_unexpected(problem, typed, screen))
         return UNEXPECTED
+
+
+def _settle() -> None:
+    """What the surroundings may lack: a home, and an encoding for every character of a path or a message."""
+    from affinequant.wheels import settle_home
+
+    with contextlib.suppress(OSError):
+        settle_home()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _dispatch(typed: list[str], screen: Screen) -> int:
@@ -151,7 +165,7 @@ def _unexpected(problem: Exception, typed: list[str], screen: Screen) -> AffineQ
     what = f"unexpected {type(problem).__name__}: {problem}".splitlines()[0]
     try:
         where = str(_write_traceback(typed))
-    except OSError:
+    except Exception:
         traceback.print_exc()
         where = "the traceback above"
     return AffineQuantError(what, where, "report it with that file and the output of `affinequant env`")
@@ -159,11 +173,18 @@ def _unexpected(problem: Exception, typed: list[str], screen: Screen) -> AffineQ
 
 def _write_traceback(typed: list[str]) -> Path:
     import affinequant
-    from affinequant.wheels import cache_folder
+    from affinequant.wheels import cache_folder, own_temporary
 
-    folder = cache_folder() / "errors"
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"
     head = f"affinequant {affinequant.__version__}, python {sys.version}\n{shlex.join(['affinequant', *typed])}\n\n"
-    path.write_text(head + traceback.format_exc())
-    return path
+    text = (head + traceback.format_exc()).encode("utf-8", "backslashreplace")
+
+    def write(folder: Path) -> Path:
+        (folder / "errors").mkdir(parents=True, exist_ok=True)
+        path = folder / "errors" / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"
+        path.write_bytes(text)
+        return path
+
+    try:
+        return write(cache_folder())
+    except OSError:  # a home that cannot be written to
+        return write(own_temporary())

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import shlex
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -49,7 +50,7 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace, screen: Screen) -> int:
     """Print what is there."""
-    folder = Path(args.checkpoint).expanduser()
+    folder = Path(os.path.expanduser(args.checkpoint))
     exported = _read_json(folder / _REPORT) if folder.is_dir() else {}
     if "exported_from" in exported:
         screen.facts({"exported": f"from {exported['exported_from']}"} | outcome(folder, exported, verbose=True))
