@@ -54,7 +54,7 @@ The two perplexities are of text that the checkpoint was fitted to; `affinequant
 
 ## Run it
 
-    pip install affinequant
+    pip install .                                  # in a clone of affinequant
     python -c "import affinequant; print(affinequant.load('{{ name }}'))"
     vllm serve {{ name }}
     affinequant eval {{ name }}

@@ -273,7 +273,7 @@ def test_without_lm_eval(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(AffineQuantError, match="not installed") as caught:
         task_batteries(["piqa"], TaskOptions())
-    assert caught.value.exit_code == PREFLIGHT and "affinequant[eval]" in caught.value.fix
+    assert caught.value.exit_code == PREFLIGHT and "pip install '.[eval]'" in caught.value.fix
     assert task_batteries([], TaskOptions()) == ()
 
 

@@ -69,7 +69,9 @@ def bench_checkpoint(
     missing = [engine for engine in engines if not find_spec(engine)]
     if missing:
         raise AffineQuantError(
-            f"{missing[0]} is not installed", "--engines", "pip install 'affinequant[serve]', or leave it out"
+            f"{missing[0]} is not installed",
+            "--engines",
+            "`pip install '.[serve]'` in a clone of affinequant, or leave it out",
         )
     skipped: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as scratch:
@@ -169,7 +171,7 @@ def verdict(result: Mapping[str, Any]) -> list[str]:
 def plot(result: Mapping[str, Any], path: Path) -> str | None:
     """Draw tokens per second over the batch, one panel per engine; None, or why there is no plot."""
     if not find_spec("matplotlib"):
-        return "no plot: matplotlib is not installed (pip install 'affinequant[plot]')"
+        return "no plot: matplotlib is not installed (`pip install '.[plot]'` in a clone of affinequant)"
     # Not pyplot: it would choose a backend for the whole process.
     from matplotlib.figure import Figure
 

@@ -162,7 +162,7 @@ def _stock_folder(say: Say = quiet) -> Path:
         raise AffineQuantError(
             "tasks need lm-eval, which is not installed",
             "--tasks",
-            "pip install 'affinequant[eval]'",
+            "`pip install '.[eval]'` in a clone of affinequant",
             exit_code=PREFLIGHT,
         )
     _check_version(package_version("lm_eval"), say)
