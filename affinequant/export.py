@@ -248,8 +248,8 @@ def _report(job: _Job, files: list[Path], verified: dict[str, Any]) -> dict[str,
     sizes = {name: (job.out / name).stat().st_size for name in names if name != "report.json"}
     weights = sum(size for name, size in sizes.items() if name.endswith((".safetensors", ".gguf")))
     events = [f"rounded once more: {job.form.ROUNDS}"] if job.form.ROUNDS else []
-    if "NO tokenizer" in verified["read_by"]:
-        events.append(verified["read_by"].partition("; ")[2])
+    if "; note: " in verified["read_by"]:
+        events.append(verified["read_by"].partition("; note: ")[2])
     return {
         "schema": 1,
         "model": origin.get("model"),

@@ -13,7 +13,7 @@ if [ "${1:-}" = --venv ]; then
     shift 2
 fi
 python=${PYTHON:-python3}
-short=(tests/test_install.py tests/test_formats.py tests/test_export.py
+short=(tests/test_install.py tests/test_formats.py tests/test_export.py tests/test_gguf.py
     tests/test_pipeline.py::test_every_scheme tests/test_pipeline.py::test_every_scheme_online
     tests/test_evals_tasks.py)
 

@@ -17,7 +17,6 @@ from affinequant.cli import main
 from affinequant.errors import PREFLIGHT, QUALITY, USAGE, AffineQuantError
 from affinequant.formats import FORMATS, find_format
 from affinequant.formats import dense as dense_format
-from affinequant.formats.gguf_tokenizer import read_vocabulary
 from affinequant.formats.reading import in_transformers
 from affinequant.run import Run
 from affinequant.transforms.online import stored_name
@@ -262,18 +261,6 @@ def test_gguf_by_its_own_package(scheme: str, kind: str, made: Make, tiny: Tiny,
     assert "message" in reader.fields["tokenizer.chat_template"].contents()
 
 
-def test_a_tokenizer_that_gguf_cannot_be_told_of_is_missed_aloud(tiny_copy: Tiny, tmp_path: Path) -> None:
-    source = tiny_copy(**SHAPE)
-    described = json.loads((source / "tokenizer.json").read_text())
-    described["pre_tokenizer"] = {"type": "Whitespace"}
-    (source / "tokenizer.json").write_text(json.dumps(described))
-    assert "splitting text" in str(read_vocabulary(source, 320))
-    report = export(fresh(source, "w4a16", tmp_path / "made"), "gguf", tmp_path / "out")
-    assert any("NO tokenizer" in event for event in report["events"])
-    (source / "tokenizer.json").unlink()
-    assert read_vocabulary(source, 320) == "the source has no tokenizer.json"
-
-
 # Refusals, with exit codes through the command line.
 
 
@@ -307,7 +294,6 @@ def test_what_cannot_be_held_is_refused(
 @pytest.mark.parametrize(
     ("shape", "form", "words"),
     [
-        ({"bias": True}, "gguf", "order of biases"),
         ({"mlp": 136}, "gguf", "blocks of 32"),
         ({"mlp": 136}, "gptq", "multiples of 32"),
         ({"mlp": 136}, "nvfp4", "groups of 16"),
@@ -321,7 +307,7 @@ def test_sizes_and_biases_are_refused(shape: dict[str, Any], form: str, words: s
 
 
 def test_biases_are_held_where_the_layout_has_them(made: Make, tmp_path: Path) -> None:
-    for form in ("gptq", "nvfp4", "compressed-tensors"):
+    for form in ("gptq", "gguf", "nvfp4", "compressed-tensors"):
         assert export(made("w4a16", bias=True), form, tmp_path / form)["verified"]["passed"]
 
 
@@ -334,6 +320,25 @@ def test_a_scale_that_float16_does_not_hold_leaves_no_folder(form: str, tiny: Ti
     with pytest.raises(AffineQuantError, match="do not fit float16"):
         export(source, form, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("form", ["gptq", "gguf"])
+@pytest.mark.parametrize("scheme", ["w4a16", "w4a16-sym"])
+def test_rows_of_zeros_have_scales_that_float16_does_not_hold(
+    form: str, scheme: str, tiny_copy: Tiny, tmp_path: Path
+) -> None:
+    source = tiny_copy(**SHAPE)
+    stored = load_file(source / "model.safetensors")
+    stored["model.layers.1.mlp.up_proj.weight"][3:7] = 0
+    save_file(stored, source / "model.safetensors", metadata={"format": "pt"})
+    made = fresh(source, scheme, tmp_path / "made")
+    written = load_file(made / "model.safetensors")
+    written["model.layers.1.mlp.up_proj.weight_scale"][3:7] = torch.finfo(torch.bfloat16).smallest_normal
+    save_file(written, made / "model.safetensors", metadata={"format": "pt"})  # as our own rounding leaves them
+    report = export(made, form, tmp_path / "out")
+    assert report["verified"]["passed"]
+    model, _ = find_format(form).reload(tmp_path / "out", "float32")
+    assert not bool(model.model.layers[1].mlp.up_proj.weight[3:7].any())
 
 
 def test_a_zero_point_that_gptq_engines_read_in_two_ways(tiny: Tiny, tmp_path: Path) -> None:

@@ -138,6 +138,15 @@ def split_stage(
     return rest, integers
 
 
+def without_zeros(codes: "Tensor", scale: "Tensor", zero: "Tensor | None") -> "Tensor":
+    """Scales [N, G] of codes [N, K], those of groups that are all zero raised to what float16 holds: any scale does."""
+    import torch
+
+    offset = torch.zeros_like(scale) if zero is None else zero.to(scale)
+    empty = (codes.unflatten(1, (scale.shape[1], -1)) == offset[..., None]).all(-1)
+    return torch.where(empty, scale.clamp_min(2**-14), scale)
+
+
 def find_format(name: str, placements: Mapping[str, Placement] | None = None) -> Format:
     """The format of that name; `auto` is what stock engines load, or our own where a transform stays online.
 

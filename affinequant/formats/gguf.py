@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from affinequant.checkpoint import unquantized
 from affinequant.errors import PREFLIGHT, AffineQuantError
-from affinequant.formats import SHARD_BYTES, Contents, Shapes, online_reason, split_stage
+from affinequant.formats import SHARD_BYTES, Contents, Shapes, online_reason, split_stage, without_zeros
 from affinequant.formats.compressed_tensors import checkpoint_config
+from affinequant.formats.gguf_settings import ROPES, described, rope_factors, rope_kind, write_settings, write_tokenizer
 from affinequant.formats.gguf_tokenizer import Vocabulary, read_vocabulary
 from affinequant.formats.reading import Dtype, in_transformers
 from affinequant.formats.shards import copy_source, publish, write_json
@@ -33,6 +34,18 @@ WEIGHT_ONLY = True
 FILE = "model.gguf"
 BLOCK = 32
 """Weights of a row that share the two or four bytes of scale in Q4_0, Q4_1 and Q8_0."""
+_READ = (
+    *(
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+    ),
+    *("vocab_size", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings"),
+)
+"""What transformers reads from the file's settings, beside the base of RoPE."""
 
 
 def supports(scheme: Scheme, placements: Mapping[str, Placement], *, clipped: bool = False) -> str | None:
@@ -46,29 +59,41 @@ def supports(scheme: Scheme, placements: Mapping[str, Placement], *, clipped: bo
 
 
 def refuses(contents: Contents, shapes: Shapes) -> str | None:
-    """None, or which size, bias, activation function or RoPE scaling is not in llama.cpp's Llama."""
+    """None, or which size, tensor, activation function, RoPE or tokenizer is not in llama.cpp's Llama."""
     for name in contents.linears:
         if shapes[f"{name}.weight"][1] % BLOCK:
             return f"{name} has {shapes[f'{name}.weight'][1]} inputs, which blocks of {BLOCK} do not divide"
-    biases = sorted(name for name in shapes if name.endswith(".bias"))
-    if biases:
-        return f"{biases[0]}: readers of this layout disagree on the order of biases of q and k"
-    rope = contents.config.get("rope_parameters") or contents.config.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        return f"RoPE of type {kind!r} needs factors that transformers does not read back from this layout"
-    act = contents.config.get("hidden_act", "silu")
-    return None if act == "silu" else f"llama.cpp's Llama computes silu, this model {act}"
+    _, dims = _family(contents)
+    names, parts = _names(dims), set(contents.linears)
+    for name in shapes:
+        if not (name.rpartition(".")[0] in parts or _is_buffer(name) or _found(names, name)):
+            return f"llama.cpp's Llama has no tensor for {name}"
+    config = described(contents.config)
+    if rope_kind(config) not in ROPES:
+        return f"RoPE of type {rope_kind(config)!r}: llama.cpp computes {', '.join(ROPES)} as transformers does"
+    if config.hidden_act != "silu":
+        return f"llama.cpp's Llama computes silu, this model {config.hidden_act}"
+    vocabulary = read_vocabulary(contents.source, dims.vocab)
+    return None if isinstance(vocabulary, Vocabulary) else vocabulary
 
 
 def reload(out: Path, dtype: Dtype) -> tuple[Any, str]:
-    """The file in transformers, dequantised; the words say what became of the tokenizer."""
-    from transformers import AutoTokenizer, GgufConfig
+    """The file in transformers, dequantised; the words say what became of the tokenizer.
 
-    model, words = in_transformers(out, dtype, gguf_file=FILE, quantization_config=GgufConfig(dequantize=True))
+    transformers reads most settings from the file; biases and a scaled RoPE it knows by config.json alone.
+    """
+    from transformers import AutoConfig, AutoTokenizer, GgufConfig
+
+    config: Any = AutoConfig.from_pretrained(out, local_files_only=True)
+    read: Any = AutoConfig.from_pretrained(out, gguf_file=FILE, local_files_only=True)
+    for key in _READ:
+        setattr(config, key, getattr(read, key))
+    config.rope_parameters = config.rope_parameters | {"rope_theta": read.rope_parameters["rope_theta"]}
+    model, words = in_transformers(
+        out, dtype, gguf_file=FILE, config=config, quantization_config=GgufConfig(dequantize=True)
+    )
     vocabulary = read_vocabulary(out, model.config.vocab_size)
-    if isinstance(vocabulary, str):
-        return model, f"{words}; the file holds NO tokenizer: {vocabulary}"
+    assert isinstance(vocabulary, Vocabulary), vocabulary
     own, read = (AutoTokenizer.from_pretrained(out, **options) for options in ({}, {"gguf_file": FILE}))
     text = "It's 3 o'clock; 1,024 geese (or so) flew by.\n\n  \tThen: silence\u2026 na\u00efve \u6f22\u5b57"
     ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for tokenizer in (own, read)]
@@ -77,14 +102,15 @@ def reload(out: Path, dtype: Dtype) -> tuple[Any, str]:
         if ids[0] == ids[1]
         else ("is split otherwise by transformers, which does not know every `pre`")
     )
-    return model, f"{words}; its tokenizer ({vocabulary.split}) {agree}"
+    note = f"; note: {vocabulary.note}" if vocabulary.note else ""
+    return model, f"{words}; its tokenizer ({vocabulary.split}) {agree}{note}"
 
 
 def write(contents: Contents, out: Path, *, shard_bytes: int = SHARD_BYTES) -> list[Path]:
     """Write the folder and return its files; `config.json` is the last of them. The file is one whatever its size.
 
     Raises:
-        AffineQuantError: a scale that float16 does not hold.
+        AffineQuantError: a scale that float16 does not hold, or a tokenizer that the file does not.
         OSError: the folder cannot be written.
     """
     from gguf import GGUFWriter
@@ -95,8 +121,10 @@ def write(contents: Contents, out: Path, *, shard_bytes: int = SHARD_BYTES) -> l
     _, dims = _family(contents)
     writer = GGUFWriter(temporary, "llama", use_temp_file=True)
     try:
-        _write_settings(writer, contents, dims)
-        _write_tokenizer(writer, contents, dims)
+        write_settings(writer, contents, dims)
+        write_tokenizer(writer, contents, dims)
+        if (factors := rope_factors(described(contents.config))) is not None:
+            writer.add_tensor("rope_freqs.weight", factors)
         for stage in contents.stages():
             _write_stage(writer, stage, contents, dims)
         writer.write_header_to_file()
@@ -120,6 +148,7 @@ def blocks(codes: Tensor, scale: Tensor, zero: Tensor | None, fmt: NumberFormat,
     import torch
 
     rows, columns = codes.shape
+    scale = without_zeros(codes, scale, zero)
     each = scale.repeat_interleave(columns // scale.shape[1] // BLOCK, 1).reshape(-1, 1)
     halves = each.half()
     if not bool(halves.isfinite().all()) or bool((halves == 0).any()):
@@ -142,9 +171,9 @@ def blocks(codes: Tensor, scale: Tensor, zero: Tensor | None, fmt: NumberFormat,
 def _write_stage(writer: Any, stage: Mapping[str, Tensor], contents: Contents, dims: Dims) -> None:
     import numpy as np
     import torch
-    from gguf import MODEL_ARCH, GGMLQuantizationType, get_tensor_name_map
+    from gguf import GGMLQuantizationType
 
-    names = get_tensor_name_map(MODEL_ARCH.LLAMA, dims.layers)
+    names = _names(dims)
     rest, integers = split_stage(stage, contents)
     for name, (codes, scale, zero) in integers.items():
         parts = [part if part is None else _for_rope(part, name, dims) for part in (codes, scale, zero)]
@@ -152,8 +181,12 @@ def _write_stage(writer: Any, stage: Mapping[str, Tensor], contents: Contents, d
         packed, kind = blocks(parts[0], parts[1], parts[2], contents.scheme.weight, name)
         writer.add_tensor(_mapped(names, f"{name}.weight"), packed, raw_dtype=GGMLQuantizationType[kind])
     for name, tensor in rest.items():
-        if tensor.ndim == 1:  # llama.cpp computes norms in float32
-            writer.add_tensor(_mapped(names, name), tensor.float().numpy())
+        if _is_buffer(name):
+            continue
+        if tensor.ndim == 1:  # llama.cpp computes norms in float32, and adds biases in it
+            owner = name.removesuffix(".bias")
+            vector = tensor if owner == name else _for_rope(tensor, owner, dims)
+            writer.add_tensor(_mapped(names, name), vector.float().numpy())
         elif tensor.dtype == torch.bfloat16:
             packed = tensor.contiguous().view(torch.int16).numpy().view(np.uint8)
             writer.add_tensor(_mapped(names, name), packed, raw_dtype=GGMLQuantizationType.BF16)
@@ -161,11 +194,26 @@ def _write_stage(writer: Any, stage: Mapping[str, Tensor], contents: Contents, d
             writer.add_tensor(_mapped(names, name), tensor.numpy())
 
 
+def _names(dims: Dims) -> Any:
+    from gguf import MODEL_ARCH, get_tensor_name_map
+
+    return get_tensor_name_map(MODEL_ARCH.LLAMA, dims.layers)
+
+
+def _found(names: Any, name: str) -> str | None:
+    return names.get_name(name, try_suffixes=(".weight", ".bias"))
+
+
 def _mapped(names: Any, name: str) -> str:
-    found = names.get_name(name, try_suffixes=(".weight", ".bias"))
+    found = _found(names, name)
     if found is None:
         raise AffineQuantError(f"GGUF's Llama has no tensor for {name}", name, "export another format")
     return found
+
+
+def _is_buffer(name: str) -> bool:
+    """Whether the tensor is none of the network's, but RoPE's frequencies as old libraries saved them."""
+    return name.endswith("rotary_emb.inv_freq")
 
 
 def _for_rope(part: Tensor, name: str, dims: Dims) -> Tensor:
@@ -174,47 +222,6 @@ def _for_rope(part: Tensor, name: str, dims: Dims) -> Tensor:
     if heads is None:
         return part
     return part.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(part.shape).contiguous()
-
-
-def _write_settings(writer: Any, contents: Contents, dims: Dims) -> None:
-    from gguf import LlamaFileType
-
-    config, fmt = contents.config, contents.scheme.weight
-    rope = config.get("rope_parameters") or {}
-    kind = "MOSTLY_Q8_0" if fmt.bits == 8 else "MOSTLY_Q4_0" if fmt.symmetric else "MOSTLY_Q4_1"
-    writer.add_name(str(config.get("_name_or_path") or contents.source.name))
-    writer.add_file_type(LlamaFileType[kind])
-    writer.add_quantization_version(2)
-    writer.add_context_length(int(config["max_position_embeddings"]))
-    writer.add_embedding_length(dims.hidden)
-    writer.add_block_count(dims.layers)
-    writer.add_feed_forward_length(dims.mlp)
-    writer.add_head_count(dims.heads)
-    writer.add_head_count_kv(dims.kv_heads)
-    writer.add_key_length(dims.head_dim)
-    writer.add_value_length(dims.head_dim)
-    writer.add_rope_dimension_count(dims.head_dim)
-    writer.add_rope_freq_base(float(rope.get("rope_theta", config.get("rope_theta", 10000.0))))
-    writer.add_layer_norm_rms_eps(float(config["rms_norm_eps"]))
-    writer.add_vocab_size(dims.vocab)
-
-
-def _write_tokenizer(writer: Any, contents: Contents, dims: Dims) -> None:
-    from gguf import SpecialVocab
-
-    vocabulary = read_vocabulary(contents.source, dims.vocab)
-    if not isinstance(vocabulary, Vocabulary):
-        writer.add_tokenizer_model("no_vocab")
-        return
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(vocabulary.split)
-    writer.add_token_list(list(vocabulary.tokens))
-    writer.add_token_types(list(vocabulary.kinds))
-    special = SpecialVocab(contents.source, load_merges=True, n_vocab=dims.vocab)
-    template = contents.source / "chat_template.jinja"
-    if template.is_file():
-        special.chat_template = template.read_text(encoding="utf-8")
-    special.add_to_gguf(writer, quiet=True)
 
 
 def _family(contents: Contents) -> tuple[Any, Dims]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from affinequant.checkpoint import open_source
-from affinequant.formats import SHARD_BYTES, Contents, Shapes, online_reason, split_stage
+from affinequant.formats import SHARD_BYTES, Contents, Shapes, online_reason, split_stage, without_zeros
 from affinequant.formats.dense import write_folder
 from affinequant.formats.reading import Dtype, from_tensors
 from affinequant.scheme import Scheme
@@ -106,7 +106,7 @@ def pack(
         what = f"{int((unsigned < 1).sum())} groups have the zero point 0, which GPTQ engines read in two ways"
         fix = "export compressed-tensors, which holds it, or quantise with -sym"
         raise AffineQuantError(what, where, fix, exit_code=PREFLIGHT)
-    halves = scale.half()
+    halves = without_zeros(codes, scale, zero).half()
     if not bool(halves.isfinite().all()) or bool((halves == 0).any()):
         what = f"scales from {float(scale.min()):.3g} to {float(scale.max()):.3g} do not fit float16"
         raise AffineQuantError(what, where, "export compressed-tensors, which holds them", exit_code=PREFLIGHT)

@@ -1,0 +1,109 @@
+"""What stands before the tensors of a GGUF file: sizes, RoPE and the tokenizer, with the model's defaults filled in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from affinequant.errors import PREFLIGHT, AffineQuantError
+from affinequant.formats import Contents
+from affinequant.formats.gguf_tokenizer import Vocabulary, read_vocabulary
+from affinequant.models import Dims
+
+if TYPE_CHECKING:
+    import numpy as np
+
+ROPES = ("default", "linear", "llama3")
+"""Kinds of RoPE that llama.cpp's Llama computes as transformers does, whatever the length of the text."""
+
+
+def described(config: Mapping[str, Any]) -> Any:
+    """A config.json as transformers completes it, keys that it leaves out at their defaults."""
+    from transformers import CONFIG_MAPPING
+
+    return CONFIG_MAPPING[config.get("model_type", "llama")].from_dict(dict(config))
+
+
+def rope_kind(config: Any) -> str:
+    """The kind of RoPE of a described config."""
+    return str((config.rope_parameters or {}).get("rope_type", "default"))
+
+
+def rope_factors(config: Any) -> np.ndarray | None:
+    """By how much each frequency of RoPE is divided, float32 [head_dim / 2], where it is not the same for all: the tensor
+    `rope_freqs.weight`."""
+    import torch
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    if rope_kind(config) != "llama3":
+        return None
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    steps = torch.arange(0, 2 * len(scaled), 2).float() / (2 * len(scaled))
+    return (config.rope_parameters["rope_theta"] ** -steps / scaled).numpy()
+
+
+def write_settings(writer: Any, contents: Contents, dims: Dims) -> None:
+    """Sizes and constants of the network, by the keys of llama.cpp's Llama."""
+    from gguf import LlamaFileType, RopeScalingType
+
+    config, fmt = described(contents.config), contents.scheme.weight
+    kind = "MOSTLY_Q8_0" if fmt.bits == 8 else "MOSTLY_Q4_0" if fmt.symmetric else "MOSTLY_Q4_1"
+    writer.add_name(str(contents.config.get("_name_or_path") or contents.source.name))
+    writer.add_file_type(LlamaFileType[kind])
+    writer.add_quantization_version(2)
+    writer.add_context_length(int(config.max_position_embeddings))
+    writer.add_embedding_length(dims.hidden)
+    writer.add_block_count(dims.layers)
+    writer.add_feed_forward_length(dims.mlp)
+    writer.add_head_count(dims.heads)
+    writer.add_head_count_kv(dims.kv_heads)
+    writer.add_key_length(dims.head_dim)
+    writer.add_value_length(dims.head_dim)
+    writer.add_rope_dimension_count(dims.head_dim)
+    writer.add_rope_freq_base(float(config.rope_parameters["rope_theta"]))
+    if rope_kind(config) == "linear":
+        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(float(config.rope_parameters["factor"]))
+    writer.add_layer_norm_rms_eps(float(config.rms_norm_eps))
+    writer.add_vocab_size(dims.vocab)
+
+
+def write_tokenizer(writer: Any, contents: Contents, dims: Dims) -> None:
+    """Tokens, special tokens and the chat template.
+
+    Raises:
+        AffineQuantError: a tokenizer that the file cannot hold.
+    """
+    from gguf import SpecialVocab
+
+    source = contents.source
+    vocabulary = read_vocabulary(source, dims.vocab)
+    if not isinstance(vocabulary, Vocabulary):
+        raise AffineQuantError(vocabulary, str(source), "export another format", exit_code=PREFLIGHT)
+    writer.add_tokenizer_model(vocabulary.model)
+    writer.add_tokenizer_pre(vocabulary.split)
+    writer.add_token_list(list(vocabulary.tokens))
+    writer.add_token_types(list(vocabulary.kinds))
+    pieces = bool(vocabulary.scores)
+    if pieces:
+        writer.add_token_scores(list(vocabulary.scores))
+        writer.add_add_space_prefix(vocabulary.space_prefix)
+    special = SpecialVocab(source, load_merges=not pieces, n_vocab=dims.vocab)
+    template = source / "chat_template.jinja"
+    if template.is_file():
+        special.chat_template = template.read_text(encoding="utf-8")
+    special.add_special_token |= _ends(source, special.special_token_ids)
+    special.add_to_gguf(writer, quiet=True)
+
+
+def _ends(source: Path, special: Mapping[str, int]) -> dict[str, bool]:
+    """Whether the tokenizer puts the first and the last token around a text: what llama.cpp assumes where it is not told
+    depends on the kind of tokenizer."""
+    from transformers import AutoTokenizer
+
+    ids = AutoTokenizer.from_pretrained(source, local_files_only=True)("a")["input_ids"]
+    return {
+        "bos": bool(ids) and ids[0] == special.get("bos"),
+        "eos": len(ids) > 1 and ids[-1] == special.get("eos"),
+    }

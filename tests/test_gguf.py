@@ -1,0 +1,240 @@
+"""A GGUF file in llama.cpp itself: the same tokens as transformers', and the same next ones, for every kind of source."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import affinequant
+from affinequant.errors import PREFLIGHT, AffineQuantError
+from affinequant.formats import find_format
+from affinequant.formats.gguf_tokenizer import read_vocabulary
+from tests.llamacpp import ask
+from tests.tiny import VOCAB, dense_model, rounded
+
+pytest.importorskip("xllamacpp", reason="llama.cpp is not installed: pip install xllamacpp")
+
+Tiny = Callable[..., Path]
+Change = Callable[[Path], None]
+SHAPE = {"hidden": 128, "mlp": 256}
+TEXT = "The rain in  there, not on it:\n 1987 geese flew na\u00efve"
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+NEAR = 0.004
+"""Nats by which llama.cpp's next token may diverge: it rounds activations to 8 bits (0.0002 here; RoPE left as it was
+without its scaling gives 0.05)."""
+
+
+def config(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    table = json.loads((folder / "config.json").read_text())
+    change(table)
+    (folder / "config.json").write_text(json.dumps(table))
+
+
+def tensors(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
+    stored = load_file(folder / "model.safetensors")
+    change(stored)
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def tokenizer(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    table = json.loads((folder / "tokenizer.json").read_text())
+    change(table)
+    (folder / "tokenizer.json").write_text(json.dumps(table))
+
+
+def roped(**rope: Any) -> Change:
+    return lambda folder: config(folder, lambda table: table.update(rope_parameters=rope))
+
+
+def at_defaults(folder: Path) -> None:
+    def shorten(table: dict[str, Any]) -> None:
+        for key in ("max_position_embeddings", "rms_norm_eps", "hidden_act", "rope_parameters", "model_type"):
+            table.pop(key, None)
+        table["model_type"] = "llama"  # transformers itself needs it
+
+    config(folder, shorten)
+
+
+def with_frequencies(folder: Path) -> None:
+    """As libraries before 2023 saved them."""
+    name = "model.layers.{}.self_attn.rotary_emb.inv_freq"
+    tensors(folder, lambda stored: stored.update({name.format(layer): torch.rand(16) for layer in range(2)}))
+
+
+def with_zeros(folder: Path) -> None:
+    def clear(stored: dict[str, Tensor]) -> None:
+        stored["model.layers.0.mlp.up_proj.weight"][5:9] = 0
+        stored["model.layers.1.self_attn.v_proj.weight"][:, :64] = 0
+        stored["model.embed_tokens.weight"][7] = 0
+
+    tensors(folder, clear)
+
+
+def with_added(folder: Path) -> None:
+    """Tokens beyond the vocabulary, special and not, in the rows that the embedding has left."""
+
+    def add(table: dict[str, Any]) -> None:
+        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+        for content, special in (("<|user|>", True), ("geese", False)):
+            number = 1 + max(*table["model"]["vocab"].values(), *(token["id"] for token in table["added_tokens"]))
+            table["added_tokens"].append({"id": number, "content": content, "special": special, **flags})
+
+    tokenizer(folder, add)
+
+
+def with_first(folder: Path) -> None:
+    """A tokenizer that puts <s> before every text."""
+    first = {"SpecialToken": {"id": "<s>", "type_id": 0}}
+    text, other = ({"Sequence": {"id": name, "type_id": place}} for place, name in enumerate("AB"))
+
+    def add(table: dict[str, Any]) -> None:
+        known = {"<s>": {"id": "<s>", "ids": [table["model"]["vocab"]["<s>"]], "tokens": ["<s>"]}}
+        processor = {"type": "TemplateProcessing", "single": [first, text], "pair": [first, text, other]}
+        table["post_processor"] = processor | {"special_tokens": known}
+
+    tokenizer(folder, add)
+
+
+def pieces(prefix: str = "Prepend") -> Change:
+    """A tokenizer as SentencePiece makes them: `prefix` puts a space in front, in the older way or in the newer."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = ["\u2581", *"abcdefghijklmnopqrstuvwxyzTR,.:0123456789"]
+    merges = [
+        ("\u2581", "t"),
+        ("h", "e"),
+        ("t", "he"),
+        ("\u2581", "the"),
+        ("\u2581t", "he"),
+        ("i", "n"),
+        ("\u2581", "in"),
+    ]
+    merges.append(("\u2581", "\u2581"))
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{value:02X}>" for value in range(256)), *letters]
+    tokens += [token for token in dict.fromkeys(map("".join, merges)) if token not in tokens]
+    vocab = {token: place for place, token in enumerate(tokens)}
+    made: Any = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    if prefix == "Prepend":
+        made.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    else:
+        made.pre_tokenizer = pre_tokenizers.Metaspace("\u2581", prepend_scheme=prefix, split=False)
+    made.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+
+    def change(folder: Path) -> None:
+        (folder / "tokenizer.json").unlink()
+        names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+        PreTrainedTokenizerFast(tokenizer_object=made, **names).save_pretrained(folder)
+
+    return change
+
+
+def both(*changes: Change) -> Change:
+    def change(folder: Path) -> None:
+        for each in changes:
+            each(folder)
+
+    return change
+
+
+CASES: dict[str, tuple[str, dict[str, Any], Change]] = {
+    "asymmetric": ("w4a4", {}, lambda folder: None),
+    "symmetric in groups, own head": ("w4a16-g32-sym", {"tied": False}, lambda folder: None),
+    "eight bits, a shared head": ("w8a8", {"tied": True}, lambda folder: None),
+    "biases": ("w4a16", {"bias": True}, lambda folder: None),
+    "llama3": ("w4a16", {}, roped(**LLAMA3, original_max_position_embeddings=64, rope_theta=5e5)),
+    "linear": ("w4a16", {}, roped(rope_type="linear", factor=4.0, rope_theta=1e4)),
+    "defaults": ("w4a16", {}, at_defaults),
+    "old frequencies": ("w4a16", {}, with_frequencies),
+    "zeros": ("w4a16-g32", {}, with_zeros),
+    "zeros, symmetric": ("w4a16-sym", {}, with_zeros),
+    "added tokens, a first one": ("w4a16", {}, both(with_added, with_first)),
+    "pieces": ("w4a16", {}, both(pieces(), with_first)),
+    "pieces, no first token": ("w4a16", {}, pieces()),
+    "pieces, no space in front": ("w4a16", {}, pieces("never")),
+    "pieces, added tokens": ("w4a16", {"tied": True}, both(pieces(), with_added)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_llama_cpp_computes_what_the_folder_means(case: str, tiny_copy: Tiny, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    scheme, shape, change = CASES[case]
+    source, out = tiny_copy(**SHAPE, **shape), tmp_path / "out"
+    change(source)
+    find_format("auto").write(rounded(source, scheme), tmp_path / "made")
+    report = affinequant.export(tmp_path / "made", format="gguf", out=out).report
+    assert report["verified"]["passed"] and report["events"][1:] == []
+    if case == "old frequencies":
+        tensors(source, lambda stored: [stored.pop(name) for name in list(stored) if "inv_freq" in name])
+    talk: Any = [{"role": "user", "content": "there"}]
+    text = TEXT + ("<|user|>" if "added" in case else "")
+    told = ask(out / "model.gguf", text, talk)
+    own: Any = AutoTokenizer.from_pretrained(source)
+    assert told["ids"] == own(text)["input_ids"]
+    if own.chat_template:
+        assert told["chat"] == own.apply_chat_template(talk, tokenize=False)
+    with torch.no_grad():
+        wanted = dense_model(rounded(source, scheme))(torch.tensor([told["ids"]])).logits[0, -1].log_softmax(-1)
+    assert len(told["logprobs"]) == VOCAB
+    got = torch.tensor([told["logprobs"][str(token)] for token in range(VOCAB)])
+    assert float((wanted.exp() * (wanted - got)).sum()) < NEAR
+
+
+def spoiled(change: Callable[[dict[str, Any]], None]) -> Change:
+    return lambda folder: tokenizer(folder, change)
+
+
+def unordered(table: dict[str, Any]) -> None:
+    merges = table["model"]["merges"]
+    merges.append(merges.pop(3))
+
+
+REFUSED: dict[str, tuple[Change, str]] = {
+    "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "no tokenizer.json"),
+    "splitting": (spoiled(lambda table: table.update(pre_tokenizer={"type": "Whitespace"})), "way of splitting text"),
+    "unigram": (spoiled(lambda table: table.update(model={"type": "Unigram"})), "no BPE"),
+    "too many tokens": (spoiled(lambda table: table["model"]["vocab"].update(x=VOCAB)), f"tokens up to {VOCAB}"),
+    "merges out of order": (both(pieces(), spoiled(unordered)), "in an order that no scores"),
+    "a merge left out": (both(pieces(), spoiled(lambda table: table["model"]["merges"].pop(0))), "never joins"),
+    "a byte left out": (
+        both(pieces(), spoiled(lambda table: table["model"]["vocab"].update(x=table["model"]["vocab"].pop("<0x41>")))),
+        "no token <0x41>",
+    ),
+    "changed text": (both(pieces(), spoiled(lambda table: table.update(normalizer={"type": "NFKC"}))), "changes text"),
+    "yarn": (roped(rope_type="yarn", factor=4.0, rope_theta=1e4), "RoPE of type 'yarn'"),
+    "dynamic": (roped(rope_type="dynamic", factor=4.0, rope_theta=1e4), "RoPE of type 'dynamic'"),
+    "a foreign tensor": (
+        lambda folder: tensors(folder, lambda stored: stored.update({"model.extra": torch.ones(3)})),
+        "no tensor for model.extra",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_llama_cpp_would_compute_otherwise_is_refused_before_anything_is_written(
+    case: str, tiny_copy: Tiny, tmp_path: Path
+) -> None:
+    change, words = REFUSED[case]
+    source, out = tiny_copy(**SHAPE), tmp_path / "out"
+    change(source)
+    find_format("auto").write(rounded(source, "w4a16"), tmp_path / "made")
+    with pytest.raises(AffineQuantError, match=words) as raised:
+        affinequant.export(tmp_path / "made", format="gguf", out=out)
+    assert raised.value.exit_code == PREFLIGHT and not out.exists()
+
+
+def test_where_llama_cpp_puts_more_spaces_is_said(tiny_copy: Tiny, tmp_path: Path) -> None:
+    source = tiny_copy(**SHAPE)
+    pieces("first")(source)
+    find_format("auto").write(rounded(source, "w4a16"), tmp_path / "made")
+    report = affinequant.export(tmp_path / "made", format="gguf", out=tmp_path / "out").report
+    assert any("space before every text" in event for event in report["events"])
+    vocabulary = read_vocabulary(source, VOCAB)
+    assert not isinstance(vocabulary, str) and vocabulary.space_prefix
