@@ -27,7 +27,7 @@ class ModelJudge:
         self, made: Plan, decoder: Decoder, tokens: Tokens, rotation: Transform | None, kwargs: Mapping[str, Any]
     ) -> None:
         """Args:
-        rotation: of the residual stream, in fp64; hidden states to be judged are rotated.
+        rotation: of the residual stream, in fp64 on the decoder's device; hidden states to be judged are rotated.
         kwargs: what blocks are called with.
         """
         samples, length = tokens.ids.shape
@@ -36,15 +36,17 @@ class ModelJudge:
         self.jobs = [block_job(made, decoder, index, kwargs) for index in range(made.dims.layers)]
         outer = read_outer(made, decoder)
         self.head = decoder.head(outer)
-        width = made.dims.hidden
-        turn = None if rotation is None else rotation.on_activations(torch.eye(width, dtype=torch.float64))
-        self.back = None if turn is None else turn.mT.to(decoder.device, decoder.dtype)
+        self.back = None
+        if rotation is not None:
+            eye = torch.eye(made.dims.hidden, dtype=torch.float64, device=decoder.device)
+            self.back = rotation.on_activations(eye).mT.to(decoder.dtype)
         embedded, _ = decoder.embed(tokens.ids[-self.held :], outer)
         self.full = self._onwards(embedded, 0)
 
     def __call__(self, index: int, hidden: Float[Tensor, "held tokens hidden"]) -> float:
         """Nats per token by which `hidden`, behind block `index`, makes the network diverge from full precision."""
-        hidden = hidden if self.back is None else hidden @ self.back
+        if self.back is not None:
+            hidden = (hidden.to(self.back) @ self.back).to(hidden)
         return mean_loss(self._divergence, self._onwards(hidden, index + 1), self.full)
 
     def _onwards(self, hidden: Tensor, first: int) -> Tensor:

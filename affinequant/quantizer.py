@@ -46,10 +46,10 @@ def grid(
     Differentiable in the range, straight through the roundings.
     """
     if fmt.symmetric:
-        scale = torch.maximum(high, -low) / fmt.code_max
+        scale = _divide(torch.maximum(high, -low), fmt.code_max)
         zero = torch.zeros_like(scale)
     else:
-        scale = (high - low) / (2**fmt.bits - 1)
+        scale = _divide(high - low, 2**fmt.bits - 1)
         zero = None
     scale = scale.clamp_min(max(SMALLEST_SCALE, torch.finfo(store).smallest_normal))
     if store != torch.float32:
@@ -135,11 +135,11 @@ def activation_grid(
     """
     x = (x if through else x.detach()).float()
     if fmt.symmetric:
-        scale = (x.abs().amax(-1, keepdim=True) * clip / fmt.code_max).clamp_min(SMALLEST_SCALE)
+        scale = _divide(x.abs().amax(-1, keepdim=True) * clip, fmt.code_max).clamp_min(SMALLEST_SCALE)
         return scale, 1.0 / scale, torch.zeros_like(scale)
     low = x.amin(-1, keepdim=True).clamp_max(0.0) * clip
     high = x.amax(-1, keepdim=True).clamp_min(0.0) * clip
-    scale = ((high - low) / (2**fmt.bits - 1)).clamp_min(SMALLEST_SCALE)
+    scale = _divide(high - low, 2**fmt.bits - 1).clamp_min(SMALLEST_SCALE)
     inverse = 1.0 / scale
     return scale, inverse, (_round(-low * inverse) + fmt.code_min).clamp(fmt.code_min, fmt.code_max)
 
@@ -180,9 +180,8 @@ def cached_grid(x: Float[Tensor, "*b n"], fmt: NumberFormat) -> tuple[Float16[Te
     """
     x = x.detach().float()
     offset = x.amin(-1, keepdim=True).clamp(-_HALF.max, _HALF.max).half()
-    span = x.amax(-1, keepdim=True) - offset.float()
-    steps = torch.full_like(span, 2**fmt.bits - 1)  # by a plain number, CUDA would multiply with its reciprocal
-    return (span / steps).clamp(_HALF.smallest_normal, _HALF.max).half(), offset
+    span = _divide(x.amax(-1, keepdim=True) - offset.float(), 2**fmt.bits - 1)
+    return span.clamp(_HALF.smallest_normal, _HALF.max).half(), offset
 
 
 def fake_quantize_cached(x: Float[Tensor, "*b n"], fmt: NumberFormat) -> Float[Tensor, "*b n"]:
@@ -215,6 +214,11 @@ class LearnedRange(nn.Module):
 def to_integers(codes: Float[Tensor, "*s"]) -> Int[Tensor, "*s"]:
     """Whole-number floats as int8."""
     return codes.to(torch.int8)
+
+
+def _divide(x: Tensor, by: float) -> Tensor:
+    """x / by, rounded once on every device: by a plain number, CUDA would multiply with its reciprocal."""
+    return x / torch.full_like(x, by, requires_grad=False)
 
 
 def _round(x: Tensor) -> Tensor:

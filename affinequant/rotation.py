@@ -31,7 +31,7 @@ from affinequant.stages import block_job, block_reader, read_outer, whole_report
 from affinequant.starts import build_transforms, sites_that_look
 from affinequant.stream import Decoder
 from affinequant.transforms import LEARNED_ROTATIONS, Transform, build
-from affinequant.transforms.orthogonal import Orthogonal
+from affinequant.transforms.orthogonal import Fixed, Orthogonal
 
 Load = Callable[[int], Tensors]
 """Index of a block -> its full-precision tensors in float32, named within it."""
@@ -157,7 +157,7 @@ def rotations(
                 if f"{index}.{site}" in stored:
                     starts.setdefault(index, {})[site] = stored[f"{index}.{site}"]
         residual.params.requires_grad_(False).copy_(stored["residual"])
-    return residual.double(), starts
+    return Fixed(residual.double()), starts
 
 
 def _rotation_stage(

@@ -88,6 +88,38 @@ class Orthogonal(nn.Module):
         return 1.0
 
 
+class Fixed(nn.Module):
+    """A rotation that has been learned, as the one matrix that it is: nothing is solved where it acts."""
+
+    matrix: Tensor
+
+    def __init__(self, learned: Orthogonal) -> None:
+        """Args:
+        learned: acts on one width, without heads.
+        """
+        super().__init__()
+        with torch.no_grad():
+            n = learned.params.shape[0] * learned.params.shape[-1]
+            self.register_buffer("matrix", learned.on_activations(torch.eye(n).to(learned.params)))
+
+    def on_activations(self, x: Float[Tensor, "*b n"], copies: int = 1) -> Float[Tensor, "*b n"]:
+        """x P."""
+        assert copies == 1
+        return x @ self.matrix.to(x.dtype)
+
+    def on_weights(self, w: Float[Tensor, "*b n"], copies: int = 1) -> Float[Tensor, "*b n"]:
+        """w P^-T = w P."""
+        return self.on_activations(w, copies)
+
+    def progress(self, t: float) -> bool:
+        """Nothing changes over training."""
+        return False
+
+    def condition(self) -> float:
+        """1: orthogonal."""
+        return 1.0
+
+
 def by_gram_schmidt(site: Site, *, seed: int, alpha: float, start: Tensor | None = None) -> Orthogonal:
     """`Orthogonal` in the other chart, from which no rotation is out of reach (Cayley misses half turns)."""
     return Orthogonal(site, seed=seed, alpha=alpha, start=start, chart="gram-schmidt")
