@@ -9,6 +9,10 @@ from affinequant.transforms import LEARNED_ROTATIONS
 
 JUDGED_TOKENS = 1024
 """Held-out tokens that judge what a block has learned, or one sample where samples are longer."""
+FINISH_ROOM = 2 * 2**30
+"""Main memory for what the blocks of the finish keep, in place of computing them again."""
+KEPT_VALUES = 10
+"""What a step keeps of a block for each token: so many times what is as wide as the stream, and as between up and down."""
 GPU_FLOPS = 1.2e14
 CPU_FLOPS_PER_CORE = 1e11
 """Rates behind the minutes of a plan: bfloat16 on a data-centre GPU; float32 on one core with AVX-512, half of what
@@ -22,12 +26,21 @@ def graph_bytes(recipe: Recipe, dims: Dims, width: int) -> int:
     return tokens * (kept * dims.hidden + kept * dims.mlp) * max(width, 4) // 2 + tokens * recipe.seq_len * 4
 
 
-def finish_bytes(recipe: Recipe, dims: Dims, per_block: int) -> int:
-    """Main memory of the end-to-end finish: every block's codes, one block in work, one batch of logits."""
+def blocks_kept(recipe: Recipe, dims: Dims, per_block: int, device: str) -> tuple[int, int]:
+    """Of how many blocks the finish keeps what their backward pass needs, and the bytes of each: they are not computed
+    twice. Of none on a GPU, whose memory is planned without, or where main memory is limited."""
+    each = 4 * per_block + KEPT_VALUES * recipe.seq_len * (dims.hidden + dims.mlp) * 4
+    return (0 if device == "cuda" or recipe.cpu_memory else min(dims.layers, FINISH_ROOM // each)), each
+
+
+def finish_bytes(recipe: Recipe, dims: Dims, per_block: int, device: str) -> int:
+    """Main memory of the end-to-end finish: every block's codes, one block in work and those that are kept, one batch of
+    logits."""
     if recipe.finish == "none":
         return 0
     step = recipe.seq_len * dims.hidden * 4 * (dims.layers + 24) + 256 * dims.vocab * 4 * 6
-    return dims.layers * per_block + 12 * per_block + 8 * dims.vocab * dims.hidden + step
+    count, each = blocks_kept(recipe, dims, per_block, device)
+    return dims.layers * per_block + 12 * per_block + 8 * dims.vocab * dims.hidden + step + count * each
 
 
 def rotation_bytes(recipe: Recipe, dims: Dims, per_block: int) -> int:

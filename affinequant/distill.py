@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from affinequant.block import BlockJob
+from affinequant.costs import blocks_kept
 from affinequant.fit import FitConfig, FitReport, Group, fit
 from affinequant.fold import Tensors
+from affinequant.placements import block_flops
 from affinequant.quantizer import dequantize, fake_quantize_activation
 from affinequant.stream import Decoder, slices
 from affinequant.transforms.online import apply_online, parts_of
@@ -43,9 +45,14 @@ class Continuous(nn.Module):
     Online matrices stay: trained along, they left the held-out divergence 2 % higher.
     """
 
-    def __init__(self, job: BlockJob, stored: Tensors) -> None:
+    def __init__(self, job: BlockJob, stored: Tensors, *, keeps: bool = False) -> None:
+        """Args:
+        stored: the block's committed tensors.
+        keeps: what a backward pass needs is kept, and integers as the products read them; else all is made again.
+        """
         super().__init__()
-        self.job, family = job, job.decoder.family
+        self.job, self.keeps, family = job, keeps, job.decoder.family
+        self.integers: Tensors = {}
         prefix = f"{family.blocks}.{job.index}."
         self.stored = {name.removeprefix(prefix): tensor for name, tensor in stored.items()}
         self.linears = [linear.name for linear in family.linears]
@@ -80,11 +87,11 @@ class Continuous(nn.Module):
         tensors = {name: self._here(stored[name]) for name in self.rest} | self._gains()
         factors = {}
         for name in self.linears:
-            codes, scale = self._here(stored[f"{name}.codes"]), self._scale(name)
-            zero = self._here(stored.get(f"{name}.zero", torch.zeros(scale.shape, dtype=torch.int8)))
+            scale = self._scale(name)
             if fmt.granularity == "channel":
-                tensors[f"{name}.weight"], factors[name] = codes.to(torch.int16) - zero, scale.squeeze(1)
+                tensors[f"{name}.weight"], factors[name] = self._integers(name), scale.squeeze(1)
             else:
+                codes, zero = self._here(stored[f"{name}.codes"]), self._zero(name)
                 tensors[f"{name}.weight"] = dequantize(codes, scale, zero.to(scale), fmt)
         return tensors, factors
 
@@ -103,8 +110,9 @@ class Continuous(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch tokens hidden"]) -> Float[Tensor, "batch tokens hidden"]:
         """The block on a batch."""
-        tensors, factors = self.tensors()
-        return self.job.run(tensors, x, self.on_input, self.on_attention, scales=factors)
+        if torch.is_grad_enabled() and not self.keeps:
+            return checkpoint(self._compute, x, use_reentrant=False)  # pyright: ignore[reportReturnType]
+        return self._compute(x)
 
     def changed(self) -> Tensors:
         """The trained values under full names, in the dtypes of the stage."""
@@ -116,6 +124,23 @@ class Continuous(nn.Module):
             for site, members in self.groups.items():
                 result |= {f"{prefix}{member}.input_clip": self._clip(site).clone() for member in members}
         return {name: tensor.detach() for name, tensor in result.items()}
+
+    def _compute(self, x: Tensor) -> Tensor:
+        tensors, factors = self.tensors()
+        return self.job.run(tensors, x, self.on_input, self.on_attention, scales=factors)
+
+    def _integers(self, linear: str) -> Tensor:
+        """Codes less zeros: small whole numbers, exact in every dtype that is computed in."""
+        if linear in self.integers:
+            return self.integers[linear]
+        whole = self._here(self.stored[f"{linear}.codes"]).to(torch.int16) - self._zero(linear)
+        if self.keeps:
+            self.integers[linear] = whole.to(self.job.decoder.dtype)
+        return whole
+
+    def _zero(self, linear: str) -> Tensor:
+        shape = self.stored[f"{linear}.scale"].shape
+        return self._here(self.stored.get(f"{linear}.zero", torch.zeros(shape, dtype=torch.int8)))
 
     def _log(self, name: str) -> Tensor:
         return self.logs[self.names.index(name)]
@@ -164,7 +189,7 @@ class Divergence:
         """Nats per token. `batch`: embedded tokens, and the full-precision hidden states behind the last block."""
         x, teacher = (part.to(self.decoder.device, self.decoder.dtype) for part in batch)
         for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=False)  # pyright: ignore[reportAssignmentType]
+            x = block(x)
         return divergence(self.decoder, teacher, self.head, x, self._student, [self.log_gain])
 
     def final_norm(self) -> Tensor:
@@ -258,7 +283,13 @@ def distill(
         keep: for how many samples `after` is wanted.
     """
     recipe = jobs[0].recipe
-    blocks = [Continuous(job, stored) for job, stored in zip(jobs, stages, strict=True)]
+    dims, device = jobs[0].decoder.dims, jobs[0].decoder.device.type
+    again = len(jobs) - blocks_kept(recipe, dims, block_flops(jobs[0].decoder.family, dims) // 2, device)[0]
+    # The last ones keep: what they kept is gone before the first are computed again.
+    blocks = [
+        Continuous(job, stored, keeps=index >= again)
+        for index, (job, stored) in enumerate(zip(jobs, stages, strict=True))
+    ]
     objective = Divergence(blocks, outer, recipe.finish_lr)
     held = max(1, len(full) // HELD_OUT)
     train = max(1, len(full) - held)

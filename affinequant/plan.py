@@ -201,7 +201,7 @@ def _with_costs(
     stream = recipe.samples * recipe.seq_len * dims.hidden * width
     work = per_block * 44 + graph_bytes(recipe, dims, width)
     around = max(8 * table * 3, work) if device == "cpu" else 8 * table * 3
-    whole = max(finish_bytes(recipe, dims, per_block), rotation_bytes(recipe, dims, per_block))
+    whole = max(finish_bytes(recipe, dims, per_block, device), rotation_bytes(recipe, dims, per_block))
     cpu = PROCESS_BYTES + max(around, whole) + 4 * stream
     budget, offload = parse_bytes(recipe.cpu_memory, flag="--cpu-memory"), recipe.offload
     if offload == "auto":

@@ -95,17 +95,18 @@ class _OnGrid(torch.autograd.Function):
         codes = wide.clamp(low, high)
         inside = codes == wide
         codes.sub_(zero)
-        ctx.save_for_backward(codes, steps, inside, scale)
-        return codes * scale
+        value = codes * scale
+        ctx.save_for_backward(codes.sub_(steps.mul_(inside)), inside, scale)
+        return value
 
     @staticmethod
     def backward(ctx, *grads: Tensor):
-        codes, steps, inside, scale = ctx.saved_tensors
+        left, inside, scale = ctx.saved_tensors
         grad = grads[0]
         passed = torch.where(inside, grad, grad.new_zeros(()))
         to_scale = to_zero = None
         if ctx.needs_input_grad[1]:
-            to_scale = (grad * codes).sub_(passed * steps).sum(-1, keepdim=True)
+            to_scale = (grad * left).sum(-1, keepdim=True)
         if ctx.needs_input_grad[3]:
             to_zero = -scale * (grad - passed).sum(-1, keepdim=True)
         return (passed if ctx.needs_input_grad[0] else None), to_scale, None, to_zero, None, None

@@ -11,9 +11,13 @@ import torch
 from torch import Tensor, nn
 
 import affinequant
+from affinequant import costs
+from affinequant import distill as distillation
 from affinequant.block import BlockJob, BlockObjective, folded_exactly
 from affinequant.checkpoint import open_source
+from affinequant.costs import blocks_kept
 from affinequant.distill import Continuous, Distilled, Divergence, distill, divergence
+from affinequant.placements import block_flops
 from affinequant.rounding import Rounded, round_block
 from affinequant.transforms.online import parts_of
 from tests.test_block import make_job, started
@@ -136,6 +140,47 @@ def test_it_comes_nearer_and_leaves_the_codes_alone(tiny: Tiny, fields: dict[str
         for job, stage in zip(case.jobs, stages, strict=True):
             x = Continuous(job, stage)(x)
     torch.testing.assert_close(done.after, x, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("fields", [{"scheme": "w4a16-g32"}, ONLINE], ids=str)
+def test_what_is_kept_is_not_computed_twice_and_changes_no_bit(
+    tiny: Tiny, fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A limit to main memory keeps nothing; room for one block keeps the last."""
+    case, again, done = make(tiny(), **fields), [], {}
+    plain = distillation.checkpoint
+    monkeypatch.setattr(distillation, "checkpoint", lambda *given, **how: again.append(1) or plain(*given, **how))
+    job = case.jobs[0]
+    _, each = blocks_kept(job.recipe, job.decoder.dims, block_flops(job.decoder.family, job.decoder.dims) // 2, "cpu")
+    steps = len(case.full) - 1
+    for name, room, memory, expected in (("all", 2, "", 0), ("last", 1, "", steps), ("none", 2, "9GB", 2 * steps)):
+        monkeypatch.setattr(costs, "FINISH_ROOM", room * each)
+        again.clear()
+        done[name] = finished(case, finish_epochs=1, finish_lr=1e-2, cpu_memory=memory)
+        assert len(again) == expected
+    for name in ("last", "none"):
+        assert done[name].fitted.series == done["all"].fitted.series
+        assert all(torch.equal(tensor, done["all"].tensors[key]) for key, tensor in done[name].tensors.items())
+
+
+@pytest.mark.parametrize("fields", [{"scheme": "w4a4"}, {"scheme": "w4a16"}, ONLINE, CACHED], ids=str)
+def test_a_block_keeps_no_more_than_was_planned(tiny: Tiny, fields: dict[str, Any]) -> None:
+    job, tensors, x = make_job(tiny(hidden=128, heads=8, mlp=384), **{"preset": "fast", "transforms": {}} | fields)
+    learned = BlockObjective(job, tensors, *started(job, tensors, x))
+    stored = round_block(job, folded_exactly(learned, tensors), x, learned).stored
+    block, sizes = Continuous(job, stored, keeps=True), dict[int, int]()
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    x = x[:1].repeat(1, 1, 1).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        block(x)
+    family, dims = job.decoder.family, job.decoder.dims
+    _, each = blocks_kept(job.recipe, dims, block_flops(family, dims) // 2, "cpu")
+    assert 0.5 * each < sum(sizes.values()) <= each
 
 
 def test_what_harms_is_undone(tiny: Tiny) -> None:
