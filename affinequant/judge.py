@@ -9,7 +9,8 @@ from torch import Tensor
 
 from affinequant.costs import JUDGED_TOKENS
 from affinequant.data import Tokens
-from affinequant.distill import HELD_OUT, divergence, mean_loss
+from affinequant.distill import HELD_OUT
+from affinequant.divergence import divergence, mean_loss
 from affinequant.plan import Plan
 from affinequant.stages import block_job, block_reader, read_outer
 from affinequant.stream import Decoder

@@ -18,7 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 from affinequant.block import BlockJob
 from affinequant.data import Tokens
-from affinequant.distill import HELD_OUT, divergence, mean_loss
+from affinequant.distill import HELD_OUT
+from affinequant.divergence import divergence, mean_loss
 from affinequant.finish import ROTATED
 from affinequant.fit import FitConfig, FitReport, Group, fit
 from affinequant.fold import Tensors, fold, fuse_gains

@@ -22,7 +22,7 @@ LAYERS = [
     {"fold", "checkpoint", "text", "gptq", "fit", "run", "attention"},
     {"formats", "data", "stream"},
     {"block", "cache", "card", "costs", "placements", "plan", "integer_linear"},
-    {"replay"},
+    {"divergence", "replay"},
     {"reconstruction"},
     {"reread", "rounding", "runtime", "starts", "workspace"},
     {"selection"},

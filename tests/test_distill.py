@@ -16,7 +16,8 @@ from affinequant import distill as distillation
 from affinequant.block import BlockJob, BlockObjective, folded_exactly
 from affinequant.checkpoint import open_source
 from affinequant.costs import blocks_kept
-from affinequant.distill import Continuous, Distilled, Divergence, distill, divergence
+from affinequant.distill import Continuous, Distilled, Divergence, distill
+from affinequant.divergence import divergence
 from affinequant.placements import block_flops
 from affinequant.rounding import Rounded, round_block
 from affinequant.transforms.online import parts_of
@@ -183,11 +184,17 @@ def test_a_block_keeps_no_more_than_was_planned(tiny: Tiny, fields: dict[str, An
     assert 0.5 * each < sum(sizes.values()) <= each
 
 
-def test_what_harms_is_undone(tiny: Tiny) -> None:
-    case = make(tiny())
-    done = finished(case, finish_epochs=1, finish_lr=3.0)
-    first, last = done.fitted.series["held-out"]
-    assert last > first == done.fitted.best
+def test_what_harms_is_undone(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a rate does to the network: held-out text is made to say that what was learned is worse."""
+    case, learned = make(tiny()), list[Tensor]()
+
+    def worse(loss: Any, *_: Tensor) -> float:
+        learned.append(loss.__self__.log_gain.detach().clone())
+        return float(len(learned))
+
+    monkeypatch.setattr(distillation, "mean_loss", worse)
+    done = finished(case, finish_epochs=1, finish_lr=1e-2)
+    assert done.fitted.series["held-out"] == [1, 2] and done.fitted.best == 1 and not torch.equal(*learned)
     stored = {name: tensor for stage in case.stages for name, tensor in stage.items()} | case.outer
     assert all(torch.equal(tensor, stored[name]) for name, tensor in done.tensors.items())
 

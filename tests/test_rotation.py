@@ -227,12 +227,20 @@ def test_it_learns_where_the_fixed_rotation_is_poor(
     assert torch.equal(again.on_activations(eye), learned)  # taken from the run, not learned anew
 
 
-def test_what_harms_is_undone_and_said(tiny: Tiny, case: Callable[..., Case], tmp_path: Path) -> None:
-    folder = outlier_model(tiny, tmp_path / "model", spread=True)
-    here = case(folder, rotation_lr=3.0, rotation_steps=4, transforms={"residual": "orthogonal"})
+def test_what_harms_is_undone_and_said(case: Callable[..., Case], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a rate does to the network: held-out text is made to say that what was learned is worse."""
+    turned: list[Tensor] = []
+
+    def worse(loss: Any, *_: Tensor) -> float:
+        turned.append(loss.__self__.residual.params.detach().clone())
+        return float(len(turned))
+
+    monkeypatch.setattr(rotation, "mean_loss", worse)
+    here = case(rotation_steps=4, transforms={"residual": "orthogonal"})
     residual, _ = here.rotations()
     report = here.run.report(ROTATED)
-    assert report["divergence_last"] == report["divergence_first"]
+    assert len(turned) == 2 and not torch.equal(*turned)
+    assert report["divergence_last"] == report["divergence_first"] == 1
     assert any("stays where it starts" in event for event in report["events"])
     eye = torch.eye(64, dtype=torch.float64)
     fixed = build("hadamard", here.made.sites["residual"], seed=0, alpha=0.0)
