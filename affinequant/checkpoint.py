@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from affinequant.errors import PREFLIGHT, AffineQuantError
+from affinequant.errors import PREFLIGHT, USAGE, AffineQuantError
+from affinequant.files import check_pointer, read_table
 from affinequant.models import Dims, Family
 
 if TYPE_CHECKING:
@@ -76,9 +77,9 @@ def is_local(model: str) -> bool:
     return model == "demo" or os.path.isdir(os.path.expanduser(model))
 
 
-def locate(model: str, *, weights: bool = True) -> Path:
+def locate(model: str, *, weights: bool = True, code: bool = False) -> Path:
     """The local folder of MODEL: a folder as it is, `demo` fetched, a hub id downloaded (its config alone
-    without `weights`).
+    without `weights`; with `code` that comes with it too).
 
     Raises:
         AffineQuantError: no such folder, not a model folder, or a hub that cannot be reached.
@@ -99,7 +100,7 @@ def locate(model: str, *, weights: bool = True) -> Path:
         raise AffineQuantError(
             f"no such folder: {model}", "MODEL", "give a model folder, a hub id (org/name) or `demo`"
         )
-    return _download(model, weights)
+    return _download(model, weights, code)
 
 
 def open_source(folder: Path, *, weights: bool = True) -> Source:
@@ -113,12 +114,12 @@ def open_source(folder: Path, *, weights: bool = True) -> Source:
         raise AffineQuantError(
             f"{folder} is not a model folder: no config.json", "MODEL", "give the folder that holds it"
         )
-    try:
-        config = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as problem:
-        raise AffineQuantError(f"config.json is not JSON: {problem}", str(path), "download it again") from None
-    if not isinstance(config, dict):
-        raise AffineQuantError("config.json is not a table", str(path), "download it again")
+    config = read_table(path, exit_code=USAGE)
+    declared = config.get("quantization_config")
+    if declared is not None and not isinstance(declared, dict):
+        what = f"quantization_config = {declared!r}"[:200]
+        fix = "config.json must give quantization_config as a table"
+        raise AffineQuantError(what, str(path), fix, exit_code=PREFLIGHT)
     entries = _table(folder) if weights else {}
     return Source(folder=folder, config=config, entries=entries)
 
@@ -209,6 +210,7 @@ def _table(folder: Path) -> dict[str, Entry]:
 def _header(path: Path) -> dict[str, Entry]:
     if not path.is_file():
         raise _broken(f"shard {path.name} is missing", path.parent)
+    check_pointer(path)
     size = path.stat().st_size
     with path.open("rb") as handle:
         prefix = handle.read(8)
@@ -234,10 +236,21 @@ def _broken(what: str, where: Path) -> AffineQuantError:
     return AffineQuantError(what, str(where), "download the model again", exit_code=PREFLIGHT)
 
 
-def _download(model: str, weights: bool) -> Path:
+def _download(model: str, weights: bool, code: bool) -> Path:
+    """A hub's model without its weights, then those that its index names, or the one file of a small model."""
+    texts = ["*.json", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*", "*.tiktoken", *(["*.py"] if code else [])]
+    folder = _snapshot(model, texts)
+    if not weights:
+        return folder
+    index = folder / "model.safetensors.index.json"
+    table = read_table(index).get("weight_map") if index.is_file() else None
+    named = {str(file) for file in table.values()} if isinstance(table, dict) else set()
+    return _snapshot(model, [*texts, *(sorted(named) or ["model.safetensors"])])
+
+
+def _snapshot(model: str, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*", *(["*.safetensors"] if weights else [])]
     try:
         return Path(snapshot_download(model, allow_patterns=patterns))
     except Exception as problem:

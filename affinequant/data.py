@@ -2,11 +2,14 @@
 
 import hashlib
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from affinequant.demo import demo_passages
 from affinequant.errors import PREFLIGHT, AffineQuantError
+from affinequant.files import first_line
+from affinequant.models import context_length
 from affinequant.text import DATA as DATA
 from affinequant.text import HUB, MOST_CHARACTERS, hub_rows, read_text, texts
 from affinequant.text import check_source as check_source
@@ -81,8 +84,9 @@ def calibration_tokens(
     return Tokens(ids=tensor, source=name, sha256=digest, bos=bos, available=available)
 
 
-def evaluation_text(source: str, *, say: Say = quiet) -> tuple[str, str]:
-    """The name and the text to evaluate on: `demo` (held-out passages), `wikitext2` (test split) or a file.
+def evaluation_text(source: str, *, most: int = MOST_CHARACTERS, say: Say = quiet) -> tuple[str, str]:
+    """The name and the text to evaluate on: `demo` (held-out passages), `wikitext2` (test split) or a file, of which no
+    more than `most` characters are read.
 
     Raises:
         AffineQuantError: no such source or text that cannot be read (exit 2), or no hub (exit 3).
@@ -98,7 +102,7 @@ def evaluation_text(source: str, *, say: Say = quiet) -> tuple[str, str]:
         return "wikitext2", "\n\n".join(
             texts(hub_rows(*HUB[source][:2], split="test", flag="--text"), source, flag="--text")
         )
-    return read_text(source, MOST_CHARACTERS, say, flag="--text")
+    return read_text(source, most, say, flag="--text")
 
 
 def adds_bos(tokenizer: Any) -> bool:
@@ -108,9 +112,30 @@ def adds_bos(tokenizer: Any) -> bool:
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a text of any length, without special tokens."""
-    # verbose=False: a text longer than the model's context is no mistake here.
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    """Token ids of a text of any length, without special tokens.
+
+    Raises:
+        AffineQuantError: the tokenizer fails on it (exit 3).
+    """
+    try:
+        # verbose=False: a text longer than the model's context is no mistake here.
+        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    except Exception as problem:
+        what = f"the tokenizer cannot encode this text: {first_line(problem)}"
+        fix = "give other text, or the model's own tokenizer"
+        raise AffineQuantError(what, f"text that begins {text[:40]!r}", fix, exit_code=PREFLIGHT) from problem
+
+
+def check_length(seq_len: int, config: Mapping[str, Any]) -> None:
+    """Whether the model that a config.json describes reads as many tokens as a window has.
+
+    Raises:
+        AffineQuantError: its context is shorter (exit 2).
+    """
+    longest = context_length(config)
+    if longest is not None and seq_len > longest:
+        what = f"windows of {seq_len} tokens are longer than the model's context of {longest}"
+        raise AffineQuantError(what, "--seq-len", f"use --seq-len {longest} or less")
 
 
 def _starts(total: int, samples: int, width: int, bos: bool, name: str, rng: random.Random) -> list[int]:

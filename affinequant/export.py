@@ -22,6 +22,7 @@ from affinequant.pipeline import Result
 from affinequant.reread import Finished, full_range, read_finished, under_scheme
 from affinequant.run import Run
 from affinequant.serve.transformers_quantizer import stock
+from affinequant.tokenizer import load_tokenizer
 from affinequant.transforms.online import apply_online, parts_of
 from affinequant.workspace import RUN_FOLDER, check_output
 
@@ -215,13 +216,11 @@ def _answers(model: Any, tokens: Tensor) -> dict[str, Any]:
 
 def _probe(job: _Job) -> tuple[Tensor, str]:
     """Tokens to compare on: a text, or seeded random ones where the folder has no tokenizer that can be read."""
-    from transformers import AutoTokenizer
-
     try:
-        tokenizer = AutoTokenizer.from_pretrained(job.source, local_files_only=True)
+        tokenizer = load_tokenizer(job.source)
         ids = tokenizer(PROBE, truncation=True, max_length=PROBE_TOKENS)["input_ids"]
         return torch.tensor(ids), f"{len(ids)} tokens of text"
-    except (OSError, ValueError):
+    except AffineQuantError:
         seeded = torch.Generator().manual_seed(0)
         vocab = int(job.found.contents.config["vocab_size"])
         return torch.randint(0, vocab, (PROBE_TOKENS,), generator=seeded), "random tokens: no tokenizer could be read"

@@ -14,7 +14,6 @@ from affinequant import choices
 from affinequant.block import BlockJob
 from affinequant.checkpoint import check_finite, check_tensors, locate, open_source
 from affinequant.data import Tokens, calibration_tokens
-from affinequant.errors import AffineQuantError
 from affinequant.finish import DISTILLED, finish, peak_bytes, publish, stage_name
 from affinequant.judge import ModelJudge
 from affinequant.plan import Plan, check_disk
@@ -25,7 +24,9 @@ from affinequant.recipe import resolve as resolve_recipe
 from affinequant.rotation import rotations
 from affinequant.run import Run
 from affinequant.stages import block_job, block_stage, distill_stage, outer_stage
-from affinequant.stream import compute_dtype, open_decoder
+from affinequant.stream import Decoder, check_device, compute_dtype, open_decoder
+from affinequant.text import check_source
+from affinequant.tokenizer import load_tokenizer
 from affinequant.workspace import empty, open_workspace
 
 
@@ -66,35 +67,33 @@ def quantize(
 
         demo_model(listen.say)
     made = make_plan(recipe)
+    check_device(made.device)
     with open_workspace(made, overwrite=overwrite, resume=resume) as workspace:
         if not workspace.finished:
             check_disk(made)
+            check_source(recipe.data)
         made = _with_weights(made)
         if workspace.finished:
             recipe_part = made.recipe.fingerprint() | made.source.stamp()
             Run(workspace.run_folder).check_same(recipe_part, all_fields=False)
             listen.say(f"{workspace.out} is finished already")
             return Result(path=workspace.out, report=json.loads((workspace.out / "report.json").read_text()))
+        decoder = _decoder(made)
         tokens = _tokens(made, listen)
         check_finite(made.source)
         if overwrite:
             empty(workspace)
         run = Run.open(workspace.run_folder, _fingerprint(made, tokens))
-        jobs = quantize_blocks(made, run, tokens, listen)
+        jobs = quantize_blocks(made, run, tokens, decoder, listen)
         report = finish(made, run, workspace.out, jobs, tokens, listen)
         report |= {"seconds": time.perf_counter() - began, "peak_bytes": peak_bytes(jobs[0].decoder.device)}
         publish(workspace, run, report)
         return Result(path=workspace.out, report=report)
 
 
-def quantize_blocks(made: Plan, run: Run, tokens: Tokens, listen: Progress) -> list[BlockJob]:
+def quantize_blocks(made: Plan, run: Run, tokens: Tokens, decoder: Decoder, listen: Progress) -> list[BlockJob]:
     """Every stage that is not on disk yet: what lies outside the blocks, then the blocks in order. Returns a job for each
     block, without what was needed to learn it."""
-    device = torch.device(made.device)
-    dtype = compute_dtype(made.recipe.dtype, device)
-    decoder = open_decoder(
-        made.source, made.family, made.dims, device, dtype, trust_remote_code=made.recipe.trust_remote_code
-    )
     rotation, starts = rotations(made, run, tokens, decoder, listen)
     if not run.committed("outer"):
         outer_stage(made, run, tokens, decoder, rotation)  # whose tables, in fp64, need the CPU's memory
@@ -127,9 +126,17 @@ def _with_weights(made: Plan) -> Plan:
     """The plan with its weights' table: fetched and checked now where it was made from a config alone."""
     if made.source.entries:
         return made
-    source = open_source(locate(made.recipe.model))
+    source = open_source(locate(made.recipe.model, code=made.recipe.trust_remote_code))
     check_tensors(source, made.family, made.dims)
     return replace(made, source=source)
+
+
+def _decoder(made: Plan) -> Decoder:
+    device = torch.device(made.device)
+    dtype = compute_dtype(made.recipe.dtype, device)
+    return open_decoder(
+        made.source, made.family, made.dims, device, dtype, trust_remote_code=made.recipe.trust_remote_code
+    )
 
 
 def _scratch(made: Plan, run: Run) -> Path | None:
@@ -137,21 +144,11 @@ def _scratch(made: Plan, run: Run) -> Path | None:
 
 
 def _tokens(made: Plan, listen: Progress) -> Tokens:
-    from transformers import AutoTokenizer
-
     recipe = made.recipe
-    tokenizer = AutoTokenizer.from_pretrained(made.source.folder, trust_remote_code=recipe.trust_remote_code)
-    tokens = calibration_tokens(
+    tokenizer = load_tokenizer(made.source.folder, made.dims.vocab, trust_remote_code=recipe.trust_remote_code)
+    return calibration_tokens(
         recipe.data, tokenizer, samples=recipe.samples, seq_len=recipe.seq_len, seed=recipe.seed, say=listen.say
     )
-    largest = int(tokens.ids.max())
-    if largest >= made.dims.vocab:
-        raise AffineQuantError(
-            f"the tokenizer gives token {largest}, the model knows {made.dims.vocab}",
-            str(made.source.folder),
-            "give the model's own tokenizer",
-        )
-    return tokens
 
 
 def _fingerprint(made: Plan, tokens: Tokens) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """What becomes of the transforms that a recipe asks for: folded, online at a cost, or refused with the reason."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -153,3 +154,58 @@ def _numbers(name: str, site: Site) -> int:
     online = split_parts(name, site)[1] if name != "none" else ""
     structures = structures_of(online, where="--transform") if online else ()
     return sum(online_numbers(site, structure) for structure in structures)
+
+
+def check_slices(recipe: Recipe, dims: Dims) -> None:
+    """Whether `tp` ranks can share the model: whole heads, whole groups, whole words of packed zero points.
+
+    Raises:
+        AffineQuantError: with the numbers of ranks that can (exit 3).
+    """
+    group = recipe.parsed_scheme.weight.group_size or 1
+
+    def fits(tp: int) -> bool:
+        whole = dims.heads % tp == 0 and dims.mlp % tp == 0 and (dims.kv_heads % tp == 0 or tp % dims.kv_heads == 0)
+        rows = (dims.query // tp, dims.mlp // tp, max(dims.value // tp, dims.head_dim))
+        return whole and all(size % 8 == 0 for size in rows) and all(size % group == 0 for size in rows[:2])
+
+    if recipe.tp > 1 and not fits(recipe.tp):
+        possible = [tp for tp in range(1, dims.heads + 1) if fits(tp)]
+        raise AffineQuantError(
+            f"{dims.heads} heads ({dims.kv_heads} of keys and values) and {dims.mlp} features between up and down do "
+            f"not divide among {recipe.tp} ranks",
+            "--tp",
+            f"use one of {', '.join(map(str, possible))}",
+            exit_code=PREFLIGHT,
+        )
+
+
+def check_groups(recipe: Recipe, family: Family, dims: Dims) -> None:
+    """Whether the scheme's groups divide every linear's inputs, and packed storage its widths.
+
+    Raises:
+        AffineQuantError: with the nearest group that does (exit 3).
+    """
+    group = recipe.parsed_scheme.weight.group_size
+    widths = sorted({getattr(dims, linear.columns) for linear in family.linears})
+    rows = sorted({getattr(dims, linear.rows) for linear in family.linears})
+    if group and any(width % group for width in widths):
+        common = math.gcd(*widths)
+        fits = [size for size in range(8, common + 1, 8) if common % size == 0]
+        near = min(fits, key=lambda size: abs(math.log(size / group)), default=None)
+        wrong = ", ".join(str(width) for width in widths if width % group)
+        fix = recipe.scheme.replace(f"-g{group}", f"-g{near}" if near else "")
+        raise AffineQuantError(
+            f"groups of {group} do not divide {wrong} inputs",
+            "--scheme",
+            f"use {fix!r}"
+            + (f": {near} is the nearest that divides all of {widths}" if near else ", one scale per channel"),
+            exit_code=PREFLIGHT,
+        )
+    if any(width % 8 for width in widths + rows):
+        raise AffineQuantError(
+            f"widths {sorted({*widths, *rows})} are not all multiples of 8, which packed storage needs",
+            "MODEL",
+            "this model cannot be packed",
+            exit_code=PREFLIGHT,
+        )

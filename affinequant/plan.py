@@ -3,9 +3,9 @@
 Nothing here reads a weight or imports torch.
 """
 
-import math
 import os
 import shutil
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,14 +13,24 @@ from typing import Any
 
 from affinequant.checkpoint import Source, check_tensors, is_local, locate, open_source
 from affinequant.costs import expected_minutes, finish_bytes, graph_bytes, rotation_bytes
+from affinequant.data import check_length
 from affinequant.errors import PREFLIGHT, AffineQuantError
 from affinequant.formats import find_format
 from affinequant.models import Dims, Family, resolve, resolve_sites
-from affinequant.placements import block_flops, candidates, choice_bytes, online_bytes, place_all
+from affinequant.placements import (
+    block_flops,
+    candidates,
+    check_groups,
+    check_slices,
+    choice_bytes,
+    online_bytes,
+    place_all,
+)
 from affinequant.recipe import AUTO, Recipe, parse_bytes
 from affinequant.recipe import resolve as resolve_recipe
 from affinequant.sites import Placement, Site
-from affinequant.text import check_source
+from affinequant.text import check_source, needs_hub
+from affinequant.tokenizer import check_code, check_tokenizer
 from affinequant.transforms import LEARNED_ROTATIONS
 
 PROCESS_BYTES = 700 * 2**20
@@ -102,24 +112,21 @@ def plan(model: Recipe | str | Path, **fields: Any) -> Plan:
         AffineQuantError: whatever can be refused from the config, the headers, the data source and the machine.
     """
     recipe = model if isinstance(model, Recipe) else resolve_recipe({"model": model} | fields)
-    folder = locate(recipe.model, weights=False)
+    folder = locate(recipe.model, weights=False, code=recipe.trust_remote_code)
     # Of a hub's model only the config is there for sure; its weights are checked once they have been fetched.
     has_weights = is_local(recipe.model) and (any(folder.glob("*.safetensors*")) or any(folder.glob("*.bin")))
     source = open_source(folder, weights=has_weights)
     family, dims = resolve(source.config, where=str(folder / "config.json"))
-    if source.config.get("auto_map") and not recipe.trust_remote_code:
-        raise AffineQuantError(
-            "this model brings code of its own",
-            str(folder),
-            "read that code, then add --trust-remote-code",
-            exit_code=PREFLIGHT,
-        )
+    check_code(source.config, "model", folder, trusted=recipe.trust_remote_code)
     if has_weights:
         check_tensors(source, family, dims)
-    _check_slices(recipe, dims)
+    required = has_weights or not is_local(recipe.model)
+    check_tokenizer(folder, dims.vocab, required=required, trust_remote_code=recipe.trust_remote_code)
+    check_length(recipe.seq_len, source.config)
+    check_slices(recipe, dims)
     sites = {site.name: site for site in resolve_sites(family, dims, recipe.tp)}
     placements = place_all(recipe, sites, block_flops(family, dims))
-    _check_groups(recipe, family, dims)
+    check_groups(recipe, family, dims)
     reason = find_format(recipe.format, placements).supports(
         recipe.parsed_scheme, placements, clipped=recipe.activation_clip != "none"
     )
@@ -127,54 +134,25 @@ def plan(model: Recipe | str | Path, **fields: Any) -> Plan:
         raise AffineQuantError(
             f"format {recipe.format} cannot hold this: {reason}", "--format", "see `affinequant list formats`"
         )
-    check_source(recipe.data)
-    return _with_costs(recipe, source, family, dims, sites, placements)
+    fetched = _fetched(recipe.data)
+    return _with_costs(recipe, source, family, dims, sites, placements, fetched)
 
 
-def _check_slices(recipe: Recipe, dims: Dims) -> None:
-    """Whether `tp` ranks can share the model: whole heads, whole groups, whole words of packed zero points."""
-    group = recipe.parsed_scheme.weight.group_size or 1
+def _fetched(data: str) -> tuple[str, ...]:
+    """What to say of calibration text that is not here yet. A hub that cannot be reached is no reason to plan nothing.
 
-    def fits(tp: int) -> bool:
-        whole = dims.heads % tp == 0 and dims.mlp % tp == 0 and (dims.kv_heads % tp == 0 or tp % dims.kv_heads == 0)
-        rows = (dims.query // tp, dims.mlp // tp, max(dims.value // tp, dims.head_dim))
-        return whole and all(size % 8 == 0 for size in rows) and all(size % group == 0 for size in rows[:2])
-
-    if recipe.tp > 1 and not fits(recipe.tp):
-        possible = [tp for tp in range(1, dims.heads + 1) if fits(tp)]
-        raise AffineQuantError(
-            f"{dims.heads} heads ({dims.kv_heads} of keys and values) and {dims.mlp} features between up and down do "
-            f"not divide among {recipe.tp} ranks",
-            "--tp",
-            f"use one of {', '.join(map(str, possible))}",
-            exit_code=PREFLIGHT,
-        )
-
-
-def _check_groups(recipe: Recipe, family: Family, dims: Dims) -> None:
-    group = recipe.parsed_scheme.weight.group_size
-    widths = sorted({getattr(dims, linear.columns) for linear in family.linears})
-    rows = sorted({getattr(dims, linear.rows) for linear in family.linears})
-    if group and any(width % group for width in widths):
-        common = math.gcd(*widths)
-        fits = [size for size in range(8, common + 1, 8) if common % size == 0]
-        near = min(fits, key=lambda size: abs(math.log(size / group)), default=None)
-        wrong = ", ".join(str(width) for width in widths if width % group)
-        fix = recipe.scheme.replace(f"-g{group}", f"-g{near}" if near else "")
-        raise AffineQuantError(
-            f"groups of {group} do not divide {wrong} inputs",
-            "--scheme",
-            f"use {fix!r}"
-            + (f": {near} is the nearest that divides all of {widths}" if near else ", one scale per channel"),
-            exit_code=PREFLIGHT,
-        )
-    if any(width % 8 for width in widths + rows):
-        raise AffineQuantError(
-            f"widths {sorted({*widths, *rows})} are not all multiples of 8, which packed storage needs",
-            "MODEL",
-            "this model cannot be packed",
-            exit_code=PREFLIGHT,
-        )
+    Raises:
+        AffineQuantError: there is no such text.
+    """
+    try:
+        said = check_source(data)
+    except AffineQuantError as problem:
+        if problem.exit_code != PREFLIGHT or not needs_hub(data):
+            raise
+        return (f"the calibration text {data} is fetched when the run begins; now it cannot be: {problem.what}",)
+    return (
+        (f"the calibration text is fetched when the run begins: {said}",) if said != data and "fetched" in said else ()
+    )
 
 
 def _with_costs(
@@ -184,6 +162,7 @@ def _with_costs(
     dims: Dims,
     sites: Mapping[str, Site],
     placements: Mapping[str, Placement],
+    notes: tuple[str, ...],
 ) -> Plan:
     scheme, rotated = recipe.parsed_scheme, "residual" in recipe.transforms
     shapes = [(getattr(dims, linear.rows), getattr(dims, linear.columns)) for linear in family.linears]
@@ -228,7 +207,7 @@ def _with_costs(
         disk_bytes=output + stored + 4 * stream + (4 * stream if offload == "disk" else 0),
         offload=offload,
         minutes=expected_minutes(recipe, dims, per_block, device),
-        notes=_notes(recipe, placements, untied),
+        notes=(*_notes(recipe, placements, untied), *notes),
     )
     _check_budgets(made)
     return made
@@ -258,11 +237,18 @@ def _notes(recipe: Recipe, placements: Mapping[str, Placement], untied: int) -> 
     return tuple(notes)
 
 
+_DRIVERS = ("/dev/nvidiactl", "/proc/driver/nvidia/version", "/dev/dxg", "/dev/kfd")
+
+
 def _device(recipe: Recipe) -> str:
+    """torch alone knows whether it can use a GPU; it is not waited for where no driver has left a trace."""
     if recipe.device != "auto":
         return recipe.device
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1")
-    return "cuda" if Path("/proc/driver/nvidia/version").exists() and not hidden else "cpu"
+    if "torch" not in sys.modules and not any(os.path.exists(path) for path in _DRIVERS):
+        return "cpu"
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _check_budgets(made: Plan) -> None:

@@ -18,7 +18,7 @@ from affinequant.integer_linear import IntegerLinear
 from affinequant.quantizer import dequantize
 from affinequant.recipe import Device, Dtype
 from affinequant.scheme import NumberFormat
-from affinequant.stream import compute_dtype
+from affinequant.stream import check_device, compute_dtype
 from affinequant.transforms.online import check_online, in_order, parts_of
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ def load(path: str | Path, *, device: Device = "auto", dtype: Dtype = "auto") ->
     Raises:
         AffineQuantError: no such folder, another version, or tensors that are missing, truncated or not finite.
     """
+    check_device(device)
     source = open_source(Path(path))
     target = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     kind = compute_dtype(dtype, target)

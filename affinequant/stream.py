@@ -1,6 +1,7 @@
 """The network one block at a time: an empty model of the original code, whose tensors are lent to it for each call."""
 
 import contextlib
+import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -15,6 +16,8 @@ from torch.func import functional_call
 
 from affinequant.attention import OnAttention, register
 from affinequant.checkpoint import Source
+from affinequant.errors import PREFLIGHT, AffineQuantError
+from affinequant.files import first_line
 from affinequant.models import Dims, Family
 from affinequant.recipe import Dtype
 
@@ -97,6 +100,28 @@ class Decoder:
         return nn.functional.linear(normed, weight, head.get(f"{self.family.head}.bias"))
 
 
+def check_device(name: str) -> None:
+    """Whether torch can compute on a device of that kind here.
+
+    Raises:
+        AffineQuantError: it cannot, with the reason (exit 3).
+    """
+    if name != "cuda":
+        return
+    fix = "use --device cpu, or auto"
+    if not torch.backends.cuda.is_built():
+        what = f"the torch that is installed here ({torch.__version__}) is built without CUDA"
+        raise AffineQuantError(what, "--device cuda", f"install a CUDA build of torch, or {fix}", exit_code=PREFLIGHT)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        if torch.cuda.is_available():
+            return
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    reason = f"CUDA_VISIBLE_DEVICES is {hidden!r}" if hidden is not None else "torch finds none"
+    reason = str(said[0].message).splitlines()[0] if said else reason
+    raise AffineQuantError(f"no CUDA device can be used: {reason}", "--device cuda", fix, exit_code=PREFLIGHT)
+
+
 def compute_dtype(name: Dtype, device: torch.device) -> torch.dtype:
     """The dtype to compute in; `auto` is bfloat16 on a GPU and float32 elsewhere."""
     auto = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -112,21 +137,39 @@ def open_decoder(
     *,
     trust_remote_code: bool = False,
 ) -> Decoder:
-    """The original Hugging Face model of `source`, empty but for its buffers."""
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    """The original Hugging Face model of `source`, empty but for its buffers.
 
-    config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
-    with init_empty_weights(include_buffers=False), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, attn_implementation=register(), trust_remote_code=trust_remote_code
-        )
+    Raises:
+        AffineQuantError: transformers cannot make it out of its config.json (exit 3).
+    """
+    model = _empty_model(source.folder, trust_remote_code)
     model.eval().requires_grad_(False)
     for name, buffer in list(model.named_buffers()):
         owner, _, leaf = name.rpartition(".")
         model.get_submodule(owner)._buffers[leaf] = buffer.to(device)
     return Decoder(model=model, family=family, dims=dims, device=device, dtype=dtype)
+
+
+def _empty_model(folder: Path, trust_remote_code: bool) -> Any:
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    path = folder / "config.json"
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        with init_empty_weights(include_buffers=False), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, attn_implementation=register(), trust_remote_code=trust_remote_code
+            )
+        path = folder / "generation_config.json"
+        if path.exists():  # whoever loads what is written reads it
+            GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as problem:
+        what = f"transformers cannot use {path.name}: {first_line(problem)}"
+        fix = f"correct that in {path.name}, or download it again"
+        raise AffineQuantError(what, str(path), fix, exit_code=PREFLIGHT) from problem
+    return model
 
 
 def run_block(

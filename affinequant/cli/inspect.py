@@ -83,7 +83,7 @@ def look(folder: Path) -> Found:
         raise AffineQuantError(what, "CKPT", "give the output folder of `affinequant quantize`")
     config = _read_json(folder / "config.json")
     report, failed = _read_json(folder / _REPORT), _read_json(folder / _FAILED)
-    declared = config.get("quantization_config") or {}
+    declared = _declared(config)
     running = _read_json(folder / _RUN)
     state: State = "finished"
     if report.get("blocks") is None:
@@ -105,9 +105,14 @@ def look(folder: Path) -> Found:
     )
 
 
+def _declared(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    value = config.get("quantization_config")
+    return value if isinstance(value, dict) else {}
+
+
 def _summary(found: Found) -> dict[str, str]:
     report, recipe = found.report, found.recipe
-    ours = (found.config.get("quantization_config") or {}).get("affinequant") or {}
+    ours = _declared(found.config).get("affinequant") or {}
     of = "?" if found.total is None else str(found.total)
     states: dict[State, str] = {
         "finished": "finished and verified",

@@ -81,6 +81,10 @@ def prepare(recipe: Recipe, args: argparse.Namespace, screen: Screen) -> "Plan":
     from affinequant.workspace import RUN_FOLDER, check_output
 
     out = recipe.output_folder()
+    if made.device == "cuda":
+        from affinequant.stream import check_device
+
+        check_device(made.device)
     check_output(out, made.source.folder, overwrite=args.overwrite, resume=args.resume)
     if Run.exists(out / RUN_FOLDER) and not args.overwrite:
         Run(out / RUN_FOLDER).check_same(recipe.fingerprint(), all_fields=False)

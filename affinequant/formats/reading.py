@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from affinequant.errors import AffineQuantError
+from affinequant.files import first_line
 
 if TYPE_CHECKING:  # a plan asks `supports`, and must not wait for torch
     from torch import Tensor
@@ -51,7 +52,6 @@ def pretrained(maker: Any, source: Path | None, folder: Path, dtype: Dtype, fix:
         AffineQuantError: with `folder` and `fix`: it cannot be loaded, or tensors are missing.
     """
     import torch
-    from safetensors import SafetensorError
     from transformers.utils import logging
 
     bars = logging.is_progress_bar_enabled()
@@ -60,9 +60,8 @@ def pretrained(maker: Any, source: Path | None, folder: Path, dtype: Dtype, fix:
         model, info = maker.from_pretrained(
             source, dtype=getattr(torch, dtype), output_loading_info=True, local_files_only=True, **options
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as problem:
-        what = (str(problem).strip() or type(problem).__name__).splitlines()[0]
-        raise AffineQuantError(f"transformers cannot load it: {what}", str(folder), fix) from problem
+    except Exception as problem:  # files that are not what they should be end in errors of every kind
+        raise AffineQuantError(f"transformers cannot load it: {first_line(problem)}", str(folder), fix) from problem
     finally:
         if bars:
             logging.enable_progress_bar()

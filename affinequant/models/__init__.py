@@ -7,6 +7,8 @@ from affinequant.errors import PREFLIGHT, AffineQuantError
 from affinequant.models.family import Dims as Dims
 from affinequant.models.family import Family as Family
 from affinequant.models.family import resolve_sites as resolve_sites
+from affinequant.models.keys import check_keys
+from affinequant.models.keys import context_length as context_length
 from affinequant.models.llama import LLAMA
 
 FAMILIES: dict[str, Family] = {"llama": LLAMA}
@@ -16,9 +18,10 @@ def resolve(config: Mapping[str, Any], *, where: str) -> tuple[Family, Dims]:
     """The family and sizes that a config.json describes.
 
     Raises:
-        AffineQuantError: an architecture or a setting that no family here computes rightly, a size that is missing or
-            impossible, or weights that are already quantised.
+        AffineQuantError: a key of a wrong type, an architecture or a setting that no family here computes rightly, a size
+            that is missing or impossible, or weights that are already quantised.
     """
+    check_keys(config, where)
     names = config.get("architectures") or []
     supported = sorted(arch for family in FAMILIES.values() for arch in family.architectures)
     family = next((f for f in FAMILIES.values() if any(name in f.architectures for name in names)), None)
@@ -40,7 +43,7 @@ def resolve(config: Mapping[str, Any], *, where: str) -> tuple[Family, Dims]:
         )
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     for key, allowed in family.settings.items():
-        value = config.get(key, rope.get(key, allowed[0]))
+        value = next((table[key] for table in (config, rope) if table.get(key) is not None), allowed[0])
         if value not in allowed:
             raise AffineQuantError(
                 f"{key} = {value!r} is not supported for {family.name}",

@@ -10,9 +10,11 @@ from typing import Any
 
 import affinequant
 from affinequant.checkpoint import is_local, locate, open_source
+from affinequant.data import check_length
 from affinequant.demo import demo_model
 from affinequant.errors import AffineQuantError
 from affinequant.recipe import Device, Dtype
+from affinequant.tokenizer import load_tokenizer
 from affinequant.wheels import Say, quiet
 from affinequant_evals.harness import Scorecard, Suite, evaluate
 from affinequant_evals.perplexity import Bos, LanguageModel
@@ -116,7 +118,7 @@ def prepare(
         bos=bos,
     )
     _check_length(folder, wanted)
-    tokenizer = _tokenizer(folder)
+    tokenizer = load_tokenizer(folder, _vocab(folder))
     built = build_suite(wanted, tokenizer, name=suite or "", verbose=verbose, say=say)
     return Ready(folder=folder, tokenizer=tokenizer, suite=built)
 
@@ -231,25 +233,11 @@ def _check_same_shape(folder: Path, other: Path, name: str) -> None:
         )
 
 
-def _tokenizer(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as problem:
-        reason = str(problem).splitlines()[0] if str(problem) else type(problem).__name__
-        fix = "copy tokenizer.json and tokenizer_config.json of the model there"
-        raise AffineQuantError(f"no tokenizer that loads: {reason}", str(folder), fix) from problem
+def _vocab(folder: Path) -> int | None:
+    size = open_source(folder, weights=False).config.get("vocab_size")
+    return size if isinstance(size, int) else None
 
 
 def _check_length(folder: Path, wanted: Measurements) -> None:
-    try:
-        longest = json.loads((folder / "config.json").read_text()).get("max_position_embeddings")
-    except (OSError, ValueError):
-        return  # `load` says what is wrong with this folder.
-    if wanted.texts and isinstance(longest, int) and wanted.seq_len > longest:
-        raise AffineQuantError(
-            f"windows of {wanted.seq_len} tokens are longer than the model's context of {longest}",
-            "--seq-len",
-            f"use --seq-len {longest} or less",
-        )
+    if wanted.texts:
+        check_length(wanted.seq_len, open_source(folder, weights=False).config)

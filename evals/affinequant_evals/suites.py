@@ -6,6 +6,7 @@ from typing import Any, get_args
 
 from affinequant.data import evaluation_text
 from affinequant.errors import unknown_name
+from affinequant.text import MOST_CHARACTERS
 from affinequant.wheels import Say, quiet
 from affinequant_evals.harness import Suite
 from affinequant_evals.perplexity import Bos, LanguageModel, c4_windows, check_bos, cut_windows, perplexity
@@ -87,7 +88,8 @@ def build_suite(
 def _windows(text: str, wanted: Measurements, tokenizer: Any, say: Say) -> Any:
     if text == "c4" and wanted.bos == "first":
         return c4_windows(tokenizer, seq_len=wanted.seq_len, count=wanted.windows or 256)
-    name, content = evaluation_text(text, say=say)
+    most = max(MOST_CHARACTERS, 8 * (wanted.windows or 0) * wanted.seq_len)  # as for calibration
+    name, content = evaluation_text(text, most=most, say=say)
     return cut_windows(name, content, tokenizer, seq_len=wanted.seq_len, windows=wanted.windows, bos=wanted.bos)
 
 
