@@ -52,18 +52,11 @@ def self_test() -> dict[str, dict[str, Any]]:
 
     By the name of the case: `passed`, and `text` in words.
     """
-    from affinequant_kernels import native, reference
-    from affinequant_kernels.cpu import engine
+    from affinequant_kernels import engines, native, reference
 
-    few = native.available() or "compiled"
-    random = torch.Generator().manual_seed(0)
-    results = {}
-    for name, bits, act_bits, groups in (
-        ("w4a4", 4, 4, 1),
-        ("w4a8", 4, 8, 1),
-        ("w4a4 in groups", 4, 4, 3),
-        ("w8a8", 8, 8, 1),
-    ):
+    few, random, results = native.available() or "compiled", torch.Generator().manual_seed(0), {}
+    cases = (("w4a4", 4, 4, 1), ("w4a8", 4, 8, 1), ("w4a4 in groups", 4, 4, 3), ("w8a8", 8, 8, 1))
+    for name, bits, act_bits, groups in cases:
         low, high = -(2 ** (bits - 1)), 2 ** (bits - 1)
         codes = torch.randint(low, high, (96, 192), generator=random, dtype=torch.int8)
         scale = torch.rand(96, groups, generator=random) + 0.01
@@ -76,9 +69,19 @@ def self_test() -> dict[str, dict[str, Any]]:
             slow = reference.linear_dyn(x, weight, act_bits=act_bits, act_symmetric=symmetric, clip=0.9)
             passed &= torch.equal(fast, slow)
             worst = max(worst, float((fast - slow).abs().max()))
-        outcome = "equals its reference" if passed else f"DIFFERS by {worst:.3g}"
-        results[name] = {"passed": passed, "text": f"{outcome} ({engine()}; few tokens: {few})"}
+        text = "equals its reference" if passed else f"DIFFERS by {worst:.3g}"
+        results[name] = {"passed": passed, "text": f"{text} ({engines.summary(bits)}; few tokens: {few})"}
     return results
+
+
+def engines_report() -> dict[str, dict[str, Any]]:
+    """`affinequant_kernels.engines.report()`. Raises AffineQuantError where AFFQ_ENGINE asks for what cannot be."""
+    from affinequant_kernels import engines
+
+    try:
+        return engines.report()
+    except ValueError as problem:
+        raise AffineQuantError(str(problem), "AFFQ_ENGINE", "unset it, or name another") from None
 
 
 def benchmark(

@@ -408,6 +408,8 @@ def test_list(topic: str, names: list[str], capsys: Capture) -> None:
 
 
 def test_env(capsys: Capture, monkeypatch: Patch) -> None:
+    from affinequant_kernels import engines, reference
+
     assert main(["env"]) == 0
     shown = capsys.readouterr().out
     for word in ("python", "torch", "transformers", "threads", "integer units", "cache", "offline"):
@@ -415,8 +417,18 @@ def test_env(capsys: Capture, monkeypatch: Patch) -> None:
     assert shown.count("equals its reference") == 4
     value = answer(capsys, ["env"])
     assert value["passed"] and value["versions"]["torch"] and value["kernels"]["w4a4"]["passed"]
+    for name, found in value["engines"].items():
+        assert name in shown and found["chosen"] in found["candidates"]
+        for candidate, outcome in found["candidates"].items():
+            assert candidate in shown and outcome["text"]
+            assert outcome["ms"] is None or outcome["ms"] > 0
 
-    from affinequant_kernels import reference
+    monkeypatch.setenv("AFFQ_ENGINE", "fastest")
+    engines.forget()
+    error = answer(capsys, ["env"], code=2)["error"]
+    assert "got fastest" in error["what"] and "float32" in error["what"] and "AFFQ_ENGINE" in error["where"]
+    monkeypatch.delenv("AFFQ_ENGINE")
+    engines.forget()
 
     honest = reference.linear_dyn
     monkeypatch.setattr(reference, "linear_dyn", lambda *args, **options: honest(*args, **options) + 1)

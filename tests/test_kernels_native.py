@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from affinequant_kernels import cpu, native, online_linear, prepare_weight, reference
+from affinequant_kernels import cache, cpu, engines, native, online_linear, prepare_weight, reference
 from affinequant_kernels.weight import Weight
 from torch import Tensor
 
@@ -119,7 +119,7 @@ def test_without_it_the_reason_is_known_and_the_result_the_same(
     assert torch.equal(
         cpu.linear_dyn(x, given, None, act_bits=4, act_symmetric=True, clip=1.0, out_dtype=x.dtype), wanted
     )
-    assert not list(tmp_path.glob("*.so"))
+    assert not list(tmp_path.rglob("*.so"))
 
 
 @compiled
@@ -135,4 +135,99 @@ def test_compiling_at_once_in_several_processes_leaves_one_whole_library(tmp_pat
     environment = os.environ | {"AFFQ_CACHE": str(tmp_path)}
     running = [subprocess.Popen([sys.executable, "-c", check], env=environment) for _ in range(3)]
     assert [process.wait() for process in running] == [0, 0, 0]
-    assert len(list(tmp_path.iterdir())) == 1
+    assert len(list(tmp_path.glob("private/native-*"))) == 1
+
+
+# Where compiled code may lie.
+
+
+def refused(monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(native, "UNITS", ())
+    monkeypatch.delenv("AFFQ_NATIVE", raising=False)
+
+    def loaded(*_: object) -> None:
+        raise AssertionError("code was loaded")
+
+    monkeypatch.setattr(native.ctypes, "CDLL", loaded)
+    return str(native.available.__wrapped__())
+
+
+@pytest.mark.parametrize(
+    "fault", ["relative", "everybody may write", "others may look", "a link", "a file", "another user's", "open above"]
+)
+def test_an_unsafe_folder_is_refused(fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    home = tmp_path / "cache"
+    folder = home / "private"
+    home.mkdir()
+    if fault == "a link":
+        (tmp_path / "elsewhere").mkdir(mode=0o700)
+        folder.symlink_to(tmp_path / "elsewhere")
+    elif fault == "a file":
+        folder.write_text("")
+    else:
+        folder.mkdir(mode=0o700)
+    if fault == "everybody may write":
+        folder.chmod(0o777)
+    elif fault == "others may look":
+        folder.chmod(0o755)
+    elif fault == "open above":
+        home.chmod(0o777)
+    elif fault == "another user's":
+        monkeypatch.setattr(os, "geteuid", lambda: folder.stat().st_uid + 1)
+    monkeypatch.setenv("AFFQ_CACHE", "cache" if fault == "relative" else str(home))
+    assert "no safe place for compiled code" in refused(monkeypatch)
+    assert fault == "a file" or not list(folder.iterdir())
+
+
+@pytest.mark.parametrize("planted", ["writable by all", "a link", "another user's"])
+def test_a_planted_library_is_not_loaded(planted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AFFQ_CACHE", str(tmp_path))
+    monkeypatch.setattr(native, "UNITS", ())
+    names: list[Path] = []
+    monkeypatch.setattr(native, "_load", names.append)
+    monkeypatch.setattr(native, "_right", lambda: True)
+    broken = tmp_path / "cc"  # no real compiler is needed to learn the name
+    broken.write_text('#!/bin/sh\nwhile [ $# -gt 0 ]; do [ "$1" = -o ] && : > "$2"; shift; done\nexit 0\n')
+    broken.chmod(0o755)
+    monkeypatch.setenv("CC", str(broken))
+    assert native.available.__wrapped__() is None
+    monkeypatch.undo()
+    monkeypatch.setenv("AFFQ_CACHE", str(tmp_path))
+    monkeypatch.setenv("CC", str(broken))
+    (library,) = names
+    if planted == "writable by all":
+        library.chmod(0o666)
+    elif planted == "a link":
+        library.rename(tmp_path / "real.so")
+        library.symlink_to(tmp_path / "real.so")
+    else:
+        real = os.lstat
+
+        def lstat(path: Path, **options: object) -> os.stat_result:
+            found = real(path)
+            return os.stat_result([*found[:4], found[4] + 1, *found[5:]]) if Path(path) == library else found
+
+        monkeypatch.setattr(Path, "lstat", lambda self: lstat(self))
+    assert "not safe to load" in refused(monkeypatch)
+
+
+def test_without_a_home_there_is_a_folder_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AFFQ_CACHE", raising=False)
+
+    def homeless(_: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", homeless)
+    folder = cache.private_folder()
+    assert folder.stat().st_mode & 0o777 == 0o700 and folder == cache.private_folder()
+    engines.forget()
+    x, given = random(3, K), weight()
+    settings = {"act_bits": 4, "act_symmetric": True, "clip": 1.0, "out_dtype": x.dtype}
+    assert torch.equal(cpu.linear_dyn(x, given, None, **settings), reference.linear_dyn(x, given))
+    engines.forget()
+
+
+def test_a_home_that_cannot_be_written_is_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AFFQ_CACHE", "/proc/nowhere/kernels")
+    assert cache.private_folder().stat().st_mode & 0o777 == 0o700

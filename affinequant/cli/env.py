@@ -13,8 +13,9 @@ from affinequant.cli.output import Screen, size
 
 USAGE = "[--json]"
 EPILOG = """
-Versions, devices and threads, and whether the integer kernels of this machine give what their reference gives.
-Paste it into a bug report. Exit code 1: the self-test failed.
+Versions, devices and threads, how fast each way to multiply integers on this CPU is and which one is used, and whether
+the integer kernels of this machine give what their reference gives. Paste it into a bug report. Exit code 1: the
+self-test failed. The environment variable AFFQ_ENGINE makes one way be used whatever the times (unless it is not exact).
 """
 PACKAGES = (
     *("affinequant", "torch", "transformers", "accelerate", "datasets", "safetensors", "compressed-tensors"),
@@ -36,11 +37,19 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
     versions = {name: version(name) for name in PACKAGES}
     for name, found in versions.items():
         screen.print(f"{name:<22} {found or 'not installed'}")
+    engines = _engines()
+    for name, found in engines.items():
+        screen.print(f"{'engine ' + name:<22} {found['chosen']}")
+        for candidate, outcome in found["candidates"].items():
+            screen.print(f"{'':<22}   {candidate:<15} {outcome['text']}")
     tests = _self_test()
     for name, outcome in tests.items():
         screen.print(f"{'kernel ' + name:<22} {outcome['text']}")
     passed = all(outcome["passed"] for outcome in tests.values())
-    screen.result({"schema": 1, "machine": values, "versions": versions, "kernels": tests, "passed": passed})
+    screen.result(
+        {"schema": 1, "machine": values, "versions": versions}
+        | {"engines": engines, "kernels": tests, "passed": passed}
+    )
     return 0 if passed else 1
 
 
@@ -95,6 +104,12 @@ def _cpu_facts() -> dict[str, str]:
         return {}
     lines = path.read_text().split("\n\n")[0].splitlines()
     return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+
+
+def _engines() -> dict[str, dict[str, Any]]:
+    from affinequant.runtime import engines_report
+
+    return engines_report()
 
 
 def _self_test() -> dict[str, dict[str, Any]]:

@@ -30,7 +30,8 @@ import torch
 from .bench_layers import BASELINES, RIVALS, Call, fused, make_layers, providers, reason
 from .bench_report import plot, table
 from .checks import fail
-from .cpu import clear_cache, engine
+from .cpu import clear_cache
+from .engines import summary
 from .tune import device_name
 
 SHAPES = {"cuda": ((4096, 4096), (12288, 4096), (22016, 4096), (4096, 11008)), "cpu": ((4096, 4096),)}
@@ -224,7 +225,7 @@ def environment(device: str) -> dict[str, Any]:
     facts = _cpu_facts()
     flags = facts.get("flags", "").split()
     units = " ".join(unit for unit in _UNITS if unit in flags) or "unknown"
-    info |= {"device": facts.get("model name", platform.machine()), "units": units, "engine": engine()}
+    info |= {"device": facts.get("model name", platform.machine()), "units": units, "engine": summary(4)}
     return info | {"threads": torch.get_num_threads(), "clocks": f"{facts.get('cpu MHz', '?')} MHz"}
 
 

@@ -1,32 +1,29 @@
 """The CPU path: int8 matmuls on weights that are unpacked once, and row quantisation in cache-sized blocks.
 
 Equal to reference.py bit for bit. What makes it fast and still exact:
-* `onednn::qlinear_pointwise` on a weight that `qlinear_prepack` laid out for this machine's int8 units returns
-  float(int32 accumulator) * weight_scale, rounded once each. Zero points are integers, taken off before the scale;
-  below 2^24 fp32 holds them exactly, above it `torch._int_mm` gives the int32.
-* Whether this build and machine really compute that is checked once per process with extreme values. Where they do not
-  (no VNNI: its sums of int8 products saturate), integers are multiplied in fp32, which is exact below 2^24, above in fp64.
+* `engines.py` knows several ways to multiply integers, and chooses by time among those that are exact on this machine.
+* The integers come as int32, or as float32 where they lie below 2^24: that holds them exactly. Zero points are integers,
+  taken off before the scale.
 
 Shapes: m rows (tokens), k input features, n output features, g groups.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar, cast
+from typing import TypeVar, cast
 
 import torch
 from jaxtyping import Float, Int8, Int32
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from . import native, reference
+from . import engines, native, reference
+from .engines import EXACT, Candidate, Held
 from .reference import SCALE_FLOOR, Rows
 from .weight import Weight, integer_weight, kind_of, unpack
 
-Engine = Literal["onednn", "int_mm", "float32", "float64"]
 T = TypeVar("T")
 
 # torch shares an op among threads above this many elements (torch.round above 2048). Waking a thread that sleeps costs
@@ -41,8 +38,6 @@ CHUNK_ROWS = 512
 # Up to so many rows reading a weight takes longer than multiplying, and native.c reads it in 4 bits; less of a large one,
 # where the time of oneDNN's call no longer counts.
 FEW_ROWS, FEW_ROWS_OF_LARGE, LARGE = 16, 8, 1 << 22
-# Integers that fp32 holds exactly lie below this.
-EXACT = 1 << 24
 
 
 def row_quant(x: Float[Tensor, "m k"], *, bits: int, symmetric: bool, clip: float, with_rowsum: bool = True) -> Rows:
@@ -103,13 +98,11 @@ def _round_(x: Tensor) -> Tensor:
 # One weight, ready to multiply.
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class _Plan:
-    engine: Engine
-    codes: Int8[Tensor, "n k"] | None  # what `_int_mm` and fp64 multiply; None: the weight's own int8 codes
-    packed: tuple[Tensor, ...]  # what oneDNN multiplies: its own layout, one per group
-    no_zero: Tensor  # int32 [n] of 0
-    one: Tensor  # float32 [n] of 1
+    engine: Candidate
+    held: tuple[Held, ...] | None  # what it reads, one per group; None: the weight's own int8 codes
+    whole: bool  # integers may lie above EXACT, and are needed as int32
 
 
 # What was made from a weight, kept as long as the weight's storage lives and is not written to.
@@ -138,30 +131,22 @@ def clear_cache(*, dead_only: bool = False) -> None:
         del _MADE[key]
 
 
-def _plan(weight: Weight, k: int, using: Engine) -> _Plan:
+def _plan(weight: Weight, k: int, using: str, whole: bool) -> _Plan:
     groups = weight.scale.shape[1] if weight.scale.ndim == 2 else 1
-    parts = (weight.qweight, weight.zero, weight.mul)
-    return _made(parts, (using, k, groups), lambda: _build(weight, k, groups, using))
+    parts, engine = (weight.qweight, weight.zero, weight.mul), engines.CANDIDATES[using]
+    if engine.views and groups == 1 and weight.qweight.dtype == torch.int8:
+        return _Plan(engine, None, whole)  # kept, they would keep the weight alive for ever
+    return _Plan(engine, _made(parts, (engine.prepare, k, groups), lambda: _build(weight, k, groups, engine)), whole)
 
 
-def _build(weight: Weight, k: int, groups: int, using: Engine) -> _Plan:
+def _build(weight: Weight, k: int, groups: int, engine: Candidate) -> tuple[Held, ...]:
     codes = unpack(weight.qweight, k)
     zero = None if _by_rowsum(weight) else weight.zero
     if zero is not None or weight.mul is not None:
         codes = integer_weight(codes, zero, weight.mul).to(torch.int8)
-    packed: tuple[Tensor, ...] = ()
-    if using == "onednn":
-        parts = codes.chunk(groups, 1) if groups > 1 else (codes,)
-        packed = tuple(torch.ops.onednn.qlinear_prepack(part.contiguous(), None) for part in parts)
-    n = codes.shape[0]
-    return _Plan(
-        engine=using,
-        # Never the weight's own tensor: the plan would keep it alive for ever.
-        codes=None if using == "onednn" or codes is weight.qweight else codes,
-        packed=packed,
-        no_zero=torch.zeros(n, dtype=torch.int32),
-        one=torch.ones(n),
-    )
+    if groups == 1:
+        return (engine.prepare(codes),)
+    return tuple(engine.prepare(part.contiguous()) for part in codes.chunk(groups, 1))
 
 
 def _by_rowsum(weight: Weight) -> bool:
@@ -179,50 +164,6 @@ def _largest(weight: Weight) -> int:
 # The multiplication.
 
 
-def _onednn(q: Tensor, packed: Tensor, scale: Tensor, no_zero: Tensor) -> Float[Tensor, "m n"]:
-    return torch.ops.onednn.qlinear_pointwise(
-        q, 1.0, 0, packed, scale, no_zero, None, 1.0, 0, torch.float32, "none", [], ""
-    )
-
-
-def _onednn_add(q: Tensor, packed: Tensor, scale: Tensor, no_zero: Tensor, total: Tensor) -> Float[Tensor, "m n"]:
-    """total + float(acc) * scale, in place."""
-    one, none = torch.ones(1), torch.zeros(1, dtype=torch.int32)
-    return torch.ops.onednn.qlinear_pointwise.binary_tensor(
-        q, one, none, packed, scale, no_zero, total, None, 1.0, 0, torch.float32, 1.0, 0, "sum", 1.0, "none", [], ""
-    )
-
-
-def _product(q: Tensor, codes: Tensor, using: Engine) -> Tensor:
-    """Exact integers: int32, or with `float32` in fp32."""
-    if using == "float64":
-        return (q.double() @ codes.double().t()).to(torch.int32)
-    if using == "float32":
-        return q.float() @ codes.float().t()
-    return torch._int_mm(q, codes.t())  # pyright: ignore[reportPrivateImportUsage]
-
-
-@functools.cache
-def engine() -> Engine:
-    """oneDNN where its results on extreme values are exact on this machine, else fp32 (where that is)."""
-    generator = torch.Generator().manual_seed(0)
-    q = torch.randint(-128, 128, (17, 2048), dtype=torch.int8, generator=generator)
-    codes = torch.randint(-128, 128, (48, 2048), dtype=torch.int8, generator=generator)
-    q[:2], codes[:2] = -128, torch.tensor([[-128], [127]], dtype=torch.int8)
-    scale = torch.rand(48, generator=generator)
-    scaled = _product(q, codes, "float64").float() * scale
-    no_zero = torch.zeros(48, dtype=torch.int32)
-    try:
-        packed = torch.ops.onednn.qlinear_prepack(codes, None)
-        once = _onednn(q, packed, scale, no_zero)
-        twice = _onednn_add(q, packed, scale, no_zero, scaled.clone())
-        if torch.equal(once, scaled) and torch.equal(twice, scaled + scaled):
-            return "onednn"
-    except (AttributeError, RuntimeError, NotImplementedError):
-        pass  # a build without oneDNN, or with another version's signature
-    return "float32"
-
-
 def linear(
     q: Int8[Tensor, "m k"],
     scale: Float[Tensor, " m"],
@@ -235,7 +176,8 @@ def linear(
     """As `reference.linear`. `act_bits` bounds q and zero: 8 is always right, 4 keeps long rows on the fast path."""
     m, k = q.shape
     n = weight.qweight.shape[0]
-    plan = _plan(weight, k, _engine_for(k, zero, weight, out_dtype, act_bits))
+    using, whole = _engine_for(m, k, zero, weight, out_dtype, act_bits)
+    plan = _plan(weight, k, using, whole)
     if 0 < m <= CHUNK_ROWS:
         return _chunk(plan, q, scale, zero, weight, bias, out_dtype)
     out = torch.empty(m, n, dtype=out_dtype)
@@ -245,21 +187,17 @@ def linear(
     return out
 
 
-def _engine_for(k: int, zero: Tensor | None, weight: Weight, out_dtype: torch.dtype, act_bits: int) -> Engine:
-    """The best engine, or where its integers may be too large for fp32, or do not fit int8, another."""
-    best, grouped = engine(), kind_of(weight.scale, weight.mul) == "group"
-    wider: Engine = "int_mm" if best == "onednn" else "float64"
-    if best == "onednn" and grouped:
-        return best
-    if _by_rowsum(weight):
-        return wider
-    # oneDNN sums in int32 and hands out fp32, rounded once: that harms where the integers themselves are needed.
-    if best == "onednn" and zero is None and out_dtype != torch.int32:
-        return best
-    # The product and the zero point's correction, each at most this, must both and in their difference be exact.
-    summed = k // weight.scale.shape[1] if grouped else k
-    bound = 2 * (1 << (act_bits - 1)) * _largest(weight) * summed
-    return best if bound < EXACT else wider
+def _engine_for(
+    m: int, k: int, zero: Tensor | None, weight: Weight, out_dtype: torch.dtype, act_bits: int
+) -> tuple[str, bool]:
+    """The fastest engine for this product, and whether its integers may be too large for fp32 and must be whole."""
+    largest, grouped = _largest(weight), kind_of(weight.scale, weight.mul) == "group"
+    # The product and the zero point's correction, each at most this, must both and in their difference be exact. Where
+    # nothing is taken off, a product that is rounded once to fp32 is what the reference has too.
+    bound = 2 * (1 << (act_bits - 1)) * largest * k
+    rounded = grouped or (zero is None and out_dtype != torch.int32)
+    whole = _by_rowsum(weight) or not (rounded or bound < EXACT)
+    return engines.choose(min(m, CHUNK_ROWS), largest, whole), whole
 
 
 def _chunk(
@@ -275,17 +213,23 @@ def _chunk(
         y = _groups(plan, q, weight)
         if zero is not None:
             y.sub_(zero.float().unsqueeze(1) * weight.colsum)
-    elif plan.engine == "onednn" and out_dtype in native.TYPES and native.available() is None:
-        acc = _onednn(q, plan.packed[0], plan.one, plan.no_zero)
-        return native.epilogue(acc, weight, scale, zero, bias, out_dtype)
-    elif zero is None and plan.engine == "onednn" and out_dtype != torch.int32:
-        y = _onednn(q, plan.packed[0], weight.scale, plan.no_zero)
+        return _scaled(y, scale, bias, out_dtype)
+    (held,) = _held(plan, weight)
+    if not plan.whole and out_dtype in native.TYPES and native.available() is None:
+        acc = plan.engine.product(q, held, None, None)
+        return native.epilogue(acc.float(), weight, scale, zero, bias, out_dtype)
+    if zero is None and not plan.whole and out_dtype != torch.int32:
+        y = plan.engine.product(q, held, weight.scale, None)
     else:
-        acc = _accumulate(plan, q, zero, weight)
+        acc = _accumulate(plan, held, q, zero, weight)
         if out_dtype == torch.int32:
             return acc.to(torch.int32)
         y = acc.float().mul_(weight.scale)
     return _scaled(y, scale, bias, out_dtype)
+
+
+def _held(plan: _Plan, weight: Weight) -> tuple[Held, ...]:
+    return (plan.engine.prepare(weight.qweight),) if plan.held is None else plan.held
 
 
 def _scaled(y: Float[Tensor, "m n"], scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
@@ -303,12 +247,11 @@ def _scaled(y: Float[Tensor, "m n"], scale: Tensor, bias: Tensor | None, out_dty
     return out
 
 
-def _accumulate(plan: _Plan, q: Tensor, zero: Tensor | None, weight: Weight) -> Tensor:
+def _accumulate(plan: _Plan, held: Held, q: Tensor, zero: Tensor | None, weight: Weight) -> Tensor:
     """The corrected accumulator: int32, or the same integers in fp32 where `_engine_for` found them to fit."""
-    if plan.engine == "onednn":
-        acc = _onednn(q, plan.packed[0], plan.one, plan.no_zero)
-        return acc if zero is None else acc.addr_(zero.float(), weight.colsum.float(), alpha=-1.0)
-    acc = _product(q, weight.qweight if plan.codes is None else plan.codes, plan.engine)
+    acc = plan.engine.product(q, held, None, None)
+    if plan.whole:
+        acc = acc.to(torch.int32)
     if _by_rowsum(weight):
         assert weight.zero is not None
         acc -= q.sum(1, dtype=torch.int32).unsqueeze(1) * weight.zero
@@ -316,17 +259,10 @@ def _accumulate(plan: _Plan, q: Tensor, zero: Tensor | None, weight: Weight) -> 
 
 
 def _groups(plan: _Plan, q: Tensor, weight: Weight) -> Float[Tensor, "m n"]:
-    groups = weight.scale.shape[1]
-    size = q.shape[1] // groups
-    scales = weight.scale.t().contiguous()
+    parts, scales = _held(plan, weight), weight.scale.t().contiguous()
     y = torch.zeros(q.shape[0], weight.scale.shape[0])
-    for g in range(groups):
-        part = q[:, g * size : (g + 1) * size].contiguous()
-        if plan.engine == "onednn":
-            y = _onednn_add(part, plan.packed[g], scales[g], plan.no_zero, y)
-        else:
-            codes = (weight.qweight if plan.codes is None else plan.codes)[:, g * size : (g + 1) * size].contiguous()
-            y.add_(_product(part, codes, plan.engine).float().mul_(scales[g]))
+    for part, held, scale in zip(q.chunk(len(parts), 1), parts, scales, strict=True):
+        y = plan.engine.product(part.contiguous(), held, scale, y)
     return y
 
 
@@ -346,7 +282,8 @@ def linear_dyn(
     if native.available() is None:
         layer = _native(weight, x, factors)
         few = FEW_ROWS if layer.n * layer.k < LARGE else FEW_ROWS_OF_LARGE
-        if x.shape[0] <= few and out_dtype in native.TYPES and native.serves(weight):
+        serves = out_dtype in native.TYPES and native.serves(weight) and not engines.overridden()
+        if x.shape[0] <= few and serves:
             return native.linear(layer, x, bias, out_dtype=out_dtype, **settings)
         rows = native.rows(layer, x, **settings)
     else:

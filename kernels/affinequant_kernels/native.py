@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .cache import check_private, private_folder
 from .reference import Rows
-from .tune import cache_folder
 from .weight import Weight, prepare_weight
 
 SOURCE = Path(__file__).with_name("native.c")
@@ -167,8 +167,14 @@ def available() -> str | None:
     if compiler is None:
         return "no C compiler (cc, gcc or clang) was found"
     try:
-        _load(_compiled(compiler))
+        folder = private_folder()
+    except OSError as problem:
+        return f"there is no safe place for compiled code: {problem}"
+    try:
+        _load(_compiled(compiler, folder))
         return None if _right() else "its results on this machine are not the reference's"
+    except PermissionError as problem:
+        return f"compiled code that is not safe to load: {problem}"
     except (OSError, subprocess.CalledProcessError) as problem:
         said = getattr(problem, "stderr", None) or str(problem)
         return f"{compiler} could not compile {SOURCE.name}: {said.strip().splitlines()[-1]}"
@@ -182,6 +188,7 @@ def _loaded() -> ctypes.CDLL:
 
 
 def _load(path: Path) -> None:
+    check_private(path)
     library = ctypes.CDLL(str(path))
     pointer, size, whole, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
     shared = [pointer, pointer, whole, size, whole, whole, real, whole]
@@ -192,19 +199,19 @@ def _load(path: Path) -> None:
     _LIBRARY[:] = [library]
 
 
-def _compiled(compiler: str) -> Path:
-    """The shared library in the cache; named by all that it was made from, so that a change makes another."""
+def _compiled(compiler: str, folder: Path) -> Path:
+    """The shared library in the folder; named by all that it was made from, so that a change makes another."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
     made_from = "\0".join((SOURCE.read_text(), *FLAGS, version))
-    path = cache_folder() / f"native-{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.so"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            fresh = Path(folder) / path.name
+    path = folder / f"native-{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.so"
+    if not os.path.lexists(path):
+        with tempfile.TemporaryDirectory(dir=folder) as building:
+            fresh = Path(building) / path.name
             # Threads come from the OpenMP that torch has loaded: two of them would wait for each other's cores.
             subprocess.run(
                 [compiler, *FLAGS, "-o", str(fresh), str(SOURCE)], capture_output=True, text=True, check=True
             )
+            fresh.chmod(0o600)
             fresh.replace(path)
     return path
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import os
 import re
 import sys
 import time
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 
+from .cache import cache_folder
 from .weight import Kind
 
 if TYPE_CHECKING:
@@ -79,11 +79,6 @@ def _key(m: int, n: int, k: int, kind: Kind, bits: int) -> str:
 def device_name(name: str) -> str:
     """A device's name as that of a file or folder."""
     return re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-")
-
-
-def cache_folder() -> Path:
-    """Where this user's tables are."""
-    return Path(os.environ.get("AFFQ_CACHE") or "~/.cache/affinequant/kernels").expanduser()
 
 
 def table_path(folder: Path, device: str) -> Path:

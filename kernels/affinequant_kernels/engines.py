@@ -1,0 +1,385 @@
+"""What multiplies integers on this CPU: several ways, one result, and very different times; the fastest exact one is used.
+
+Which it is cannot be told from the CPU's name: the same call of oneDNN takes 24 ms where it finds instructions for it and
+ten seconds where it falls back to its reference code. So all CANDIDATES are timed once on this machine, by the number of
+rows (ROWS) and the range of the weight's integers (RANGES), and checked with extreme values: a class at its first use.
+Sizes grow only as long as a candidate is quick, which keeps all classes together under a second on a machine at rest; what
+was found is kept on disk. AFFQ_ENGINE overrides it.
+
+Shapes: m rows (tokens), k input features, n output features.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Int8
+from torch import Tensor
+
+from .cache import private_folder, write_whole
+
+Held = tuple[Tensor, ...]
+
+# Integers that fp32 holds exactly lie below this.
+EXACT = 1 << 24
+# Classes of sizes, by the most rows, and how many rows stand for the class where it is timed and checked.
+ROWS = {"one row": (1, 1, 1), "few rows": (32, 16, 5), "many rows": (math.inf, 256, 40)}
+# Classes of weights, by the largest |code - zero|. Pairs of products with 8-bit activations overflow int16 at 128 alone.
+RANGES = {"4 bits": 15, "8 bits": 128}
+# (n, k) that are timed one after the other, as long as a candidate is quick.
+LADDER = ((64, 256), (512, 1024))
+# A first call that takes longer is the last; so are the next ones if they take so many times the best candidate's.
+GIVE_UP_SECONDS, SLOW, SLOW_SECONDS = 0.1, 8.0, 5e-4
+# Of this thread's computing and of waiting too: nothing begins later.
+CPU_SECONDS, WALL_SECONDS = 0.15, 0.3
+ROUNDS = 5
+SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One way to multiply: q int8 [m, k] by codes int8 [n, k]."""
+
+    prepare: Callable[[Int8[Tensor, "n k"]], Held]  # what `product` reads instead of the codes
+    # float32 or int32 [m, n] of exact integers. With a scale [n]: float(integer) * scale in float32, rounded once each;
+    # and with a total [m, n] that is added, in its place.
+    product: Callable[[Tensor, Held, Tensor | None, Tensor | None], Tensor]
+    rounds: bool = False  # it hands out float32, so integers above EXACT are rounded even without a scale
+    views: bool = False  # `prepare` costs nothing, and what it makes is the codes' own memory
+
+
+# The candidates.
+
+
+def _packed(codes: Tensor) -> Held:
+    packed = torch.ops.onednn.qlinear_prepack(codes.contiguous(), None)
+    n = codes.shape[0]
+    return packed, torch.ones(n, dtype=torch.float32), torch.zeros(n, dtype=torch.int32)
+
+
+def _onednn(unsigned: bool, q: Tensor, held: Held, scale: Tensor | None, total: Tensor | None) -> Tensor:
+    """oneDNN's integer product. VNNI multiplies unsigned by signed bytes: there q + 128 with a zero point of 128."""
+    packed, one, none = held
+    scale, shift = one if scale is None else scale, 128 if unsigned else 0
+    if unsigned:
+        q = (q ^ -128).view(torch.uint8)
+    end = (torch.float32, "none", [], "")
+    if total is None:
+        return torch.ops.onednn.qlinear_pointwise(q, 1.0, shift, packed, scale, none, None, 1.0, 0, *end)
+    zero = torch.full((1,), shift, dtype=torch.int32)
+    add = (torch.float32, 1.0, 0, "sum", 1.0, "none", [], "")
+    return torch.ops.onednn.qlinear_pointwise.binary_tensor(
+        q, one[:1], zero, packed, scale, none, total, None, 1.0, 0, *add
+    )
+
+
+def _transposed(codes: Tensor) -> Held:
+    return (codes.t(),)
+
+
+def _columns(codes: Tensor) -> Held:
+    return (codes.t().contiguous(),)
+
+
+def _int_mm(swapped: bool, q: Tensor, held: Held, scale: Tensor | None, total: Tensor | None) -> Tensor:
+    multiply = torch._int_mm  # pyright: ignore[reportPrivateImportUsage]
+    integers = multiply(held[0].t(), q.t()).t().contiguous() if swapped else multiply(q, held[0])
+    return _finished(integers, scale, total)
+
+
+def _float32(q: Tensor, held: Held, scale: Tensor | None, total: Tensor | None) -> Tensor:
+    """In fp32, over as many columns at once as its sums of integers are exact for."""
+    first, *others = held
+    x, width = q.float(), first.shape[1]
+    integers = x[:, :width] @ first.t()
+    if others:
+        integers = integers.to(torch.int32)
+        for index, part in enumerate(others, 1):
+            integers += (x[:, index * width : (index + 1) * width] @ part.t()).to(torch.int32)
+    return _finished(integers, scale, total)
+
+
+def _floats(codes: Tensor) -> Held:
+    """A copy in fp32, four bytes a weight: to make it at every call takes longer than the product of one row."""
+    largest = max(1, int(codes.abs().max())) if int(codes.min()) > -128 else 128
+    return tuple(part.float().contiguous() for part in codes.split(EXACT // (128 * largest), 1))
+
+
+def _finished(integers: Tensor, scale: Tensor | None, total: Tensor | None) -> Tensor:
+    if scale is None:
+        return integers
+    scaled = integers.float().mul_(scale)
+    return scaled if total is None else total.add_(scaled)
+
+
+# The first one always works, is the yardstick of the others, and so cannot be left out.
+CANDIDATES: dict[str, Candidate] = {
+    "float32": Candidate(_floats, _float32),
+    "onednn_u8": Candidate(_packed, functools.partial(_onednn, True), rounds=True),
+    "onednn": Candidate(_packed, functools.partial(_onednn, False), rounds=True),
+    "int_mm": Candidate(_transposed, functools.partial(_int_mm, False), views=True),
+    "int_mm_swapped": Candidate(_transposed, functools.partial(_int_mm, True), views=True),
+    "int_mm_columns": Candidate(_columns, functools.partial(_int_mm, False)),
+}
+ALWAYS = "float32"
+
+Outcome = float | str  # seconds of one product, or why there are none
+
+
+# The choice.
+
+
+def choose(m: int, largest: int, integers: bool) -> str:
+    """The name of the candidate for products of m rows with a weight whose integers are at most `largest`.
+
+    `integers`: they may be above EXACT, and are needed themselves. Raises ValueError where AFFQ_ENGINE names a candidate
+    that there is not, or one that is not exact here.
+    """
+    rows = next(name for name, (most, _, _) in ROWS.items() if m <= most)
+    width = next(name for name, most in RANGES.items() if largest <= most)
+    return _chosen(rows, width, integers, torch.get_num_threads())
+
+
+@functools.cache
+def _chosen(rows: str, width: str, integers: bool, threads: int) -> str:
+    forced = _forced(rows, width)
+    if forced is not None and not (integers and CANDIDATES[forced].rounds):
+        return forced
+    seconds = {
+        name: outcome
+        for name, outcome in _timed(rows, width, threads).items()
+        if isinstance(outcome, float) and not (integers and CANDIDATES[name].rounds)
+    }
+    return min(seconds, key=seconds.__getitem__, default=ALWAYS)
+
+
+def overridden() -> str | None:
+    """The candidate that AFFQ_ENGINE asks for, if it does."""
+    return os.environ.get("AFFQ_ENGINE") or None
+
+
+def _forced(rows: str, width: str) -> str | None:
+    name = overridden()
+    if name is None:
+        return None
+    if name not in CANDIDATES:
+        raise ValueError(f"AFFQ_ENGINE: expected one of {', '.join(CANDIDATES)}, got {name}")
+    wrong = _inexact(CANDIDATES[name], ROWS[rows][2], RANGES[width])
+    if wrong is not None:
+        raise ValueError(f"AFFQ_ENGINE: {name} cannot be used on this CPU for {rows} and weights of {width}: {wrong}")
+    return name
+
+
+def report() -> dict[str, dict[str, object]]:
+    """By class of sizes: what is `chosen`, and each candidate's `ms` (None where it has none) with the `text` of it."""
+    found: dict[str, dict[str, object]] = {}
+    threads = torch.get_num_threads()
+    for rows in ROWS:
+        for width in RANGES:
+            candidates = {
+                name: {
+                    "ms": outcome * 1e3 if isinstance(outcome, float) else None,
+                    "text": f"{outcome * 1e3:.3g} ms" if isinstance(outcome, float) else outcome,
+                }
+                for name, outcome in _timed(rows, width, threads).items()
+            }
+            chosen = _chosen(rows, width, False, threads)
+            found[_name(rows, width)] = {"chosen": chosen, "candidates": candidates}
+    return found
+
+
+def _name(rows: str, width: str) -> str:
+    return f"{rows}, {width}"
+
+
+def summary(bits: int) -> str:
+    """The candidates that are chosen for weights of 4 or 8 bits, in a few words."""
+    width, threads = f"{bits} bits", torch.get_num_threads()
+    chosen = {rows: _chosen(rows, width, False, threads) for rows in ROWS}
+    if len(set(chosen.values())) == 1:
+        return chosen["one row"]
+    return ", ".join(f"{rows}: {name}" for rows, name in chosen.items())
+
+
+def forget() -> None:
+    """Drop what this process knows of times and choices; what is on disk stays."""
+    _chosen.cache_clear()
+    _timed.cache_clear()
+    _HOPELESS.clear()
+
+
+@functools.cache
+def _timed(rows: str, width: str, threads: int) -> dict[str, Outcome]:
+    """Every candidate's outcome in a class: from disk, or measured now and kept there."""
+    about = _about(threads)
+    try:
+        path = private_folder() / f"engines-{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]}.json"
+    except OSError:
+        path = None
+    kept = _kept(path) if path else {}
+    found = kept.get(_name(rows, width))
+    if found is None:
+        found = measure(rows, width)
+        if path and LATE not in found.values() and not _busy():
+            text = json.dumps({"about": about, "seconds": kept | {_name(rows, width): found}}, indent=1)
+            with contextlib.suppress(OSError):  # a full disk: it is measured again next time
+                write_whole(path, text + "\n")
+    return found
+
+
+def _busy() -> bool:
+    """Whether other work makes times worthless for tomorrow."""
+    return hasattr(os, "getloadavg") and os.getloadavg()[0] > 1.5 * (os.cpu_count() or 1)
+
+
+def _about(threads: int) -> dict[str, object]:
+    """All that the times depend on."""
+    facts = Path("/proc/cpuinfo")
+    lines = facts.read_text().split("\n\n")[0].splitlines() if facts.exists() else []
+    cpu = sorted(line for line in lines if line.startswith(("model name", "flags", "Features", "cache size")))
+    settings = {name: os.environ.get(name, "") for name in ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")}
+    return {
+        "schema": SCHEMA,
+        "cpu": [platform.machine(), *cpu],
+        "torch": torch.__version__,
+        "threads": threads,
+        "candidates": list(CANDIDATES),
+        "sizes": [ROWS, RANGES, LADDER],
+        **settings,
+    }
+
+
+def _kept(path: Path) -> dict[str, dict[str, Outcome]]:
+    """The outcomes that a file holds, by class: none where it is not there, cut short or something else."""
+    try:
+        found = json.loads(path.read_text())["seconds"]
+        outcomes = [outcome for candidates in found.values() for outcome in candidates.values()]
+        right = all(set(candidates) == set(CANDIDATES) for candidates in found.values())
+        right &= all(isinstance(o, str) or (isinstance(o, float) and 0 < o < math.inf) for o in outcomes)
+        return found if right else {}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return {}
+
+
+# The measurement.
+
+LATE = "no time was left"
+
+
+def measure(rows: str, width: str) -> dict[str, Outcome]:
+    """Every candidate's outcome in a class, the quickest checked first."""
+    late = _deadline()
+    (_, m, few), largest = ROWS[rows], RANGES[width]
+    with torch.no_grad():
+        outcomes = _race(m, largest, late)
+        seconds = {name: outcome for name, outcome in outcomes.items() if isinstance(outcome, float)}
+        for name in sorted(seconds, key=seconds.__getitem__):
+            wrong = LATE if late() and name != ALWAYS else _inexact(CANDIDATES[name], few, largest)
+            outcomes[name] = wrong or seconds[name]
+    return outcomes
+
+
+def _deadline() -> Callable[[], bool]:
+    computed, waited = time.thread_time() + CPU_SECONDS, time.perf_counter() + WALL_SECONDS
+    return lambda: time.thread_time() > computed or time.perf_counter() > waited
+
+
+def _race(m: int, largest: int, late: Callable[[], bool]) -> dict[str, Outcome]:
+    """Seconds of one product of m rows on the last size of the ladder, or why a candidate did not get there."""
+    outcomes: dict[str, Outcome] = {}
+    calls: dict[str, Callable[[], Tensor]] = {}
+    running = [name for name in CANDIDATES if name not in _HOPELESS]
+    for n, k in LADDER:
+        q, codes = _sample(m, n, k, largest)
+        calls, best = {}, math.inf
+        for name in running:
+            outcome = LATE
+            if not late():
+                outcome, call = _start(name, q, codes, best)
+                if call is not None:
+                    calls[name], best = call, min(best, float(outcome))
+            outcomes[name] = outcome
+        running = list(calls)
+    for _ in range(ROUNDS):  # in turns, so that what else runs on the machine meets all alike
+        for name, call in calls.items():
+            if not late():
+                outcomes[name] = min(float(outcomes[name]), _seconds(call))
+    return {name: _HOPELESS.get(name) or outcomes[name] for name in CANDIDATES}
+
+
+# Those whose first call took too long or failed: they are not called again in this process.
+_HOPELESS: dict[str, str] = {}
+
+
+def _start(name: str, q: Tensor, codes: Tensor, best: float) -> tuple[Outcome, Callable[[], Tensor] | None]:
+    """The seconds of a product and the call of it, unless it is too slow to go on with."""
+    size = f"{q.shape[0]} x {q.shape[1]} by {codes.shape[0]} x {codes.shape[1]}"
+    try:
+        call = functools.partial(CANDIDATES[name].product, q, CANDIDATES[name].prepare(codes), None, None)
+        first = _seconds(call)  # it may include compiling
+        if first > GIVE_UP_SECONDS:
+            _HOPELESS[name] = f"given up: {first:.2g} s for {size}"
+            return _HOPELESS[name], None
+        again = _seconds(call)
+        if again < GIVE_UP_SECONDS / 4:
+            again = min(again, _seconds(call))
+    except (AttributeError, RuntimeError, NotImplementedError) as problem:
+        _HOPELESS[name] = _reason(problem)
+        return _HOPELESS[name], None
+    if again > max(SLOW * best, SLOW_SECONDS):
+        return f"given up: {again * 1e3:.2g} ms for {size}, {again / best:.0f} times the best", None
+    return again, call
+
+
+def _reason(problem: Exception) -> str:
+    """A build without it, or a version with another signature."""
+    return f"does not work here: {str(problem).strip().splitlines()[0][:120]}"
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def _sample(m: int, n: int, k: int, largest: int) -> tuple[Tensor, Tensor]:
+    """Random integers of the whole range, with rows of the extremes."""
+    make = functools.partial(torch.randint, dtype=torch.int8, device="cpu", generator=torch.Generator().manual_seed(0))
+    high = min(largest, 127)
+    q, codes = make(-128, 128, (m, k)), make(-largest, high + 1, (n, k))
+    for row, value in zip(range(m - 1), (-128, 127), strict=False):
+        q[row] = value
+    codes[0], codes[1], codes[2] = -largest, high, high
+    codes[2, ::2] = -largest
+    return q, codes
+
+
+def _inexact(candidate: Candidate, m: int, largest: int) -> str | None:
+    """None where sums up to the largest and above EXACT come out right in all forms, or what is wrong."""
+    q, codes = _sample(m, 24, 8192, largest)
+    if m == 1:
+        q[0, :4096] = 127
+    exact = q.double() @ codes.double().t()
+    scale = torch.linspace(0.5, 1.5, 24, dtype=torch.float32, device="cpu")
+    scaled = exact.float() * scale
+    try:
+        held = candidate.prepare(codes)
+        plain = candidate.product(q, held, None, None)
+        once = candidate.product(q, held, scale, None)
+        twice = candidate.product(q, held, scale, scaled.clone())
+    except (AttributeError, RuntimeError, NotImplementedError) as problem:
+        return _reason(problem)
+    wanted = exact.float() if candidate.rounds else exact
+    right = torch.equal(plain.to(wanted.dtype), wanted)
+    return None if right and torch.equal(once, scaled) and torch.equal(twice, scaled + scaled) else "not exact"
