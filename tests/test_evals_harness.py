@@ -46,7 +46,8 @@ def test_mean_score() -> None:
     score = mean_score(values)
     assert (score.value, score.n, score.parts) == (0.6, 5, tuple(values))
     assert score.stderr == pytest.approx(statistics.stdev(values) / math.sqrt(5), rel=1e-12)
-    assert mean_score([3.0]).stderr is None
+    assert score.dof == 4
+    assert mean_score([3.0]).stderr is None and mean_score([3.0]).dof is None
 
 
 def test_exp_mean_score_is_the_delta_method() -> None:
@@ -69,7 +70,7 @@ def test_paired_difference_is_that_of_the_pairs() -> None:
     assert delta.value == pytest.approx(statistics.mean(after) - statistics.mean(before))
     differences = [new - old for new, old in zip(after, before, strict=True)]
     assert delta.stderr == pytest.approx(statistics.stdev(differences) / math.sqrt(50))
-    assert delta.stderr and delta.stderr < 0.1
+    assert delta.stderr and delta.stderr < 0.1 and delta.dof == 49
     assert all(row.score and row.score.stderr and row.score.stderr > 1 for row in mine.rows)
 
 
@@ -97,7 +98,7 @@ def test_other_observations_are_not_paired() -> None:
     other = evaluate(Numbers(values=(1.0, 2.0, 4.0)), suite(mean_metric("there")))
     delta = mine.compare(other)["mean"]
     errors = [row.score.stderr or 0.0 for row in (*mine.rows, *other.rows) if row.score]
-    assert not delta.paired and delta.stderr == pytest.approx(math.hypot(*errors))
+    assert not delta.paired and delta.stderr == pytest.approx(math.hypot(*errors)) and delta.dof == 2
 
 
 def test_a_difference_without_errors() -> None:
@@ -166,7 +167,7 @@ def test_json_schema() -> None:
     entry = value["metrics"]["mean"]
     assert {"value", "stderr", "n", "better", "baseline"} <= set(entry)
     assert (entry["value"], entry["n"], entry["better"], entry["baseline"]) == (1.5, 2, "higher", 1.0)
-    assert entry["delta"] == {"value": 0.5, "stderr": 0.5, "paired": True}
+    assert entry["delta"] == {"value": 0.5, "stderr": 0.5, "paired": True, "dof": 1} and entry["dof"] == 1
     assert {"python", "torch", "platform", "cpus"} <= set(value["env"])
     assert mine.to_json()["baseline"] is None and mine.to_json()["metrics"]["mean"]["baseline"] is None
 

@@ -1,6 +1,8 @@
 """How fast a checkpoint generates next to its model: each in its own process; the table, the verdict, the plot."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -108,6 +110,23 @@ def test_and_in_vllm(checkpoint: Path) -> None:
     result = speed.bench_checkpoint(checkpoint, engines=("vllm",), against=(), workload=work)
     (entry,) = result["results"]
     assert entry["engine"] == "vllm" and entry["rows"][0]["tokens_per_s"] > 0
+
+
+def test_the_peak_is_that_of_all_processes() -> None:
+    """vLLM's engine is a child of the process that measures, and has let go of memory when it is asked."""
+    code = (
+        "import subprocess, sys\n"
+        "from affinequant_evals.generate import peak_bytes\n"
+        "alone = peak_bytes()\n"
+        "hold = 'x = bytearray(400 * 2**20); x = None; print(1, flush=True); input()'\n"
+        "child = subprocess.Popen([sys.executable, '-c', hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE)\n"
+        "child.stdout.readline()\n"
+        "print(alone, peak_bytes())\n"
+        "child.communicate(b'\\n')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    alone, both = map(int, done.stdout.split())
+    assert alone > 50 * 2**20 and 400 * 2**20 < both - alone < 480 * 2**20
 
 
 def test_a_measurement_that_fails_says_why(checkpoint: Path) -> None:

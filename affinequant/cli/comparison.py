@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from affinequant.cli.output import minutes, size, with_error
+from affinequant.cli.output import freedom, minutes, size, with_error
 from affinequant.models import FAMILIES, Dims
 from affinequant.presets import PRESETS
 
@@ -71,7 +71,7 @@ class Comparison:
         if about:
             lines.append(
                 f"perplexity: {about['windows']} windows of {about['seq_len']} tokens of {about['text']}, BOS: "
-                f"{about['bos']}; +- is one standard error, of pairs of windows in the ratio"
+                f"{about['bos']}; {freedom(about['windows'] - 1)}, of pairs of windows in the ratio"
             )
         if self.error:
             lines.append(f"full precision failed: {_sentence(self.error)}")
@@ -225,7 +225,8 @@ def _verdict(found: Mapping[str, Any] | None) -> str:
 
 
 def _score_json(score: "Score | None") -> dict[str, Any]:
-    return {"perplexity": score and score.value, "stderr": score and score.stderr, "n": score.n if score else 0}
+    error = {"stderr": score and score.stderr, "dof": score and score.dof}
+    return {"perplexity": score and score.value, **error, "n": score.n if score else 0}
 
 
 def _sentence(error: Mapping[str, str]) -> str:

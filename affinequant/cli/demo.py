@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from affinequant.cli.arguments import Parser, add_recipe, recipe_of
 from affinequant.cli.evaluate import DEFAULT_WINDOWS
-from affinequant.cli.output import Screen, minutes, size, with_error
+from affinequant.cli.output import Screen, freedom, minutes, size, with_error
 from affinequant.cli.plan import print_plan
 from affinequant.cli.quantize import PRESETS_TEXT, add_run, next_commands, prepare, print_next, quantize
 from affinequant.recipe import Recipe
@@ -131,7 +131,7 @@ def _print_table(done: "Result", card: "Scorecard", screen: Screen) -> None:
     screen.table([f"SmolLM2-135M {report['scheme']}", "full precision", "quantised", ""], rows, right=(1, 2, 3))
     screen.print()
     scoring = minutes((card.seconds + _other(card)) / 60)
-    where = f"{DEFAULT_WINDOWS} windows of {SEQ_LEN} tokens of held-out text; +- is over windows"
+    where = f"{DEFAULT_WINDOWS} windows of {SEQ_LEN} tokens of held-out text; {freedom(DEFAULT_WINDOWS - 1)}"
     screen.facts(
         {
             "perplexity": where,

@@ -4,7 +4,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from affinequant.cli.arguments import Parser, choice, whole
-from affinequant.cli.output import Screen, minutes, with_error
+from affinequant.cli.output import Screen, freedom, minutes, with_error
 from affinequant.errors import AffineQuantError
 from affinequant.recipe import Device, Dtype
 
@@ -17,7 +17,7 @@ USAGE = "CKPT [--text FILE|demo] [--tasks A,B] [--suite quick|paper] ..."
 EPILOG = f"""
 Without options: perplexity on {DEFAULT_WINDOWS} windows of the demo's held-out text. The baseline (the model that the
 checkpoint was made from, or --baseline) sees the same tokens and prompts; +- is one standard error, of the
-pairwise differences where it stands at the difference.
+pairwise differences where it stands at the difference, with one degree of freedom less than there are windows.
 
 examples:
   affinequant eval my-llama-w4a4
@@ -135,7 +135,7 @@ def _how(row: "Row") -> str:
         return ""
     return (
         f"{row.name}: {about['windows']} windows of {about['seq_len']} tokens of {about['text']}, "
-        f"BOS: {about['bos']}, {about['tokens_scored']:,} tokens scored"
+        f"BOS: {about['bos']}, {about['tokens_scored']:,} tokens scored; {freedom(row.score.dof if row.score else None)}"
     )
 
 

@@ -127,6 +127,12 @@ def spoken(path: str | Path) -> str:
     return shlex.quote(text if text.startswith(("/", "./", "../", "~")) else f"./{text}")
 
 
+def freedom(dof: int | None) -> str:
+    """What `+-` is, and how well it is known: of few windows, far less than the normal distribution would have it."""
+    known = "" if dof is None else f" with {dof} degree{'s' * (dof != 1)} of freedom"
+    return f"+- is one standard error{known}"
+
+
 def with_error(value: float, stderr: float | None, *, sign: bool = False) -> str:
     """`12.34 +- 0.56`."""
     text = f"{value:+.4g}" if sign else f"{value:.4g}"

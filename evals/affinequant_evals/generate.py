@@ -9,6 +9,7 @@ other tokens. The result is a line of JSON on stdout.
 
 import argparse
 import json
+import os
 import resource
 import statistics
 import sys
@@ -17,13 +18,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 Generate = Callable[[list[list[int]], int], Any]
+Peak = Callable[[], int]
 
 
-def vllm_engine(folder: Path, length: int, batch: int, dtype: str, eager: bool) -> tuple[Generate, int]:
-    """(generate, vocabulary) of a vLLM engine as `vllm serve` would set it up, but for what repeats a prompt."""
+def vllm_engine(folder: Path, length: int, batch: int, dtype: str, eager: bool) -> tuple[Generate, int, Peak]:
+    """(generate, vocabulary, peak memory) of a vLLM engine as `vllm serve` would set it up, but for what repeats a prompt."""
     from vllm import LLM, SamplingParams
 
     settings: dict[str, Any] = {
@@ -42,11 +45,14 @@ def vllm_engine(folder: Path, length: int, batch: int, dtype: str, eager: bool) 
         wanted = SamplingParams(max_tokens=new, temperature=0, ignore_eos=True, detokenize=False)
         llm.generate([{"prompt_token_ids": ids} for ids in prompts], wanted, use_tqdm=False)
 
-    return generate, llm.model_config.get_vocab_size()
+    def peak() -> int:
+        return sum(llm.collective_rpc(reserved_bytes)) if torch.cuda.is_available() else peak_bytes()
+
+    return generate, llm.model_config.get_vocab_size(), peak
 
 
-def transformers_engine(folder: Path, dtype: str) -> tuple[Generate, int]:
-    """(generate, vocabulary) of the model as `affinequant.load` gives it."""
+def transformers_engine(folder: Path, dtype: str) -> tuple[Generate, int, Peak]:
+    """(generate, vocabulary, peak memory) of the model as `affinequant.load` gives it."""
     import affinequant
 
     model: Any = affinequant.load(folder, dtype=dtype)  # pyright: ignore[reportArgumentType]
@@ -58,7 +64,7 @@ def transformers_engine(folder: Path, dtype: str) -> tuple[Generate, int]:
         with torch.no_grad():
             model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False)
 
-    return generate, model.config.vocab_size
+    return generate, model.config.vocab_size, reserved_bytes if torch.cuda.is_available() else peak_bytes
 
 
 def measure(generate: Generate, vocabulary: int, batch: int, prompt: int, new: int, rounds: int) -> dict[str, float]:
@@ -89,11 +95,32 @@ def measure(generate: Generate, vocabulary: int, batch: int, prompt: int, new: i
 
 
 def peak_bytes() -> int:
-    """Peak memory of this process: on the GPU where there is one."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_reserved()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    """Peak memory of this process and all below it: vLLM's engine is a process of its own.
+
+    A page that several share counts once. What each process has held beyond what it holds now is added, so that peaks that
+    did not coincide count a little more than there was at any time.
+    """
+    here = psutil.Process()
+    return sum(_peak_of(process) for process in [here, *here.children(recursive=True)])
+
+
+def _peak_of(process: psutil.Process) -> int:
+    try:
+        status = Path(f"/proc/{process.pid}/status")
+        if not status.exists():
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            peak *= 1 if sys.platform == "darwin" else 1024
+            return peak if process.pid == os.getpid() else process.memory_info().rss
+        fields = dict(line.split(":", 1) for line in status.read_text().splitlines() if line.startswith("Vm"))
+        most, now = (1024 * int(fields[name].split()[0]) for name in ("VmHWM", "VmRSS"))
+        return process.memory_full_info().pss + max(0, most - now)
+    except (OSError, KeyError, psutil.Error):  # it ended meanwhile
+        return 0
+
+
+def reserved_bytes(worker: Any = None) -> int:
+    """Peak of what a process reserved on its GPU; vLLM calls it in each of its workers."""
+    return torch.cuda.max_memory_reserved()
 
 
 def main() -> None:
@@ -112,12 +139,12 @@ def main() -> None:
     began = time.perf_counter()
     if given.engine == "vllm":
         length = given.prompt + given.new + 8
-        generate, vocabulary = vllm_engine(given.folder, length, max(batches), given.dtype, given.eager)
+        generate, vocabulary, peak = vllm_engine(given.folder, length, max(batches), given.dtype, given.eager)
     else:
-        generate, vocabulary = transformers_engine(given.folder, given.dtype)
+        generate, vocabulary, peak = transformers_engine(given.folder, given.dtype)
     ready = time.perf_counter() - began
     rows = [measure(generate, vocabulary, batch, given.prompt, given.new, given.rounds) for batch in batches]
-    print(json.dumps({"ready_s": ready, "peak_bytes": peak_bytes(), "rows": rows}), flush=True)
+    print(json.dumps({"ready_s": ready, "peak_bytes": peak(), "rows": rows}), flush=True)
 
 
 if __name__ == "__main__":

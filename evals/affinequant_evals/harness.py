@@ -45,6 +45,11 @@ class Score:
     key: str = ""
     about: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def dof(self) -> int | None:
+        """Degrees of freedom of `stderr`: how well it is known itself (Student's t; 95 % lie within 2.57 of it at 5)."""
+        return None if self.stderr is None else self.n - 1
+
 
 def mean_score(values: Sequence[float], *, key: str = "", about: Mapping[str, Any] | None = None) -> Score:
     """The mean of the values, e.g. an accuracy over documents."""
@@ -105,11 +110,13 @@ class Row:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Delta:
-    """A score minus the baseline's. `paired`: both saw the same observations, and the error is that of the pairs."""
+    """A score minus the baseline's. `paired`: both saw the same observations, and the error is that of the pairs; else
+    `dof` is that of the score that is known less well."""
 
     value: float
     stderr: float | None
     paired: bool
+    dof: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,6 +169,7 @@ class Scorecard:
         entry: dict[str, Any] = {
             "value": score.value if score else None,
             "stderr": score.stderr if score else None,
+            "dof": score.dof if score else None,
             "n": score.n if score else 0,
             "better": row.better,
             "baseline": other.value if other else None,
@@ -239,10 +247,12 @@ def _delta(mine: Score, other: Score) -> Delta:
     value = mine.value - other.value
     if mine.key and mine.key == other.key and len(mine.parts) == len(other.parts) > 0:
         parts = [left - right for left, right in zip(mine.parts, other.parts, strict=True)]
-        return Delta(value=value, stderr=_stderr(parts), paired=True)
+        stderr = _stderr(parts)
+        return Delta(value=value, stderr=stderr, paired=True, dof=None if stderr is None else len(parts) - 1)
     if mine.stderr is None or other.stderr is None:
         return Delta(value=value, stderr=None, paired=False)
-    return Delta(value=value, stderr=math.hypot(mine.stderr, other.stderr), paired=False)
+    stderr = math.hypot(mine.stderr, other.stderr)
+    return Delta(value=value, stderr=stderr, paired=False, dof=min(mine.n, other.n) - 1)
 
 
 def _stderr(parts: Sequence[float]) -> float | None:
