@@ -371,6 +371,7 @@ def test_eval(made: Path, text: Path, tiny: Tiny, capsys: Capture) -> None:
     shown = capsys.readouterr()
     row = next(line for line in shown.out.splitlines() if line.startswith("perplexity@text.txt,seq32"))
     assert row.count("+-") == 3 and "lower is better" in row
+    assert "+- is one standard error with 2 degrees of freedom" in shown.out
     assert f"baseline    {tiny()}" in shown.out and "3 windows of 32 tokens" in shown.out
     assert "scoring" in shown.err
     value = answer(capsys, [*argv, "--baseline", "none", "--bos", "yes", "-q"])

@@ -91,6 +91,7 @@ def test_two_presets_and_what_is_finished_is_kept(
     assert main([*words, "--presets", "rtn,quarot"]) == 0
     shown = capfd.readouterr()
     rows = {line.split("  ")[0]: line for line in shown.out.splitlines()}
+    assert "degrees of freedom, of pairs of windows in the ratio" in shown.out
     assert rows["full precision"].count("+-") == 1 and rows["rtn"].count("+-") == rows["quarot"].count("+-") == 2
     assert "merged" in rows["rtn"] and "online" in rows["quarot"] and "0.0 %" in rows["rtn"]
     assert "3 windows of 32 tokens of text.txt" in shown.out and "published" not in shown.out

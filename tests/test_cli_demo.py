@@ -27,7 +27,7 @@ def test_demo(capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr()
     lines = shown.out.splitlines()
     row = next(line for line in lines if line.startswith("perplexity@demo,seq64"))
-    assert row.endswith("x") and row.count("+-") == 2
+    assert row.endswith("x") and row.count("+-") == 2 and "with 5 degrees of freedom" in shown.out
     assert lines[-2:] == ["  vllm serve ./smollm2-135m-w4a4", "  affinequant eval ./smollm2-135m-w4a4"]
     assert "The capital of France is" in shown.out and "note: SmolLM2-135M-Instruct, dequantised" in shown.out
     # Typed again it goes straight to the scores.

@@ -99,7 +99,8 @@ class AffineQuantConfig(QuantizationConfig):
         self.folded = [site for site, place in ours.get("placements", {}).items() if place["how"] == "folded"]
         if ours.get("kv"):
             bits = ours["kv"]["bits"]
-            _log.warning("%s asks for a KV cache in %d bits, vLLM keeps it in 16", ours["scheme"], bits)
+            own = "vLLM keeps its own (--kv-cache-dtype; 16 bits unless given)"
+            _log.warning("%s asks for a KV cache in %d bits, %s", ours["scheme"], bits, own)
         self.ignore: list[str] = list(declared.get("ignore", []))
 
     @classmethod
@@ -113,11 +114,15 @@ class AffineQuantConfig(QuantizationConfig):
     ) -> Any:
         """Our name, for compressed-tensors checkpoints of ours that quantise activations without declaring it."""
         ours = hf_quant_cfg.get("affinequant")
-        if hf_quant_cfg.get("quant_method") != "compressed-tensors" or not ours or user_quant not in (None, NAME):
+        if hf_quant_cfg.get("quant_method") != "compressed-tensors" or not ours:
             return None
-        groups = hf_quant_cfg.get("config_groups", {}).values()
-        declared = any(group.get("input_activations") for group in groups)
-        return NAME if ours.get("activation") and not declared else None
+        if user_quant not in (None, NAME):
+            if ours.get("activation") and not _declared(hf_quant_cfg):
+                bits = ours["activation"]["bits"]
+                left = "activations stay in 16 bits where the checkpoint was made for %d: leave --quantization out"
+                _log.warning_once(f"with --quantization %s {left}", user_quant, bits)
+            return None
+        return NAME if ours.get("activation") and not _declared(hf_quant_cfg) else None
 
     def get_name(self) -> Any:
         """`affinequant`."""
@@ -212,3 +217,8 @@ class AffineQuantConfig(QuantizationConfig):
         if any(other != first for other in others):
             raise ValueError(f"{', '.join(members)} read one input, and their transforms differ")
         return first
+
+
+def _declared(quantization: Mapping[str, Any]) -> bool:
+    """Whether a config of compressed-tensors itself says that activations are quantised."""
+    return any(group.get("input_activations") for group in quantization.get("config_groups", {}).values())
