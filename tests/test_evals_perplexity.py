@@ -76,11 +76,12 @@ def test_perplexity_and_its_error(subject: LanguageModel) -> None:
 
 def test_lm_eval_finds_the_same_likelihoods(subject: LanguageModel) -> None:
     pytest.importorskip("lm_eval", reason="lm-eval is not installed")
-    from affinequant_evals.tasks import _adapter
+    from affinequant_evals.lm_eval_model import InMemory
 
     windows = cut_windows("text", TEXT, subject.tokenizer, seq_len=40, windows=4)
     requests = [(("", ""), window[:1], window[1:]) for window in windows.ids.tolist()]
-    theirs = [-total / 39 for total, _ in _adapter(subject, "auto")._loglikelihood_tokens(requests, disable_tqdm=True)]
+    found = InMemory(subject, "auto")._loglikelihood_tokens(requests, disable_tqdm=True)
+    theirs = [-total / 39 for total, _ in found]
     assert window_losses(subject.model, windows.ids).tolist() == pytest.approx(theirs, rel=1e-5)
 
 
