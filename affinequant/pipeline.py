@@ -98,7 +98,7 @@ def quantize_blocks(made: Plan, run: Run, tokens: Tokens, decoder: Decoder, list
     if not run.committed("outer"):
         outer_stage(made, run, tokens, decoder, rotation)  # whose tables, in fp64, need the CPU's memory
     if rotation is not None:
-        rotation.to(device)
+        rotation.to(decoder.device)
     _, kwargs = decoder.embed(tokens.ids[:1], run.tensors("outer"))
     names = [stage_name(index) for index in range(made.dims.layers)]
     pending = run.pending(names)
