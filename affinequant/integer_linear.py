@@ -1,6 +1,7 @@
 """A linear on integers, as every run time of ours uses it: in transformers and in vLLM alike."""
 
 from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from affinequant_kernels import Weight, online_linear, prepare_weight, slice_columns
@@ -8,7 +9,32 @@ from affinequant_kernels.online_ops import WEIGHT_ONLY
 from jaxtyping import Float, Int8
 from torch import Tensor, nn
 
+from affinequant.errors import AffineQuantError
 from affinequant.scheme import NumberFormat
+
+T = TypeVar("T")
+
+
+def check_engine() -> None:
+    """Before anything long: raise AffineQuantError where AFFQ_ENGINE asks for what cannot be."""
+    from affinequant_kernels import engines
+
+    if engines.overridden():
+        _followed(lambda: [engines.choose(m, 8, False) for m in (1, 16, 256)])
+
+
+def engines_report() -> dict[str, dict[str, Any]]:
+    """`affinequant_kernels.engines.report()`. Raises AffineQuantError where AFFQ_ENGINE asks for what cannot be."""
+    from affinequant_kernels import engines
+
+    return _followed(engines.report)
+
+
+def _followed(act: Callable[[], T]) -> T:
+    try:
+        return act()
+    except ValueError as problem:
+        raise AffineQuantError(str(problem), "AFFQ_ENGINE", "unset it, or name another") from None
 
 
 class IntegerLinear(nn.Module):

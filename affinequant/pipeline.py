@@ -15,6 +15,7 @@ from affinequant.block import BlockJob
 from affinequant.checkpoint import check_finite, check_tensors, locate, open_source
 from affinequant.data import Tokens, calibration_tokens
 from affinequant.finish import DISTILLED, finish, peak_bytes, publish, stage_name
+from affinequant.integer_linear import check_engine
 from affinequant.judge import ModelJudge
 from affinequant.plan import Plan, check_disk
 from affinequant.plan import plan as make_plan
@@ -68,6 +69,7 @@ def quantize(
         demo_model(listen.say)
     made = make_plan(recipe)
     check_device(made.device)
+    check_engine()
     with open_workspace(made, overwrite=overwrite, resume=resume) as workspace:
         if not workspace.finished:
             check_disk(made)

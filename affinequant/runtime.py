@@ -14,7 +14,7 @@ from affinequant.errors import AffineQuantError
 from affinequant.formats import check_readable
 from affinequant.formats.compressed_tensors import unpack_linear
 from affinequant.formats.reading import pretrained
-from affinequant.integer_linear import IntegerLinear
+from affinequant.integer_linear import IntegerLinear, check_engine
 from affinequant.quantizer import dequantize
 from affinequant.recipe import Device, Dtype
 from affinequant.scheme import NumberFormat
@@ -38,6 +38,7 @@ def load(path: str | Path, *, device: Device = "auto", dtype: Dtype = "auto") ->
         AffineQuantError: no such folder, another version, or tensors that are missing, truncated or not finite.
     """
     check_device(device)
+    check_engine()
     source = open_source(Path(path))
     target = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     kind = compute_dtype(dtype, target)
@@ -72,16 +73,6 @@ def self_test() -> dict[str, dict[str, Any]]:
         text = "equals its reference" if passed else f"DIFFERS by {worst:.3g}"
         results[name] = {"passed": passed, "text": f"{text} ({engines.summary(bits)}; few tokens: {few})"}
     return results
-
-
-def engines_report() -> dict[str, dict[str, Any]]:
-    """`affinequant_kernels.engines.report()`. Raises AffineQuantError where AFFQ_ENGINE asks for what cannot be."""
-    from affinequant_kernels import engines
-
-    try:
-        return engines.report()
-    except ValueError as problem:
-        raise AffineQuantError(str(problem), "AFFQ_ENGINE", "unset it, or name another") from None
 
 
 def benchmark(

@@ -408,7 +408,7 @@ def test_list(topic: str, names: list[str], capsys: Capture) -> None:
     assert topic in answer(capsys, ["list"])["list"]
 
 
-def test_env(capsys: Capture, monkeypatch: Patch) -> None:
+def test_env(tiny: Tiny, options: list[str], tmp_path: Path, capsys: Capture, monkeypatch: Patch) -> None:
     from affinequant_kernels import engines, reference
 
     assert main(["env"]) == 0
@@ -428,6 +428,9 @@ def test_env(capsys: Capture, monkeypatch: Patch) -> None:
     engines.forget()
     error = answer(capsys, ["env"], code=2)["error"]
     assert "got fastest" in error["what"] and "float32" in error["what"] and "AFFQ_ENGINE" in error["where"]
+    model = str(tiny(tied=True))
+    error = answer(capsys, ["quantize", model, *options, "--w4a4", "-o", str(tmp_path / "out")], code=2)["error"]
+    assert "got fastest" in error["what"] and not (tmp_path / "out" / "report.json").exists()
     monkeypatch.delenv("AFFQ_ENGINE")
     engines.forget()
 

@@ -107,7 +107,7 @@ def _cpu_facts() -> dict[str, str]:
 
 
 def _engines() -> dict[str, dict[str, Any]]:
-    from affinequant.runtime import engines_report
+    from affinequant.integer_linear import engines_report
 
     return engines_report()
 

@@ -42,7 +42,7 @@ LADDER = ((64, 256), (512, 1024))
 # A first call that takes longer is the last; so are the next ones if they take so many times the best candidate's.
 GIVE_UP_SECONDS, SLOW, SLOW_SECONDS = 0.1, 8.0, 5e-4
 # Of this thread's computing and of waiting too: nothing begins later.
-CPU_SECONDS, WALL_SECONDS = 0.15, 0.3
+CPU_SECONDS, WALL_SECONDS = 0.15, 0.6
 ROUNDS = 5
 SCHEMA = 1
 
