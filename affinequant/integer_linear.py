@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 
 import torch
 from affinequant_kernels import Weight, online_linear, prepare_weight, slice_columns
-from affinequant_kernels.online_ops import WEIGHT_ONLY
+from affinequant_kernels.online_ops import WEIGHT_ONLY, warm
 from jaxtyping import Float, Int8
 from torch import Tensor, nn
 
@@ -45,6 +45,8 @@ class IntegerLinear(nn.Module):
         matrices: those of P, in the order in which they act (`transforms.online.in_order`); empty for none.
         activation: the grid of a token; None leaves activations as they are.
         clip: ratio by which a token's range is narrowed.
+        dtype: the type that x will have. The matrices are rounded to it once instead of at every call; later
+            `.to(dtype)` rounds the given ones again.
         slices: into how many equal parts x is cut, each of them transformed and quantised by itself.
 
     Raises:
@@ -63,6 +65,7 @@ class IntegerLinear(nn.Module):
         clip: float,
         matrices: Sequence[Tensor] = (),
         slices: int = 1,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.out_features, self.in_features = codes.shape
@@ -72,6 +75,7 @@ class IntegerLinear(nn.Module):
             _Part(
                 weight if slices == 1 else slice_columns(weight, self.in_features, width * i, width * (i + 1)),
                 [_slice(matrix, i, slices) for matrix in matrices],
+                dtype,
             )
             for i in range(slices)
         )
@@ -97,28 +101,45 @@ class IntegerLinear(nn.Module):
 
     def _product(self, x: Tensor, index: int, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         part: _Part = self.parts[index]  # pyright: ignore[reportAssignmentType]
-        return online_linear(
-            x,
-            part.matrices(),
-            part.weight(),
-            act_bits=self.activation.bits if self.activation else WEIGHT_ONLY,
-            act_symmetric=self.activation is None or self.activation.symmetric,
-            clip=self.clip,
-            bias=bias,
-            out_dtype=dtype,
-        )
+        settings = self._settings() | {"bias": bias, "out_dtype": dtype}
+        return online_linear(x, part.rounded, part.weight(), clip=self.clip, **settings)
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "act_bits": self.activation.bits if self.activation else WEIGHT_ONLY,
+            "act_symmetric": self.activation is None or self.activation.symmetric,
+        }
+
+    def warm(self, dtype: torch.dtype, bias: Tensor | None = None) -> None:
+        """On a GPU: compile what `forward` of an x of this type can meet, whatever the number of tokens."""
+        bias, whole = self._buffers["bias"] if bias is None else bias, len(self.parts) == 1
+        for index, part in enumerate(self.parts):
+            assert isinstance(part, _Part)
+            out = dtype if whole else torch.float32
+            width = self.in_features // len(self.parts)
+            first = bias if index == 0 else None
+            warm(width, dtype, part.rounded, part.weight(), bias=first, out_dtype=out, **self._settings())
+
+
+def warmed(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The module, if it is a linear on integers ready for any number of tokens of this type (`IntegerLinear.warm`)."""
+    if isinstance(module, IntegerLinear):
+        module.warm(dtype)
+    return module
 
 
 class _Part(nn.Module):
     """The integers and matrices of one slice."""
 
-    def __init__(self, weight: Weight, matrices: Sequence[Tensor]) -> None:
+    def __init__(self, weight: Weight, matrices: Sequence[Tensor], dtype: torch.dtype | None) -> None:
         super().__init__()
         for name, tensor in weight._asdict().items():
             self.register_buffer(name, tensor, persistent=False)
         self.names = [f"matrix_{index}" for index in range(len(matrices))]
         for name, matrix in zip(self.names, matrices, strict=True):
             self.register_buffer(name, matrix, persistent=False)
+        self.dtype = dtype
+        self._round()
 
     def weight(self) -> Weight:
         return Weight(*(getattr(self, name) for name in Weight._fields))
@@ -135,7 +156,15 @@ class _Part(nn.Module):
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        return super()._apply(keep, recurse)
+        super()._apply(keep, recurse)
+        if self.dtype is not None:
+            self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        self._round()
+        return self
+
+    def _round(self) -> None:
+        # Beside the given matrices, which a later type needs, and not a buffer, which `keep` would keep as it is.
+        self.rounded = [matrix if self.dtype is None else matrix.to(self.dtype) for matrix in self.matrices()]
 
 
 def _slice(matrix: Tensor, index: int, slices: int) -> Tensor:

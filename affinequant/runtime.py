@@ -14,7 +14,7 @@ from affinequant.errors import AffineQuantError
 from affinequant.formats import check_readable
 from affinequant.formats.compressed_tensors import unpack_linear
 from affinequant.formats.reading import pretrained
-from affinequant.integer_linear import IntegerLinear, check_engine
+from affinequant.integer_linear import IntegerLinear, check_engine, warmed
 from affinequant.quantizer import dequantize
 from affinequant.recipe import Device, Dtype
 from affinequant.scheme import NumberFormat
@@ -125,7 +125,8 @@ def read_linear(source: Source, name: str, like: nn.Linear, device: torch.device
     Raises:
         AffineQuantError: tensors that are missing, or of a size that does not fit.
     """
-    return _linear(source, name, like, source.config["quantization_config"]["affinequant"]).to(device)
+    made = _linear(source, name, like, source.config["quantization_config"]["affinequant"]).to(device)
+    return warmed(made, like.weight.dtype)
 
 
 def pack_cache(source: Source, model: Any) -> None:
@@ -215,8 +216,7 @@ def _quantized(source: Source, device: torch.device, dtype: torch.dtype) -> "Pre
 
 
 def _linear(source: Source, name: str, module: nn.Linear, ours: Mapping[str, Any]) -> nn.Module:
-    """One quantised linear: on integers where its activations are quantised or transformed, else dequantised into the
-    plain module."""
+    """One quantised linear: on integers where its input is quantised or transformed, else dequantised in place."""
     weight, dtype = NumberFormat(**ours["weight"]), module.weight.dtype
     codes, scale, zero = unpack_linear(source, name, weight)
     _check_shape(codes, module.weight, name)
@@ -235,7 +235,7 @@ def _linear(source: Source, name: str, module: nn.Linear, ours: Mapping[str, Any
     clip = float(ours["input_clip"][name]) if activation else 1.0
     settings = {"bits": weight.bits, "activation": activation, "clip": clip, "matrices": matrices, "slices": slices}
     try:
-        return IntegerLinear(codes, scale, zero, bias, **settings)
+        return IntegerLinear(codes, scale, zero, bias, dtype=dtype, **settings)
     except ValueError as problem:
         raise AffineQuantError(f"{name}: {problem}", str(source.folder), _AGAIN) from None
 

@@ -20,15 +20,16 @@ def compile_for(arch: int, name: str) -> aot.Report:
     return aot.compile_case(next(case for case in aot.cases() if case.name == name), arch)
 
 
+JOBS = [(arch, case.name) for case in aot.cases() for arch in case.architectures]
+
+
 @pytest.fixture(scope="module")
 def reports() -> dict[tuple[int, str], aot.Report]:
-    jobs = [(arch, case.name) for arch in aot.ARCHITECTURES for case in aot.cases()]
     with ProcessPoolExecutor(max_workers=2) as pool:
-        return dict(zip(jobs, pool.map(compile_for, *zip(*jobs, strict=True)), strict=True))
+        return dict(zip(JOBS, pool.map(compile_for, *zip(*JOBS, strict=True)), strict=True))
 
 
-@pytest.mark.parametrize("arch", aot.ARCHITECTURES)
-@pytest.mark.parametrize("name", [case.name for case in aot.cases()])
+@pytest.mark.parametrize("arch, name", JOBS)
 def test_machine_code(reports: dict[tuple[int, str], aot.Report], arch: int, name: str) -> None:
     report = reports[arch, name]
     assert not report.problems, report
@@ -78,11 +79,24 @@ def test_every_kernel_is_among_the_cases() -> None:
 
 def test_limits_are_enforced(reports: dict[tuple[int, str], aot.Report]) -> None:
     case = next(case for case in aot.cases() if case.name == "gemm 128x128")
-    bad = {"spills": 1, "registers": 999, "wgmma": 0, "from_registers": 0, "mma": 0, "dp4a": 0, "shuffles": 99}
+    bad = {
+        "spills": 1,
+        "registers": 999,
+        "wgmma": 0,
+        "from_registers": 0,
+        "mma": 0,
+        "dp4a": 0,
+        "shuffles": 99,
+        "copies": 0,
+    }
     assert len(aot._problems(case, 90, bad)) == 4
     good = reports[90, "gemm 128x128"]
     assert good.wgmma > 0 and good.from_registers == good.wgmma and reports[80, "gemm 128x128"].mma > 0
     assert len(aot._problems(case, 90, bad | {"wgmma": 4, "from_registers": 3})) == 4
+    gemv = next(case for case in aot.cases() if case.name == "gemv")
+    assert aot._problems(gemv, 90, bad | {"spills": 0, "registers": 9, "shuffles": 0, "dp4a": 8}) == (
+        "weights are not fetched ahead",
+    )
 
 
 def test_product_loop_is_the_inner_one() -> None:

@@ -111,6 +111,7 @@ CONFIGS = {
     "persistent": Config(bn=64, bm=64, programs=2, warps=4),
     "half steps": Config(bn=64, bm=64, bj=32, warps=4),
     "wide": Config(bn=128, bm=128),
+    "wider": Config(bn=256, bm=128),
     "gemv": Config(path="gemv", bn=16, bm=1, bj=64, warps=4),
 }
 
@@ -190,6 +191,9 @@ def test_weights_only_product(kind: str, bits: int, with_zero: bool, group: int,
         got = gemm_group.w4a16_linear(x, weight, bias, torch.float32)
         # fp32 sums of k terms.
         assert (got - wanted).abs().max() <= 2e-6 * wanted.abs().max()
+        for split in (2, 5):  # the second leaves programs without columns
+            got = gemm_group.w4a16_linear(x, weight, bias if m > 1 else None, torch.float32, split=split)
+            assert (got - wanted + (bias if m == 1 else 0)).abs().max() <= 2e-6 * wanted.abs().max()
 
 
 # Quantisers

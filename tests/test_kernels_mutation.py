@@ -99,6 +99,12 @@ MUTATIONS = [
              "group * (GROUP_SIZE // 128)", "every_kind and 4-True-group-4-False-256"),
     Mutation("w4a16, multiplier", "gemm_group.py", "value = value * tl.load(mul_ptr", "value = value + tl.load(mul_ptr",
              "weights_only and integer-4-True-64"),
+    Mutation("w4a16, share", "gemm_group.py", "tl.program_id(1) * share", "tl.program_id(1) * (share - 1)",
+             "weights_only and channel-4-True"),
+    Mutation("w4a16, place of a share", "gemm_group.py", "out_ptr + tl.program_id(1).to(tl.int64) * M * N", "out_ptr",
+             "weights_only and channel-4-True"),
+    Mutation("w4a16, first share again", "gemm_group.py", "tl.full([], part, tl.int64)", "tl.full([], 0, tl.int64)",
+             "weights_only and channel-4-True"),
     Mutation("w4a16, low nibble", "gemm_group.py", "w = w << 4\n", "w = w << 3\n", "weights_only and channel-4-True"),
     # Quantisers.
     Mutation("floor of the scale", "quant.py", "HALF - 1.0, tl.float32)), 1e-8)", "HALF - 1.0, tl.float32)), 1e-7)",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import pytest
 import torch
 from affinequant_kernels import Weight, online_linear, online_ops, prepare_weight, reference
@@ -31,6 +33,35 @@ def dense(matrices: list[Tensor]) -> Tensor:
             factor = torch.block_diag(*first.double().expand(K // first.shape[1], -1, -1))
         whole = whole @ factor
     return whole
+
+
+def test_what_serving_can_meet_is_run_once_at_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a weight that says it lies on a GPU: one call for each kernel that some number of tokens leads to."""
+    tune = pytest.importorskip("affinequant_kernels.tune")
+    monkeypatch.setattr(tune, "_device", lambda index: ("Some GPU", 100, True))
+    monkeypatch.setattr(online_ops, "_WARM", set())
+    calls: list[tuple[int, ...]] = []
+    monkeypatch.setattr(online_ops, "online_linear", lambda x, *_, **__: calls.append(tuple(x.shape)))
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *size, device, **more: zeros(*size, **more))
+
+    class Pretend(NamedTuple):
+        shape: torch.Size
+        dtype: torch.dtype
+        device: torch.device = torch.device("cuda", 0)
+        ndim: int = 1
+
+    here = sample()
+    there: Any = here._replace(
+        **{name: Pretend(t.shape, t.dtype, ndim=t.ndim) for name, t in here._asdict().items() if t is not None}
+    )
+    settings: Any = {"act_bits": 4, "act_symmetric": True, "bias": None, "out_dtype": torch.bfloat16}
+    assert online_ops.warm(K, torch.bfloat16, [LEFT, RIGHT], here, **settings) == [] and not calls
+    rows = online_ops.warm(K, torch.bfloat16, [LEFT, RIGHT], there, **settings)
+    assert rows == tune.rows_to_meet(N, K, "channel", 4, torch.device("cuda", 0)) and rows[0] == 1 and len(rows) > 4
+    assert calls == [(m, K) for m in rows]
+    assert online_ops.warm(K, torch.bfloat16, [LEFT, RIGHT], there, **settings) == [] and len(calls) == len(rows)
+    assert online_ops.warm(K, torch.bfloat16, [BLOCKS], there, **settings) == rows
 
 
 @pytest.mark.parametrize("matrices", LISTS.values(), ids=LISTS)

@@ -27,7 +27,7 @@ KINDS = ("channel", "integer", "group")
 def own_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A GPU called `Some GPU/X (80 GB)` of 100 processors, and tables in a folder of its own."""
     monkeypatch.setenv("AFFQ_CACHE", str(tmp_path))
-    monkeypatch.setattr(tune, "_device", lambda index: ("Some GPU/X (80 GB)", 100))
+    monkeypatch.setattr(tune, "_device", lambda index: ("Some GPU/X (80 GB)", 100, True))
     tune._table.cache_clear()
     yield tmp_path / "Some-GPU-X-80-GB" / "tune.json"
     tune._table.cache_clear()
@@ -37,7 +37,7 @@ def own_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
 @pytest.mark.parametrize("m", tune.BUCKETS)
 def test_rule_of_thumb_is_a_kernel_that_exists(m: int, kind: Any) -> None:
     for bits in (4, 8):
-        assert_launches(tune.rule(m, 4096, 4096, kind, bits, 132), m, kind, bits)
+        assert_launches(tune.rule(m, 4096, 4096, kind, bits, 132, True), m, kind, bits)
 
 
 def test_rule_of_thumb_fills_the_gpu() -> None:
@@ -46,14 +46,36 @@ def test_rule_of_thumb_fills_the_gpu() -> None:
     assert tune.rule(16, 4096, 4096, "channel", 4, 132).split == 8
     assert tune.rule(16, 4096, 1024, "channel", 4, 132).split == 2
     assert tune.rule(16, 4096, 4096, "group", 4, 132).split == 1
+    # A tile of 256 x 128 for each processor, or smaller ones.
+    assert [tune.rule(m, 4096, 4096, "channel", 4, 132, True).bn for m in (1024, 2048)] == [128, 256]
+    assert tune.rule(2048, 4096, 4096, "channel", 4, 132).bn == 128
+    assert [tune.a16_tile(m, 4096, 4096, CUDA) for m in (1, 32, 64, 4096)] == [(16, 4), (32, 4), (64, 4), (64, 1)]
+
+
+def test_every_bucket_is_searched() -> None:
+    assert sorted(tune.SEARCHED) == list(tune.BUCKETS) and tune.SEARCHED[:6] == (1, 16, 64, 256, 2048, 8192)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("n, k", [(4096, 4096), (22016, 4096), (576, 1536)])
+def test_rows_to_meet_meet_every_kernel(kind: Any, n: int, k: int) -> None:
+    rows = tune.rows_to_meet(n, k, kind, 4, CUDA)
+    assert len(rows) <= 9
+
+    def choices(m: int) -> tuple[object, ...]:
+        return tune.lookup(m, n, k, kind, 4, CUDA), tune.a16_tile(m, n, k, CUDA)
+
+    met = [choices(m) for m in rows]
+    for m in range(1, 9000):
+        assert choices(m)[0] in [config for config, _ in met] and choices(m)[1] in [tile for _, tile in met], m
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("m", [1, 5, 16, 33, 64, 65, 8192])
 def test_candidates_are_kernels_that_exist(m: int, kind: Any) -> None:
     for bits in (4, 8):
-        found = tune.candidates(m, 4096, 4096, kind, bits, 132)
-        assert found[0] == tune.rule(m, 4096, 4096, kind, bits, 132)
+        found = tune.candidates(m, 4096, 4096, kind, bits, 132, True)
+        assert found[0] == tune.rule(m, 4096, 4096, kind, bits, 132, True)
         assert 3 <= len(found) <= 20 and len(set(found)) == len(found)
         for config in found:
             assert_launches(config, m, kind, bits)
@@ -67,8 +89,10 @@ def assert_launches(config: Config, m: int, kind: str, bits: int) -> None:
     # Powers of two, as tl.arange asks; at least 16, as tl.dot does.
     for size in (config.bn, config.bm, config.bj):
         assert size >= 16 and size & (size - 1) == 0
-    assert config.bm <= max(64, 2 * m) or config == tune.rule(m, 4096, 4096, kind, bits, 132)
+    assert config.bm <= max(64, 2 * m) or config == tune.rule(m, 4096, 4096, kind, bits, 132, True)
     assert config.bj in (32, 64) and config.split in (1, 2, 4, 8) and config.warps in (4, 8)
+    if config.bn == 256:  # the ahead-of-time checks have it at these settings only
+        assert kind == "channel" and bits == 4 and (config.bm, config.warps) == (128, 8) and config.programs is None
     assert config.split == 1 or (kind != "group" and config.programs is None)
     # A step of both operands, in bytes, in as many stages: what a Hopper or Ampere processor's shared memory holds.
     assert config.stages * (config.bm * 128 + config.bn * (64 if bits == 4 else 128)) <= 227 << 10
@@ -80,7 +104,7 @@ def test_what_was_written_is_looked_up(own_tables: Path) -> None:
     tune.write_table(own_tables, {key: config}, {"device": "Some GPU/X (80 GB)"})
     assert tune.lookup(7, 4096, 4096, "channel", 4, CUDA) == config  # 5 and 7 share a bucket
     for other in ((9, 4096, 4096, "channel", 4), (7, 4096, 4096, "channel", 8), (7, 4096, 2048, "channel", 4)):
-        assert tune.lookup(*other, CUDA) == tune.rule(*other, 100)
+        assert tune.lookup(*other, CUDA) == tune.rule(*other, 100, True)
     assert tune.lookup(7, 4096, 4096, "channel", 4, torch.device("cpu")) == tune.rule(7, 4096, 4096, "channel", 4, 8)
     # A later search of other sizes adds to the table, one of the same size replaces.
     persistent = Config(programs=200)
@@ -114,7 +138,7 @@ def test_a_lookup_measures_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tune, "search", None)
     monkeypatch.setattr(tune, "_time_candidates", None)
     monkeypatch.setattr(triton.testing, "do_bench", None)
-    assert tune.lookup(300, 4096, 4096, "channel", 4, CUDA) == tune.rule(300, 4096, 4096, "channel", 4, 100)
+    assert tune.lookup(300, 4096, 4096, "channel", 4, CUDA) == tune.rule(300, 4096, 4096, "channel", 4, 100, True)
 
 
 # The search, with a GPU that is played by the reference.
@@ -182,6 +206,22 @@ def test_main_writes_the_table_of_this_gpu(
     monkeypatch.setattr(sys, "argv", ["tune", "--out", str(tmp_path / "elsewhere")])
     assert tune.main() == 0
     assert (tmp_path / "elsewhere" / own_tables.parent.name / "tune.json").is_file()
+
+
+def test_a_search_that_is_ended_has_written_what_it_found(own_tables: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    key = tune._key(5, 64, 128, "channel", 4)
+
+    def ended(*_: Any) -> Iterator[tuple[str, Config]]:
+        yield key, Config(bn=64)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tune, "search", ended)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU/X (80 GB)")
+    monkeypatch.setattr(sys, "argv", ["tune"])
+    with pytest.raises(KeyboardInterrupt):
+        tune.main()
+    assert tune.read_table(own_tables) == {key: Config(bn=64)}
 
 
 @pytest.mark.parametrize(

@@ -84,6 +84,7 @@ class AffineQuantLinear(LinearMethodBase):
         self.size, self.count = (rows, columns), len(output_partition_sizes)
         self.loaded: dict[str, Loaded] = {}
         self.ready = False
+        self.dtype = params_dtype
         load, per_word = extra_weight_attrs["weight_loader"], 32 // fmt.bits
         groups = fmt.groups(columns)
 
@@ -163,7 +164,10 @@ class AffineQuantLinear(LinearMethodBase):
                 clip=self.clip,
                 matrices=in_order(online) if online else (),
                 slices=self.slices,
+                dtype=self.dtype,
             )
+            bias: Any = None if getattr(layer, "skip_bias_add", False) else getattr(layer, "bias", None)
+            layer.integers.warm(self.dtype, bias)
         except ValueError as problem:
             raise ValueError(f"{self.prefix}: {problem}") from None
         # vLLM's wrapper for adapters (LoRA) asks this for its device, and nothing for anything else.

@@ -17,7 +17,7 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from . import ptx
@@ -36,6 +36,7 @@ class Case:
     values: Mapping[str, object]  # of the constexprs
     warps: int
     stages: int = 3
+    architectures: tuple[int, ...] = ARCHITECTURES  # where tune.py uses it
     registers: int = 255  # most allowed per thread
     product: bool = False  # an int8 matrix product
     shuffles: int | None = None  # most PRMT in the machine code
@@ -55,6 +56,7 @@ class Report:
     from_registers: int  # of these, with the weight in registers
     mma: int  # integer warp products
     dp4a: int
+    copies: int  # to shared memory, while the processor goes on
     raced: tuple[str, ...]  # arguments whose memory is both read and written
     problems: tuple[str, ...]
 
@@ -83,6 +85,9 @@ _GEMV = {
 _A16 = {
     "x_ptr": "*bf16", "w_ptr": "*i8", "out_ptr": "*bf16", "sw_ptr": "*fp32", "zw_ptr": "*i8", "mul_ptr": "*u8",
     "bias_ptr": "*bf16", "M": _I, "N": _I, "K": _I, "stride_w": _I, "groups": _I, "group_size": _I,
+}  # fmt: skip
+_A16_FINISH = {
+    "parts_ptr": "*fp32", "out_ptr": "*bf16", "sw_ptr": "*fp32", "bias_ptr": "*bf16", "M": _I, "N": _I,
 }  # fmt: skip
 _FLAGS = {"HAS_ZA": True, "HAS_ZW": False, "HAS_BIAS": True}
 
@@ -120,6 +125,7 @@ def cases() -> list[Case]:
         _gemm("gemm 128x128 integer groups", 168, 8, AFFINE=True, HAS_ZW=True),
         _gemm("gemm 128x128 persistent", 255, 8, PERSISTENT=True),
         _gemm("gemm 128x256", 255, 8, BM=256),
+        replace(_gemm("gemm 256x128", 255, 8, BN=256, HAS_ZW=True), architectures=(90,)),
         _gemm("gemm 64x16 split", 80, 8, warps=4, stages=4, BN=64, BM=16, SPLIT=4),
         _gemm("gemm 64x32 split", 96, 8, warps=4, stages=4, BN=64, BM=32, SPLIT=4),
         _gemm("gemm 64x64", 128, 8, warps=4, stages=4, BN=64, BM=64),
@@ -139,7 +145,14 @@ def cases() -> list[Case]:
              product=True, values=group | {"GROUP_SIZE": 64, "HAS_ZW": False}),
         Case(name="w4a16", module="gemm_group", kernel="a16_kernel", types=_A16, warps=4, registers=255,
              values={"BITS": 4, "GROUPED": True, "AFFINE": False, "HAS_ZW": True, "HAS_BIAS": True, "EVEN": True,
-                     "BN": 64, "BM": 16, "J": 64, "FP32": False}),
+                     "BN": 64, "BM": 16, "J": 64, "SPLIT": 1, "FP32": False}),
+        Case(name="w4a16 split", module="gemm_group", kernel="a16_kernel", types=_A16 | {"out_ptr": "*fp32"}, warps=4,
+             registers=255,
+             values={"BITS": 4, "GROUPED": True, "AFFINE": False, "HAS_ZW": True, "HAS_BIAS": False, "EVEN": True,
+                     "BN": 64, "BM": 16, "J": 64, "SPLIT": 4, "FP32": False}),
+        Case(name="w4a16 finish", module="gemm_group", kernel="a16_finish_kernel", types=_A16_FINISH, warps=4,
+             registers=64,
+             values={"GROUPED": False, "HAS_BIAS": True, "SPLIT": 8, "BN": 128, "BM": 4}),
         _rows("row_quant", 96),
         _rows("row_quant asymmetric, long rows", 128, SYMMETRIC=False, SINGLE=False, BK=8192),
         _rows("silu_mul_quant", 128, SILU_MUL=True, SINGLE=False, BK=8192),
@@ -204,11 +217,11 @@ def _inspect(case: Case, arch: int, cubin: bytes, shared: int, raced: tuple[str,
     match = re.search(r"REG:(\d+)", usage.stdout)
     if match is None:
         raise RuntimeError(f"cuobjdump gave no register count: {usage.stdout}")
-    found = {op: len(re.findall(rf"\b{op}\b", code)) for op in ("STL", "LDL", "IGMMA", "IMMA", "IDP")}
+    found = {op: len(re.findall(rf"\b{op}\b", code)) for op in ("STL", "LDL", "IGMMA", "IMMA", "IDP", "LDGSTS")}
     found["PRMT"] = len(re.findall(r"\bPRMT\b", product_loop(code)))
     numbers = {
         "registers": int(match.group(1)), "spills": found["STL"] + found["LDL"], "shuffles": found["PRMT"],
-        "from_registers": len(re.findall(r"\bIGMMA\S* R\d+, R\d+, gdesc", code)), "wgmma": found["IGMMA"], "mma": found["IMMA"], "dp4a": found["IDP"],  # noqa: E501
+        "from_registers": len(re.findall(r"\bIGMMA\S* R\d+, R\d+, gdesc", code)), "wgmma": found["IGMMA"], "mma": found["IMMA"], "dp4a": found["IDP"], "copies": found["LDGSTS"],  # noqa: E501
     }  # fmt: skip
     problems = (*_problems(case, arch, numbers), *(f"{name} is read and written" for name in raced))
     return Report(name=case.name, arch=arch, shared=shared, raced=raced, problems=problems, **numbers)
@@ -237,6 +250,8 @@ def _problems(case: Case, arch: int, found: dict[str, int]) -> tuple[str, ...]:
         problems.append("unpacked weights go through shared memory")
     if case.kernel == "gemv_kernel" and not found["dp4a"]:
         problems.append("no dp4a")
+    if case.kernel == "gemv_kernel" and not found["copies"]:
+        problems.append("weights are not fetched ahead")
     if case.shuffles is not None and found["shuffles"] > case.shuffles:
         problems.append(f"{found['shuffles']} byte shuffles, limit {case.shuffles}")
     return tuple(problems)
@@ -248,8 +263,8 @@ def _one(job: tuple[int, int]) -> Report:
 
 def main() -> int:
     """Compile everything (or the cases whose names contain an argument); return 1 where a limit is broken."""
-    wanted = [i for i, c in enumerate(cases()) if not sys.argv[1:] or any(word in c.name for word in sys.argv[1:])]
-    jobs = [(index, arch) for index in wanted for arch in ARCHITECTURES]
+    wanted = [(i, c) for i, c in enumerate(cases()) if not sys.argv[1:] or any(w in c.name for w in sys.argv[1:])]
+    jobs = [(index, arch) for index, case in wanted for arch in case.architectures]
     with ProcessPoolExecutor(max_workers=os.cpu_count()) as pool:
         reports = list(pool.map(_one, jobs))
     print(

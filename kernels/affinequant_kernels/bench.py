@@ -254,8 +254,13 @@ def _cpu_facts() -> dict[str, str]:
 # All of it
 
 
-def run(settings: Settings, say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
-    """Measure everything. `say` gets lines of progress; sizes for which no time is left are listed in "left_out".
+def run(
+    settings: Settings,
+    say: Callable[[str], None] = lambda line: None,
+    keep: Callable[[dict[str, Any]], object] = lambda result: None,
+) -> dict[str, Any]:
+    """Measure everything. `say` gets lines of progress, `keep` what is known after each size; sizes for which no time is
+    left are listed in "left_out".
 
     Raises AssertionError where a layer of ours differs from its reference: a wrong kernel is not timed.
     """
@@ -279,6 +284,7 @@ def run(settings: Settings, say: Callable[[str], None] = lambda line: None) -> d
             result["skipped"] |= {f"{name} at {n} x {k}, {m} tokens": why for name, why in failed.items()}
             us = {name: size["cold"][name]["us"] for name in ("w4a4", "torch bf16")}
             say(f"{n} x {k}, {m} tokens: w4a4 {us['w4a4']:.0f} us, torch bf16 {us['torch bf16']:.0f} us")
+            keep(result)
         del layers
         clear_cache()
     if time.monotonic() < end:
@@ -302,11 +308,19 @@ def make_folder(out: Path | None) -> None:
         raise fail("out", "a folder", problem) from problem
 
 
+def write_json(result: dict[str, Any], out: Path) -> Path:
+    """Write OUT/<device>/bench.json, whole at every moment."""
+    path = out / device_name(result["before"]["device"]) / "bench.json"
+    path.parent.mkdir(exist_ok=True)
+    new = path.with_suffix(".new")
+    new.write_text(json.dumps(result, indent=1) + "\n")
+    new.replace(path)
+    return path
+
+
 def write(result: dict[str, Any], out: Path) -> str:
     """Write bench.json, bench.md and roofline.png under OUT/<device>; a line that says so."""
-    folder = out / device_name(result["before"]["device"])
-    folder.mkdir(exist_ok=True)
-    (folder / "bench.json").write_text(json.dumps(result, indent=1) + "\n")
+    folder = write_json(result, out).parent
     (folder / "bench.md").write_text(table(result) + "\n")
     missing = plot(result, folder / "roofline.png")
     return f"written to {folder}" + (f" ({missing})" if missing else "")
@@ -332,7 +346,7 @@ def main() -> int:
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
-    result = run(settings, say)
+    result = run(settings, say, lambda result: write_json(result, given.out) if given.out else None)
     if given.out:
         say(write(result, given.out))
     print(json.dumps(result, indent=1) if given.json else table(result))

@@ -152,7 +152,7 @@ def _one_tile(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def gemm_kernel(
     a_ptr, w_ptr, out_ptr, sa_ptr, za_ptr, rowsum_ptr, sw_ptr, zw_ptr, mul_ptr, colsum_ptr, bias_ptr,
     M, N, K, stride_w, groups, group_size,
@@ -182,7 +182,7 @@ def gemm_kernel(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def finish_kernel(
     parts_ptr, out_ptr, sa_ptr, za_ptr, rowsum_ptr, sw_ptr, zw_ptr, colsum_ptr, bias_ptr, M, N,
     HAS_ZA: tl.constexpr, HAS_ZW: tl.constexpr, HAS_BIAS: tl.constexpr, RAW: tl.constexpr,
@@ -201,7 +201,7 @@ def finish_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def gemv_kernel(
     a_ptr, w_ptr, out_ptr, sa_ptr, za_ptr, rowsum_ptr, sw_ptr, zw_ptr, colsum_ptr, bias_ptr, M, N, words, blocks,
     HAS_ZA: tl.constexpr, HAS_ZW: tl.constexpr, HAS_BIAS: tl.constexpr, RAW: tl.constexpr,
@@ -212,7 +212,7 @@ def gemv_kernel(
     rn, rw = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BW)
     in_n = tl.minimum(rn, N - 1)[:, None].to(tl.int64)
     acc = tl.zeros([BN, BW], tl.int32)
-    for start in range(0, blocks * 16, BW):
+    for start in tl.range(0, blocks * 16, BW, num_stages=4):
         word = start + rw
         inside = word < blocks * 16
         w = tl.load(w_ptr + in_n * (blocks * 16) + word[None, :], mask=inside[None, :], other=0)

@@ -20,7 +20,7 @@ from torch import Tensor
 from . import tune
 from .asm import INTERPRET, nibbles_affine, nibbles_times_16
 from .checks import fail
-from .gemm import group_step, load_activations, store_tile, tile_of
+from .gemm import FINISH, group_step, load_activations, store_tile, tile_of
 from .weight import Weight, kind_of
 
 
@@ -73,7 +73,7 @@ def _scaled(acc, part, sw_ptr, rn, group, groups, SHIFT: tl.constexpr):
     return acc + (part >> SHIFT).to(tl.float32) * scale[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def group_kernel(
     a_ptr, w_ptr, out_ptr, sa_ptr, za_ptr, sw_ptr, zw_ptr, colsum_ptr, bias_ptr, M, N, K, stride_w, groups,
     BITS: tl.constexpr, GROUP_SIZE: tl.constexpr, HAS_ZA: tl.constexpr, HAS_ZW: tl.constexpr, HAS_BIAS: tl.constexpr,
@@ -185,51 +185,92 @@ def _half(x_ptr, w, rm, k, K, group, groups, rn, sw_ptr, zw_ptr, mul_ptr, acc,
     return acc + part
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def a16_kernel(
     x_ptr, w_ptr, out_ptr, sw_ptr, zw_ptr, mul_ptr, bias_ptr, M, N, K, stride_w, groups, group_size,
     BITS: tl.constexpr, GROUPED: tl.constexpr, AFFINE: tl.constexpr, HAS_ZW: tl.constexpr, HAS_BIAS: tl.constexpr,
-    EVEN: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, J: tl.constexpr, FP32: tl.constexpr,
+    EVEN: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, J: tl.constexpr, SPLIT: tl.constexpr, FP32: tl.constexpr,
 ):  # fmt: skip
-    """y = X W^T with integer weights in X's type, scaled in fp32."""
+    """y = X W^T with integer weights in X's type, scaled in fp32. With SPLIT, fp32 [SPLIT, M, N] for `a16_finish_kernel`."""
     tile_n, tile_m = tile_of(tl.program_id(0), N, M, BN, BM, 8)
     rn, rm = tile_n * BN + tl.arange(0, BN), tile_m * BM + tl.arange(0, BM)
     in_n, in_m = tl.minimum(rn, N - 1), tl.minimum(rm, M - 1)
     acc = tl.zeros([BN, BM], tl.float32)
-    for block in range(tl.cdiv(K, 128)):
+    blocks = tl.cdiv(K, 128)
+    share = tl.cdiv(blocks, SPLIT)
+    first = tl.program_id(1) * share
+    for block in range(first, tl.minimum(first + share, blocks)):
         for half in tl.static_range(2):
             for piece in tl.static_range(64 // J):
                 k = block * 128 + half * 64 + piece * J
                 w = _columns(w_ptr, in_n, block, stride_w, K, half, piece * J, J, BITS, EVEN)
                 acc = _half(x_ptr, w, in_m, k + tl.arange(0, J), K, k // group_size, groups, in_n, sw_ptr, zw_ptr,
                             mul_ptr, acc, GROUPED, AFFINE, HAS_ZW, EVEN, FP32)  # fmt: skip
-    mask_n = rn < N
+    if SPLIT > 1:
+        store_tile(acc, out_ptr + tl.program_id(1).to(tl.int64) * M * N, rn, rm, N, M)
+    else:
+        _store_a16(acc, out_ptr, sw_ptr, bias_ptr, rn, rm, N, M, GROUPED, HAS_BIAS)
+
+
+@triton.jit
+def _store_a16(acc, out_ptr, sw_ptr, bias_ptr, rn, rm, N, M, GROUPED: tl.constexpr, HAS_BIAS: tl.constexpr):
     if not GROUPED:
-        acc = acc * tl.load(sw_ptr + rn, mask=mask_n, other=0.0)[:, None]
+        acc = acc * tl.load(sw_ptr + rn, mask=rn < N, other=0.0)[:, None]
     if HAS_BIAS:
-        acc += tl.load(bias_ptr + rn, mask=mask_n, other=0.0).to(tl.float32)[:, None]
+        acc += tl.load(bias_ptr + rn, mask=rn < N, other=0.0).to(tl.float32)[:, None]
     store_tile(acc, out_ptr, rn, rm, N, M)
 
 
+@triton.jit(do_not_specialize=["M"])
+def a16_finish_kernel(
+    parts_ptr, out_ptr, sw_ptr, bias_ptr, M, N,
+    GROUPED: tl.constexpr, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """Adds the SPLIT shares that `a16_kernel` left, always in the same order, and finishes the product."""
+    rn, rm = tl.program_id(0) * BN + tl.arange(0, BN), tl.program_id(1) * BM + tl.arange(0, BM)
+    at = rm[None, :].to(tl.int64) * N + rn[:, None]
+    inside = (rn < N)[:, None] & (rm < M)[None, :]
+    acc = tl.zeros([BN, BM], tl.float32)
+    for part in tl.static_range(SPLIT):
+        acc += tl.load(parts_ptr + tl.full([], part, tl.int64) * M * N + at, mask=inside, other=0.0)
+    _store_a16(acc, out_ptr, sw_ptr, bias_ptr, rn, rm, N, M, GROUPED, HAS_BIAS)
+
+
 def w4a16_linear(
-    x: Float[Tensor, "m k"], weight: Weight, bias: Float[Tensor, " n"] | None, out_dtype: torch.dtype
+    x: Float[Tensor, "m k"],
+    weight: Weight,
+    bias: Float[Tensor, " n"] | None,
+    out_dtype: torch.dtype,
+    split: int | None = None,
 ) -> Tensor:
-    """As `reference.w4a16_linear`, with fp32 sums."""
+    """As `reference.w4a16_linear`, with fp32 sums. `split` programs per tile, along k; None: as many as the GPU asks for."""
     m, k = x.shape
     n = weight.qweight.shape[0]
     out = torch.empty(m, n, dtype=out_dtype, device=x.device)
     kind = kind_of(weight.scale, weight.mul)
     groups = 1 if kind == "channel" else (weight.mul if weight.mul is not None else weight.scale).shape[1]
-    bm = 16 if m <= 16 else 32 if m <= 32 else 64
-    if m:
-        a16_kernel[(triton.cdiv(n, 64) * triton.cdiv(m, bm),)](
-            x, weight.qweight.view(torch.int8), out, weight.scale,
-            weight.zero if weight.zero is not None else weight.qweight,
-            weight.mul if weight.mul is not None else weight.qweight, bias if bias is not None else weight.scale,
-            m, n, k, weight.qweight.shape[1], groups, k // groups,
-            BITS=4 if weight.qweight.dtype == torch.uint8 else 8, GROUPED=kind == "group",
-            AFFINE=weight.mul is not None, HAS_ZW=weight.zero is not None, HAS_BIAS=bias is not None,
-            EVEN=k % 128 == 0, BN=64, BM=bm, J=64 if kind == "channel" else group_step(k // groups, 64),
-            FP32=INTERPRET or x.dtype == torch.float32, num_warps=4, num_stages=3,
+    if m == 0:
+        return out
+    bm, wanted = tune.a16_tile(m, n, k, x.device)
+    split = min(split or wanted, triton.cdiv(k, 128))
+    # A share of a sum has neither scale per channel nor bias, and needs no variants for them.
+    has_bias, sums = bias is not None, out
+    if split > 1:
+        has_bias, sums = False, torch.empty(split, m, n, dtype=torch.float32, device=x.device)
+    end = (weight.scale, bias if bias is not None else weight.scale)
+    a16_kernel[(triton.cdiv(n, 64) * triton.cdiv(m, bm), split)](
+        x, weight.qweight.view(torch.int8), sums, weight.scale,
+        weight.zero if weight.zero is not None else weight.qweight,
+        weight.mul if weight.mul is not None else weight.qweight, end[has_bias],
+        m, n, k, weight.qweight.shape[1], groups, k // groups,
+        BITS=4 if weight.qweight.dtype == torch.uint8 else 8, GROUPED=kind == "group",
+        AFFINE=weight.mul is not None, HAS_ZW=weight.zero is not None, HAS_BIAS=has_bias,
+        EVEN=k % 128 == 0, BN=64, BM=bm, J=64 if kind == "channel" else group_step(k // groups, 64), SPLIT=split,
+        FP32=INTERPRET or x.dtype == torch.float32, num_warps=4, num_stages=3,
+    )  # fmt: skip
+    if split > 1:
+        a16_finish_kernel[(triton.cdiv(n, FINISH[0]), triton.cdiv(m, FINISH[1]))](
+            sums, out, *end, m, n, GROUPED=kind == "group", HAS_BIAS=bias is not None,
+            SPLIT=split, BN=FINISH[0], BM=FINISH[1], num_warps=4,
         )  # fmt: skip
     return out

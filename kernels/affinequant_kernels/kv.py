@@ -26,7 +26,7 @@ def _steps(value, zero, inverse):
     return (scaled + _MAGIC).to(tl.int32, bitcast=True) & 15
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["ROWS"])
 def pack_kernel(k_ptr, out_ptr, scale_ptr, zero_ptr, ROWS, H: tl.constexpr, P: tl.constexpr, R: tl.constexpr):
     rows = (tl.program_id(0) * R + tl.arange(0, R)).to(tl.int64)
     j = tl.arange(0, P)
@@ -48,7 +48,7 @@ def pack_kernel(k_ptr, out_ptr, scale_ptr, zero_ptr, ROWS, H: tl.constexpr, P: t
     tl.store(zero_ptr + rows, zero16, mask=rows < ROWS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["ROWS"])
 def unpack_kernel(in_ptr, scale_ptr, zero_ptr, out_ptr, ROWS, H: tl.constexpr, P: tl.constexpr, R: tl.constexpr):
     rows = (tl.program_id(0) * R + tl.arange(0, R)).to(tl.int64)
     j = tl.arange(0, P)

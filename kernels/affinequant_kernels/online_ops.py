@@ -19,7 +19,7 @@ from . import fused_ops, ops, reference
 from .checks import FLOATS, check_quant, fail
 from .library import register
 from .reference import Rows
-from .weight import Weight
+from .weight import Weight, kind_of
 
 WEIGHT_ONLY = 16
 """As `act_bits`: activations stay in their type."""
@@ -132,6 +132,42 @@ def _on_cuda(
     rows = Rows(*op(first, *factors[-1], act_bits, act_symmetric, clip))
     zero = None if act_symmetric else rows.zero
     return gemm.linear(rows.q, rows.scale, zero, rows.rowsum, weight, bias, out_dtype)
+
+
+_WARM: set[tuple[object, ...]] = set()
+
+
+def warm(
+    k: int,
+    dtype: torch.dtype,
+    matrices: Sequence[Tensor],
+    weight: Weight,
+    *,
+    act_bits: int,
+    act_symmetric: bool,
+    bias: Float[Tensor, " n"] | None,
+    out_dtype: torch.dtype,
+) -> list[int]:
+    """Compile, on a GPU, every kernel that `online_linear` can meet for inputs [..., k] of a type, so that no request
+    waits for it. Layers alike are warmed once in a process, and triton keeps on disk what it compiled.
+
+    Returns:
+        With how many tokens the layer was run: nothing on other devices, or where a layer like it was before.
+    """
+    device = weight.qweight.device
+    tensors = [None if t is None else (t.shape, t.dtype) for t in (*weight, bias, *matrices)]
+    alike = (device, dtype, act_bits, act_symmetric, out_dtype, *tensors)
+    if device.type != "cuda" or alike in _WARM:
+        return []
+    from . import tune
+
+    bits = 4 if weight.qweight.dtype == torch.uint8 else 8
+    rows = tune.rows_to_meet(weight.qweight.shape[0], k, kind_of(weight.scale, weight.mul), bits, device)
+    settings = {"act_bits": act_bits, "act_symmetric": act_symmetric, "bias": bias, "out_dtype": out_dtype}
+    for m in rows:
+        online_linear(torch.zeros(m, k, dtype=dtype, device=device), matrices, weight, **settings)
+    _WARM.add(alike)
+    return rows
 
 
 register(

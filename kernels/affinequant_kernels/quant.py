@@ -86,7 +86,7 @@ def _tile(x_ptr, rows, columns, mask, stride, K, SILU_MUL: tl.constexpr):
     return y
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def rows_kernel(
     x_ptr, q_ptr, scale_ptr, zero_ptr, sum_ptr, y_ptr, M, K, stride, clip,
     BITS: tl.constexpr, SYMMETRIC: tl.constexpr, SILU_MUL: tl.constexpr, STORE_Y: tl.constexpr,
@@ -119,7 +119,7 @@ def rows_kernel(
     store_row_scales(scale_ptr, zero_ptr, sum_ptr, rows, scale, zero, total, inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def rmsnorm_kernel(
     x_ptr, residual_ptr, gain_ptr, hidden_ptr, q_ptr, scale_ptr, zero_ptr, sum_ptr, y_ptr, M, K, eps, clip,
     BITS: tl.constexpr, SYMMETRIC: tl.constexpr, HAS_RESIDUAL: tl.constexpr, STORE_Y: tl.constexpr, BK: tl.constexpr,

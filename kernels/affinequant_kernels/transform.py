@@ -37,7 +37,7 @@ def _dot(a, b, FP32: tl.constexpr):
         return tl.dot(a, b)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def kron_kernel(
     x_ptr, left_ptr, right_ptr, q_ptr, scale_ptr, zero_ptr, sum_ptr, y_ptr, M, clip,
     N1: tl.constexpr, N2: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
@@ -77,7 +77,7 @@ def _block_product(x_ptr, matrix_ptr, rows, inside, block, K, shared_stride, B: 
     return _dot(x, matrix, FP32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def block_kernel(
     x_ptr, matrix_ptr, q_ptr, scale_ptr, zero_ptr, sum_ptr, y_ptr, M, K, blocks, matrix_stride, clip,
     B: tl.constexpr, P: tl.constexpr, R: tl.constexpr,

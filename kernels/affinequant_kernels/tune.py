@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from .weight import Weight
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+# The search takes all of them, those first that stand for the others should its time run out.
+SEARCHED = tuple(sorted(BUCKETS, key=lambda m: m not in (1, 16, 64, 256, 2048, 8192)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +60,14 @@ def _divisor_split(tiles: int, steps: int, wanted: int) -> int:
     return split
 
 
-def rule(m: int, n: int, k: int, kind: Kind, bits: int, processors: int) -> Config:
+def a16_tile(m: int, n: int, k: int, device: torch.device) -> tuple[int, int]:
+    """Tokens of a tile of `gemm_group.w4a16_linear`, and programs per tile."""
+    bm = 16 if m <= 16 else 32 if m <= 32 else 64
+    processors = _device(device.index)[1] if device.type == "cuda" else 8
+    return bm, _divisor_split(-(-n // 64) * -(-m // bm), -(-k // 128), 2 * processors)
+
+
+def rule(m: int, n: int, k: int, kind: Kind, bits: int, processors: int, wide: bool = False) -> Config:
     """A configuration for a GPU that no table knows."""
     if m <= 2 and kind == "channel" and bits == 4 and k % 4 == 0:
         return Config(path="gemv", bn=16, bm=1, bj=128, warps=4)
@@ -69,7 +78,23 @@ def rule(m: int, n: int, k: int, kind: Kind, bits: int, processors: int) -> Conf
         return Config(bn=64, bm=bm, split=split, warps=4, stages=4)
     if kind == "group":
         return Config(bn=128, bm=64, warps=8)
+    # The more outputs a tile has, the fewer bytes it takes from the L2 cache for each; weights cost half a byte. With less
+    # than a tile for every processor some would have nothing to do.
+    if wide and kind == "channel" and bits == 4 and -(-n // 256) * -(-m // 128) >= processors:
+        return Config(bn=256, bm=128, warps=8)
     return Config(bn=128, bm=128, warps=8)
+
+
+def rows_to_meet(n: int, k: int, kind: Kind, bits: int, device: torch.device) -> list[int]:
+    """Numbers of tokens among which is every kernel that a layer of this size can come to be launched with.
+
+    Kernels do not depend on the number of tokens itself, only on the choices made by it: the configuration, the tile of
+    weights alone, and the rows at a time of block-diagonal transforms.
+    """
+    seen: dict[object, int] = {}
+    for m in BUCKETS:
+        seen.setdefault((lookup(m, n, k, kind, bits, device), a16_tile(m, n, k, device), m > 2048), m)
+    return list(seen.values())
 
 
 def _key(m: int, n: int, k: int, kind: Kind, bits: int) -> str:
@@ -103,25 +128,27 @@ def _table(device: str) -> dict[str, Config]:
 
 
 @functools.cache
-def _device(index: int | None) -> tuple[str, int]:
+def _device(index: int | None) -> tuple[str, int, bool]:
+    """Name, multiprocessors, and whether tiles of 256 x 128 fit the registers, zero points included: on Hopper they do
+    (aot.py), on Ada 79 are spilled."""
     properties = torch.cuda.get_device_properties(index if index is not None else torch.cuda.current_device())
-    return properties.name, properties.multi_processor_count
+    return properties.name, properties.multi_processor_count, properties.major == 9
 
 
 def lookup(m: int, n: int, k: int, kind: Kind, bits: int, device: torch.device) -> Config:
     """The configuration for these sizes on this device."""
     if device.type != "cuda":  # the interpreter
         return rule(m, n, k, kind, bits, 8)
-    name, processors = _device(device.index)
-    return _table(name).get(_key(m, n, k, kind, bits)) or rule(m, n, k, kind, bits, processors)
+    name, processors, wide = _device(device.index)
+    return _table(name).get(_key(m, n, k, kind, bits)) or rule(m, n, k, kind, bits, processors, wide)
 
 
 # The search. Nothing below runs when a model is served.
 
 
-def candidates(m: int, n: int, k: int, kind: Kind, bits: int, processors: int) -> list[Config]:
+def candidates(m: int, n: int, k: int, kind: Kind, bits: int, processors: int, wide: bool = False) -> list[Config]:
     """What the search tries for m tokens: a dozen or two, the rule of thumb among them."""
-    first = rule(m, n, k, kind, bits, processors)
+    first = rule(m, n, k, kind, bits, processors, wide)
     if m <= 64:
         bm = max(16, bucket(m))
         splits = (1,) if kind == "group" else (1, 2, 4, 8)
@@ -138,6 +165,8 @@ def candidates(m: int, n: int, k: int, kind: Kind, bits: int, processors: int) -
             for warps in ((4, 8) if bm == 64 else (8,))
             for stages in (3, 4)
         ]
+        if wide and kind == "channel" and bits == 4:
+            found += [Config(bn=256, bm=128)]  # with four stages and zero points registers spill
         # Persistent with 256 tokens, registers spill.
         found += [Config(bm=128, programs=2 * processors)] if 128 in bms else []
     return list(dict.fromkeys([first, *found]))
@@ -185,7 +214,7 @@ def _time_candidates(
     few = slice(0, 256)  # the reference multiplies in fp64
     wanted = reference.linear(q.q[few], q.scale[few], None, weight, None, torch.bfloat16)
     timed: dict[Config, float] = {}
-    for config in candidates(m, n, k, kind, bits, _device(None)[1]):
+    for config in candidates(m, n, k, kind, bits, *_device(None)[1:]):
         call = functools.partial(gemm.linear, q.q, q.scale, None, q.rowsum, weight, None, torch.bfloat16, config)
         try:
             if not torch.equal(call()[few], wanted):
@@ -213,7 +242,8 @@ def main() -> int:
 
     parser = argparse.ArgumentParser(prog="python -m affinequant_kernels.tune", description=main.__doc__)
     parser.add_argument("--shapes", metavar="NxK,...", default="4096x4096,12288x4096,22016x4096,4096x11008")
-    parser.add_argument("--rows", metavar="M,...", default="1,16,64,256,2048,8192", help="numbers of tokens")
+    rows = ",".join(map(str, SEARCHED))
+    parser.add_argument("--rows", metavar="M,...", default=rows, help=f"numbers of tokens (default: {rows})")
     parser.add_argument("--kind", default="channel", choices=("channel", "integer", "group"), help="kind of weight")
     parser.add_argument("--bits", type=int, default=4, choices=(4, 8), help="bits of the weight")
     parser.add_argument("--minutes", metavar="X", type=float, default=6.0, help="start no size later (default: 6)")
@@ -237,9 +267,14 @@ def main() -> int:
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
-    found = dict(search(shapes, rows, given.kind, given.bits, given.minutes, say))
-    about = {"device": name, "triton": triton.__version__, "torch": torch.__version__}
-    write_table(path, found, about | {"date": time.strftime("%Y-%m-%d")})
+    about = {
+        "device": name,
+        "triton": triton.__version__,
+        "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    for key, config in search(shapes, rows, given.kind, given.bits, given.minutes, say):
+        write_table(path, {key: config}, about)
     print(path)
     return 0
 
