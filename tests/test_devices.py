@@ -54,7 +54,7 @@ def blocks(tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Calla
         tokens = pipeline._tokens(made, Silent())
         run = Run.open(tmp_path / "run", {})
         with pretend():
-            pipeline.quantize_blocks(made, run, tokens, Silent())
+            pipeline.quantize_blocks(made, run, tokens, pipeline._decoder(made), Silent())
         return run
 
     return call
