@@ -19,6 +19,7 @@ from affinequant.divergence import divergence, mean_loss
 from affinequant.fit import FitConfig, FitReport, Group, fit
 from affinequant.fold import Tensors
 from affinequant.placements import block_flops
+from affinequant.progress import Steps
 from affinequant.quantizer import dequantize, fake_quantize_activation
 from affinequant.transforms.online import apply_online, parts_of
 
@@ -231,10 +232,11 @@ def distill(
     objective = Divergence(blocks, outer, recipe.finish_lr)
     held = max(1, len(full) // HELD_OUT)
     train = max(1, len(full) - held)
+    told = Steps(say, "finish", recipe.finish_epochs * train)
 
     def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         generator = torch.Generator().manual_seed(jobs[0].seed("finish") + 7919 * epoch)
-        for chosen in torch.randperm(train, generator=generator):
+        for chosen in told.each(torch.randperm(train, generator=generator)):
             yield embedded[chosen][None], full[chosen][None]
 
     def held_out() -> float:

@@ -6,7 +6,7 @@ import platform
 import resource
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from affinequant.formats import Contents, find_format
 from affinequant.formats.shards import write_json, write_text
 from affinequant.placements import choice_bytes, settled
 from affinequant.plan import Plan
-from affinequant.progress import Progress
+from affinequant.progress import Progress, Steps
 from affinequant.run import Run
 from affinequant.stream import Decoder
 from affinequant.verify import Committed, verify
@@ -59,7 +59,9 @@ def finish(
     unknown = decoder.unknown(made.source.entries)
     contents = _contents(made, run, names, changed, unknown)
     listen.say(f"writing {out}")
-    files = find_format(made.recipe.format, made.placements).write(contents, out)
+    told = Steps(listen.say, "writing", len(names) + len(unknown))
+    telling = replace(contents, stages=lambda: told.each(contents.stages()))
+    files = find_format(made.recipe.format, made.placements).write(telling, out)
     files.append(write_text(out / "recipe.toml", made.recipe.to_toml()))
     listen.say("verifying what was written by reading it again")
     committed = Committed(
@@ -67,7 +69,8 @@ def finish(
         block=lambda index: _current(run.tensors(stage_name(index)), changed),
         copied=(made.source.read([name]) for name in unknown),
     )
-    checked = verify(out, contents, committed, jobs, tokens.ids, lambda: None, dense=made.recipe.format == "dense")
+    told = Steps(listen.say, "verifying block by block", len(jobs))
+    checked = verify(out, contents, committed, jobs, tokens.ids, told, dense=made.recipe.format == "dense")
     losses = _stream_losses(run, decoder, tokens, last, changed)
     report = _report(made, run, out, tokens, names, unknown)
     report |= {
@@ -109,6 +112,12 @@ def store_dtype(made: Plan) -> torch.dtype:
     """What scales, norms and embeddings are kept in: float16 where the source is, else bfloat16."""
     entry = made.source.entries[f"{made.family.embedding}.weight"]
     return torch.float16 if entry.dtype == "F16" else torch.bfloat16
+
+
+def spent(run: Run) -> tuple[float, int]:
+    """(seconds, peak bytes) of the stages that are on disk: what processes before this one have put into a run."""
+    stages = [run.report(path.parent.name) for path in run.stages.glob("*/report.json")]
+    return sum(stage.get("seconds", 0.0) for stage in stages), max((s.get("peak_bytes", 0) for s in stages), default=0)
 
 
 def peak_bytes(device: torch.device) -> int:
@@ -218,6 +227,9 @@ def _report(made: Plan, run: Run, out: Path, tokens: Tokens, names: list[str], u
     weights = sum(path.stat().st_size for path in out.glob("*.safetensors"))
     events = [f"block {i}: {event}" for i, block in enumerate(blocks) for event in block["events"]]
     events += [f"{name}: {event}" for name, stage in whole.items() for event in stage["events"]]
+    devices = sorted({stage["device"] for stage in (run.report("outer"), *blocks, *whole.values())} | {made.device})
+    if len(devices) > 1:
+        events.append(f"worked on {' and '.join(devices)}, finished on {made.device}")
     spare = len(blocks) * choice_bytes(made.recipe, made.family, made.dims, made.sites)
     room = 0.02 * planned + HEADER_BYTES * len(blocks)
     if not planned - spare - room <= weights <= planned + room:
@@ -239,6 +251,7 @@ def _report(made: Plan, run: Run, out: Path, tokens: Tokens, names: list[str], u
         **whole,
         "non_finite": sum(stage["non_finite"] for stage in (*blocks, *whole.values())),
         "events": events,
+        "devices": devices,
         "env": {
             "affinequant": affinequant.__version__,
             "torch": torch.__version__,

@@ -14,7 +14,7 @@ from affinequant import choices
 from affinequant.block import BlockJob
 from affinequant.checkpoint import check_finite, check_tensors, locate, open_source
 from affinequant.data import Tokens, calibration_tokens
-from affinequant.finish import DISTILLED, finish, peak_bytes, publish, stage_name
+from affinequant.finish import DISTILLED, finish, peak_bytes, publish, spent, stage_name
 from affinequant.integer_linear import check_engine
 from affinequant.judge import ModelJudge
 from affinequant.plan import Plan, check_disk
@@ -86,9 +86,13 @@ def quantize(
         if overwrite:
             empty(workspace)
         run = Run.open(workspace.run_folder, _fingerprint(made, tokens))
+        before = spent(run)
         jobs = quantize_blocks(made, run, tokens, decoder, listen)
         report = finish(made, run, workspace.out, jobs, tokens, listen)
-        report |= {"seconds": time.perf_counter() - began, "peak_bytes": peak_bytes(jobs[0].decoder.device)}
+        report |= {
+            "seconds": before[0] + time.perf_counter() - began,
+            "peak_bytes": max(before[1], peak_bytes(jobs[0].decoder.device)),
+        }
         publish(workspace, run, report)
         return Result(path=workspace.out, report=report)
 

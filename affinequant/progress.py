@@ -2,10 +2,48 @@
 
 import sys
 import time
-from collections.abc import Mapping
-from typing import IO, Any, Protocol
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import IO, Any, Protocol, TypeVar
 
 from affinequant.choices import short
+
+T = TypeVar("T")
+SAY_EVERY = 10.0
+"""Seconds between two lines about how far a step is."""
+
+
+class Steps:
+    """Says how far a step is that may take long: a line at most every `SAY_EVERY` seconds, with the time that is left.
+
+    Args:
+        say: gets the lines; nothing is said of what takes no longer than that.
+        what: is being done.
+        total: how many times it is called, or the sum of the counts that it is called with.
+    """
+
+    def __init__(self, say: Callable[[str], None], what: str, total: int) -> None:
+        self.say, self.what, self.total = say, what, total
+        self.done, self.began = 0, time.monotonic()
+        self.said = self.began
+
+    def __call__(self, count: int = 1) -> None:
+        """So much more has been done."""
+        self.done += count
+        now = time.monotonic()
+        if now - self.said >= SAY_EVERY and 0 < self.done < self.total:
+            self.said = now
+            left = (now - self.began) / self.done * (self.total - self.done)
+            self.say(f"{self.what}: {self.done}/{self.total}, {_left(left)}")
+
+    def each(self, items: Iterable[T]) -> Iterator[T]:
+        """The items, each of which counts as done when the next is asked for."""
+        for item in items:
+            yield item
+            self()
+
+
+def _left(seconds: float) -> str:
+    return f"~{seconds / 60:.0f} min left" if seconds >= 90 else f"~{seconds:.0f} s left"
 
 
 class Progress(Protocol):
@@ -98,7 +136,7 @@ class Console:
         parts += [f"! {event}" for event in report.get("events", ())]
         if self.bar is None:
             left = (time.monotonic() - self.began) / self.fresh * (self.total - index - 1)
-            parts.append(f"~{left / 60:.0f} min left" if left >= 90 else f"~{left:.0f} s left")
+            parts.append(_left(left))
         else:
             self.bar.update(self.task, completed=index + 1)
         self.say("  ".join(parts))

@@ -25,7 +25,7 @@ from affinequant.fit import FitConfig, FitReport, Group, fit
 from affinequant.fold import Tensors, fold, fuse_gains
 from affinequant.linalg import from_blocks, to_blocks
 from affinequant.plan import Plan
-from affinequant.progress import Progress
+from affinequant.progress import Progress, Steps
 from affinequant.quantizer import fake_quantize_activation
 from affinequant.run import Run
 from affinequant.stages import block_job, block_reader, read_outer, whole_report
@@ -206,11 +206,12 @@ def learn(
         steps: of one piece each, drawn in a new random order whenever all have been seen.
     """
     train = max(1, len(full) - held)
+    told = Steps(say, "rotation", steps)
 
     def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         generator = torch.Generator().manual_seed(seed + 7919 * epoch)
         orders = [torch.randperm(train, generator=generator) for _ in range(math.ceil(steps / train))]
-        for chosen in torch.cat(orders)[:steps]:
+        for chosen in told.each(torch.cat(orders)[:steps]):
             yield embedded[chosen][None], full[chosen][None]
 
     def held_out() -> float:

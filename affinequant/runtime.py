@@ -15,11 +15,13 @@ from affinequant.formats import check_readable
 from affinequant.formats.compressed_tensors import unpack_linear
 from affinequant.formats.reading import pretrained
 from affinequant.integer_linear import IntegerLinear, check_engine, warmed
+from affinequant.progress import Steps
 from affinequant.quantizer import dequantize
 from affinequant.recipe import Device, Dtype
 from affinequant.scheme import NumberFormat
 from affinequant.stream import check_device, compute_dtype
 from affinequant.transforms.online import check_online, in_order, parts_of
+from affinequant.wheels import quiet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,12 +29,15 @@ if TYPE_CHECKING:
 _AGAIN = "write or fetch the folder again"
 
 
-def load(path: str | Path, *, device: Device = "auto", dtype: Dtype = "auto") -> "PreTrainedModel":
+def load(
+    path: str | Path, *, device: Device = "auto", dtype: Dtype = "auto", say: Callable[[str], None] | None = None
+) -> "PreTrainedModel":
     """The model of a local folder, in eval mode, ready for `generate()`.
 
     A checkpoint of this package with quantised activations computes its linears on integers; one without has its
     weights dequantised. A folder that this package did not write loads as transformers loads it. `auto` is the GPU
-    where there is one; then bfloat16 on a GPU and float32 on a CPU. Code from the folder is never run.
+    where there is one; then bfloat16 on a GPU and float32 on a CPU. Code from the folder is never run. `say` is told how
+    far reading is, where that takes long.
 
     Raises:
         AffineQuantError: no such folder, another version, or tensors that are missing, truncated or not finite.
@@ -43,7 +48,7 @@ def load(path: str | Path, *, device: Device = "auto", dtype: Dtype = "auto") ->
     target = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     kind = compute_dtype(dtype, target)
     ours = "affinequant" in (source.config.get("quantization_config") or {})
-    model: Any = _quantized(source, target, kind) if ours else _plain(source.folder, kind)
+    model: Any = _quantized(source, target, kind, say or quiet) if ours else _plain(source.folder, kind)
     check_finite(model, source.folder)
     return model.to(target).eval()
 
@@ -188,17 +193,29 @@ def open_empty(source: Source, device: torch.device, dtype: torch.dtype) -> Any:
     return model
 
 
-def fill(source: Source, model: Any, under: str, device: torch.device, dtype: torch.dtype) -> None:
-    """Read the weights whose names start with `under` into the model of `open_empty`, onto the device.
+def fill(
+    source: Source,
+    model: Any,
+    under: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    advance: Callable[[], None] = lambda: None,
+) -> None:
+    """Read the weights whose names start with `under` into the model of `open_empty`, onto the device; `advance` is
+    called after each linear that is quantised.
 
     Raises:
         AffineQuantError: tensors that are missing, or of a size that does not fit.
     """
     declared = source.config.get("quantization_config") or {}
     if "affinequant" in declared:
-        replace_linears(
-            model, declared["ignore"], lambda name, module: read_linear(source, name, module, device), under
-        )
+
+        def make(name: str, module: nn.Linear) -> nn.Module:
+            made = read_linear(source, name, module, device)
+            advance()
+            return made
+
+        replace_linears(model, declared["ignore"], make, under)
     for name, parameter in list(model.named_parameters()):
         if parameter.is_meta and name.startswith(under):
             module, _, leaf = name.rpartition(".")
@@ -206,9 +223,12 @@ def fill(source: Source, model: Any, under: str, device: torch.device, dtype: to
             setattr(model.get_submodule(module), leaf, nn.Parameter(value, requires_grad=False))
 
 
-def _quantized(source: Source, device: torch.device, dtype: torch.dtype) -> "PreTrainedModel":
+def _quantized(
+    source: Source, device: torch.device, dtype: torch.dtype, say: Callable[[str], None]
+) -> "PreTrainedModel":
     model = open_empty(source, device, dtype)
-    fill(source, model, "", device, dtype)
+    linears = sum(name.endswith(".weight_scale") for name in source.entries)
+    fill(source, model, "", device, dtype, Steps(say, "reading the weights", linears))
     model.tie_weights()
     if any(isinstance(module, IntegerLinear) for module in model.modules()):
         keep_from_saving(model, source.folder)

@@ -17,7 +17,7 @@ from affinequant.finish import DISTILLED, peak_bytes, scored_samples, stage_name
 from affinequant.fit import FitConfig, FitReport, fit
 from affinequant.fold import Tensors, rotate_block, rotate_outer
 from affinequant.plan import Plan
-from affinequant.progress import Progress
+from affinequant.progress import Progress, Steps
 from affinequant.rounding import Rounded, round_block
 from affinequant.run import Run
 from affinequant.selection import select
@@ -39,7 +39,8 @@ def block_stage(
     target = job.run_all(values, full, watch if looks_at_data(job) else None)
     job, chosen = select(job, values, watch.seen())
     objective = BlockObjective(job, values, *build_transforms(job, values, watch.seen()))
-    fitted = _learn(job, objective, values, full, quantized, target)
+    told = Steps(listen.say, f"block {job.index + 1}, learning", made.recipe.epochs * len(full))
+    fitted = _learn(job, objective, values, full, quantized, target, told)
     rounded = round_block(job, folded_exactly(objective, exact), quantized, objective, full)
     events = _fit_events(fitted)
     if fitted.steps and not bool(rounded.after.isfinite().all()):
@@ -56,7 +57,7 @@ def block_stage(
         )
     report = _block_report(objective, fitted, rounded, after, target, events)
     report |= {"transforms": chosen} if chosen else {}
-    report["seconds"] = time.perf_counter() - began
+    report |= costs(began, job.decoder.device)
     prefix = f"{made.family.blocks}.{job.index}."
     run.commit(
         stage_name(job.index),
@@ -88,9 +89,13 @@ def whole_report(fitted: FitReport, began: float, device: torch.device) -> dict[
         "non_finite": fitted.non_finite,
         "stopped": fitted.stopped,
         "events": _fit_events(fitted),
-        "seconds": time.perf_counter() - began,
-        "peak_bytes": peak_bytes(device),
+        **costs(began, device),
     }
+
+
+def costs(began: float, device: torch.device) -> dict[str, Any]:
+    """What a stage has cost since `began`, and where."""
+    return {"seconds": time.perf_counter() - began, "peak_bytes": peak_bytes(device), "device": device.type}
 
 
 def block_job(
@@ -139,7 +144,7 @@ def _load_block(made: Plan, job: BlockJob, rotation: Transform | None) -> Tensor
 
 def outer_stage(made: Plan, run: Run, tokens: Tokens, decoder: Decoder, rotation: Transform | None) -> None:
     """Embedding, final norm and head: rotated, never quantised. Carries the embedded calibration tokens."""
-    tensors = read_outer(made, decoder)
+    began, tensors = time.perf_counter(), read_outer(made, decoder)
     if made.dims.tied:
         tensors.pop(f"{made.family.head}.weight", None)
     if rotation is not None:
@@ -149,11 +154,17 @@ def outer_stage(made: Plan, run: Run, tokens: Tokens, decoder: Decoder, rotation
     stored = {name: tensor.to(store) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
     del tensors
     hidden, _ = decoder.embed(tokens.ids, stored)
-    run.commit("outer", tensors=stored, carry={"full": hidden}, report={})
+    run.commit("outer", tensors=stored, carry={"full": hidden}, report=costs(began, decoder.device))
 
 
 def _learn(
-    job: BlockJob, objective: BlockObjective, values: Tensors, full: Tensor, quantized: Tensor, target: Tensor
+    job: BlockJob,
+    objective: BlockObjective,
+    values: Tensors,
+    full: Tensor,
+    quantized: Tensor,
+    target: Tensor,
+    told: Steps,
 ) -> FitReport:
     """Train the objective; where there is a judge, on all samples but those that it judges by."""
     recipe, judge = job.recipe, job.judge
@@ -172,12 +183,13 @@ def _learn(
             after = job.run_all(tensors, quantized[-judge.held :], objective.on_input, objective.on_attention)
         return judge(job.index, after)
 
-    batches = _batches(job, values, full[:train], quantized[:train], target[:train])
+    batches = _batches(job, values, full[:train], quantized[:train], target[:train], told)
     return fit(objective, batches, config, {"held-out": held_out} if judge else None)
 
 
-def _batches(job: BlockJob, values: Tensors, full: Tensor, quantized: Tensor, target: Tensor):
-    """epoch -> (inputs, target[, auxiliary target]) in an order that the seed, the block and the epoch decide."""
+def _batches(job: BlockJob, values: Tensors, full: Tensor, quantized: Tensor, target: Tensor, told: Steps):
+    """epoch -> (inputs, target[, auxiliary target]) in an order that the seed, the block and the epoch decide; `told`
+    hears of each sample."""
     recipe = job.recipe
     inputs = quantized if recipe.propagate == "quantized" else full
     auxiliary = [job.run_all(values, inputs)] if recipe.aux_loss and recipe.epochs else []
@@ -186,6 +198,7 @@ def _batches(job: BlockJob, values: Tensors, full: Tensor, quantized: Tensor, ta
         generator = torch.Generator().manual_seed(job.seed("order") + 7919 * epoch)
         for chosen in torch.randperm(len(inputs), generator=generator).split(recipe.batch_size):
             yield tuple(part[chosen] for part in (inputs, target, *auxiliary))
+            told(len(chosen))
 
     return batches
 
@@ -214,7 +227,6 @@ def _block_report(
         "linears": dict(rounded.linears),
         **({"roundings": dict(rounded.roundings)} if objective.job.recipe.rounding == "auto" else {}),
         "events": [*events, *rounded.events],
-        "peak_bytes": peak_bytes(objective.job.decoder.device),
     }
 
 

@@ -4,6 +4,7 @@ import math
 import random
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from affinequant_evals import evaluate, perplexity
 from affinequant_evals.harness import Suite
 from affinequant_evals.perplexity import LanguageModel, c4_windows, cut_windows, window_losses
 
+from affinequant import progress
 from affinequant.data import encode
 from affinequant.errors import PREFLIGHT, USAGE, AffineQuantError
 
@@ -38,6 +40,14 @@ def bos_tokenizer(tiny: Callable[..., Path]) -> Any:
     made: Any = AutoTokenizer.from_pretrained(tiny())
     made.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     return made
+
+
+def test_scoring_says_how_far_it_is(subject: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "SAY_EVERY", 0.0)
+    lines: list[str] = []
+    windows = cut_windows("text", TEXT, subject.tokenizer, seq_len=48, windows=3)
+    perplexity.perplexity(windows)(replace(subject, say=lines.append))
+    assert [line.partition(",")[0] for line in lines] == ["windows: 1/3", "windows: 2/3"]
 
 
 @torch.no_grad()

@@ -5,7 +5,9 @@ import json
 import math
 import re
 import statistics
+import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from affinequant_evals.perplexity import LanguageModel
 from affinequant_evals.suites import Measurements, build_suite
 from affinequant_evals.tasks import TaskOptions, task_batteries
 
+from affinequant import progress
 from affinequant.demo import DEMO_TASKS, demo_task_rows
 from affinequant.errors import PREFLIGHT, USAGE, AffineQuantError
 from affinequant.wheels import find_package
@@ -78,6 +81,16 @@ def test_piqa_by_hand(subject: LanguageModel, capfd: pytest.CaptureFixture[str])
         "bos": "none",
         "num_fewshot": 0,
     }
+
+
+def test_a_task_says_how_far_it_is(
+    subject: LanguageModel, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "SAY_EVERY", 0.0)
+    talking = replace(subject, say=lambda text: print(text, file=sys.stderr))
+    scores(talking, "piqa", limit=4)
+    lines = capfd.readouterr().err.splitlines()
+    assert [line.partition(",")[0] for line in lines] == ["prompts: 4/8"]
 
 
 def test_lambada_by_hand(subject: LanguageModel) -> None:

@@ -1,5 +1,6 @@
 """From a folder to a checked checkpoint, for every preset and scheme, and what happens when a block goes wrong."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 import affinequant
 from affinequant import AffineQuantError
 from affinequant.presets import PRESETS
+from affinequant.progress import Silent
 
 Make = Callable[..., Path]
 
@@ -141,3 +143,50 @@ def test_a_finished_folder_is_returned_for_its_own_recipe_only(quantize: Callabl
     assert quantize(preset="rtn").report == first.report
     with pytest.raises(AffineQuantError, match="seed"):
         quantize(preset="rtn", seed=1)
+
+
+def test_every_long_step_says_how_far_it_is(
+    quantize: Callable[..., affinequant.Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from affinequant import progress
+
+    monkeypatch.setattr(progress, "SAY_EVERY", 0.0)
+    listen = Heard()
+    path = quantize(preset="default", finish="kl", finish_epochs=1, progress=listen).path
+    for step in ("block 1, learning: 6/12", "finish: 1/5", "writing: 1/3", "verifying block by block: 1/2"):
+        assert any(line.startswith(f"{step}, ~") for line in listen.lines), step
+    listen.lines.clear()
+    affinequant.load(path, say=listen.say)
+    assert listen.lines[0].startswith("reading the weights: 1/14, ~")
+
+
+class Heard(Silent):
+    """Keeps what is said, and stops a run behind a block."""
+
+    def __init__(self, stop: int = -1) -> None:
+        self.lines: list[str] = []
+        self.stop = stop
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+
+    def block(self, index: int, report: Any) -> None:
+        if index == self.stop:
+            raise KeyboardInterrupt
+
+
+def test_a_report_counts_what_earlier_processes_took_and_where(
+    quantize: Callable[..., affinequant.Result], tmp_path: Path
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        quantize(preset="rtn", progress=Heard(stop=0))
+    for name in ("outer", "block.0000"):
+        file = tmp_path / f"out/.run/stages/{name}/report.json"
+        report = json.loads(file.read_text())
+        assert report["seconds"] > 0 and report["device"] == "cpu"
+        file.write_text(json.dumps(report | {"seconds": 1000.0, "peak_bytes": 2**50, "device": "cuda"}))
+    with pytest.raises(KeyboardInterrupt):
+        quantize(preset="rtn", progress=Heard(stop=1))
+    report = quantize(preset="rtn").report
+    assert 2000 < report["seconds"] < 3000 and report["peak_bytes"] == 2**50
+    assert report["devices"] == ["cpu", "cuda"] and report["events"] == ["worked on cpu and cuda, finished on cpu"]

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from affinequant.progress import LEGEND, Console, Silent
+from affinequant import progress
+from affinequant.progress import LEGEND, Console, Silent, Steps
 
 REPORT: dict[str, Any] = {
     "loss_first": 3.1e-3,
@@ -88,3 +89,39 @@ def test_silent(capsys: pytest.CaptureFixture[str]) -> None:
     listen.block(0, REPORT)
     listen.end()
     assert capsys.readouterr() == ("", "")
+
+
+class Clock:
+    """Stands in for `time` where a test decides what time it is."""
+
+    now = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(progress, "time", clock)
+    return clock
+
+
+def test_a_step_that_takes_long_says_how_far_it_is(clock: Clock) -> None:
+    lines: list[str] = []
+    told = Steps(lines.append, "verifying", 100)
+    for _ in told.each(range(100)):
+        clock.now += 4.0
+    assert lines[0] == "verifying: 3/100, ~6 min left"
+    assert len(lines) == 33 and lines[-1] == "verifying: 99/100, ~4 s left"
+
+
+def test_a_step_that_is_quick_says_nothing(clock: Clock) -> None:
+    lines: list[str] = []
+    told = Steps(lines.append, "writing", 3)
+    for _ in range(3):
+        clock.now += 3.0
+        told()
+    clock.now += 60.0
+    told()
+    assert lines == []  # the last step is no news

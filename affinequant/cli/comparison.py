@@ -153,8 +153,8 @@ class Comparison:
             entry.tier,
             with_error(entry.score.value, entry.score.stderr) if entry.score else "failed" if entry.error else "",
             with_error(*ratio) if ratio else "",
-            minutes(spent_seconds(report) / 60) if report else "",
-            size(peak_bytes(report)) if report else "",
+            minutes(report["seconds"] / 60) if report else "",
+            size(report["peak_bytes"]) if report else "",
             f"{cost[0]:,}" if cost else "",
             f"{100 * cost[0] / cost[1]:.1f} %" if cost else "",
             size(report["bytes"]) if report else "",
@@ -170,8 +170,8 @@ class Comparison:
             **_score_json(entry.score),
             "ratio": ratio[0] if ratio else None,
             "ratio_stderr": ratio[1] if ratio else None,
-            "minutes": spent_seconds(report) / 60 if report else None,
-            "peak_bytes": peak_bytes(report) if report else None,
+            "minutes": report["seconds"] / 60 if report else None,
+            "peak_bytes": report["peak_bytes"] if report else None,
             "online_flops_per_token": cost[0] if cost else None,
             "percent_of_block": 100 * cost[0] / cost[1] if cost else None,
             "bytes": report.get("bytes"),
@@ -203,17 +203,6 @@ def online_cost(report: Mapping[str, Any]) -> tuple[int, int]:
     chosen = [{site: one["flops"] for site, one in found.get("transforms", {}).items()} for found in report["blocks"]]
     fixed = sum(site["flops_per_token"] for site in plan["sites"] if not any(site["site"] in row for row in chosen))
     return fixed + round(statistics.mean(sum(row.values()) for row in chosen)), block
-
-
-def spent_seconds(report: Mapping[str, Any]) -> float:
-    """Seconds of a run. The report's own are those of its last process; what blocks took before it counts too."""
-    stages = [*report["blocks"], *(report[name] for name in ("rotation", "finish") if name in report)]
-    return max(report["seconds"], sum(stage["seconds"] for stage in stages))
-
-
-def peak_bytes(report: Mapping[str, Any]) -> int:
-    """Peak memory over all processes of a run."""
-    return max(report["peak_bytes"], *(block["peak_bytes"] for block in report["blocks"]))
 
 
 def _verdict(found: Mapping[str, Any] | None) -> str:

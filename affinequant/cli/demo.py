@@ -9,6 +9,7 @@ from affinequant.cli.evaluate import DEFAULT_WINDOWS
 from affinequant.cli.output import Screen, freedom, minutes, size, with_error
 from affinequant.cli.plan import print_plan
 from affinequant.cli.quantize import PRESETS_TEXT, add_run, next_commands, prepare, print_next, quantize
+from affinequant.progress import Steps
 from affinequant.recipe import Recipe
 from affinequant.scheme import Scheme
 
@@ -97,19 +98,19 @@ def _samples(path: Path, recipe: Recipe, screen: Screen) -> dict[str, tuple[str,
     from affinequant.demo import demo_model
 
     screen.say("a few greedy tokens of both")
-    texts = [_greedy(folder, recipe) for folder in (demo_model(), path)]
+    texts = [_greedy(folder, recipe, screen) for folder in (demo_model(), path)]
     return {prompt: (full, short) for prompt, full, short in zip(PROMPTS, *texts, strict=True)}
 
 
-def _greedy(folder: Path, recipe: Recipe) -> list[str]:
+def _greedy(folder: Path, recipe: Recipe, screen: Screen) -> list[str]:
     from transformers import AutoTokenizer
 
     from affinequant.runtime import load
 
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    model: Any = load(folder, device=recipe.device, dtype=recipe.dtype)
-    texts = []
-    for prompt in PROMPTS:
+    model: Any = load(folder, device=recipe.device, dtype=recipe.dtype, say=screen.say)
+    texts, told = [], Steps(screen.say, "prompts", len(PROMPTS))
+    for prompt in told.each(PROMPTS):
         inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
         made = model.generate(**inputs, do_sample=False, max_new_tokens=NEW_TOKENS, pad_token_id=tokenizer.eos_token_id)
         texts.append(tokenizer.decode(made[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))

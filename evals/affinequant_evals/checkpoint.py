@@ -128,8 +128,8 @@ def score_folder(
 ) -> Scorecard:
     """Load the model in a folder, score it on what is ready, and let go of it."""
     say(f"scoring {name}")
-    model = affinequant.load(folder, device=device, dtype=dtype)
-    card = evaluate(LanguageModel(model=model, tokenizer=ready.tokenizer, name=name), ready.suite, say=say)
+    model = affinequant.load(folder, device=device, dtype=dtype, say=say)
+    card = evaluate(LanguageModel(model=model, tokenizer=ready.tokenizer, name=name, say=say), ready.suite, say=say)
     placed = {"device": str(model.device), "dtype": str(model.dtype).removeprefix("torch.")}
     del model
     gc.collect()

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from lm_eval.models import huggingface
 
+from affinequant.progress import Steps
 from affinequant_evals.perplexity import Bos, LanguageModel
 
 LOGITS_BYTES = 2**30
@@ -34,6 +35,7 @@ class InMemory(_stock):
 
     def __init__(self, subject: LanguageModel, bos: Bos) -> None:
         model: Any = subject.model
+        self.say, self.told = subject.say, Steps(subject.say, "prompts", 0)
         self.bos, self.asked, self.began, self.whole_texts = bos, 0, 0, False
         self.rows = self.most = ROWS.get(model.device.type, 4)
         self.vocabulary = model.config.get_text_config().vocab_size
@@ -89,10 +91,16 @@ class InMemory(_stock):
         longest = min(max((len(start) + len(rest) for _, start, rest in requests), default=1), room)
         fit = LOGITS_BYTES // (4 * self.vocabulary * longest)
         self.rows = max(1, min(self.most, fit))
+        self.told = Steps(self.say, "prompts", 0 if self.whole_texts else len(requests))
         try:
             return super()._loglikelihood_tokens(requests, *given, **named)
         finally:
             self.rows = self.most
+
+    def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
+        """As lm-eval's."""
+        self.told = Steps(self.say, "prompts", len(requests))
+        return super().generate_until(requests, disable_tqdm=disable_tqdm)
 
     def _cut(self, ids: list[int], room: int | None) -> list[int]:
         """The end of a prompt that is too long, and still a BOS before it where `yes` promises one."""
@@ -117,6 +125,7 @@ class InMemory(_stock):
 
     def _count(self, firsts: torch.Tensor) -> None:
         self.asked += len(firsts)
+        self.told(len(firsts))
         self.began += (
             int((firsts == self.tokenizer.bos_token_id).sum()) if self.tokenizer.bos_token_id is not None else 0
         )

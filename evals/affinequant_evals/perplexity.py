@@ -12,6 +12,8 @@ from torch.nn import functional
 
 from affinequant.data import adds_bos, encode
 from affinequant.errors import PREFLIGHT, AffineQuantError
+from affinequant.progress import Steps
+from affinequant.wheels import Say, quiet
 from affinequant_evals.harness import Metric, Score, exp_mean_score
 
 if TYPE_CHECKING:
@@ -24,11 +26,12 @@ CHUNK_BYTES = 64 * 2**20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LanguageModel:
-    """A transformers model, its tokenizer and the name under which it is scored."""
+    """A transformers model, its tokenizer and the name under which it is scored; `say` hears how far that is."""
 
     model: "PreTrainedModel"
     tokenizer: Any
     name: str
+    say: Say = quiet
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,17 +141,19 @@ def perplexity(windows: Windows) -> Metric[LanguageModel]:
     }
 
     def measure(subject: LanguageModel) -> Score:
-        losses = window_losses(subject.model, windows.ids)
+        losses = window_losses(subject.model, windows.ids, Steps(subject.say, "windows", count))
         return exp_mean_score(losses.tolist(), key=about["sha256"], about=about)
 
     return Metric(name=f"perplexity@{windows.text},seq{seq_len}", better="lower", function=measure)
 
 
 @torch.inference_mode()
-def window_losses(model: "PreTrainedModel", ids: Int64[Tensor, "windows seq_len"]) -> Float[Tensor, " windows"]:
-    """Mean next-token loss of each window in nats, in float32, over its seq_len - 1 targets."""
+def window_losses(
+    model: "PreTrainedModel", ids: Int64[Tensor, "windows seq_len"], told: Steps | None = None
+) -> Float[Tensor, " windows"]:
+    """Mean next-token loss of each window in nats, in float32, over its seq_len - 1 targets; `told` hears of each."""
     plain = _head_is_plain(model, ids[:1, :8].to(model.device))
-    losses = [_window_loss(model, window[None].to(model.device), plain) for window in ids]
+    losses = [_window_loss(model, window[None].to(model.device), plain) for window in (told.each(ids) if told else ids)]
     return torch.tensor(losses, dtype=torch.float64)
 
 

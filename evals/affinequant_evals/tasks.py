@@ -80,7 +80,8 @@ def _battery(name: str, manager: Any, stock: Path, options: TaskOptions, say: Sa
     """Without a manager of stock tasks, the rows are local."""
 
     def measure(subject: LanguageModel) -> Mapping[str, tuple[Better, Score]]:
-        with tempfile.TemporaryDirectory(prefix="affinequant-") as folder, _hushed(options.verbose):
+        folder_of = tempfile.TemporaryDirectory(prefix="affinequant-")
+        with folder_of as folder, _aloud(subject) as subject, _hushed(options.verbose):
             from affinequant_evals.lm_eval_model import InMemory
 
             tasks, model = manager or _local_manager(name, Path(folder), stock, say), InMemory(subject, options.bos)
@@ -224,6 +225,19 @@ def _check_stock(name: str, manager: Any) -> None:
             f"without a hub use {', '.join(DEMO_TASKS)}",
             exit_code=PREFLIGHT,
         )
+
+
+@contextmanager
+def _aloud(subject: LanguageModel) -> Iterator[LanguageModel]:
+    """The subject, whose `say` is heard where all others are hushed."""
+    with os.fdopen(os.dup(2), "w", encoding="utf-8") as stream:
+
+        def say(text: str) -> None:
+            with redirect_stderr(stream):
+                subject.say(text)
+            stream.flush()
+
+        yield replace(subject, say=say)
 
 
 @contextmanager
