@@ -13,7 +13,7 @@ from affinequant.checkpoint import Source, open_source
 from affinequant.errors import AffineQuantError
 from affinequant.formats import check_readable
 from affinequant.formats.compressed_tensors import unpack_linear
-from affinequant.formats.reading import pretrained
+from affinequant.formats.reading import pretrained, skeleton
 from affinequant.integer_linear import IntegerLinear, check_engine, warmed
 from affinequant.progress import Steps
 from affinequant.quantizer import dequantize
@@ -184,7 +184,7 @@ def open_empty(source: Source, device: torch.device, dtype: torch.dtype) -> Any:
     declared = source.config.get("quantization_config") or {}
     if "affinequant" in declared:
         check_readable(declared["affinequant"], str(source.folder / "config.json"))
-    model = _skeleton(source.folder, dtype)
+    model = skeleton(source.folder, dtype)
     if "affinequant" in declared:
         pack_cache(source, model)
     for name, buffer in list(model.named_buffers()):
@@ -277,24 +277,6 @@ def _online_parts(source: Source, name: str, width: int, slices: int = 1) -> dic
     except ValueError as problem:
         raise AffineQuantError(f"the transform of {name}: {problem}", str(source.folder), _AGAIN) from None
     return found
-
-
-def _skeleton(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":
-    """The model without weights: parameters stay on `meta`, buffers that follow from the config exist."""
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
-
-    config: Any = AutoConfig.from_pretrained(folder, local_files_only=True)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    for name, module in list(model.named_modules()):
-        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
-            model.set_submodule(name, type(module)(config))
-    if (folder / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
-    model.config.name_or_path = model.name_or_path = str(folder)
-    return model
 
 
 def _read(source: Source, name: str, *, like: Tensor) -> Tensor:

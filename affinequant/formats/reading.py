@@ -8,6 +8,7 @@ from affinequant.errors import AffineQuantError
 from affinequant.files import first_line
 
 if TYPE_CHECKING:  # a plan asks `supports`, and must not wait for torch
+    import torch
     from torch import Tensor
 
 Dtype = Literal["float32", "bfloat16"]
@@ -43,6 +44,25 @@ def from_tensors(folder: Path, tensors: "Mapping[str, Tensor]", dtype: Dtype, **
     described.update(config)
     maker = MODEL_FOR_CAUSAL_LM_MAPPING[type(described)]
     return pretrained(maker, None, folder, dtype, _AGAIN, config=described, state_dict=dict(tensors))
+
+
+def skeleton(folder: Path, dtype: "torch.dtype") -> Any:
+    """The model without weights: parameters stay on `meta`, buffers that follow from the config exist."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    config: Any = AutoConfig.from_pretrained(folder, local_files_only=True)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    for name, module in list(model.named_modules()):
+        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+            model.set_submodule(name, type(module)(config))
+    if (folder / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    model.config.name_or_path = model.name_or_path = str(folder)
+    return model
 
 
 def pretrained(maker: Any, source: Path | None, folder: Path, dtype: Dtype, fix: str, **options: Any) -> Any:
