@@ -31,6 +31,7 @@ from affinequant.formats import check_readable
 from affinequant.formats.native import STEM
 from affinequant.runtime import check_finite, keep_from_saving, pack_cache, read_linear, replace_linears
 from affinequant.scheme import NumberFormat
+from affinequant.transforms.online import stored_name
 
 NAME, STOCK = "affinequant", "compressed-tensors"
 TESTED = ("5.16.1", "5.20")
@@ -110,8 +111,11 @@ class AffineQuantizer(HfQuantizer):
         replace_linears(model, declared["ignore"], lambda name, linear: _Place(name, linear, bits))
         _check_rest(model, self._source)
         self._dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
-        # transformers has no use for the tensors of these linears, and would report every one of them.
-        unused = {rf"(^|\.){re.escape(name)}\." for name, _ in _places(model.base_model)}
+        # transformers has no use for the tensors of these linears, nor for what acts on queries and keys beside an
+        # attention, and would report every one of them.
+        unused = {rf"(^|\.){re.escape(name)}\." for name, _ in _places(model.base_model)} | {
+            re.escape(stored_name("", ""))
+        }
         model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *unused}
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
