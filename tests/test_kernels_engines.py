@@ -39,8 +39,8 @@ class Timed:
 
     def __call__(self, q: Tensor, held: engines.Held, scale: Tensor | None, total: Tensor | None) -> Tensor:
         self.seen.append(q.numel() * held[0].shape[0])
-        many = self.of_many is not None and len(q) > 32
-        CLOCK.now += (self.of_many if many else self.nanoseconds) * 1e-9 * self.seen[-1]
+        slow = self.of_many if self.of_many is not None and len(q) > 32 else self.nanoseconds
+        CLOCK.now += slow * 1e-9 * self.seen[-1]
         return BEST.product(q, held, scale, total)
 
 

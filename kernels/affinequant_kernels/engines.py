@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Int8
@@ -181,9 +182,9 @@ def _forced(rows: str, width: str) -> str | None:
     return name
 
 
-def report() -> dict[str, dict[str, object]]:
+def report() -> dict[str, dict[str, Any]]:
     """By class of sizes: what is `chosen`, and each candidate's `ms` (None where it has none) with the `text` of it."""
-    found: dict[str, dict[str, object]] = {}
+    found: dict[str, dict[str, Any]] = {}
     threads = torch.get_num_threads()
     for rows in ROWS:
         for width in RANGES:
