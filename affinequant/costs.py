@@ -2,6 +2,7 @@
 
 import math
 import os
+from dataclasses import dataclass
 
 from affinequant.models import Dims
 from affinequant.recipe import Recipe
@@ -13,10 +14,55 @@ FINISH_ROOM = 2 * 2**30
 """Main memory for what the blocks of the finish keep, in place of computing them again."""
 KEPT_VALUES = 10
 """What a step keeps of a block for each token: so many times what is as wide as the stream, and as between up and down."""
+KEPT_BYTES = 2**30
+"""Room for what a pass has computed while a block is rounded; one that needs more goes through the block again for every
+site."""
+PROCESS_BYTES = 700 * 2**20
+"""What Python, torch and transformers take, with the code and the threads of the first products: 590 MB before any model
+is there, and a hundred more."""
 GPU_FLOPS = 1.2e14
 CPU_FLOPS_PER_CORE = 1e11
 """Rates behind the minutes of a plan: bfloat16 on a data-centre GPU; float32 on one core with AVX-512, half of what
 bare products reach there (2e11 at a small model's widths): the rest goes to what lies between the products."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """Bytes: `stream` of one set of hidden states of all samples, `kept` of it between blocks, `cpu` and `gpu` in all."""
+
+    stream: int
+    kept: int
+    cpu: int
+    gpu: int
+
+
+def memory(recipe: Recipe, dims: Dims, per_block: int, device: str) -> Memory:
+    """The largest of what the steps of a run hold at once: the tables outside the blocks, a block in work, a training of
+    the whole network. What is freed between them is the next one's. Factors are from peaks that were measured step by
+    step (`tests/test_plan.py` has them)."""
+    gpu, by_target = device == "cuda", recipe.rounding in ("gptaq", "auto")
+    width = 2 if (gpu and recipe.dtype != "float32") or recipe.dtype == "bfloat16" else 4
+    tokens = recipe.samples * recipe.seq_len
+    stream, table = tokens * dims.hidden * width, dims.vocab * dims.hidden
+    # Both streams before a block and both behind it; with an auxiliary loss what it aims at too.
+    kept = (4 + (recipe.aux_loss and recipe.epochs > 0)) * stream
+    replayed = replay_bytes(tokens, dims)
+    searched = recipe.rounding != "nearest" or "search" in recipe.weight_clip + recipe.activation_clip
+    replayed *= (replayed <= KEPT_BYTES) * searched * (1 + by_target)
+    # Weights in several precisions; the Hessian of the widest input, its factors, and the drift beside it.
+    hessian = max(dims.hidden, dims.mlp, dims.query) ** 2 * (recipe.rounding != "nearest") * (28 + 16 * by_target)
+    work = per_block * 30 + hessian + graph_bytes(recipe, dims, width) + replayed
+    judged = 10 * table if recipe.judge == "kl" and recipe.epochs else 0
+    whole = max(finish_bytes(recipe, dims, per_block, device), rotation_bytes(recipe, dims, per_block))
+    # Tables as they are read and as they are stored, two of them in float32, and the rows in work.
+    outer = 14 * table
+    cpu = PROCESS_BYTES + max(outer + 2 * stream, (0 if gpu else work) + judged + kept, whole and whole + 3 * stream)
+    return Memory(stream=stream, kept=kept, cpu=cpu, gpu=max(work, 12 * table) + 2**30 if gpu else 0)
+
+
+def replay_bytes(tokens: int, dims: Dims) -> int:
+    """What a pass over a block keeps between two of its sites: the inputs of both, and what goes to the stream."""
+    return tokens * (2 * dims.hidden + max(dims.mlp, dims.query)) * 4
 
 
 def graph_bytes(recipe: Recipe, dims: Dims, width: int) -> int:

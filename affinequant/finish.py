@@ -71,7 +71,7 @@ def finish(
     )
     told = Steps(listen.say, "verifying block by block", len(jobs))
     checked = verify(out, contents, committed, jobs, tokens.ids, told, dense=made.recipe.format == "dense")
-    losses = _stream_losses(run, decoder, tokens, last, changed)
+    losses = _stream_losses(run, decoder, tokens, last, committed.outer)
     report = _report(made, run, out, tokens, names, unknown)
     report |= {
         "calibration_perplexity": {name: float(loss.mean().exp()) for name, loss in losses.items()}
@@ -188,16 +188,15 @@ def _current(stage: Tensors, changed: Tensors) -> Tensors:
     return {name: changed.get(name, tensor) for name, tensor in stage.items()}
 
 
-def _stream_losses(run: Run, decoder: Decoder, tokens: Tokens, last: str, changed: Tensors) -> dict[str, Tensor]:
+def _stream_losses(run: Run, decoder: Decoder, tokens: Tokens, last: str, outer: Tensors) -> dict[str, Tensor]:
     """Losses on the first calibration samples, from the hidden states of both streams behind the stage `last`."""
-    outer = run.tensors("outer")
-    outers = {"full": outer, "quantized": _current(outer, changed)}
-    device = decoder.device
-    count = scored_samples(tokens)
-    losses = {}
+    device, count, losses = decoder.device, scored_samples(tokens), {}
+    head, norm = decoder.head(outer), f"{decoder.family.norm}."
+    plain = {name: tensor for name, tensor in run.tensors("outer").items() if name.startswith(norm)}
+    heads = {"full": head | decoder.head(plain), "quantized": head}  # but for the last norm they are one
     with torch.no_grad():
         for name, stream in run.carry(last).items():
-            logits_of = functools.partial(decoder.logits, head=decoder.head(outers[name]))
+            logits_of = functools.partial(decoder.logits, head=heads[name])
             rows = [
                 token_losses(logits_of, row.to(device), ids.to(device))
                 for row, ids in zip(stream[:count], tokens.ids, strict=False)

@@ -113,6 +113,7 @@ def quantize_blocks(made: Plan, run: Run, tokens: Tokens, decoder: Decoder, list
         first = names.index(pending[0])
         carry = run.carry(names[first - 1] if first else "outer")
         full, quantized = carry["full"], carry.get("quantized", carry["full"])
+        del carry  # each block's inputs go with it
         judged = made.recipe.judge == "kl" and made.recipe.epochs > 0
         judge = ModelJudge(made, decoder, tokens, rotation, kwargs) if judged else None
         for index in range(first, len(names)):

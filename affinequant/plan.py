@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from affinequant.checkpoint import Source, check_tensors, is_local, locate, open_source
-from affinequant.costs import expected_minutes, finish_bytes, graph_bytes, rotation_bytes
+from affinequant.costs import expected_minutes, memory
 from affinequant.data import check_length
 from affinequant.errors import PREFLIGHT, AffineQuantError
 from affinequant.formats import find_format
@@ -32,9 +32,6 @@ from affinequant.sites import Placement, Site
 from affinequant.text import check_source, needs_hub
 from affinequant.tokenizer import check_code, check_tokenizer
 from affinequant.transforms import LEARNED_ROTATIONS
-
-PROCESS_BYTES = 700 * 2**20
-"""What Python, torch and transformers take before any model is there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,17 +173,12 @@ def _with_costs(
     output = int(outer + dims.layers * (2 * per_block if dense else bits / 8 + kept))
     output += 4 * dims.hidden * (dims.layers + 1)
     device = _device(recipe)
-    width = 2 if (device == "cuda" and recipe.dtype != "float32") or recipe.dtype == "bfloat16" else 4
-    stream = recipe.samples * recipe.seq_len * dims.hidden * width
-    work = per_block * 44 + graph_bytes(recipe, dims, width)
-    around = max(8 * table * 3, work) if device == "cpu" else 8 * table * 3
-    whole = max(finish_bytes(recipe, dims, per_block, device), rotation_bytes(recipe, dims, per_block))
-    cpu = PROCESS_BYTES + max(around, whole) + 4 * stream
-    budget, offload = parse_bytes(recipe.cpu_memory, flag="--cpu-memory"), recipe.offload
+    needs = memory(recipe, dims, per_block, device)
+    cpu, budget, offload = needs.cpu, parse_bytes(recipe.cpu_memory, flag="--cpu-memory"), recipe.offload
     if offload == "auto":
-        offload = "disk" if budget is not None and cpu > budget >= cpu - 4 * stream else "cpu"
+        offload = "disk" if budget is not None and cpu > budget >= cpu - needs.kept else "cpu"
     if offload == "disk":
-        cpu -= 4 * stream
+        cpu -= needs.kept
     stored = dims.layers * (per_block + 2 * dims.hidden) + 2 * outer
     made = Plan(
         recipe=recipe,
@@ -203,8 +195,8 @@ def _with_costs(
         cache_bytes=round(2 * dims.layers * dims.value * scheme.bits_per_cached(dims.head_dim) / 8),
         untied_bytes=untied,
         cpu_bytes=cpu,
-        gpu_bytes=work + 2**30 if device == "cuda" else 0,
-        disk_bytes=output + stored + 4 * stream + (4 * stream if offload == "disk" else 0),
+        gpu_bytes=needs.gpu,
+        disk_bytes=output + stored + 4 * needs.stream + (4 * needs.stream if offload == "disk" else 0),
         offload=offload,
         minutes=expected_minutes(recipe, dims, per_block, device),
         notes=(*_notes(recipe, placements, untied), *notes),

@@ -9,13 +9,11 @@ from torch import Tensor
 
 from affinequant.attention import OnAttention
 from affinequant.block import BlockJob
+from affinequant.costs import KEPT_BYTES, replay_bytes
 from affinequant.fold import Tensors
 from affinequant.quantizer import fake_quantize_activation
 from affinequant.stream import StopForward, like_on_disk, slices
 from affinequant.transforms.online import apply_online
-
-KEPT_BYTES = 2**30
-"""Room for what a pass has computed; one that needs more goes through the block again for every site."""
 
 
 class Replay:
@@ -41,7 +39,7 @@ class Replay:
         self.groups = dict(job.decoder.family.input_groups())
         self.writers = {edge.module for site in job.sites.values() if site.kind == "residual" for edge in site.sources}
         dims = job.decoder.dims
-        self.keeps = x.shape[0] * x.shape[1] * (3 * dims.hidden + max(dims.mlp, dims.query)) * 4 <= room
+        self.keeps = replay_bytes(x.shape[0] * x.shape[1], dims) <= room
         self.site = ""
         self.input: Tensor | None = None
         self.outputs: dict[str, Tensor] = {}
@@ -51,9 +49,13 @@ class Replay:
         rounded. Sites are taken in the order of the forward pass."""
         self.tensors, self.clips = tensors, dict(clips)
         if self.keeps:
-            passed = {}
-            found = torch.cat([value for _, value in self._run(site, passed)])
-            self.outputs |= {name: torch.cat(parts) for name, parts in passed.items()}
+            passed: dict[str, list[Tensor]] = {}
+            found: Tensor | None = None
+            for part, value in self._run(site, passed):
+                found = _into(found, part, value, len(self.x))
+                for name, (output,) in passed.items():
+                    self.outputs[name] = _into(self.outputs.get(name), part, output, len(self.x))
+                passed.clear()
             self.input = found
         self.site = site
 
@@ -129,3 +131,11 @@ class Replay:
             return self.outputs[member][part]
         rows = len(self.tensors[f"{member}.weight"])
         return x.new_zeros(*x.shape[:-1], rows)  # contiguous: attention on an expanded zero takes several times as long
+
+
+def _into(room: Tensor | None, part: slice, value: Tensor, samples: int) -> Tensor:
+    """`value` in its place among all samples, for which room is made at the first of them."""
+    if room is None:
+        room = value.new_empty(samples, *value.shape[1:])
+    room[part] = value
+    return room

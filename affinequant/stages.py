@@ -22,10 +22,13 @@ from affinequant.rounding import Rounded, round_block
 from affinequant.run import Run
 from affinequant.selection import select
 from affinequant.starts import Watch, build_transforms, looks_at_data
-from affinequant.stream import Decoder
+from affinequant.stream import Decoder, slices
 from affinequant.transforms import Transform
 from affinequant.transforms.banded import Banded
 from affinequant.transforms.chain import Chain
+
+TABLE_ROWS = 4096
+"""Rows of the embedding and of the head that are rotated at once."""
 
 
 def block_stage(
@@ -147,14 +150,30 @@ def outer_stage(made: Plan, run: Run, tokens: Tokens, decoder: Decoder, rotation
     began, tensors = time.perf_counter(), read_outer(made, decoder)
     if made.dims.tied:
         tensors.pop(f"{made.family.head}.weight", None)
-    if rotation is not None:
-        double = {name: tensor.double() for name, tensor in tensors.items()}
-        tensors = rotate_outer(double, made.family, made.sites["residual"], rotation)
-    store = store_dtype(made)
-    stored = {name: tensor.to(store) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+    if rotation is None:
+        store = store_dtype(made)
+        stored = {name: tensor.to(store) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+    else:
+        stored = _rotated(made, tensors, rotation)
     del tensors
     hidden, _ = decoder.embed(tokens.ids, stored)
     run.commit("outer", tensors=stored, carry={"full": hidden}, report=costs(began, decoder.device))
+
+
+def _rotated(made: Plan, tensors: Tensors, rotation: Transform) -> Tensors:
+    """The tensors outside the blocks, rotated in fp64 some rows of the tables at a time, as they are stored."""
+    family, store = made.family, store_dtype(made)
+    tables = {f"{module}.weight" for module in (family.embedding, family.head)}
+    shape = tensors[f"{family.embedding}.weight"].shape
+    stored = {name: torch.empty(shape, dtype=store) for name in tables}
+    for part in slices(shape[0], TABLE_ROWS):
+        rows = {name: (tensor[part] if name in tables else tensor).double() for name, tensor in tensors.items()}
+        for name, tensor in rotate_outer(rows, family, made.sites["residual"], rotation).items():
+            if name in tables:
+                stored[name][part] = tensor
+            else:
+                stored[name] = tensor.to(store)
+    return stored
 
 
 def _learn(
@@ -206,8 +225,9 @@ def _batches(job: BlockJob, values: Tensors, full: Tensor, quantized: Tensor, ta
 def _block_report(
     objective: BlockObjective, fitted: FitReport, rounded: Rounded, after: Tensor, target: Tensor, events: list[str]
 ) -> dict[str, Any]:
-    noise = (after.float() - target.float()).square().sum((-2, -1))
-    power = target.float().square().sum((-2, -1))
+    pairs = list(zip(after, target, strict=True))  # sample by sample: whole streams are too large to have a few more
+    noise = sum(float((one.float() - other.float()).square().sum()) for one, other in pairs)
+    power = sum(float(other.float().square().sum()) for _, other in pairs)
     conditions = {name: float(module.condition()) for name, module in objective.transforms.items()}
     conditions |= {f"{name} online": float(module.condition()) for name, module in objective.online.items()}
     dominance = {
@@ -220,7 +240,7 @@ def _block_report(
         "steps": fitted.steps,
         "non_finite": fitted.non_finite,
         "stopped": fitted.stopped,
-        "sqnr": float(10 * torch.log10(power.sum() / noise.sum().clamp_min(1e-30))),
+        "sqnr": 10 * math.log10(max(power, 1e-30) / max(noise, 1e-30)),
         "condition": max(conditions.values(), default=1.0),
         "conditions": conditions,
         "dominance": dominance,

@@ -108,6 +108,8 @@ class _Reader:
             self._compare_tensors(stage)
         model, family = open_empty(self.source, self.decoder.device, torch.float32), self.decoder.family
         kwargs = self._compare_embedding(model)
+        if not self.contents.tied:  # the table is as large as all that follows
+            model.set_submodule(family.embedding, nn.Identity())
         x = y = self.embedded
         for job in self.jobs:
             stage, name = self.committed.block(job.index), f"{family.blocks}.{job.index}"

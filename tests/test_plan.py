@@ -132,6 +132,26 @@ def test_a_rotation_that_unties_is_announced(tiny: Tiny, text: Path) -> None:
     assert without.untied_bytes == 0 and made.output_bytes - without.output_bytes == made.untied_bytes
 
 
+# Peaks of whole runs, by resource.getrusage, on two cores of an AMD EPYC with torch 2.13.0+cpu: MB, then the model
+# (width, between up and down, heads, of keys and values, vocabulary) and the recipe.
+PEAKS: list[tuple[int, tuple[int, ...], dict[str, Any]]] = [
+    (967, (1024, 256, 8, 2, 4096), {"preset": "fast", "tier": "merged", "samples": 32, "seq_len": 256}),
+    (1072, (512, 256, 8, 2, 60000), {"preset": "fast", "tier": "merged", "samples": 4, "seq_len": 64}),
+    (2017, (1536, 4608, 12, 4, 2048), {"preset": "fast", "tier": "online", "samples": 2, "seq_len": 64}),
+    (975, (512, 512, 8, 2, 4096), {"preset": "default", "tier": "online", "samples": 64, "seq_len": 256}),
+]
+
+
+@pytest.mark.parametrize(("peak", "sizes", "recipe"), PEAKS, ids=["streams", "tables", "weights", "learning"])
+def test_memory_is_what_was_measured(
+    peak: int, sizes: tuple[int, ...], recipe: dict[str, Any], tmp_path: Path, text: Path
+) -> None:
+    names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size")
+    config = SMOLLM2_135M | dict(zip(names, sizes, strict=True)) | {"num_hidden_layers": 2}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert 1.0 <= planned(tmp_path, text, **recipe).cpu_bytes / 2**20 / peak <= 1.1
+
+
 def test_a_learned_rotation_is_counted(seventy: Path, text: Path) -> None:
     fixed, learned, longer = (
         planned(seventy, text, preset="quarot", device="cpu", transforms={"residual": name}, rotation_steps=steps)
