@@ -84,8 +84,8 @@ MUTATIONS = [
     Mutation("activation zero left out", "gemm.py", "other=0)[:, None] * za[None, :]", "other=0)[:, None] * 0",
              "every_kind and 8-False-channel-4-True"),
     Mutation("bias, sign", "gemm.py", "y += tl.load(bias_ptr", "y -= tl.load(bias_ptr", "ragged and 17"),
-    Mutation("last feature not stored", "gemm.py", "mask=mask_m[:, None] & mask_n[None, :]",
-             "mask=mask_m[:, None] & (rn < N - 1)[None, :]", "ragged and 17"),
+    Mutation("last feature not stored", "gemm.py", "mask=(rm < M)[:, None] & (rn < N)[None, :]",
+             "mask=(rm < M)[:, None] & (rn < N - 1)[None, :]", "ragged and 17"),
     # Groups.
     Mutation("group, shift left out", "gemm_group.py", "(part >> SHIFT)", "(part >> 0)",
              "every_kind and 4-True-group-4-False-32"),
