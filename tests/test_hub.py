@@ -9,6 +9,7 @@ import pytest
 
 import affinequant
 from affinequant import AffineQuantError
+from affinequant.checkpoint import locate
 
 Make = Callable[..., Path]
 
@@ -63,3 +64,15 @@ def test_what_was_fetched_is_checked_against_the_config(hub: dict[str, Any], tmp
     with pytest.raises(AffineQuantError, match=r"config\.json says") as caught:
         affinequant.quantize("org/name", **settings(tmp_path))
     assert caught.value.exit_code == 3 and not list((tmp_path / "out").glob(".run/stages/*"))
+
+
+def test_only_the_weights_that_the_index_names_are_fetched_and_code_only_when_trusted(
+    hub: dict[str, Any], tmp_path: Path
+) -> None:
+    more = shutil.copytree(hub["source"], tmp_path / "more")
+    (more / "own.py").write_text("")
+    (more / "consolidated.safetensors").write_bytes(b"another copy")
+    hub["source"] = more
+    fetched = {path.name for path in locate("org/name").iterdir()}
+    assert "model-00002-of-00002.safetensors" in fetched and not {"own.py", "consolidated.safetensors"} & fetched
+    assert (locate("org/name", weights=False, code=True) / "own.py").exists()
