@@ -1,47 +1,36 @@
 """Files in: what is in a model folder, checked from headers before anything is read."""
 
+import hashlib
 import json
-import math
 import os
-import struct
+import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from affinequant.errors import PREFLIGHT, USAGE, AffineQuantError
-from affinequant.files import check_pointer, read_table
+from affinequant.files import read_table
 from affinequant.models import Dims, Family
+from affinequant.source_files import Entry, broken, check_adapter, check_inside, find_weights, same_bytes
+from affinequant.wheels import Say, quiet
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 _FLOATS = ("F64", "F32", "F16", "BF16")
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Entry:
-    """Where a tensor is and what it looks like, from its file's header."""
-
-    file: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def size(self) -> int:
-        """Bytes on disk."""
-        return math.prod(self.shape) * _BYTES.get(self.dtype, 1)
+SAY_EVERY = 10.0
+"""Seconds between two lines about how far reading is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """A model folder: its config and, where weights are there, its table of tensors."""
+    """A model folder: its config and, where weights are there, its table of tensors; `notes` says what was left out."""
 
     folder: Path
     config: Mapping[str, Any]
     entries: Mapping[str, Entry]
+    notes: tuple[str, ...] = ()
 
     def read(self, names: Iterable[str], device: str = "cpu") -> "dict[str, Tensor]":
         """Those tensors, one file opened at a time."""
@@ -53,23 +42,12 @@ class Source:
         found = {}
         for file, members in wanted.items():
             with safe_open(self.folder / file, framework="pt", device=device) as handle:
-                found |= {name: handle.get_tensor(name) for name in members}
+                found |= {name: handle.get_tensor(self.entries[name].key) for name in members}
         return found
 
     def names_under(self, prefix: str) -> list[str]:
         """Names of the tensors inside a module."""
         return [name for name in self.entries if name.startswith(prefix + ".")]
-
-    def stamp(self) -> dict[str, Any]:
-        """What tells this source from another: sizes, shapes and the config, without reading the weights."""
-        import hashlib
-
-        table = sorted((name, e.dtype, e.shape) for name, e in self.entries.items())
-        times = sorted(
-            (file, (self.folder / file).stat().st_size) for file in {entry.file for entry in self.entries.values()}
-        )
-        text = json.dumps([dict(self.config), table, times], sort_keys=True, default=str)
-        return {"source": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def is_local(model: str) -> bool:
@@ -107,9 +85,12 @@ def open_source(folder: Path, *, weights: bool = True) -> Source:
     """Read a folder's config and tensor table.
 
     Raises:
-        AffineQuantError: no config.json or not JSON; weights that are missing, cut short or only in pickle files.
+        AffineQuantError: no config.json or not JSON; an adapter; weights that are not as `find_weights` wants them.
     """
     path = folder / "config.json"
+    check_adapter(folder)
+    if path.is_symlink():
+        check_inside(path, folder)
     if not path.is_file():
         raise AffineQuantError(
             f"{folder} is not a model folder: no config.json", "MODEL", "give the folder that holds it"
@@ -120,13 +101,31 @@ def open_source(folder: Path, *, weights: bool = True) -> Source:
         what = f"quantization_config = {declared!r}"[:200]
         fix = "config.json must give quantization_config as a table"
         raise AffineQuantError(what, str(path), fix, exit_code=PREFLIGHT)
-    entries = _table(folder) if weights else {}
-    return Source(folder=folder, config=config, entries=entries)
+    entries, notes = find_weights(folder, config) if weights else ({}, ())
+    return Source(folder=folder, config=config, entries=entries, notes=notes)
 
 
 def unquantized(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config.json without what it says of how the weights are quantised."""
     return {key: value for key, value in config.items() if key != "quantization_config"}
+
+
+def settle_tie(source: Source, family: Family, dims: Dims) -> tuple[Source, Dims]:
+    """The source and its sizes with the tie that the weights have, as transformers loads them: a head of its own is used
+    whatever the config says, and one without an embedding beside it stands for both."""
+    head, embedding = f"{family.head}.weight", f"{family.embedding}.weight"
+    own, table = source.entries.get(head), source.entries.get(embedding)
+    if not dims.tied or own is None:
+        return source, dims
+    if table is None:
+        entries = {embedding: own} | {name: entry for name, entry in source.entries.items() if name != head}
+        return replace(source, entries=entries), dims
+    if same_bytes(source.folder, own, table):
+        return source, dims
+    note = (
+        f"config.json says that head and embedding are tied, but {head} is another: it is used, and the result untied"
+    )
+    return replace(source, notes=(*source.notes, note)), replace(dims, tied=False)
 
 
 def check_tensors(source: Source, family: Family, dims: Dims) -> None:
@@ -135,6 +134,13 @@ def check_tensors(source: Source, family: Family, dims: Dims) -> None:
     Raises:
         AffineQuantError: naming the first one that is not.
     """
+    if lora := next((name for name in source.entries if ".lora_" in name or ".base_layer." in name), None):
+        raise AffineQuantError(
+            f"tensor {lora} belongs to a LoRA adapter that is not merged",
+            str(source.folder),
+            "merge it into the model first: peft's merge_and_unload(), then save_pretrained",
+            exit_code=PREFLIGHT,
+        )
     shapes = {f"{family.embedding}.weight": (dims.vocab, dims.hidden), f"{family.norm}.weight": (dims.hidden,)}
     if not dims.tied:
         shapes[f"{family.head}.weight"] = (dims.vocab, dims.hidden)
@@ -142,16 +148,25 @@ def check_tensors(source: Source, family: Family, dims: Dims) -> None:
         for linear in family.linears:
             name = f"{family.blocks}.{index}.{linear.name}.weight"
             shapes[name] = (getattr(dims, linear.rows), getattr(dims, linear.columns))
+            if linear.bias and source.config.get(linear.bias):
+                shapes[f"{name.removesuffix('weight')}bias"] = (getattr(dims, linear.rows),)
         for norm, _ in family.fused_norms():
             shapes[f"{family.blocks}.{index}.{norm}.weight"] = (dims.hidden,)
     for name, shape in shapes.items():
         entry = source.entries.get(name)
+        if entry is None and name.endswith(".bias"):
+            raise AffineQuantError(
+                f"tensor {name} is missing, which config.json promises",
+                str(source.folder),
+                "put it there, as zeros if the model has none, or download the model again",
+                exit_code=PREFLIGHT,
+            )
         if entry is None:
-            raise _broken(f"tensor {name} is missing", source.folder)
+            raise broken(f"tensor {name} is missing", source.folder)
         if entry.shape != shape:
-            raise _broken(f"tensor {name} has shape {list(entry.shape)}, config.json says {list(shape)}", source.folder)
+            raise broken(f"tensor {name} has shape {list(entry.shape)}, config.json says {list(shape)}", source.folder)
         if entry.dtype not in _FLOATS:
-            raise _broken(f"tensor {name} holds {entry.dtype}, not 16- or 32-bit floats", source.folder)
+            raise broken(f"tensor {name} holds {entry.dtype}, not 16- or 32-bit floats", source.folder)
     linears = {f"{family.blocks}.{index}.{linear.name}" for index in range(dims.layers) for linear in family.linears}
     for name in source.entries:
         owner, _, part = name.rpartition(".")
@@ -164,76 +179,29 @@ def check_tensors(source: Source, family: Family, dims: Dims) -> None:
             )
 
 
-def check_finite(source: Source) -> None:
-    """Read every weight once and refuse NaN or infinity.
+def read_through(source: Source, say: Say = quiet) -> dict[str, str]:
+    """Read every weight once: refuse NaN or infinity, and return what tells this source's content from another's, for a
+    fingerprint: a hash of all tensors (names, types, shapes and bytes, however they lie in files) and one of the config.
 
     Raises:
         AffineQuantError: naming the tensor and how many of its values are not finite.
     """
-    for name, entry in source.entries.items():
-        if entry.dtype in _FLOATS:
-            values = source.read([name])[name]
-            wrong = int((~values.isfinite()).sum())
-            if wrong:
-                raise _broken(f"tensor {name} has {wrong} values that are NaN or infinite", source.folder / entry.file)
+    import torch
 
-
-def _table(folder: Path) -> dict[str, Entry]:
-    index = next(iter(sorted(folder.glob("*.safetensors.index.json"))), None)
-    if index is not None:
-        try:
-            files = sorted({str(file) for file in json.loads(index.read_text())["weight_map"].values()})
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise _broken("the shard index cannot be read", index) from None
-    else:
-        files = [path.name for path in sorted(folder.glob("*.safetensors"))]
-    if not files:
-        pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
-        if pickles:
-            raise AffineQuantError(
-                f"weights are only in pickle files ({', '.join(pickles[:3])}), which can run code when read",
-                str(folder),
-                "convert them once, in a sandbox if they are not yours: python -c "
-                '"from transformers import AutoModelForCausalLM as M; '
-                f"M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\"",
-                exit_code=PREFLIGHT,
-            )
-        raise AffineQuantError(
-            f"{folder} holds no weights (*.safetensors)", "MODEL", "download the model's weights", exit_code=PREFLIGHT
-        )
-    entries: dict[str, Entry] = {}
-    for file in files:
-        entries |= _header(folder / file)
-    return entries
-
-
-def _header(path: Path) -> dict[str, Entry]:
-    if not path.is_file():
-        raise _broken(f"shard {path.name} is missing", path.parent)
-    check_pointer(path)
-    size = path.stat().st_size
-    with path.open("rb") as handle:
-        prefix = handle.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
-        if 8 + length > size:
-            raise _broken(f"{path.name} is cut short: its header is not whole", path)
-        try:
-            header = json.loads(handle.read(length))
-            header.pop("__metadata__", None)
-            end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-            entries = {
-                name: Entry(file=path.name, dtype=entry["dtype"], shape=tuple(entry["shape"]))
-                for name, entry in header.items()
-            }
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise _broken(f"{path.name} is not a safetensors file", path) from None
-    if size != 8 + length + end:
-        raise _broken(f"{path.name} is cut short: {size:,} bytes of {8 + length + end:,}", path)
-    return entries
-
-
-def _broken(what: str, where: Path) -> AffineQuantError:
-    return AffineQuantError(what, str(where), "download the model again", exit_code=PREFLIGHT)
+    whole, done, began, said = sum(entry.size for entry in source.entries.values()), 0, time.monotonic(), 0.0
+    weights = hashlib.sha256()
+    for name, entry in sorted(source.entries.items()):
+        values = source.read([name])[name]
+        if entry.dtype in _FLOATS and (wrong := int((~values.isfinite()).sum())):
+            raise broken(f"tensor {name} has {wrong} values that are NaN or infinite", source.folder / entry.file)
+        weights.update(json.dumps([name, entry.dtype, entry.shape]).encode())
+        weights.update(values.contiguous().view(-1).view(torch.uint8).numpy().data)
+        done, spent = done + entry.size, time.monotonic() - began
+        if spent - said >= SAY_EVERY:
+            said, left = spent, spent * (whole - done) / max(done, 1)
+            say(f"reading the weights: {done / 2**30:.1f} of {whole / 2**30:.1f} GB, ~{left:.0f} s left")
+    config = json.dumps(dict(source.config), sort_keys=True, default=str)
+    return {"weights": weights.hexdigest(), "config": hashlib.sha256(config.encode()).hexdigest()}
 
 
 def _download(model: str, weights: bool, code: bool) -> Path:

@@ -1,6 +1,7 @@
 """The one exception a user should ever meet, and the spelling helper that fills its `fix`."""
 
 import difflib
+import errno
 from collections.abc import Iterable
 
 USAGE, PREFLIGHT, QUALITY = 2, 3, 4
@@ -21,6 +22,14 @@ class AffineQuantError(Exception):
 
     def __str__(self) -> str:
         return f"{self.what}\n  where: {self.where}\n  fix:   {self.fix}"
+
+
+def disk_full(problem: BaseException) -> bool:
+    """Whether writing failed for lack of room, or of quota; safetensors gives the system's number in its words alone."""
+    full = (errno.ENOSPC, errno.EDQUOT)
+    return (isinstance(problem, OSError) and problem.errno in full) or any(
+        type(problem).__name__ == "SafetensorError" and f"os error {number})" in str(problem) for number in full
+    )
 
 
 def unknown_name(

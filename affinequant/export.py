@@ -24,7 +24,7 @@ from affinequant.run import Run
 from affinequant.serve.transformers_quantizer import stock
 from affinequant.tokenizer import load_tokenizer
 from affinequant.transforms.online import apply_online, parts_of
-from affinequant.workspace import RUN_FOLDER, check_output
+from affinequant.workspace import RUN_FOLDER, check_output, clear
 
 PROBE = (
     "Early in the morning the harbour is quiet. A few boats come back with the tide, and their crews unload the catch "
@@ -71,7 +71,7 @@ def export(
         format: a name that `affinequant list formats` shows.
         scheme: which activations to declare (`w4a16`, `w8a8`, `w4a8`); weights keep their groups and symmetry.
         out: a new or empty folder; by default beside the working directory's, named after source and format.
-        overwrite: empty `out` first, whatever is in it.
+        overwrite: remove an earlier run or export from `out` first.
         dtype: in which source and export are held and compared, on the CPU.
         say: receives lines of progress.
 
@@ -123,7 +123,7 @@ def _prepare(source: Path, name: str, scheme: str | None, out: Path | None, over
     if Run.exists(out / RUN_FOLDER) and not overwrite:
         fix = "use another folder, or --overwrite to empty it first"
         raise AffineQuantError(f"{out} holds a run", "-o", fix)
-    _empty(out)
+    clear(out)
     return _Job(source=source, name=name, form=form, there=there, found=found, out=out)
 
 

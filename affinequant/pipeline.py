@@ -12,12 +12,14 @@ import torch
 import affinequant
 from affinequant import choices
 from affinequant.block import BlockJob
-from affinequant.checkpoint import check_finite, check_tensors, locate, open_source
+from affinequant.checkpoint import read_through
 from affinequant.data import Tokens, calibration_tokens
+from affinequant.errors import AffineQuantError
 from affinequant.finish import DISTILLED, finish, peak_bytes, publish, spent, stage_name
+from affinequant.formats.side_files import find_side_files
 from affinequant.integer_linear import check_engine
 from affinequant.judge import ModelJudge
-from affinequant.plan import Plan, check_disk
+from affinequant.plan import Plan, with_weights
 from affinequant.plan import plan as make_plan
 from affinequant.progress import Console, Progress, Silent
 from affinequant.recipe import Recipe
@@ -28,7 +30,7 @@ from affinequant.stages import block_job, block_stage, distill_stage, outer_stag
 from affinequant.stream import Decoder, check_device, compute_dtype, open_decoder
 from affinequant.text import check_source
 from affinequant.tokenizer import load_tokenizer
-from affinequant.workspace import empty, open_workspace
+from affinequant.workspace import check_disk, empty, expect, open_workspace
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +54,7 @@ def quantize(
     Args:
         model: a Recipe, or MODEL with the recipe's other fields as keywords (`scheme="w4a4"`, `out="folder"`, ...).
         progress: True prints to stderr; anything with the methods of `Progress` listens itself.
-        overwrite: empty the output folder first, whatever is in it.
+        overwrite: remove an earlier run or export from the output folder first.
         resume: insist on a run to take up.
 
     Raises:
@@ -74,18 +76,29 @@ def quantize(
         if not workspace.finished:
             check_disk(made)
             check_source(recipe.data)
-        made = _with_weights(made)
-        if workspace.finished:
-            recipe_part = made.recipe.fingerprint() | made.source.stamp()
-            Run(workspace.run_folder).check_same(recipe_part, all_fields=False)
-            listen.say(f"{workspace.out} is finished already")
-            return Result(path=workspace.out, report=json.loads((workspace.out / "report.json").read_text()))
+        known, made = made.notes, with_weights(made)
+        for note in made.notes:
+            if note not in known:
+                listen.say(f"note: {note}")
         decoder = _decoder(made)
         tokens = _tokens(made, listen)
-        check_finite(made.source)
+        side = find_side_files(made.source.folder, skip=workspace.out)
+        content = read_through(made.source, listen.say) | {"files": side.content()}
+        fingerprint = _fingerprint(made, tokens, content)
         if overwrite:
             empty(workspace)
-        run = Run.open(workspace.run_folder, _fingerprint(made, tokens))
+        run = Run.open(workspace.run_folder, fingerprint)
+        if workspace.finished:
+            run.drop_tensors()  # a kill may have come between the report and this
+            listen.say(f"{workspace.out} is finished already")
+            return Result(path=workspace.out, report=json.loads((workspace.out / "report.json").read_text()))
+        if run.dropped():
+            raise AffineQuantError(
+                "this run was finished and has dropped its tensors, but its report.json is gone",
+                str(workspace.out),
+                "put report.json back; the checkpoint beside it can still be loaded. --overwrite makes it anew",
+            )
+        expect(workspace, side.targets)
         before = spent(run)
         jobs = quantize_blocks(made, run, tokens, decoder, listen)
         report = finish(made, run, workspace.out, jobs, tokens, listen)
@@ -129,15 +142,6 @@ def quantize_blocks(made: Plan, run: Run, tokens: Tokens, decoder: Decoder, list
     return jobs
 
 
-def _with_weights(made: Plan) -> Plan:
-    """The plan with its weights' table: fetched and checked now where it was made from a config alone."""
-    if made.source.entries:
-        return made
-    source = open_source(locate(made.recipe.model, code=made.recipe.trust_remote_code))
-    check_tensors(source, made.family, made.dims)
-    return replace(made, source=source)
-
-
 def _decoder(made: Plan) -> Decoder:
     device = torch.device(made.device)
     dtype = compute_dtype(made.recipe.dtype, device)
@@ -158,7 +162,9 @@ def _tokens(made: Plan, listen: Progress) -> Tokens:
     )
 
 
-def _fingerprint(made: Plan, tokens: Tokens) -> dict[str, Any]:
+def _fingerprint(made: Plan, tokens: Tokens, content: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run must share with the one that it takes up, or whose result it takes for its own: the recipe, the content
+    of weights, config and text, and the versions. The device is not in it: another may finish what one began."""
     import transformers
 
     versions = {
@@ -166,5 +172,4 @@ def _fingerprint(made: Plan, tokens: Tokens) -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    calibration = {"calibration": tokens.sha256}
-    return made.recipe.fingerprint() | made.source.stamp() | calibration | {"versions": versions, "device": made.device}
+    return made.recipe.fingerprint() | dict(content) | {"calibration": tokens.sha256, "versions": versions}

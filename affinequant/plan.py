@@ -4,18 +4,18 @@ Nothing here reads a weight or imports torch.
 """
 
 import os
-import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from affinequant.checkpoint import Source, check_tensors, is_local, locate, open_source
+from affinequant.checkpoint import Source, check_tensors, is_local, locate, open_source, settle_tie
 from affinequant.costs import expected_minutes, memory
 from affinequant.data import check_length
 from affinequant.errors import PREFLIGHT, AffineQuantError
 from affinequant.formats import find_format
+from affinequant.formats.side_files import find_side_files
 from affinequant.models import Dims, Family, resolve, resolve_sites
 from affinequant.placements import (
     block_flops,
@@ -112,11 +112,24 @@ def plan(model: Recipe | str | Path, **fields: Any) -> Plan:
     folder = locate(recipe.model, weights=False, code=recipe.trust_remote_code)
     # Of a hub's model only the config is there for sure; its weights are checked once they have been fetched.
     has_weights = is_local(recipe.model) and (any(folder.glob("*.safetensors*")) or any(folder.glob("*.bin")))
+    return _planned(recipe, folder, has_weights)
+
+
+def with_weights(made: Plan) -> Plan:
+    """The plan with its weights' table: fetched and checked now where it was made from a config alone."""
+    if made.source.entries:
+        return made
+    return _planned(made.recipe, locate(made.recipe.model, code=made.recipe.trust_remote_code), True)
+
+
+def _planned(recipe: Recipe, folder: Path, has_weights: bool) -> Plan:
     source = open_source(folder, weights=has_weights)
     family, dims = resolve(source.config, where=str(folder / "config.json"))
     check_code(source.config, "model", folder, trusted=recipe.trust_remote_code)
     if has_weights:
+        source, dims = settle_tie(source, family, dims)
         check_tensors(source, family, dims)
+    find_side_files(folder, skip=recipe.output_folder())  # refuses links and pipes before anything opens them
     required = has_weights or not is_local(recipe.model)
     check_tokenizer(folder, dims.vocab, required=required, trust_remote_code=recipe.trust_remote_code)
     check_length(recipe.seq_len, source.config)
@@ -179,6 +192,7 @@ def _with_costs(
         offload = "disk" if budget is not None and cpu > budget >= cpu - needs.kept else "cpu"
     if offload == "disk":
         cpu -= needs.kept
+    side = find_side_files(source.folder, skip=recipe.output_folder())
     stored = dims.layers * (per_block + 2 * dims.hidden) + 2 * outer
     made = Plan(
         recipe=recipe,
@@ -196,10 +210,10 @@ def _with_costs(
         untied_bytes=untied,
         cpu_bytes=cpu,
         gpu_bytes=needs.gpu,
-        disk_bytes=output + stored + 4 * needs.stream + (4 * needs.stream if offload == "disk" else 0),
+        disk_bytes=output + side.size + stored + 4 * needs.stream + (4 * needs.stream if offload == "disk" else 0),
         offload=offload,
         minutes=expected_minutes(recipe, dims, per_block, device),
-        notes=(*_notes(recipe, placements, untied), *notes),
+        notes=(*source.notes, *side.note(), *_notes(recipe, placements, untied), *notes),
     )
     _check_budgets(made)
     return made
@@ -257,22 +271,3 @@ def _check_budgets(made: Plan) -> None:
                 fix,
                 exit_code=PREFLIGHT,
             )
-
-
-def check_disk(made: Plan) -> None:
-    """The disk that will hold the output has room for it and for the run's own files.
-
-    Raises:
-        AffineQuantError: with what is needed and what is free.
-    """
-    folder = made.recipe.output_folder().absolute()
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    if free < made.disk_bytes:
-        raise AffineQuantError(
-            f"the disk is too small: {made.disk_bytes / 2**30:.2f} GB needed, {free / 2**30:.2f} GB free",
-            str(folder),
-            "free some room, or write elsewhere with -o",
-            exit_code=PREFLIGHT,
-        )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from affinequant.errors import AffineQuantError, unknown_name
-from affinequant.presets import ALIASES, PRESETS, Preset
+from affinequant.presets import ALIASES, PRESETS, Preset, find_preset
 from affinequant.scheme import Scheme
 
 Tier = Literal["merged", "online"]
@@ -30,6 +30,8 @@ AUTO = "auto"
 `CHOICE_SITES`."""
 CHOICE_SITES = ("attn_in", "vo", "mlp_in", "mlp_mid")
 """Where the linears of a block read quantised inputs."""
+NAMES = {"model": ("demo",), "data": ("wikitext2", "c4", "demo")}
+"""Fields that may name files, and the names that are looked up before any file."""
 
 
 def _option(default: Any, group: str, text: str, *, same_bytes: bool = False, factory: Any = MISSING) -> Any:
@@ -123,8 +125,10 @@ class Recipe:
         for entry in fields(self):
             _check_type(entry.name, getattr(self, entry.name), hints[entry.name])
         Scheme.parse(self.scheme)
-        _find_preset(self.preset)
+        find_preset(self.preset)
         object.__setattr__(self, "preset", ALIASES.get(self.preset, self.preset))
+        for name in NAMES:  # so that the resolved recipe means the same files wherever it is read
+            object.__setattr__(self, name, _absolute(name, getattr(self, name)))
         smallest = {"tp": 1, "samples": 1, "seq_len": 8, "batch_size": 1, "epochs": 0, "finish_epochs": 1, "seed": 0}
         for name, least in (smallest | {"rotation_steps": 1, "rotation_len": 8, "sweeps": 0}).items():
             if getattr(self, name) < least:
@@ -176,7 +180,7 @@ class Recipe:
 
     @staticmethod
     def from_toml(path: str | Path, **overrides: Any) -> "Recipe":
-        """Read a recipe file; keyword arguments win over it."""
+        """Read a recipe file; keyword arguments win over it. Its paths are sought beside it, then from here."""
         try:
             values = tomllib.loads(Path(path).read_text())
         except OSError as problem:
@@ -185,6 +189,7 @@ class Recipe:
             ) from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
             raise AffineQuantError(f"{path} is not TOML: {problem}", "--config", "correct that line") from None
+        values |= {name: _absolute(name, values[name], Path(path).parent) for name in NAMES if name in values}
         if not {"preset", "scheme", "tier", "format"}.isdisjoint(overrides):
             values = _chosen(values, where=str(path))
         if "transforms" in overrides and isinstance(values.get("transforms", {}), dict):
@@ -207,7 +212,7 @@ def resolve(values: Mapping[str, Any], *, where: str = "quantize()") -> Recipe:
         raise unknown_name("recipe field", name, known, where=where)
     if "model" not in values:
         raise AffineQuantError("no model was named", where, "give a folder, a hub id or `demo`")
-    preset = _find_preset(values.get("preset", "default"))
+    preset = find_preset(values.get("preset", "default"))
     scheme = Scheme.parse(str(values.get("scheme", preset.settings.get("scheme", "w4a4"))))
     tier = str(values.get("tier", _tier(preset, scheme, str(values.get("format", "auto")))))
     demo = values["model"] == "demo"
@@ -238,13 +243,6 @@ def _chosen(values: Mapping[str, Any], *, where: str) -> dict[str, Any]:
     return kept
 
 
-def _find_preset(name: Any) -> Preset:
-    known = ALIASES.get(name, name) if isinstance(name, str) else None
-    if known not in PRESETS:
-        raise unknown_name("preset", str(name), (*PRESETS, *ALIASES), where="--preset", listing="presets")
-    return PRESETS[known]
-
-
 def _tier(preset: Preset, scheme: Scheme, form: str) -> str:
     """The tier where none is asked for: the preset's own; else online for 4-bit activations, which are hardly usable
     without, where the preset has transforms for it and the format that was asked for can hold them."""
@@ -266,6 +264,12 @@ def parse_bytes(text: str, *, flag: str) -> int | None:
     if not 0 < size < float("inf"):
         raise AffineQuantError(f"{text!r} is not a size", flag, "write it like 22GB or 512MB")
     return int(size)
+
+
+def _absolute(name: str, text: Any, folder: Path = Path()) -> Any:
+    """A file or folder that is there, by its absolute path; anything else as it is."""
+    path = os.path.abspath(folder / os.path.expanduser(text)) if isinstance(text, str) else ""
+    return path if text and text not in NAMES[name] and os.path.exists(path) else text
 
 
 def _check_type(name: str, value: Any, hint: Any) -> None:

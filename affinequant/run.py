@@ -10,7 +10,10 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from affinequant.durable import sync, write_text
 from affinequant.errors import AffineQuantError
+
+FINGERPRINT = "fingerprint.json"
 
 
 class Run:
@@ -26,19 +29,21 @@ class Run:
 
     @staticmethod
     def open(folder: str | Path, fingerprint: Mapping[str, Any]) -> "Run":
-        """Start a run in `folder`, or take up the one that is there.
+        """Start a run in `folder`, or take up the one that is there. Stages without a fingerprint are nobody's: they go.
 
         Raises:
             AffineQuantError: the folder holds a run whose fingerprint differs; the fields that differ are named.
         """
         run = Run(Path(folder))
-        run.stages.mkdir(parents=True, exist_ok=True)
         plain = json.loads(json.dumps(fingerprint))
-        known = run.folder / "fingerprint.json"
-        if known.exists():
+        if Run.exists(folder):
             run.check_same(plain)
         else:
-            _write_atomic(known, json.dumps(plain, indent=1))
+            if run.stages.exists():
+                shutil.rmtree(run.stages)
+            run.folder.mkdir(parents=True, exist_ok=True)
+            write_text(run.folder / FINGERPRINT, json.dumps(plain, indent=1))
+        run.stages.mkdir(exist_ok=True)
         for left in run.stages.glob("*.tmp"):
             shutil.rmtree(left)
         return run
@@ -46,7 +51,7 @@ class Run:
     @staticmethod
     def exists(folder: str | Path) -> bool:
         """Whether `folder` holds a run."""
-        return (Path(folder) / "fingerprint.json").exists()
+        return (Path(folder) / FINGERPRINT).exists()
 
     def check_same(self, fields: Mapping[str, Any], *, all_fields: bool = True) -> None:
         """Compare a fingerprint, or with `all_fields=False` a part of one, with the run's own.
@@ -54,11 +59,11 @@ class Run:
         Raises:
             AffineQuantError: naming each field that differs, with both values.
         """
-        old, new = json.loads((self.folder / "fingerprint.json").read_text()), json.loads(json.dumps(fields))
+        old, new = json.loads((self.folder / FINGERPRINT).read_text()), json.loads(json.dumps(fields))
         names = sorted({*old, *new} if all_fields else new)
-        differ = [name for name in names if old.get(name) != new.get(name)]
+        differ = [one for name in names for one in _differences(name, old.get(name), new.get(name))]
         if differ:
-            shown = "; ".join(f"{name}: {old.get(name)!r} there, {new.get(name)!r} now" for name in differ)
+            shown = "; ".join(f"{name}: {there!r} there, {now!r} now" for name, there, now in differ)
             raise AffineQuantError(
                 f"this folder holds a run of another recipe ({shown})",
                 str(self.folder),
@@ -93,10 +98,10 @@ class Run:
                 )
         (temporary / "report.json").write_text(json.dumps(report or {}, indent=1))
         for path in temporary.iterdir():
-            _sync(path)
-        _sync(temporary)
+            sync(path)
+        sync(temporary)
         os.rename(temporary, self.stages / name)
-        _sync(self.stages)
+        sync(self.stages)
         for old in self.stages.glob("*/carry.safetensors"):
             if old.parent.name != name:
                 old.unlink()
@@ -113,23 +118,25 @@ class Run:
         """What the stage after `name` starts from."""
         return load_file(self.stages / name / "carry.safetensors")
 
+    def dropped(self) -> bool:
+        """Whether the tensors of committed stages are gone: the run was finished once, and cannot go on."""
+        stages = [path.parent for path in self.stages.glob("*/report.json")]
+        return any(
+            (stage.name == "outer" or stage.name.startswith("block.")) and not (stage / "tensors.safetensors").exists()
+            for stage in stages
+        )
+
     def drop_tensors(self) -> None:
         """Keep the reports only: for a run whose result has been written and checked."""
         for path in self.stages.glob("*/*.safetensors"):
             path.unlink()
 
 
-def _write_atomic(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    _sync(temporary)
-    os.rename(temporary, path)
-    _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _differences(name: str, old: Any, new: Any) -> list[tuple[str, Any, Any]]:
+    """(field, there, now) for what is not the same; of a table each entry that differs."""
+    if old == new:
+        return []
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted({*old, *new})
+        return [one for key in keys for one in _differences(f"{name}.{key}", old.get(key), new.get(key))]
+    return [(name, old, new)]

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -20,6 +21,7 @@ from affinequant.errors import PREFLIGHT, AffineQuantError
 from affinequant.files import first_line
 from affinequant.models import Dims, Family
 from affinequant.recipe import Dtype
+from affinequant.source_files import broken
 
 OnInput = Callable[[str, Tensor], Tensor]
 """(site, x) -> x: sees, and may replace, what the linears behind a site read."""
@@ -140,9 +142,14 @@ def open_decoder(
     """The original Hugging Face model of `source`, empty but for its buffers.
 
     Raises:
-        AffineQuantError: transformers cannot make it out of its config.json (exit 3).
+        AffineQuantError: transformers cannot make it out of its config.json, or one of its parameters has no tensor in
+            the source (exit 3).
     """
     model = _empty_model(source.folder, trust_remote_code)
+    there = {*source.entries, *([f"{family.head}.weight"] if dims.tied else [])}
+    missing = [name for name, _ in model.named_parameters() if source.entries and name not in there]
+    if missing:  # transformers would make up what is not there
+        raise broken(f"tensor {missing[0]} is missing, which the model's own code asks for", source.folder)
     model.eval().requires_grad_(False)
     for name, buffer in list(model.named_buffers()):
         owner, _, leaf = name.rpartition(".")
@@ -239,7 +246,10 @@ def like_on_disk(x: Tensor, folder: Path | None) -> Tensor:
     if folder is None:
         return torch.empty_like(x)
     with tempfile.NamedTemporaryFile(dir=folder) as file:
-        file.truncate(x.nbytes)
+        if sys.platform == "linux":  # a full disk is said now, and does not kill the process later
+            os.posix_fallocate(file.fileno(), 0, max(x.nbytes, 1))
+        else:
+            file.truncate(x.nbytes)
         return torch.from_file(file.name, shared=True, size=x.numel(), dtype=x.dtype).view(x.shape)
 
 

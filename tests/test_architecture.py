@@ -15,10 +15,10 @@ PACKAGES = {
 ORDER = list(PACKAGES)
 # Inside affinequant, from used to user. Rooms on one line do not ask each other except where the line says so.
 LAYERS = [
-    {"errors", "choices"},
+    {"errors", "choices", "durable"},
     {"progress"},
     {"scheme", "sites", "linalg", "wheels", "presets", "files"},
-    {"recipe", "quantizer", "transforms", "wush", "models", "demo", "documents"},
+    {"recipe", "quantizer", "transforms", "wush", "models", "demo", "documents", "source_files"},
     {"fold", "checkpoint", "text", "tokenizer", "gptq", "fit", "run", "attention"},
     {"formats", "data", "stream"},
     {"block", "cache", "card", "costs", "placements", "plan", "integer_linear"},

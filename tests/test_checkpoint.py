@@ -1,6 +1,7 @@
 """Model folders: what is read, and every kind of damage that is refused from headers alone."""
 
 import json
+import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -10,9 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from affinequant.checkpoint import check_finite, check_tensors, locate, open_source
+from affinequant.checkpoint import Source, check_tensors, locate, open_source, read_through, settle_tie
 from affinequant.errors import AffineQuantError
 from affinequant.models import resolve
+from affinequant.source_files import revision
 
 Tiny = Callable[..., Path]
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -44,7 +46,7 @@ def test_whole_folders_pass(tiny: Tiny, shape: dict[str, Any]) -> None:
     folder = tiny(**shape)
     source = open_source(folder)
     check(folder)
-    check_finite(source)
+    read_through(source)
     names = source.names_under("model.layers.1")
     assert UP in names and all(name.startswith("model.layers.1.") for name in names)
     read = source.read([UP, "model.norm.weight"])
@@ -68,10 +70,25 @@ def test_block_names_do_not_run_into_each_other(tiny: Tiny) -> None:
     )
 
 
-def test_a_stamp_tells_sources_apart(tiny: Tiny, tiny_copy: Tiny) -> None:
-    stamp = open_source(tiny()).stamp()
-    assert stamp == open_source(tiny()).stamp() == open_source(tiny_copy()).stamp()
-    assert stamp != open_source(tiny(tied=True)).stamp() and json.dumps(stamp)
+def test_content_tells_sources_apart_however_it_lies_in_files(tiny: Tiny, tiny_copy: Tiny) -> None:
+    one, copy = read_through(open_source(tiny())), open_source(tiny_copy())
+    assert one == read_through(copy) == read_through(open_source(tiny(shards=3))) and json.dumps(one)
+    stat = (file := copy.folder / "model.safetensors").stat()
+    rewritten(copy.folder, lambda state: state[UP].view(-1)[-1:].neg_())
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # same names, shapes, size and time
+    assert file.stat().st_size == stat.st_size
+    changed = read_through(copy)
+    assert changed["weights"] != one["weights"] and changed["config"] == one["config"]
+    table = json.loads((copy.folder / "config.json").read_text())
+    (copy.folder / "config.json").write_text(json.dumps(table | {"rms_norm_eps": 1e-3}))
+    assert read_through(open_source(copy.folder))["config"] != one["config"]
+
+
+def test_reading_that_takes_long_says_how_far_it_is(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("affinequant.checkpoint.SAY_EVERY", 0.0)
+    read_through(open_source(tiny()), said.append)
+    assert len(said) > 3 and all("reading the weights" in line and "left" in line for line in said)
 
 
 def test_folders_that_are_none(tmp_path: Path) -> None:
@@ -173,7 +190,7 @@ def test_an_untied_head_must_be_there_and_a_tied_one_need_not(tiny: Tiny, tiny_c
 def test_values_that_are_not_finite_are_counted(tiny_copy: Tiny, value: float) -> None:
     folder = rewritten(tiny_copy(), lambda state: state[UP].view(-1)[:3].fill_(value))
     check(folder)  # headers cannot show it
-    error = refusal(lambda: check_finite(open_source(folder)))
+    error = refusal(lambda: read_through(open_source(folder)))
     assert f"tensor {UP} has 3 values" in error.what
 
 
@@ -191,3 +208,170 @@ def test_a_folder_without_weights(tiny_copy: Tiny) -> None:
     (folder / "model.safetensors").unlink()
     assert "no weights" in refusal(lambda: open_source(folder)).what
     assert open_source(folder, weights=False).entries == {}
+
+
+# Which files are the model.
+
+
+def save(state: dict[str, torch.Tensor], path: Path) -> None:
+    path.parent.mkdir(exist_ok=True)
+    save_file(state, path, metadata={"format": "pt"})
+
+
+def turned(folder: Path) -> dict[str, torch.Tensor]:
+    """Other weights under the same names."""
+    files = [load_file(file) for file in sorted(folder.glob("model*.safetensors"))]
+    return {name: -tensor for state in files for name, tensor in state.items()}
+
+
+def test_a_stray_file_of_the_same_tensors_is_refused_by_name(tiny_copy: Tiny) -> None:
+    folder = tiny_copy()
+    save(turned(folder), folder / "zzz_ema.safetensors")
+    error = refusal(lambda: check(folder))
+    assert "two sets of weights" in error.what and "zzz_ema.safetensors" in error.what and "move" in error.fix
+
+
+def test_one_file_beside_an_index_is_refused_by_name(tiny_copy: Tiny) -> None:
+    folder = tiny_copy(shards=2)
+    save(turned(folder), folder / "model.safetensors")
+    error = refusal(lambda: check(folder))
+    assert "model.safetensors, and model.safetensors.index.json" in error.what
+    table = dict.fromkeys(load_file(folder / "model.safetensors"), "model.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": table}))
+    for shard in folder.glob("model-*.safetensors"):
+        shard.unlink()
+    check(folder)  # an index that names the one file says nothing else than the file does
+
+
+def test_other_files_and_indices_are_left_out_and_said(tiny_copy: Tiny) -> None:
+    """`consolidated` is the same model under its authors' own names; its index sorts before ours."""
+    folder = tiny_copy(shards=2)
+    before = open_source(folder)
+    save({"layers.0.attention.wq.weight": torch.ones(2)}, folder / "consolidated.safetensors")
+    save({"exp_avg": torch.ones(2)}, folder / "optimizer.safetensors")
+    index = {"weight_map": {"layers.0.attention.wq.weight": "consolidated.safetensors"}}
+    (folder / "consolidated.safetensors.index.json").write_text(json.dumps(index))
+    source = open_source(folder)
+    assert source.entries == before.entries and not before.notes
+    assert ["consolidated" in source.notes[0], "optimizer" in source.notes[1]] == [True, True]
+
+
+def test_a_file_under_another_name_is_not_taken_for_the_model(tiny_copy: Tiny) -> None:
+    folder = tiny_copy()
+    (folder / "model.safetensors").rename(folder / "weights.safetensors")
+    error = refusal(lambda: check(folder))
+    assert "weights.safetensors" in error.what and "model.safetensors" in error.fix
+    table = json.loads((folder / "config.json").read_text()) | {"transformers_weights": "weights.safetensors"}
+    (folder / "config.json").write_text(json.dumps(table))
+    check(folder)  # the config names it
+
+
+@pytest.mark.parametrize("later", [True, False])
+def test_the_index_gives_each_tensor_its_file(tiny_copy: Tiny, later: bool) -> None:
+    folder = tiny_copy(shards=2)
+    source = open_source(folder)
+    expected = source.read(source.entries)
+    one, two = (folder / f"model-0000{n}-of-00002.safetensors" for n in (1, 2))
+    file, other = (one, two) if later else (two, one)
+    name, state = next(iter(load_file(file))), load_file(other)
+    save(state | {name: -expected[name]}, other)  # a stale copy
+    source = open_source(folder)
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in source.read(source.entries).items())
+    assert name in source.notes[0] and other.name in source.notes[0]
+
+
+def test_a_tensor_that_the_index_promises_and_its_shard_lacks(tiny_copy: Tiny) -> None:
+    folder = tiny_copy(shards=2)
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"][UP] = next(file for file in index["weight_map"].values() if file != index["weight_map"][UP])
+    path.write_text(json.dumps(index))
+    assert f"tensor {UP} is missing" in refusal(lambda: open_source(folder)).what
+
+
+def moved(folder: Path, place: str) -> Path:
+    """The first shard under another name, in the index too."""
+    path = folder / "model.safetensors.index.json"
+    path.write_text(path.read_text().replace("model-00001-of-00002.safetensors", place))
+    (folder / "model-00001-of-00002.safetensors").rename(folder / place)
+    return folder
+
+
+def test_shards_in_a_folder_below(tiny_copy: Tiny) -> None:
+    folder = tiny_copy(shards=2)
+    (folder / "parts").mkdir()
+    check(moved(folder, "parts/one.safetensors"))
+    read_through(open_source(folder))
+
+
+@pytest.mark.parametrize("kind", ["dots", "absolute", "link"])
+def test_nothing_outside_the_folder_is_read(tiny_copy: Tiny, tmp_path: Path, kind: str) -> None:
+    folder, place = tiny_copy(shards=2), tmp_path / "elsewhere.safetensors"
+    moved(folder, "../elsewhere.safetensors" if kind == "dots" else str(place) if kind == "absolute" else "one")
+    if kind == "link":
+        (folder / "one").rename(place)
+        (folder / "one").symlink_to(place)
+    assert place.exists() and "outside" in refusal(lambda: open_source(folder)).what
+
+
+def test_a_hubs_cache_links_to_its_blobs(tiny_copy: Tiny, tmp_path: Path) -> None:
+    cache = tmp_path / "models--org--name"
+    (cache / "blobs").mkdir(parents=True)
+    folder = Path(tiny_copy(shards=2).rename(cache / "here"))
+    (cache / "snapshots").mkdir()
+    folder = folder.rename(cache / "snapshots" / "0a1b2c")
+    for file in list(folder.iterdir()):
+        file.rename(cache / "blobs" / file.name)
+        file.symlink_to(f"../../blobs/{file.name}")
+    check(folder)
+    assert revision(folder) == "0a1b2c" and revision(cache) is None
+    (cache / "secret").write_text("x")
+    (folder / "model-00001-of-00002.safetensors").unlink()
+    (folder / "model-00001-of-00002.safetensors").symlink_to("../../secret")
+    assert "outside" in refusal(lambda: open_source(folder)).what
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_an_adapter_says_that_it_is_one(tiny_copy: Tiny, tmp_path: Path, alone: bool) -> None:
+    folder = tmp_path / "adapter" if alone else tiny_copy()
+    save({"base_model.model.x.lora_A.weight": torch.ones(2, 2)}, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "x/y"}))
+    error = refusal(lambda: open_source(folder))
+    assert "LoRA adapter" in error.what and "x/y" in error.fix and "merge" in error.fix
+    assert ("beside the weights" in error.what) != alone
+
+
+def test_adapters_inside_the_weights(tiny_copy: Tiny) -> None:
+    name = UP.replace("weight", "lora_A.default.weight")
+    error = refusal(lambda: check(rewritten(tiny_copy(), lambda state: state.update({name: torch.ones(2, 64)}))))
+    assert name in error.what and "merge" in error.fix
+
+
+@pytest.mark.parametrize(("flag", "name"), [("attention_bias", "self_attn.o_proj"), ("mlp_bias", "mlp.down_proj")])
+def test_biases_that_the_config_promises_are_there(tiny_copy: Tiny, flag: str, name: str) -> None:
+    tensor = f"model.layers.1.{name}.bias"
+    folder = rewritten(tiny_copy(bias=True), lambda state: state.pop(tensor))
+    assert f"tensor {tensor} is missing" in refusal(lambda: check(folder)).what
+
+
+def settled(folder: Path) -> tuple[Source, bool]:
+    source = open_source(folder)
+    source, dims = settle_tie(source, *resolve(source.config, where=""))
+    return source, dims.tied
+
+
+def test_ties_are_those_of_the_weights(tiny_copy: Tiny) -> None:
+    head, table = "lm_head.weight", "model.embed_tokens.weight"
+    folder = tiny_copy(tied=True)
+    assert settled(folder)[1]
+    rewritten(folder, lambda state: state.update({head: state[table].clone()}))
+    source, tied = settled(folder)
+    assert tied and not source.notes, "a copy of the embedding is a tie"
+    rewritten(folder, lambda state: state[head].view(-1)[-1:].add_(1))
+    source, tied = settled(folder)
+    assert not tied and head in source.notes[0]
+    rewritten(folder, lambda state: state.pop(table))  # as transformers does, the head stands for both
+    source, tied = settled(folder)
+    assert tied and head not in source.entries
+    assert torch.equal(source.read([table])[table], load_file(folder / "model.safetensors")[head])
+    check_tensors(source, *resolve(source.config, where=""))

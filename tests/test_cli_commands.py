@@ -247,8 +247,8 @@ def test_interrupted_inspected_and_taken_up(
 )
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_command_that_goes_on_gives_the_same_recipe(preset: str, fields: dict[str, Any]) -> None:
-    recipe = resolve({"model": "m", "preset": preset, "out": "there", "device": "cpu"} | fields)
-    command = shlex.split(inspect._resume(asdict(recipe), {"device": "cpu"}, Path("there")))
+    recipe = resolve({"model": "m", "preset": preset, "out": "there"} | fields)
+    command = shlex.split(inspect._resume(asdict(recipe), Path("there")))
     args = arguments.parse("quantize", quantize, "about", command[2:])
     assert args is not None and arguments.recipe_of(args) == recipe
 
@@ -279,7 +279,7 @@ def test_a_bug_where_the_cache_cannot_be_written(tmp_path: Path, capsys: Capture
 def test_a_full_disk_says_how_to_go_on(capsys: Capture, monkeypatch: Patch) -> None:
     full = OSError(28, "No space left on device", "/data/out")
     monkeypatch.setattr("affinequant.cli.quantize.recipe_of", fails(full))
-    assert main(["quantize", "x y", "--overwrite"]) == 1
+    assert main(["quantize", "x y", "--overwrite"]) == 3
     error = capsys.readouterr().err
     assert "the disk is full" in error and "/data/out" in error and "go on: affinequant quantize 'x y'\n" in error
 

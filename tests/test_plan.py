@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from affinequant.errors import AffineQuantError
-from affinequant.plan import Plan, check_disk, plan
+from affinequant.plan import Plan, plan
 from affinequant.presets import PRESETS
+from affinequant.workspace import check_disk
 
 Tiny = Callable[..., Path]
 

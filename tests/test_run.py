@@ -34,7 +34,7 @@ def stopped_at(monkeypatch: pytest.MonkeyPatch, step: int) -> Iterator[list[str]
         return call
 
     with monkeypatch.context() as patch:
-        for name in ("rename", "fsync", "unlink", "mkdir"):
+        for name in ("rename", "replace", "fsync", "unlink", "mkdir"):
             patch.setattr(os, name, counted(name, getattr(os, name)))
         patch.setattr("affinequant.run.save_file", counted("save", __import__("affinequant.run").run.save_file))
         yield calls
@@ -150,6 +150,13 @@ def test_tuples_and_lists_are_one_in_a_fingerprint(tmp_path: Path) -> None:
     Run.open(tmp_path, {"shape": [1, 2]})
 
 
+def test_stages_without_a_fingerprint_are_nobodys(tmp_path: Path) -> None:
+    Run.open(tmp_path, {"seed": 0}).commit("one", tensors=ONE, carry=ONE)
+    (tmp_path / "fingerprint.json").unlink()
+    run = Run.open(tmp_path, {"seed": 1})
+    assert not run.committed("one") and list(run.stages.iterdir()) == []
+
+
 def test_existence(tmp_path: Path) -> None:
     assert not Run.exists(tmp_path / "run")
     Run.open(tmp_path / "run", {})
@@ -162,3 +169,20 @@ def test_reports_outlive_the_tensors(tmp_path: Path) -> None:
     run.drop_tensors()
     assert run.report("one") == {"n": 1} and run.committed("one")
     assert not list(run.stages.rglob("*.safetensors"))
+
+
+def test_dropped_tensors_are_known(tmp_path: Path) -> None:
+    run = Run.open(tmp_path, {})
+    for name in ("outer", "block.0000"):
+        run.commit(name, tensors=ONE)
+    assert not run.dropped()
+    run.drop_tensors()
+    assert run.dropped()
+
+
+def test_of_a_table_the_entries_that_differ_are_named(tmp_path: Path) -> None:
+    run = Run.open(tmp_path, {"files": {"a.json": "1", "b.json": "2"}, "seed": 0})
+    with pytest.raises(AffineQuantError) as caught:
+        run.check_same({"files": {"a.json": "1", "c.json": "3"}, "seed": 0})
+    assert "files.b.json: '2' there, None now; files.c.json: None there, '3' now" in caught.value.what
+    assert "a.json" not in caught.value.what

@@ -1,16 +1,21 @@
 """The output folder: what is entered, what is refused untouched, and one process at a time."""
 
+import errno
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors import SafetensorError
 
 from affinequant.errors import AffineQuantError
 from affinequant.plan import Plan, plan
 from affinequant.run import Run
-from affinequant.workspace import check_output, empty, open_workspace
+from affinequant.workspace import check_output, empty, expect, open_workspace
+from tests.test_run import Stopped, stopped_at
 
 Tiny = Callable[..., Path]
 
@@ -58,21 +63,113 @@ def test_a_folder_with_anything_else_is_refused_untouched(made: Callable[[Path],
     assert [path.name for path in out.iterdir()] == ["precious.txt"]
 
 
-def test_overwrite_empties_it(made: Callable[[Path], Plan], tmp_path: Path) -> None:
-    out, kept = tmp_path / "out", tmp_path / "kept"
-    (out / "sub").mkdir(parents=True)
-    kept.mkdir()
-    (kept / "file").write_text("x")
-    (out / "sub" / "file").write_text("x")
-    (out / "link").symlink_to(kept)
-    Run.open(out / ".run", {"seed": 0}).commit("one")
-    (out / "report.json").write_text("{}")
+def finished(out: Path) -> Path:
+    """What a run leaves behind: its own files, and one that it has copied."""
+    Run.open(out / ".run", {"seed": 0}).commit("block.0000", tensors={"x": torch.ones(1)})
+    (out / "assets").mkdir()
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "assets/voice.json"):
+        (out / name).write_text("{}")
+    files = ["config.json", "model.safetensors", "tokenizer.json", "assets/voice.json"]
+    (out / "report.json").write_text(json.dumps({"schema": 1, "files": dict.fromkeys(files, 2)}))
+    return out
+
+
+def test_overwrite_removes_what_a_run_made(made: Callable[[Path], Plan], tmp_path: Path) -> None:
+    out = finished(tmp_path / "out")
     with open_workspace(made(out), overwrite=True, resume=False) as workspace:
-        assert not workspace.finished and (out / "link").exists()  # until nothing more can be refused
+        assert not workspace.finished and (out / "config.json").exists()  # until nothing more can be refused
         empty(workspace)
         assert not Run.exists(out / ".run")
         assert [path.name for path in out.iterdir()] == [".run"]
-    assert (kept / "file").exists(), "followed a link out of the folder"
+        assert [path.name for path in (out / ".run").iterdir()] == ["lock"]
+
+
+def test_a_run_that_stopped_while_writing_knows_what_it_copied(made: Callable[[Path], Plan], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with open_workspace(made(out), overwrite=False, resume=False) as workspace:
+        Run.open(workspace.run_folder, {"seed": 0})
+        expect(workspace, ["chat_template.jinja"])
+        for name in ("model-00001.safetensors.tmp", "recipe.toml", "chat_template.jinja", "config.json.tmp"):
+            (out / name).write_text("")
+    with open_workspace(made(out), overwrite=True, resume=False) as workspace:
+        empty(workspace)
+    assert not out.exists() or not any(path.name != ".run" for path in out.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["file", "below", "link", "folder", "run", "none"])
+def test_overwrite_refuses_what_no_run_made_and_names_it(
+    made: Callable[[Path], Plan], tmp_path: Path, kind: str
+) -> None:
+    out, kept = tmp_path / "out", tmp_path / "kept"
+    kept.mkdir()
+    (kept / "file").write_text("x")
+    if kind == "none":
+        out.mkdir()  # a foreign folder: not even what has our names is ours
+    else:
+        finished(out)
+    name = {"below": "assets/mine.txt", "run": ".run/mine.txt", "none": "config.json"}.get(kind, "mine")
+    if kind == "link":
+        (out / name).symlink_to(kept)
+    elif kind == "folder":
+        (out / name).mkdir()
+    else:
+        (out / name).write_text("x")
+    before = sorted(out.rglob("*"))
+    error = refusal(lambda: enter(made(out), overwrite=True))
+    assert name in error.what and "no run made" in error.what and sorted(out.rglob("*")) == before
+    assert (kept / "file").exists()
+
+
+def test_overwrite_protects_the_data(tiny: Tiny, tmp_path: Path) -> None:
+    out = finished(tmp_path / "out")
+    (out / "text.txt").write_text("some words " * 2000)
+    chosen = plan(str(tiny()), out=str(out), data=str(out / "text.txt"), samples=4, seq_len=32)
+    assert "the data" in refusal(lambda: enter(chosen, overwrite=True)).what and (out / "text.txt").exists()
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+    ids=str,
+)
+def test_a_full_disk_is_said(made: Callable[[Path], Plan], tmp_path: Path, problem: Exception) -> None:
+    def work() -> None:
+        with open_workspace(made(tmp_path / "out"), overwrite=False, resume=False):
+            raise problem
+
+    assert "disk is full" in refusal(work, 3).what
+
+
+def test_an_overwrite_that_is_cut_short(
+    made: Callable[[Path], Plan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed before any call that changes the disk: the old run is whole, or neither a run nor a model is there."""
+    step, ended = 0, False
+    seen = set()
+    while not ended:
+        out = tmp_path / str(step)
+        finished(out)
+        with open_workspace(made(out), overwrite=True, resume=False) as workspace, stopped_at(monkeypatch, step):
+            try:
+                empty(workspace)
+                ended = True
+            except Stopped:
+                pass
+        whole = Run.exists(out / ".run")
+        there = {path.name for path in out.iterdir()} - {".run"}
+        if whole:
+            assert len(there) == 5 and Run.open(out / ".run", {"seed": 0}).committed("block.0000")
+        seen.add((whole, "config.json" in there))
+        if not whole:
+            assert not enter(made(out)).finished, "a checkpoint without its run passed for a finished one"
+            assert not any(path.name != ".run" for path in out.iterdir()), "the rest was left behind"
+            assert not Run.open(out / ".run", {"seed": 1}).committed("block.0000"), "a block of another recipe was kept"
+        step += 1
+    assert step > 6 and {(True, True), (False, False)} <= seen
 
 
 def test_a_run_is_taken_up_and_a_finished_one_known(made: Callable[[Path], Plan], tmp_path: Path) -> None:

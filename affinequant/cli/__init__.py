@@ -5,7 +5,6 @@ Nothing in this package imports torch before a command needs it.
 
 import contextlib
 import difflib
-import errno
 import importlib
 import io
 import os
@@ -19,7 +18,7 @@ from pathlib import Path
 
 from affinequant.cli.arguments import parse
 from affinequant.cli.output import Screen
-from affinequant.errors import AffineQuantError
+from affinequant.errors import PREFLIGHT, AffineQuantError, disk_full
 
 UNEXPECTED, INTERRUPTED = 1, 130
 
@@ -99,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except Exception as problem:
         screen.error(_unexpected(problem, typed, screen))
-        return UNEXPECTED
+        return PREFLIGHT if disk_full(problem) else UNEXPECTED
 
 
 def _settle() -> None:
@@ -159,9 +158,10 @@ def _interrupted(typed: list[str]) -> AffineQuantError:
 def _unexpected(problem: Exception, typed: list[str], screen: Screen) -> AffineQuantError:
     if screen.verbose:
         traceback.print_exc()
-    if isinstance(problem, OSError) and problem.errno == errno.ENOSPC:
+    if disk_full(problem):
         again = shlex.join(["affinequant", *(word for word in typed if word != "--overwrite")])
-        return AffineQuantError("the disk is full", problem.filename or "disk", f"free some room, then go on: {again}")
+        where = getattr(problem, "filename", None) or "disk"
+        return AffineQuantError("the disk is full", where, f"free some room, then go on: {again}")
     what = f"unexpected {type(problem).__name__}: {problem}".splitlines()[0]
     try:
         where = str(_write_traceback(typed))

@@ -47,7 +47,9 @@ def add_arguments(parser: Parser) -> None:
     group.add_argument("--dtype", metavar="NAME", default="float32", help=text)
     group = parser.add_argument_group("output")
     group.add_argument("-o", "--out", metavar="DIR", default="", help="folder to write; default ./SOURCE-FORMAT")
-    group.add_argument("--overwrite", action="store_true", help="empty the output folder first, whatever is in it")
+    group.add_argument(
+        "--overwrite", action="store_true", help="remove an earlier run or export from the output folder first"
+    )
 
 
 def run(args: argparse.Namespace, screen: Screen) -> int:

@@ -101,7 +101,7 @@ def look(folder: Path) -> Found:
         recipe=recipe,
         blocks=blocks,
         total=len(blocks) if state != "unfinished" else _layers(str(recipe.get("model", ""))),
-        resume=_resume(recipe, running, folder) if state == "unfinished" else "",
+        resume=_resume(recipe, folder) if state == "unfinished" else "",
     )
 
 
@@ -232,7 +232,7 @@ def _recipe_of_run(running: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     return known | {"out": str(folder)} if known else {}
 
 
-def _resume(recipe: Mapping[str, Any], running: Mapping[str, Any], folder: Path) -> str:
+def _resume(recipe: Mapping[str, Any], folder: Path) -> str:
     """The shortest command that gives the recipe of an unfinished run."""
     start = {name: recipe[name] for name in ("model", "scheme", "preset")}
     base = resolve(start | {"tier": recipe["tier"]})
@@ -248,8 +248,7 @@ def _resume(recipe: Mapping[str, Any], running: Mapping[str, Any], folder: Path)
             continue
         flag = name.replace("_", "-")
         words += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
-    # Another device gives other bytes, so a run keeps to the one it began on.
-    return shlex.join([*words, "--device", str(running["device"]), "-o", str(folder)])
+    return shlex.join([*words, "-o", str(folder)])
 
 
 def _layers(model: str) -> int | None:

@@ -44,7 +44,9 @@ def add_run(parser: Parser) -> None:
     group = parser.add_argument_group("run")
     group.add_argument("--dry-run", action="store_true", help="print the plan and stop; no weights are loaded")
     group.add_argument("--resume", action="store_true", help="insist on a run to take up in the output folder")
-    group.add_argument("--overwrite", action="store_true", help="empty the output folder first, whatever is in it")
+    group.add_argument(
+        "--overwrite", action="store_true", help="remove an earlier run or export from the output folder first"
+    )
 
 
 def model_help() -> str:
@@ -73,12 +75,12 @@ def prepare(recipe: Recipe, args: argparse.Namespace, screen: Screen) -> "Plan":
     Raises:
         AffineQuantError: see `affinequant.plan` and `affinequant.workspace`.
     """
-    from affinequant.plan import check_disk, plan
+    from affinequant.plan import plan
 
     fetch_demo(recipe.model, screen)
     made = plan(recipe)
     from affinequant.run import Run
-    from affinequant.workspace import RUN_FOLDER, check_output
+    from affinequant.workspace import RUN_FOLDER, check_disk, check_output
 
     out = recipe.output_folder()
     if made.device == "cuda":

@@ -119,7 +119,7 @@ def write_packed(
 
 def checkpoint_config(contents: Contents) -> dict[str, Any]:
     """The source's config with the result's dtype and tie, and without how the source was quantised."""
-    config = unquantized(contents.config)
+    config = {key: value for key, value in unquantized(contents.config).items() if key != "transformers_weights"}
     if "torch_dtype" in config:  # the older spelling of the same key, still read by older engines
         config["torch_dtype"] = contents.dtype
     return config | {"dtype": contents.dtype, "tie_word_embeddings": contents.tied}

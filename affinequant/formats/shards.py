@@ -1,4 +1,4 @@
-"""Files of a checkpoint folder: safetensors shards as the tensors come, and what is copied from the source.
+"""Files of a checkpoint folder: safetensors shards as the tensors come.
 
 Nothing is visible under its final name before it is complete and on the disk, and `config.json` comes last: a folder
 without one was interrupted.
@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import json
 import os
-import re
-import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from affinequant.durable import publish as publish
+from affinequant.durable import write_text as write_text
+from affinequant.formats.side_files import CARD as CARD
+from affinequant.formats.side_files import copy_source as copy_source
+
 if TYPE_CHECKING:
     from torch import Tensor
-
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz", ".ot")
-OWN = ("config.json", "recipe.toml", "report.json", "report.html")
-"""Names that this package writes itself, so a source's file of that name is not copied."""
-CARD = "README.md"
 
 
 def write_shards(
@@ -63,31 +61,6 @@ def write_json(path: Path, value: Any) -> Path:
     return write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def write_text(path: Path, text: str) -> Path:
-    """Write a text file in one step."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    return publish(temporary, path)
-
-
-def copy_source(source: Path, out: Path) -> list[Path]:
-    """Copy every file of the source folder that holds no weights; its README becomes `SOURCE_README.md`.
-
-    Raises:
-        OSError: a file cannot be read or written.
-    """
-    copied = []
-    for file in _other_files(source, skip=out):
-        name = file.relative_to(source)
-        renamed = file.parent == source and re.fullmatch(rf"(SOURCE_)*{re.escape(CARD)}", file.name)
-        target = out / (f"SOURCE_{name}" if renamed else name)  # makes room for our own; so a source may be one of ours
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(target.name + ".tmp")
-        shutil.copyfile(file, temporary)
-        copied.append(publish(temporary, target))
-    return copied
-
-
 def _batches(stages: Iterable[dict[str, Tensor]], shard_bytes: int) -> Iterator[dict[str, Tensor]]:
     pending: dict[str, Tensor] = {}
     size = 0
@@ -102,34 +75,7 @@ def _batches(stages: Iterable[dict[str, Tensor]], shard_bytes: int) -> Iterator[
         yield pending
 
 
-def _other_files(source: Path, *, skip: Path) -> list[Path]:
-    found = []
-    for root, folders, names in os.walk(source):
-        # Hidden folders are caches and version control. The output may lie inside the source.
-        folders[:] = [name for name in folders if name[0] != "." and (Path(root) / name).resolve() != skip.resolve()]
-        for name in names:
-            file = Path(root) / name
-            weights = file.suffix in WEIGHTS or name.endswith(".index.json")
-            own = file.parent == source and name in OWN
-            if not (weights or own or name.startswith(".")):
-                found.append(file)
-    return sorted(found)
-
-
 def _umask() -> int:
     mask = os.umask(0)  # can only be read by setting it
     os.umask(mask)
     return mask
-
-
-def publish(temporary: Path, final: Path) -> Path:
-    """Give a whole file its name, once it is on the disk."""
-    with open(temporary, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, final)
-    folder = os.open(final.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-    return final

@@ -35,11 +35,12 @@ class Dims:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinearSpec:
-    """A linear of a block: weight [rows, columns]."""
+    """A linear of a block: weight [rows, columns], and a bias [rows] where the config's flag `bias` is set."""
 
     name: str
     rows: Width
     columns: Width
+    bias: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,13 +12,13 @@ LLAMA = Family(
     norm_offset=0.0,
     rope="half",
     linears=(
-        LinearSpec(name="self_attn.q_proj", rows="query", columns="hidden"),
-        LinearSpec(name="self_attn.k_proj", rows="value", columns="hidden"),
-        LinearSpec(name="self_attn.v_proj", rows="value", columns="hidden"),
-        LinearSpec(name="self_attn.o_proj", rows="hidden", columns="query"),
-        LinearSpec(name="mlp.gate_proj", rows="mlp", columns="hidden"),
-        LinearSpec(name="mlp.up_proj", rows="mlp", columns="hidden"),
-        LinearSpec(name="mlp.down_proj", rows="hidden", columns="mlp"),
+        LinearSpec(name="self_attn.q_proj", rows="query", columns="hidden", bias="attention_bias"),
+        LinearSpec(name="self_attn.k_proj", rows="value", columns="hidden", bias="attention_bias"),
+        LinearSpec(name="self_attn.v_proj", rows="value", columns="hidden", bias="attention_bias"),
+        LinearSpec(name="self_attn.o_proj", rows="hidden", columns="query", bias="attention_bias"),
+        LinearSpec(name="mlp.gate_proj", rows="mlp", columns="hidden", bias="mlp_bias"),
+        LinearSpec(name="mlp.up_proj", rows="mlp", columns="hidden", bias="mlp_bias"),
+        LinearSpec(name="mlp.down_proj", rows="hidden", columns="mlp", bias="mlp_bias"),
     ),
     sites=(
         SiteSpec(

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from affinequant.errors import unknown_name
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preset:
@@ -48,3 +50,15 @@ def _read(name: str) -> Preset:
 
 PRESETS: dict[str, Preset] = {name: _read(name) for name in ORDER}
 """What `affinequant list presets` shows, from the plainest to the strongest."""
+
+
+def find_preset(name: Any) -> Preset:
+    """The preset of that name.
+
+    Raises:
+        AffineQuantError: unknown name.
+    """
+    known = ALIASES.get(name, name) if isinstance(name, str) else None
+    if known not in PRESETS:
+        raise unknown_name("preset", str(name), (*PRESETS, *ALIASES), where="--preset", listing="presets")
+    return PRESETS[known]
