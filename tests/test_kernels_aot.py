@@ -77,10 +77,23 @@ def test_every_kernel_is_among_the_cases() -> None:
         assert {name for name in names if name.endswith("_kernel")} <= covered
 
 
+def test_the_default_scheme_is_among_the_cases_of_every_kernel() -> None:
+    """Zero points on both sides, and the transform of LLaMA-2-7B's widest input."""
+    for kernel in {case.kernel for case in aot.cases()}:
+        values = [case.values for case in aot.cases() if case.kernel == kernel]
+        for flag, default in (("HAS_ZA", True), ("HAS_ZW", True), ("SYMMETRIC", False)):
+            if any(flag in each for each in values):
+                together = [each for each in values if each.get("HAS_ZA", True) and each.get("HAS_ZW", True)]
+                assert any(each[flag] == default for each in together), (kernel, flag)
+    kron = [case.values for case in aot.cases() if case.kernel == "kron_kernel"]
+    assert any((each["N1"], each["N2"], each["SYMMETRIC"]) == (86, 128, False) for each in kron)
+
+
 def test_limits_are_enforced(reports: dict[tuple[int, str], aot.Report]) -> None:
     case = next(case for case in aot.cases() if case.name == "gemm 128x128")
     bad = {
         "spills": 1,
+        "kept": 0,
         "registers": 999,
         "wgmma": 0,
         "from_registers": 0,
@@ -90,6 +103,7 @@ def test_limits_are_enforced(reports: dict[tuple[int, str], aot.Report]) -> None
         "copies": 0,
     }
     assert len(aot._problems(case, 90, bad)) == 4
+    assert len(aot._problems(case, 90, bad | {"kept": 5})) == 5
     good = reports[90, "gemm 128x128"]
     assert good.wgmma > 0 and good.from_registers == good.wgmma and reports[80, "gemm 128x128"].mma > 0
     assert len(aot._problems(case, 90, bad | {"wgmma": 4, "from_registers": 3})) == 4
@@ -103,3 +117,9 @@ def test_product_loop_is_the_inner_one() -> None:
     code = ".L_x_1:\n A ;\n.L_x_2:\n IMMA ;\n PRMT ;\n BRA `(.L_x_2) ;\n B ;\n BRA `(.L_x_1) ;\n"
     assert aot.product_loop(code).split() == [".L_x_2:", "IMMA", ";", "PRMT", ";", "BRA", "`(.L_x_2)"]
     assert aot.product_loop("no loop") == "no loop"
+
+
+def test_a_value_put_aside_for_a_loop_is_no_spill_in_it() -> None:
+    code = " STL ;\n.L_x_1:\n A ;\n BRA `(.L_x_1) ;\n LDL ;\n"
+    assert not any("STL" in loop or "LDL" in loop for loop in aot._loops(code))
+    assert any("LDL" in loop for loop in aot._loops(code.replace("A ;", "LDL ;")))

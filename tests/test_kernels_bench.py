@@ -47,7 +47,8 @@ def test_writes_json_table_and_plot(tmp_path: Path, monkeypatch: Patch, capsys: 
     result = json.loads((folder / "bench.json").read_text())
     assert [size["m"] for size in result["sizes"]] == [1, 3] and not result["left_out"]
     first = result["sizes"][0]
-    assert {"torch bf16", "torch fp32", "w4a4", "w4a8", "w8a8", "w4a4 g128"} <= set(first["cold"])
+    ours = {"w4a4", "w4a4 asymmetric", "w4a4 online", "w4a8", "w8a8", "w4a4 g128"}
+    assert {"torch bf16", "torch fp32"} | ours <= set(first["cold"])
     assert set(first["cold"]) == set(first["warm"]) and "clocks" in result["before"] and "clocks" in result["after"]
     for time in first["cold"].values():
         assert 0 < time["p20"] <= time["us"] <= time["p80"] and set(time["x"]) == {"torch bf16", "torch fp32"}
@@ -107,6 +108,30 @@ def test_a_wrong_kernel_is_not_timed(monkeypatch: Patch) -> None:
     monkeypatch.setattr(ops, "linear", lambda *a, **k: right(*a, **k) + 1)
     with pytest.raises(AssertionError, match="w4a4 differs from its reference"):
         bench.run(bench.Settings(shapes=((64, 128),), rows=(2,), rounds=1))
+
+
+def test_the_default_scheme_is_timed_as_it_runs(monkeypatch: Patch) -> None:
+    """Zero points on both sides, and the transform of 86 x 128 that an input of 11008 gets."""
+    assert [len(factor) for factor in bench_layers.kron_factors(11008, "cpu")] == [86, 128]
+    layers = bench_layers.make_layers(64, 11008, "cpu", 1)
+    asked: list[tuple[list[int], bool]] = []
+    right = bench_layers.online_linear
+
+    def online_linear(x: Any, factors: Any, weight: Any, **settings: Any) -> torch.Tensor:
+        assert weight.zero is not None and int(weight.zero.abs().max()) > 0
+        asked.append(([len(factor) for factor in factors], settings["act_symmetric"]))
+        return right(x, factors, weight, **settings)
+
+    monkeypatch.setattr(bench_layers, "online_linear", online_linear)
+    (call,) = bench_layers.providers(layers, 3)["w4a4 online"]
+    call()
+    assert asked == [([86, 128], False)] * 2
+    wrong = [torch.eye(86), torch.eye(128)]
+    monkeypatch.setattr(
+        bench_layers, "online_linear", lambda x, _, weight, **settings: right(x, wrong, weight, **settings)
+    )
+    with pytest.raises(AssertionError, match="w4a4 online differs from its reference"):
+        bench_layers.providers(layers, 3)
 
 
 # Other packages: none is installed where these tests run, so their place is taken by modules with their interface.
@@ -211,9 +236,11 @@ def test_roofline_share_of_a_known_device() -> None:
     assert "| w4a4 | 10.0 | 9.0..11.0 | 10.0 | 1.00 | 1.00 | 18 |" in bench_report.table(result)
 
 
-@pytest.mark.parametrize("kind, bits", [("channel", 4), ("channel", 8), ("group", 4), ("integer", 4)])
-def test_what_is_timed_is_a_quantised_gaussian(kind: Any, bits: int) -> None:
-    weight = bench_layers.sample_weight(16, 256, kind, bits)
+@pytest.mark.parametrize("zero", [False, True])
+@pytest.mark.parametrize("kind, bits", [("channel", 4), ("channel", 8), ("group", 4), ("group", 8), ("integer", 4)])
+def test_what_is_timed_is_a_quantised_gaussian(kind: Any, bits: int, zero: bool) -> None:
+    weight = bench_layers.sample_weight(16, 256, kind, bits, zero=zero)
+    assert (weight.zero is not None) == (zero and (kind, bits) != ("group", 8))
     assert kind_of(weight.scale, weight.mul) == kind
     value = reference.w4a16_linear(torch.eye(256), weight).t()
     # Clipped at 0.7 of each scale's largest value. The integer multipliers are random, so there the size says nothing.

@@ -7,7 +7,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from affinequant_kernels import gemm, linear, ops, prepare_weight, reference, tune
+from affinequant_kernels import (
+    bench_layers,
+    gemm,
+    linear,
+    online_linear,
+    ops,
+    prepare_weight,
+    reference,
+    transform,
+    tune,
+)
 from affinequant_kernels.weight import Weight
 
 pytestmark = pytest.mark.gpu
@@ -15,11 +25,12 @@ if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
 
-def sample(n: int, k: int, grouped: bool = False) -> Weight:
+def sample(n: int, k: int, grouped: bool = False, zero: bool = False) -> Weight:
     generator = torch.Generator().manual_seed(n)
     codes = torch.randint(-8, 8, (n, k), dtype=torch.int8, generator=generator)
     scale = torch.rand(n, k // 128 if grouped else 1, generator=generator) * 0.01 + 1e-3
-    return prepare_weight(codes, scale).to("cuda")
+    points = torch.randint(-8, 8, scale.shape, dtype=torch.int8, generator=generator)
+    return prepare_weight(codes, scale, points if zero else None).to("cuda")
 
 
 def tokens(m: int, k: int) -> torch.Tensor:
@@ -30,10 +41,32 @@ def tokens(m: int, k: int) -> torch.Tensor:
 @pytest.mark.parametrize("m", [1, 2, 3, 16, 17, 64, 65, 256, 2049])
 @pytest.mark.parametrize("grouped", [False, True])
 def test_linear_of_real_sizes(n: int, k: int, m: int, grouped: bool) -> None:
-    weight, x = sample(n, k, grouped), tokens(m, k)
-    for symmetric in (True, False):
+    x = tokens(m, k)
+    for symmetric in (True, False):  # of weights too
+        weight = sample(n, k, grouped, zero=not symmetric)
         got = linear(x, weight, act_symmetric=symmetric)
         assert torch.equal(got, reference.linear_dyn(x, weight, act_symmetric=symmetric))
+
+
+@pytest.mark.parametrize("k, sizes", [(4096, (64, 64)), (11008, (86, 128)), (18944, (128, 148)), (28672, (128, 224))])
+@pytest.mark.parametrize("m", [1, 16, 300])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_default_scheme_at_w4a4(k: int, sizes: tuple[int, int], m: int, dtype: torch.dtype) -> None:
+    """Zero points on both sides, a Kronecker transform in the quantiser: codes exact for what was quantised, the layer
+    exact for its codes."""
+    weight, x = sample(1024, k, zero=True), tokens(m, k).to(dtype)
+    matrices = [factor.to(dtype) for factor in bench_layers.kron_factors(k, "cuda")]
+    assert tuple(len(matrix) for matrix in matrices) == sizes
+    for left, right in (matrices, matrices[::-1]):  # rotations have the larger first
+        y = torch.empty(m, k, device="cuda")
+        rows = transform.kron_quant(x, left, right, bits=4, symmetric=False, clip=0.9, y=y)
+        moved = reference.kron_apply(x, left, right)
+        assert (y - moved).abs().max() <= (1e-5 if dtype == torch.float32 else 1.6e-2) * moved.abs().max()
+        for have, want in zip(rows, reference.row_quant(y, symmetric=False, clip=0.9), strict=True):
+            assert torch.equal(have, want)
+        wanted = reference.linear(rows.q, rows.scale, rows.zero, weight, None, dtype)
+        got = online_linear(x, [left, right], weight, act_symmetric=False, clip=0.9)
+        assert torch.equal(got, wanted)
 
 
 @pytest.mark.parametrize("m", [1, 16, 48, 256])

@@ -150,6 +150,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
     asked: list[Config] = []
 
     def linear(q: Any, scale: Any, zero: Any, rowsum: Any, weight: Any, bias: Any, out: Any, config: Config) -> Any:
+        assert zero is not None and weight.zero is not None and int(weight.zero.abs().max()) > 0  # as a run makes them
         if config.bn == 128:
             raise RuntimeError("out of resource: shared memory")
         asked.append(config)
@@ -163,7 +164,9 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
     monkeypatch.setattr(triton.testing, "do_bench", do_bench)
     sample, randn = bench_layers.sample_weight, torch.randn
     monkeypatch.setattr(torch, "randn", lambda *size, device="cpu", **more: randn(*size, **more))
-    monkeypatch.setattr(bench_layers, "sample_weight", lambda n, k, kind, bits, device: sample(n, k, kind, bits))
+    monkeypatch.setattr(
+        bench_layers, "sample_weight", lambda n, k, kind, bits, device, zero: sample(n, k, kind, bits, zero=zero)
+    )
     return asked
 
 

@@ -10,47 +10,87 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops, reference
+from .online_ops import online_linear
 from .weight import Kind, Weight, prepare_weight, unpack
 
 Call = Callable[[], object]
 
 GROUP = 128
-# Name, kind of weight, its bits, bits of the activations. Quantising these is part of the time.
-OURS: tuple[tuple[str, Kind, int, int], ...] = (
-    ("w4a4", "channel", 4, 4),
-    ("w4a8", "channel", 4, 8),
-    ("w8a8", "channel", 8, 8),
-    ("w4a4 g128", "group", 4, 4),
+
+
+class Ours(NamedTuple):
+    """A layer of this package. Quantising the activations is part of its time."""
+
+    name: str
+    kind: Kind
+    bits: int  # of the weight
+    act_bits: int
+    zero: bool = False  # zero points on both sides
+    online: bool = False  # a Kronecker transform of the activations, fused with their quantiser
+
+
+OURS = (
+    Ours("w4a4", "channel", 4, 4),
+    Ours("w4a4 asymmetric", "channel", 4, 4, zero=True),
+    Ours("w4a4 online", "channel", 4, 4, zero=True, online=True),  # the default scheme of a run at W4A4
+    Ours("w4a8", "channel", 4, 8),
+    Ours("w8a8", "channel", 8, 8),
+    Ours("w4a4 g128", "group", 4, 4),
 )
 BASELINES = ("torch bf16", "torch fp32")
 # Largest relative error of another package's layer against the dense one: 4-bit activations come to about 0.15.
 RIVAL_ERROR = 0.3
+# Of a fused transform against its reference: what is quantised may differ in its last bits, so single codes may.
+ONLINE_ERROR = 0.05
 
 
-def sample_weight(n: int, k: int, kind: Kind = "channel", bits: int = 4, device: str = "cpu") -> Weight:
-    """A quantised Gaussian [n, k], made on the device; groups are of GROUP columns."""
+def kron_factors(k: int, device: str) -> list[Tensor]:
+    """Two random rotations [n1, n1], [n2, n2] in fp32, n1 * n2 = k: the sizes with the smallest sum, as a run takes."""
+    small = next(size for size in range(math.isqrt(k), 0, -1) if k % size == 0)
+    return [
+        torch.linalg.qr(torch.randn(size, size, generator=torch.Generator().manual_seed(size)))[0]
+        .contiguous()
+        .to(device)
+        for size in (small, k // small)
+    ]
+
+
+def sample_weight(
+    n: int, k: int, kind: Kind = "channel", bits: int = 4, device: str = "cpu", zero: bool = False
+) -> Weight:
+    """A quantised Gaussian [n, k], made on the device; groups are of GROUP columns.
+
+    `zero`: with zero points, which lie within 1 of none, as a Gaussian's do. Kind "integer" then multiplies by 8 at most,
+    so that all fits int8; 8 bits in groups stay without.
+    """
     generator = torch.Generator(device).manual_seed(0)
     value = torch.randn(n, k, generator=generator, device=device)
     high = (1 << (bits - 1)) - 1
     groups = 1 if kind == "channel" else k // GROUP
     parts = value.unflatten(1, (groups, -1))
     scale = parts.abs().amax(2) * 0.7 / high
-    codes = (parts / scale.unsqueeze(2)).round().clamp(-high - 1, high).to(torch.int8).flatten(1)
+    shift = torch.zeros_like(scale)
+    if zero and (kind == "channel" or bits == 4):
+        shift = ((parts.amax(2) + parts.amin(2)) / (-2 * scale)).round().clamp(-1, 1)
+    codes = (parts / scale.unsqueeze(2) + shift.unsqueeze(2)).round().clamp(-high - 1, high).to(torch.int8).flatten(1)
+    points = shift.to(torch.int8) if zero and (kind == "channel" or bits == 4) else None
     if kind == "integer":
-        mul = torch.randint(1, 17, (n, groups), dtype=torch.uint8, generator=generator, device=device)
-        return prepare_weight(codes, scale[:, 0].contiguous(), bits=bits, mul=mul)
-    return prepare_weight(codes, scale, bits=bits)
+        top = 9 if zero else 17
+        mul = torch.randint(1, top, (n, groups), dtype=torch.uint8, generator=generator, device=device)
+        return prepare_weight(codes, scale[:, 0].contiguous(), points, bits=bits, mul=mul)
+    return prepare_weight(codes, scale, points, bits=bits)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,19 +100,20 @@ class Layers:
     device: str
     dense: list[Tensor]  # bfloat16 [n, k]
     dense32: list[Tensor]  # float32 [n, k]; only on a CPU
-    weights: dict[tuple[Kind, int], list[Weight]]  # by kind and bits
+    weights: dict[tuple[Kind, int, bool], list[Weight]]  # by kind, bits, and whether there are zero points
+    factors: list[Tensor]  # of the transform before those of ours that have one
     rivals: dict[str, list[Any]]  # other packages' modules
     skipped: dict[str, str]  # those that are not compared, and why
 
 
 def make_layers(n: int, k: int, device: str, copies: int) -> Layers:
     """Quantise one matrix in every way. Raises nothing for other packages: what fails is in `skipped`."""
-    weights: dict[tuple[Kind, int], list[Weight]] = {}
-    for _, kind, bits, _ in OURS:
-        if (kind, bits) not in weights:
-            first = sample_weight(n, k, kind, bits, device)
-            weights[kind, bits] = [first, *(_clone(first) for _ in range(copies - 1))]
-    four = weights["channel", 4][0]
+    weights: dict[tuple[Kind, int, bool], list[Weight]] = {}
+    for ours in OURS:
+        if (ours.kind, ours.bits, ours.zero) not in weights:
+            first = sample_weight(n, k, ours.kind, ours.bits, device, ours.zero)
+            weights[ours.kind, ours.bits, ours.zero] = [first, *(_clone(first) for _ in range(copies - 1))]
+    four = weights["channel", 4, False][0]
     dense = (unpack(four.qweight, k).float() * four.scale.unsqueeze(1)).bfloat16()
     rivals, skipped = _make_rivals(four, dense, device, copies)
     return Layers(
@@ -80,6 +121,7 @@ def make_layers(n: int, k: int, device: str, copies: int) -> Layers:
         dense=[dense.clone() for _ in range(copies)],
         dense32=[dense.float() for _ in range(copies)] if device == "cpu" else [],
         weights=weights,
+        factors=[factor.bfloat16() for factor in kron_factors(k, device)],
         rivals=rivals,
         skipped=skipped,
     )
@@ -97,15 +139,17 @@ def providers(layers: Layers, m: int) -> dict[str, list[Call]]:
     if layers.dense32:
         x32 = x.float()
         found["torch fp32"] = [functools.partial(F.linear, x32, w) for w in layers.dense32]
-        found["w4a4, fp32 in and out"] = [functools.partial(ops.linear, x32, w) for w in layers.weights["channel", 4]]
-    for name, kind, bits, act_bits in OURS:
-        weights = layers.weights[kind, bits]
-        _check(name, x, weights[0], act_bits)
-        found[name] = [functools.partial(ops.linear, x, w, act_bits=act_bits) for w in weights]
+        found["w4a4, fp32 in and out"] = [
+            functools.partial(ops.linear, x32, w) for w in layers.weights["channel", 4, False]
+        ]
+    for ours in OURS:
+        weights = layers.weights[ours.kind, ours.bits, ours.zero]
+        _check(ours, x, weights[0], layers.factors)
+        found[ours.name] = [functools.partial(_apply, ours, x, w, layers.factors) for w in weights]
     found |= _without_quantising(layers, x)
     if m <= 64 and layers.device == "cuda":  # on a CPU it multiplies by a dense copy, as torch does
         a16 = functools.partial(torch.ops.affq.w4a16_linear, x)
-        found["w4a16"] = [functools.partial(a16, *w, None) for w in layers.weights["channel", 4]]
+        found["w4a16"] = [functools.partial(a16, *w, None) for w in layers.weights["channel", 4, False]]
     for name, modules in layers.rivals.items():
         found[name] = [functools.partial(module, x) for module in modules]
     return found
@@ -116,13 +160,13 @@ def _without_quantising(layers: Layers, x: Tensor) -> dict[str, list[Call]]:
     product = functools.partial(torch.ops.affq.w4a4_linear, rows.q, rows.scale, None, rows.rowsum)
     found: dict[str, list[Call]] = {
         "w4a4, x quantised before": [
-            functools.partial(product, *w, None, torch.bfloat16) for w in layers.weights["channel", 4]
+            functools.partial(product, *w, None, torch.bfloat16) for w in layers.weights["channel", 4, False]
         ]
     }
     if layers.device == "cpu" or x.shape[0] > 16:  # what torch asks of a GPU
         int_mm = functools.partial(_int_mm, rows)
         found["torch._int_mm, x quantised before"] = [
-            functools.partial(int_mm, w) for w in layers.weights["channel", 8]
+            functools.partial(int_mm, w) for w in layers.weights["channel", 8, False]
         ]
     return found
 
@@ -132,12 +176,25 @@ def _int_mm(rows: reference.Rows, weight: Weight) -> Tensor:
     return (product.float() * weight.scale * rows.scale.unsqueeze(1)).bfloat16()
 
 
-def _check(name: str, x: Tensor, weight: Weight, act_bits: int) -> None:
+def _apply(ours: Ours, x: Tensor, weight: Weight, factors: list[Tensor]) -> Tensor:
+    settings: dict[str, Any] = {"act_bits": ours.act_bits, "act_symmetric": not ours.zero}
+    return online_linear(x, factors, weight, **settings) if ours.online else ops.linear(x, weight, **settings)
+
+
+def _check(ours: Ours, x: Tensor, weight: Weight, factors: list[Tensor]) -> None:
     """Raise where the fast path is not the reference, on the first rows."""
     few = x[:17].contiguous()
-    got, wanted = ops.linear(few, weight, act_bits=act_bits), reference.linear_dyn(few, weight, act_bits=act_bits)
-    if not torch.equal(got, wanted):
-        raise AssertionError(f"{name} differs from its reference at {tuple(x.shape)}: {(got - wanted).abs().max()}")
+    got = _apply(ours, few, weight, factors)
+    moved = reference.kron_apply(few, *factors) if ours.online else few
+    rows = reference.row_quant(moved, bits=ours.act_bits, symmetric=not ours.zero)
+    wanted = reference.linear(rows.q, rows.scale, rows.zero if ours.zero else None, weight, None, x.dtype)
+    if ours.online:
+        right = float((got.float() - wanted.float()).norm() / wanted.float().norm()) < ONLINE_ERROR
+    else:
+        right = torch.equal(got, wanted)
+    if not right:
+        largest = (got - wanted).abs().max()
+        raise AssertionError(f"{ours.name} differs from its reference at {tuple(x.shape)}: {largest}")
 
 
 # Other packages, as their documentation shows them. Written against gemlite 0.6.0 and humming 0.1.19.
@@ -209,23 +266,25 @@ RIVALS: dict[str, tuple[str, Callable[[Weight, Tensor], Any]]] = {
 }
 
 
-def fused(m: int, k: int, device: str) -> dict[str, list[Call]]:
-    """The fused transform, the quantiser and the key-value cache next to the same transform in plain torch."""
-    x = torch.randn(m, k, generator=torch.Generator().manual_seed(0)).to(device, torch.bfloat16)
-    side = 1 << ((k.bit_length() - 1) // 2)
-    left, right = (
-        torch.linalg.qr(torch.randn(size, size, generator=torch.Generator().manual_seed(size)))[0]
-        .contiguous()
-        .to(device, torch.bfloat16)
-        for size in (k // side, side)
-    )
+def fused(m: int, widths: Sequence[int], device: str) -> dict[str, list[Call]]:
+    """The fused transform and the quantiser with zero points, at the first width next to the same in plain torch, and the
+    key-value cache."""
+
+    def sample(k: int) -> list[Tensor]:
+        x = torch.randn(m, k, generator=torch.Generator().manual_seed(0)).to(device, torch.bfloat16)
+        return [x, *(factor.bfloat16() for factor in kron_factors(k, device))]
+
+    k = widths[0]
+    x, left, right = sample(k)
+    kron = torch.ops.affq.kron_quant
 
     def eager() -> object:
-        return reference.row_quant((left.t() @ (x.view(m, -1, side) @ right)).view(m, k))
+        return reference.row_quant((left.t() @ (x.view(m, len(left), -1) @ right)).view(m, k), symmetric=False)
 
     return {
-        "kron + quant": [lambda: torch.ops.affq.kron_quant(x, left, right)],
+        "kron + quant": [functools.partial(kron, x, left, right, 4, False)],
+        **{f"kron + quant of {width}": [functools.partial(kron, *sample(width), 4, False)] for width in widths[1:]},
         "kron + quant, eager torch": [eager],
-        "row_quant": [lambda: torch.ops.affq.row_quant(x)],
+        "row_quant": [lambda: torch.ops.affq.row_quant(x, 4, False)],
         "kv_pack": [lambda: torch.ops.affq.kv_pack(x.view(m, -1, 128))],
     }

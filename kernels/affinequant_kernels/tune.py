@@ -180,11 +180,12 @@ def search(
     minutes: float,
     say: Callable[[str], None],
 ) -> Iterator[tuple[str, Config]]:
-    """Size and fastest candidate, as they are found, until the time is over. Needs CUDA."""
+    """Size and fastest candidate, as they are found, until the time is over: with zero points on both sides, which is what
+    a run makes by default. Needs CUDA."""
     from .bench_layers import sample_weight
 
     end = time.monotonic() + 60 * minutes
-    weights = {(n, k): sample_weight(n, k, kind, bits, "cuda") for n, k in shapes}
+    weights = {(n, k): sample_weight(n, k, kind, bits, "cuda", zero=True) for n, k in shapes}
     # Tokens outside, shapes inside: a candidate is compiled once and serves every shape.
     for m in rows:
         for (n, k), weight in weights.items():
@@ -210,12 +211,12 @@ def _time_candidates(
     from . import gemm, quant, reference
 
     x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
-    q = quant.row_quant(x, bits=4, symmetric=True, clip=1.0)
+    q = quant.row_quant(x, bits=4, symmetric=False, clip=1.0)
     few = slice(0, 256)  # the reference multiplies in fp64
-    wanted = reference.linear(q.q[few], q.scale[few], None, weight, None, torch.bfloat16)
+    wanted = reference.linear(q.q[few], q.scale[few], q.zero[few], weight, None, torch.bfloat16)
     timed: dict[Config, float] = {}
     for config in candidates(m, n, k, kind, bits, *_device(None)[1:]):
-        call = functools.partial(gemm.linear, q.q, q.scale, None, q.rowsum, weight, None, torch.bfloat16, config)
+        call = functools.partial(gemm.linear, q.q, q.scale, q.zero, q.rowsum, weight, None, torch.bfloat16, config)
         try:
             if not torch.equal(call()[few], wanted):
                 say(f"  skipped, it differs from the reference: {config}")
