@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 
 pytest.importorskip("triton")
 
-from affinequant_kernels import aot, ptx
+import torch
+from affinequant_kernels import aot, ptx, transform
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="triton brings its assembler on Linux only")
 
@@ -87,6 +89,44 @@ def test_the_default_scheme_is_among_the_cases_of_every_kernel() -> None:
                 assert any(each[flag] == default for each in together), (kernel, flag)
     kron = [case.values for case in aot.cases() if case.kernel == "kron_kernel"]
     assert any((each["N1"], each["N2"], each["SYMMETRIC"]) == (86, 128, False) for each in kron)
+
+
+def test_a_fused_transform_is_refused_by_the_memory_that_its_code_asks_for(
+    reports: dict[tuple[int, str], aot.Report],
+) -> None:
+    bf16 = torch.bfloat16
+    for arch, shared in aot.SHARED.items():
+        asked = reports[arch, "kron_quant 86x128"].shared
+        assert transform.kron_fits(86, 128, bf16, asked) and not transform.kron_fits(86, 128, bf16, asked - 1)
+        assert [transform.kron_fits(n1, n2, bf16, shared) for n1, n2 in ((64, 64), (86, 128), (128, 128))] == [True] * 3
+        for n1, n2 in ((128, 224), (148, 128), (1, 256)):
+            assert not transform.kron_fits(n1, n2, bf16, shared)
+        assert not transform.kron_fits(86, 128, torch.float32, shared)
+    assert not transform.kron_fits(86, 128, bf16, 64 << 10)  # Turing's
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("n1, n2", [(8, 16), (128, 224), (224, 128)])
+def test_every_kronecker_transform_is_fused_with_its_quantiser(
+    n1: int, n2: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Kernel:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            return lambda *given, **_: launched.append((self.name, grid, given[0]))
+
+    launched: list[tuple[str, tuple[int, ...], torch.Tensor]] = []
+    for name in ("kron_kernel", "left_kernel", "row_quant"):
+        monkeypatch.setattr(transform, name, Kernel(name))
+    x, right = torch.randn(3, n1 * n2).to(dtype), torch.randn(n2, n2)
+    transform.kron_quant(x, torch.eye(n1), right, bits=4, symmetric=False, clip=1.0)
+    ((name, grid, first),) = launched
+    if dtype == torch.float16 and n1 == 8:
+        assert name == "kron_kernel" and first is x
+    else:  # what lies in memory between the steps is of x's type
+        assert name == "left_kernel" and grid == (3,) and torch.equal(first, x.view(-1, n2) @ right.to(dtype))
 
 
 def test_limits_are_enforced(reports: dict[tuple[int, str], aot.Report]) -> None:

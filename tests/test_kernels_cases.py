@@ -278,7 +278,7 @@ def test_a_range_of_one_sign_is_taken_from_zero(sign: int) -> None:
 
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("dtype", FUSED_TYPES)
-@pytest.mark.parametrize("n1, n2", [(8, 16), (12, 20), (1, 32), (2, 130)])
+@pytest.mark.parametrize("n1, n2", [(8, 16), (12, 20), (1, 32), (2, 130), (130, 20)])
 def test_kron_quant(symmetric: bool, dtype: torch.dtype, n1: int, n2: int) -> None:
     generator = torch.Generator().manual_seed(n1)
     x = torch.randn(3, n1 * n2, generator=generator).to(dtype).to(DEVICE)
@@ -292,7 +292,7 @@ def test_kron_quant(symmetric: bool, dtype: torch.dtype, n1: int, n2: int) -> No
 
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("dtype", FUSED_TYPES)
-@pytest.mark.parametrize("blocks, size, k", [(5, 12, 60), (1, 32, 96), (2, 150, 300)])
+@pytest.mark.parametrize("blocks, size, k", [(5, 12, 60), (1, 32, 96), (2, 150, 300), (1, 258, 258)])
 def test_block_quant(symmetric: bool, dtype: torch.dtype, blocks: int, size: int, k: int) -> None:
     generator = torch.Generator().manual_seed(size)
     x = torch.randn(18, k, generator=generator).to(dtype).to(DEVICE)

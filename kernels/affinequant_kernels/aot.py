@@ -23,6 +23,8 @@ from pathlib import Path
 from . import ptx
 
 ARCHITECTURES = (80, 89, 90)
+SHARED = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10}
+"""Bytes of shared memory that a program may have at most: CUDA C++ programming guide, technical specifications."""
 _KEPT = 4
 
 
@@ -114,9 +116,12 @@ def _rows(name: str, registers: int, **values: object) -> Case:
 
 def cases() -> list[Case]:
     """Every kernel, in the shapes that the dispatch uses most."""
+    from .transform import block_terms, tile_sizes
+
     group: dict[str, object] = {**_FLAGS, "BITS": 4, "EVEN": True, "BN": 128, "BM": 64, "ASM": True}
     fused: dict[str, object] = {"BITS": 4, "SYMMETRIC": False, "STORE_Y": False}
     kron = {"x_ptr": "*bf16", "left_ptr": "*bf16", "right_ptr": "*bf16", **_QUANT, "M": _I, "clip": _F}
+    left = {"half_ptr": "*bf16", "left_ptr": "*bf16", **_QUANT, "M": _I, "clip": _F}
     block = {"x_ptr": "*bf16", "matrix_ptr": "*bf16", **_QUANT, "M": _I, "K": _I, "blocks": _I, "matrix_stride": _I,
              "clip": _F}  # fmt: skip
     norm = {"x_ptr": "*bf16", "residual_ptr": "*bf16", "gain_ptr": "*bf16", "hidden_ptr": "*bf16", **_QUANT, "M": _I,
@@ -171,8 +176,19 @@ def cases() -> list[Case]:
              values=fused | {"N1": 64, "N2": 64, "P1": 64, "P2": 64, "FP32": False}),
         Case(name="kron_quant 86x128", module="transform", kernel="kron_kernel", types=kron, warps=8, stages=1,
              values=fused | {"N1": 86, "N2": 128, "P1": 128, "P2": 128, "FP32": False}),
-        Case(name="block_quant 128", module="transform", kernel="block_kernel", types=block, warps=4,
-             values=fused | {"B": 128, "P": 128, "R": 16, "FP32": False}),
+        *(
+            Case(name=f"kron_quant {n1}x{n2} {kind}, tiles", module="transform", kernel="left_kernel", warps=4, stages=2,
+                 types=left | dict.fromkeys(("half_ptr", "left_ptr"), f"*{kind}"),
+                 values=fused | tile_sizes(kind == "fp32") | {"N1": n1, "N2": n2, "FP32": kind == "fp32"})
+            for n1, n2, kind in ((128, 224, "bf16"), (224, 128, "bf16"), (86, 128, "fp32"), (128, 224, "fp32"))
+        ),
+        *(
+            Case(name=f"block_quant {size} {kind}, {rows} rows", module="transform", kernel="block_kernel", warps=4,
+                 types=block | dict.fromkeys(("x_ptr", "matrix_ptr"), f"*{kind}"),
+                 values=fused | {"B": size, "P": size, "R": rows, "S": block_terms(size, kind == "fp32"),
+                                 "FP32": kind == "fp32"})
+            for size, kind, rows in ((128, "bf16", 16), (256, "bf16", 32), (128, "fp32", 32))
+        ),
         Case(name="kv_pack", module="kv", kernel="pack_kernel", types=kv_in, warps=4, registers=128,
              values={"H": 64, "P": 64, "R": 64}),
         Case(name="kv_unpack", module="kv", kernel="unpack_kernel", types=kv_out, warps=4, registers=128,
@@ -235,7 +251,8 @@ def _inspect(case: Case, arch: int, cubin: bytes, shared: int, raced: tuple[str,
         "registers": int(match.group(1)), "spills": looped, "kept": spills - looped, "shuffles": found["PRMT"],
         "from_registers": len(re.findall(r"\bIGMMA\S* R\d+, R\d+, gdesc", code)), "wgmma": found["IGMMA"], "mma": found["IMMA"], "dp4a": found["IDP"], "copies": found["LDGSTS"],  # noqa: E501
     }  # fmt: skip
-    problems = (*_problems(case, arch, numbers), *(f"{name} is read and written" for name in raced))
+    full = (f"{shared} bytes of shared memory, there are {SHARED[arch]}",) if shared > SHARED[arch] else ()
+    problems = (*_problems(case, arch, numbers), *full, *(f"{name} is read and written" for name in raced))
     return Report(name=case.name, arch=arch, shared=shared, raced=raced, problems=problems, **numbers)
 
 

@@ -5,7 +5,11 @@ row is cut into pieces of b values, each times its own matrix [b, b], or all tim
 The matrices are rounded to x's type, as is the product X right; sums are fp32. As in quant.py, y may differ from the
 reference in its last bits, and the codes of that y are exact.
 
-Shapes: M rows, N1 x N2 a row as a matrix (P1, P2 padded to powers of two), B the size of a block (P padded), R rows.
+One program keeps both matrices of `kron` and a row in shared memory, where these fit. Where they do not, X right is a
+matmul by torch and the rest goes by tiles, which any matrices fit.
+
+Shapes: M rows, N1 x N2 a row as a matrix (P1, P2 padded to powers of two, or T1 x T2 a tile of it), B the size of a block
+(P padded), R rows; sums go over S terms at a time.
 """
 
 # pyright: reportOptionalMemberAccess=false, reportArgumentType=false, reportIndexIssue=false
@@ -24,8 +28,8 @@ from .asm import INTERPRET
 from .quant import new_rows, row_codes, row_quant, row_scale, row_statistics, store_row_scales
 from .reference import Rows
 
-# A tile of a row, and its two matrices, must fit shared memory. Larger transforms run as matmuls and `row_quant`.
-LARGEST_FACTOR = 128
+LARGEST_FACTOR = 128  # of `kron_kernel`: more would not fit a thread's registers
+LARGEST_BLOCK = 256  # larger ones run as matmuls and `row_quant`
 _RESIDENT = 4  # programs per multiprocessor that walk over the rows, keeping their matrices
 
 
@@ -67,20 +71,73 @@ def kron_kernel(
 
 
 @triton.jit
-def _block_product(x_ptr, matrix_ptr, rows, inside, block, K, shared_stride, B: tl.constexpr, P: tl.constexpr,
-                   FP32: tl.constexpr):  # fmt: skip
+def _left_product(half_ptr, left_ptr, base, tile, N1: tl.constexpr, N2: tl.constexpr, T1: tl.constexpr,
+                  T2: tl.constexpr, S: tl.constexpr, FP32: tl.constexpr):  # fmt: skip
+    """A tile of left^T half, as one row; where it lies in the row, and what of it there is."""
+    DOWN: tl.constexpr = (N1 + T1 - 1) // T1
+    i1, i2 = tile % DOWN * T1 + tl.arange(0, T1), tile // DOWN * T2 + tl.arange(0, T2)
+    mask1, mask2 = i1 < N1, i2 < N2
+    y = tl.zeros([T1, T2], tl.float32)
+    for start in range(0, N1, S):
+        i = start + tl.arange(0, S)
+        inside = i < N1
+        left_t = tl.load(left_ptr + i[None, :] * N1 + i1[:, None], mask=mask1[:, None] & inside[None, :], other=0.0)
+        at = base + i[:, None] * N2 + i2[None, :]
+        half = tl.load(half_ptr + at, mask=inside[:, None] & mask2[None, :], other=0.0)
+        y += _dot(left_t, half, FP32)
+    at = tl.reshape(i1[:, None] * N2 + i2[None, :], [1, T1 * T2])
+    return tl.reshape(y, [1, T1 * T2]), at, tl.reshape(mask1[:, None] & mask2[None, :], [1, T1 * T2])
+
+
+@triton.jit(do_not_specialize=["M"])
+def left_kernel(
+    half_ptr, left_ptr, q_ptr, scale_ptr, zero_ptr, sum_ptr, y_ptr, M, clip,
+    N1: tl.constexpr, N2: tl.constexpr, T1: tl.constexpr, T2: tl.constexpr, S: tl.constexpr,
+    BITS: tl.constexpr, SYMMETRIC: tl.constexpr, STORE_Y: tl.constexpr, FP32: tl.constexpr,
+):  # fmt: skip
+    """One row, whose X right is there. The products are computed twice, as in `block_kernel`."""
+    TILES: tl.constexpr = ((N1 + T1 - 1) // T1) * ((N2 + T2 - 1) // T2)
+    rows = tl.program_id(0) + tl.arange(0, 1)
+    start = tl.program_id(0).to(tl.int64) * (N1 * N2)
+    top = tl.zeros([1], tl.int32)
+    bottom = tl.zeros([1], tl.float32)
+    ceiling = tl.zeros([1], tl.float32)
+    for tile in range(TILES):
+        y, at, mask = _left_product(half_ptr, left_ptr, start, tile, N1, N2, T1, T2, S, FP32)
+        t, b, c = row_statistics(y)
+        top, bottom, ceiling = tl.maximum(top, t), tl.minimum(bottom, b), tl.maximum(ceiling, c)
+    scale, inverse, zero = row_scale(top, bottom, ceiling, clip, BITS, SYMMETRIC)
+    total = tl.zeros([1], tl.int32)
+    for tile in range(TILES):
+        y, at, mask = _left_product(half_ptr, left_ptr, start, tile, N1, N2, T1, T2, S, FP32)
+        q = row_codes(y, inverse, zero, BITS)
+        tl.store(q_ptr + start + at, q, mask=mask)
+        if STORE_Y:
+            tl.store(y_ptr + start + at, y, mask=mask)
+        total += tl.sum(tl.where(mask, q, 0).to(tl.int32), 1)
+    store_row_scales(scale_ptr, zero_ptr, sum_ptr, rows, scale, zero, total, rows < M)
+
+
+@triton.jit
+def _block_product(x_ptr, matrix_ptr, rows, inside, block, K, shared_stride, R: tl.constexpr, B: tl.constexpr,
+                   P: tl.constexpr, S: tl.constexpr, FP32: tl.constexpr):  # fmt: skip
     i = tl.arange(0, P)
     mask = i < B
-    x = tl.load(x_ptr + rows[:, None] * K + block * B + i[None, :], mask=inside[:, None] & mask[None, :], other=0.0)
-    square = i[:, None] * B + i[None, :]
-    matrix = tl.load(matrix_ptr + block * shared_stride + square, mask=mask[:, None] & mask[None, :], other=0.0)
-    return _dot(x, matrix, FP32)
+    y = tl.zeros([R, P], tl.float32)
+    for start in range(0, B, S):
+        j = start + tl.arange(0, S)
+        here = j < B
+        x = tl.load(x_ptr + rows[:, None] * K + block * B + j[None, :], mask=inside[:, None] & here[None, :], other=0.0)
+        square = j[:, None] * B + i[None, :]
+        matrix = tl.load(matrix_ptr + block * shared_stride + square, mask=here[:, None] & mask[None, :], other=0.0)
+        y += _dot(x, matrix, FP32)
+    return y
 
 
 @triton.jit(do_not_specialize=["M"])
 def block_kernel(
     x_ptr, matrix_ptr, q_ptr, scale_ptr, zero_ptr, sum_ptr, y_ptr, M, K, blocks, matrix_stride, clip,
-    B: tl.constexpr, P: tl.constexpr, R: tl.constexpr,
+    B: tl.constexpr, P: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
     BITS: tl.constexpr, SYMMETRIC: tl.constexpr, STORE_Y: tl.constexpr, FP32: tl.constexpr,
 ):  # fmt: skip
     """R rows; the products are computed twice, which costs less than keeping them."""
@@ -90,7 +147,7 @@ def block_kernel(
     bottom = tl.zeros([R], tl.float32)
     ceiling = tl.zeros([R], tl.float32)
     for block in range(blocks):
-        y = _block_product(x_ptr, matrix_ptr, rows, inside, block, K, matrix_stride, B, P, FP32)
+        y = _block_product(x_ptr, matrix_ptr, rows, inside, block, K, matrix_stride, R, B, P, S, FP32)
         t, b, c = row_statistics(y)
         top, bottom, ceiling = tl.maximum(top, t), tl.minimum(bottom, b), tl.maximum(ceiling, c)
     scale, inverse, zero = row_scale(top, bottom, ceiling, clip, BITS, SYMMETRIC)
@@ -98,7 +155,7 @@ def block_kernel(
     i = tl.arange(0, P)
     mask = inside[:, None] & (i < B)[None, :]
     for block in range(blocks):
-        y = _block_product(x_ptr, matrix_ptr, rows, inside, block, K, matrix_stride, B, P, FP32)
+        y = _block_product(x_ptr, matrix_ptr, rows, inside, block, K, matrix_stride, R, B, P, S, FP32)
         q = row_codes(y, inverse, zero, BITS)
         at = rows[:, None] * K + block * B + i[None, :]
         tl.store(q_ptr + at, q, mask=mask)
@@ -112,8 +169,40 @@ def _padded(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
 
 
+def kron_fits(n1: int, n2: int, dtype: torch.dtype, shared: int) -> bool:
+    """Whether `kron_kernel` takes factors of these sizes on a device with `shared` bytes of shared memory a program.
+
+    Both matrices and the row lie in it at once (aot.py finds these sizes in the machine code). fp32 never does: its
+    products are not those of tensor cores, and spill registers.
+    """
+    p1, p2 = _padded(n1), _padded(n2)
+    return (
+        dtype != torch.float32
+        and max(p1, p2) <= LARGEST_FACTOR
+        and (p1 * p1 + p2 * p2 + p1 * p2) * dtype.itemsize <= shared
+    )
+
+
+def tile_sizes(fp32: bool) -> dict[str, int]:
+    """T1, T2 and S of `left_kernel`."""
+    return {"T1": 32, "T2": 64, "S": 16} if fp32 else {"T1": 64, "T2": 64, "S": 64}
+
+
+def block_terms(padded: int, fp32: bool) -> int:
+    """S of `block_kernel`: a matrix of up to 128 lies in shared memory whole, if it is not of fp32."""
+    return 16 if fp32 else padded if padded <= LARGEST_FACTOR else 64
+
+
+def _device(x: Tensor) -> tuple[int, int]:
+    """Multiprocessors, and bytes of shared memory that a program may have."""
+    if not x.is_cuda:  # the interpreter, which has no limits: as the smallest of GPUs
+        return 1 << 30, 99 << 10
+    properties = torch.cuda.get_device_properties(x.device)
+    return properties.multi_processor_count, properties.shared_memory_per_block_optin
+
+
 def _unfused(transformed: Tensor, y: Tensor | None, bits: int, symmetric: bool, clip: float) -> Rows:
-    """For factors too large for one program: the transform by torch, then the quantiser alone."""
+    """For blocks too large for one program: the transform by torch, then the quantiser alone."""
     if y is not None:
         y.copy_(transformed)
     return row_quant(transformed, bits=bits, symmetric=symmetric, clip=clip)
@@ -131,17 +220,26 @@ def kron_quant(
 ) -> Rows:
     """As `reference.kron_quant`. `y` (fp32 [m, k]), where given, receives what was quantised."""
     m, k = x.shape
-    p1, p2 = _padded(left.shape[0]), _padded(right.shape[0])
-    if max(p1, p2) > LARGEST_FACTOR:
-        return _unfused(reference.kron_apply(x, left, right), y, bits, symmetric, clip)
+    n1, n2 = left.shape[0], right.shape[0]
     out = new_rows(m, k, x.device)
-    programs = m if not x.is_cuda else _RESIDENT * torch.cuda.get_device_properties(x.device).multi_processor_count
-    if m:
-        kron_kernel[(min(m, programs),)](
-            x, left.to(x.dtype), right.to(x.dtype), out.q, out.scale, out.zero, out.rowsum,
-            out.q if y is None else y, m, clip, N1=left.shape[0], N2=right.shape[0], P1=p1, P2=p2,
-            BITS=bits, SYMMETRIC=symmetric, STORE_Y=y is not None, FP32=INTERPRET or x.dtype == torch.float32,
-            num_warps=8 if p1 * p2 >= 8192 else 4, num_stages=1, enable_fp_fusion=False,
+    if not m:
+        return out
+    processors, shared = _device(x)
+    left, right = left.to(x.dtype), right.to(x.dtype)
+    tail = (out.q, out.scale, out.zero, out.rowsum, out.q if y is None else y, m, clip)
+    flags = {"BITS": bits, "SYMMETRIC": symmetric, "STORE_Y": y is not None}
+    flags["FP32"] = INTERPRET or x.dtype == torch.float32
+    if kron_fits(n1, n2, x.dtype, shared):
+        p1, p2 = _padded(n1), _padded(n2)
+        kron_kernel[(min(m, _RESIDENT * processors),)](
+            x, left, right, *tail, N1=n1, N2=n2, P1=p1, P2=p2,
+            num_warps=8 if p1 * p2 >= 8192 else 4, num_stages=1, enable_fp_fusion=False, **flags,
+        )  # fmt: skip
+    else:
+        half = x.view(m * n1, n2) @ right
+        left_kernel[(m,)](
+            half, left, *tail, N1=n1, N2=n2, **tile_sizes(x.dtype == torch.float32),
+            num_warps=4, num_stages=2, enable_fp_fusion=False, **flags,
         )  # fmt: skip
     return out
 
@@ -159,7 +257,7 @@ def block_quant(
     m, k = x.shape
     size = matrices.shape[1]
     padded = _padded(size)
-    if padded > LARGEST_FACTOR:
+    if padded > LARGEST_BLOCK:
         return _unfused(reference.block_apply(x, matrices), y, bits, symmetric, clip)
     out = new_rows(m, k, x.device)
     rows = 16 if m <= 2048 else 32
@@ -167,6 +265,7 @@ def block_quant(
         block_kernel[(triton.cdiv(m, rows),)](
             x, matrices.to(x.dtype), out.q, out.scale, out.zero, out.rowsum, out.q if y is None else y,
             m, k, k // size, 0 if matrices.shape[0] == 1 else size * size, clip, B=size, P=padded, R=rows,
+            S=block_terms(padded, x.dtype == torch.float32),
             BITS=bits, SYMMETRIC=symmetric, STORE_Y=y is not None, FP32=INTERPRET or x.dtype == torch.float32,
             num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
