@@ -25,7 +25,7 @@ from . import ptx
 ARCHITECTURES = (80, 89, 90)
 SHARED = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10}
 """Bytes of shared memory that a program may have at most: CUDA C++ programming guide, technical specifications."""
-_KEPT = 4
+_KEPT = 8  # loads and stores of local memory outside of loops, at most
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,7 +143,8 @@ def cases() -> list[Case]:
         _gemm("gemm 64x32 split", 96, 8, warps=4, stages=4, BN=64, BM=32, SPLIT=4),
         _gemm("gemm 64x64", 128, 8, warps=4, stages=4, BN=64, BM=64),
         _gemm("gemm 64x64 split", 128, 8, warps=4, stages=4, BN=64, BM=64, SPLIT=4),
-        _gemm("gemm 128x64 split", 168, 8, warps=4, stages=4, BM=64, SPLIT=4),
+        # 168 with triton 3.6.0, three programs to a processor; 176 on sm_89 with 3.7.1, two. Only the search launches it.
+        _gemm("gemm 128x64 split", 176, 8, warps=4, stages=4, BM=64, SPLIT=4),
         _gemm("gemm 128x128 split", 168, 8, SPLIT=4),
         Case(name="finish", module="gemm", kernel="finish_kernel", types=_FINISH, warps=4, registers=64,
              values={**_FLAGS, "RAW": False, "SPLIT": 8, "BN": 128, "BM": 4}),
