@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from affinequant.formats.shards import CARD, write_text
 from affinequant.scheme import NumberFormat, Scheme
+from affinequant.source_files import is_inside
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData
@@ -109,13 +110,13 @@ def source_metadata(source: Path) -> dict[str, Any]:
     """`license`, `license_name`, `license_link` and `language` of a model folder, as far as its files tell."""
     carried = {}
     file = source / CARD
-    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() and is_inside(file, source) else ""
     if text.startswith("---"):
         found = _front_matter(text)
         carried = {key: found[key] for key in ("license", "license_name", "license_link", "language") if found.get(key)}
     if "license" not in carried:
         for name in LICENSES:
-            if (source / name).is_file():
+            if (source / name).is_file() and is_inside(source / name, source):
                 head = (source / name).read_text(encoding="utf-8", errors="replace")[:400]
                 known = next((key for key, start in KNOWN_TEXTS.items() if re.match(start, head, re.I)), None)
                 return carried | ({"license": known} if known else {"license": "other", "license_link": name})

@@ -201,7 +201,7 @@ def read_through(source: Source, say: Say = quiet) -> dict[str, str]:
             said, left = spent, spent * (whole - done) / max(done, 1)
             say(f"reading the weights: {done / 2**30:.1f} of {whole / 2**30:.1f} GB, ~{left:.0f} s left")
     config = json.dumps(dict(source.config), sort_keys=True, default=str)
-    return {"weights": weights.hexdigest(), "config": hashlib.sha256(config.encode()).hexdigest()}
+    return {"weights": weights.hexdigest()[:32], "config": hashlib.sha256(config.encode()).hexdigest()[:32]}
 
 
 def _download(model: str, weights: bool, code: bool) -> Path:

@@ -26,6 +26,7 @@ from affinequant.recipe import Recipe
 from affinequant.recipe import resolve as resolve_recipe
 from affinequant.rotation import rotations
 from affinequant.run import Run
+from affinequant.source_files import revision
 from affinequant.stages import block_job, block_stage, distill_stage, outer_stage
 from affinequant.stream import Decoder, check_device, compute_dtype, open_decoder
 from affinequant.text import check_source
@@ -105,6 +106,7 @@ def quantize(
         report |= {
             "seconds": before[0] + time.perf_counter() - began,
             "peak_bytes": max(before[1], peak_bytes(jobs[0].decoder.device)),
+            "source": {"commit": revision(made.source.folder), "weights": content["weights"]},
         }
         publish(workspace, run, report)
         return Result(path=workspace.out, report=report)

@@ -65,7 +65,7 @@ class Run:
         if differ:
             shown = "; ".join(f"{name}: {there!r} there, {now!r} now" for name, there, now in differ)
             raise AffineQuantError(
-                f"this folder holds a run of another recipe ({shown})",
+                f"this folder holds a run of another recipe or of other files ({shown})",
                 str(self.folder),
                 "use another -o, repeat the first recipe to resume it, or --overwrite to start again",
             )

@@ -58,6 +58,14 @@ def test_a_finished_folder_is_held_against_the_content_of_its_source(tiny_copy: 
     assert (out / "model.safetensors").read_bytes() != written
 
 
+def test_the_report_tells_the_commit_of_a_hubs_model(tiny_copy: Tiny, tmp_path: Path) -> None:
+    (tmp_path / "models--org--name/snapshots").mkdir(parents=True)
+    folder = tiny_copy().rename(tmp_path / "models--org--name/snapshots/0a1b2c")
+    report = short(folder, tmp_path / "out", text(tmp_path / "d.txt")).report
+    fingerprint = json.loads((tmp_path / "out/.run/fingerprint.json").read_text())
+    assert report["source"] == {"commit": "0a1b2c", "weights": fingerprint["weights"]}
+
+
 def test_what_is_copied_from_the_source_counts_too(tiny_copy: Tiny, tmp_path: Path) -> None:
     folder, data, out = tiny_copy(), text(tmp_path / "d.txt"), tmp_path / "out"
     short(folder, out, data)
