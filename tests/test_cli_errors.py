@@ -304,8 +304,14 @@ def test_a_refusal_leaves_what_was_to_be_overwritten(refuse: Refuse, tiny: Tiny,
     out.mkdir()
     (out / "precious.txt").write_text("x")
     short.write_text("too little")
-    refuse(3, ["too little calibration text"], tiny(), "--overwrite", data=short, out=out)
+    refuse(2, ["no run made", "precious.txt"], tiny(), "--overwrite", data=short, out=out)
     assert [path.name for path in out.iterdir()] == ["precious.txt"]
+    (out / "precious.txt").unlink()
+    there = {"config.json": "{}", "report.json": '{"schema": 1, "files": {"config.json": 2}}'}
+    for name, content in there.items():
+        (out / name).write_text(content)
+    refuse(3, ["too little calibration text"], tiny(), "--overwrite", data=short, out=out)
+    assert {path.name: path.read_text() for path in out.iterdir()} == there
 
 
 def test_output_that_cannot_be_written(refuse: Refuse, tiny: Tiny, text: Path) -> None:
