@@ -161,12 +161,13 @@ def test_a_plan_counts_the_cache_and_the_matrix(tiny: Tiny, tmp_path: Path) -> N
     from affinequant.plan import plan
 
     (tmp_path / "text.txt").write_text("crows")
-    fields = {"preset": "fast", "tier": "online", "data": str(tmp_path / "text.txt"), "transforms": {"qk": "hadamard"}}
+    fields = {"preset": "fast", "tier": "online", "data": str(tmp_path / "text.txt"), "seq_len": 32}
+    fields |= {"transforms": {"qk": "hadamard"}}
     made = plan(str(tiny()), scheme="w4a4kv4", **fields)
     # Two layers, keys and values, two heads of 16: codes, and four bytes for scale and offset.
     assert made.cache_bytes == 2 * 2 * 2 * (16 // 2 + 4)
     assert made.to_json()["cache_bits"] == Scheme.parse("w4a4kv4").bits_per_cached(16) == 6.0
     without = plan(str(tiny()), scheme="w4a4kv4", **fields | {"transforms": {"qk": "none"}})
     assert made.output_bytes - without.output_bytes == 2 * 4 * 16 * 16
-    merged = plan(str(tiny()), scheme="w4a16kv4", preset="fast", data=fields["data"])
+    merged = plan(str(tiny()), scheme="w4a16kv4", preset="fast", data=fields["data"], seq_len=32)
     assert any("16-bit KV cache" in note for note in merged.notes)

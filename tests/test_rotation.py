@@ -178,7 +178,7 @@ def outlier_model(tiny: Tiny, folder: Path, *, spread: bool) -> Path:
     for path in source.iterdir():
         if path.name != "model.safetensors":
             (folder / path.name).write_bytes(path.read_bytes())
-    recipe = resolve({"model": str(source), "data": "demo"})
+    recipe = resolve({"model": str(source), "data": "demo", "seq_len": 32})
     hadamard: Any = build("hadamard", plan(recipe).sites["residual"], seed=0, alpha=0.0)
     eye = torch.eye(64, dtype=torch.float64)
     matrix = eye if spread else hadamard.on_activations(eye)

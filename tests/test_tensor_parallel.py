@@ -89,7 +89,7 @@ def test_every_rank_has_its_own_of_many_blocks() -> None:
 @pytest.mark.parametrize(("tp", "fits"), [(3, "1, 2, 4"), (8, "1, 2, 4")])
 def test_ranks_that_cannot_share_the_model_are_refused(tp: int, fits: str, tiny: Callable[..., Path]) -> None:
     with pytest.raises(AffineQuantError, match="do not divide among") as caught:
-        affinequant.plan(str(tiny(hidden=128, heads=4, kv_heads=2, mlp=256)), tp=tp, data="demo")
+        affinequant.plan(str(tiny(hidden=128, heads=4, kv_heads=2, mlp=256)), tp=tp, data="demo", seq_len=32)
     assert fits in caught.value.fix and caught.value.exit_code == PREFLIGHT
 
 
