@@ -12,8 +12,9 @@ JUDGED_TOKENS = 1024
 """Held-out tokens that judge what a block has learned, or one sample where samples are longer."""
 FINISH_ROOM = 2 * 2**30
 """Main memory for what the blocks of the finish keep, in place of computing them again."""
-KEPT_VALUES = 10
-"""What a step keeps of a block for each token: so many times what is as wide as the stream, and as between up and down."""
+KEPT_VALUES = 16
+"""What a step keeps of a block for each token: so many times what is as wide as the stream, and as between up and down.
+Its tensors are ten; the rest is what the allocator of glibc loses between them, measured on 30 blocks of width 576."""
 KEPT_BYTES = 2**30
 """Room for what a pass has computed while a block is rounded; one that needs more goes through the block again for every
 site."""
