@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from affinequant.durable import sync
 from affinequant.errors import PREFLIGHT, AffineQuantError, unknown_name
 
 Say = Callable[[str], None]
@@ -146,14 +147,14 @@ def new_folder(target: Path, *, whole: Callable[[], bool]) -> Iterator[Path]:
         for path in temporary.rglob("*"):
             if path.is_file():
                 path.chmod(0o644)
-                _sync(path)
+                sync(path)
         # Temporary folders and safetensors files start out readable by their owner only.
         temporary.chmod(0o755)
         if target.exists() and not whole():
             shutil.rmtree(target)
         if not target.exists():
             temporary.rename(target)
-            _sync(target.parent)
+            sync(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -199,11 +200,3 @@ def _drop_stale(target: Path) -> None:
     for folder in target.parent.glob(f".{target.name}-*"):
         if time.time() - folder.stat().st_mtime > STALE_SECONDS:
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
