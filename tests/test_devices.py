@@ -17,15 +17,9 @@ from affinequant.recipe import resolve
 from affinequant.run import Run
 from affinequant.scheme import Scheme
 from tests.pretend import CUDA, Pretend, pretend
+from tests.tiny import TIERS
 
 Make = Callable[..., Path]
-TIERS = [
-    (name, tier)
-    for name, preset in PRESETS.items()
-    for tier in (
-        [preset.settings["tier"]] if "tier" in preset.settings else ["merged", "online"][: 1 + bool(preset.online)]
-    )
-]
 OPTIONS: list[dict[str, Any]] = [
     {"preset": "paper", "judge": "kl"},
     {"preset": "spinquant", "judge": "kl", "epochs": 1},

@@ -12,6 +12,7 @@ import affinequant
 from affinequant import AffineQuantError
 from affinequant.presets import PRESETS
 from affinequant.progress import Silent
+from tests.tiny import TIERS
 
 Make = Callable[..., Path]
 
@@ -27,15 +28,6 @@ def quantize(tiny: Make, tmp_path: Path) -> Callable[..., affinequant.Result]:
         return affinequant.quantize(model or tiny(tied=True), **(small | fields))
 
     return call
-
-
-TIERS = [
-    (name, tier)
-    for name, preset in PRESETS.items()
-    for tier in (
-        [preset.settings["tier"]] if "tier" in preset.settings else ["merged", "online"][: 1 + bool(preset.online)]
-    )
-]
 
 
 @pytest.mark.parametrize(("preset", "tier"), TIERS)

@@ -12,6 +12,7 @@ from torch import Tensor
 from affinequant.block import BlockJob
 from affinequant.fold import Tensors
 from affinequant.formats import Contents
+from affinequant.presets import PRESETS
 from affinequant.quantizer import fake_quantize_activation
 from affinequant.scheme import Scheme
 from affinequant.transforms.online import apply_online
@@ -21,6 +22,14 @@ LINEARS = (
     *("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
 )
 VOCAB = 320
+TIERS = [
+    (name, tier)
+    for name, preset in PRESETS.items()
+    for tier in (
+        [preset.settings["tier"]] if "tier" in preset.settings else ["merged", "online"][: 1 + bool(preset.online)]
+    )
+]
+"""Every preset in each tier that it has."""
 
 
 def tiny_llama(
