@@ -7,29 +7,29 @@ from typing import TYPE_CHECKING, Any
 
 from affinequant.errors import AffineQuantError as AffineQuantError
 from affinequant.recipe import Recipe as Recipe
-from affinequant.scheme import Scheme as Scheme
+from affinequant.recipe import Scheme as Scheme
 from affinequant.serve.importing import register_with_transformers
+from affinequant.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from affinequant.deliver import Result as Result
     from affinequant.export import export as export
     from affinequant.fit import fit as fit
-    from affinequant.pipeline import Result as Result
     from affinequant.pipeline import quantize as quantize
     from affinequant.plan import plan as plan
-    from affinequant.run import Run as Run
-    from affinequant.runtime import load as load
+    from affinequant.run.run import Run as Run
+    from affinequant.runtime.load import load as load
 
-__version__ = "0.1.0"
 __all__ = ["AffineQuantError", "Recipe", "Result", "Run", "Scheme", "export", "fit", "load", "plan", "quantize"]
 
 _LAZY = {
     "export": "affinequant.export",
     "fit": "affinequant.fit",
-    "Result": "affinequant.pipeline",
+    "Result": "affinequant.deliver",
     "quantize": "affinequant.pipeline",
     "plan": "affinequant.plan",
-    "Run": "affinequant.run",
-    "load": "affinequant.runtime",
+    "Run": "affinequant.run.run",
+    "load": "affinequant.runtime.load",
 }
 
 

@@ -5,7 +5,7 @@ import os
 from dataclasses import dataclass
 
 from affinequant.models import Dims
-from affinequant.recipe import Recipe
+from affinequant.recipe.recipe import Recipe
 from affinequant.transforms import LEARNED_ROTATIONS
 
 JUDGED_TOKENS = 1024

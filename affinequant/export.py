@@ -12,19 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import affinequant
+from affinequant.data.tokenizer import load_tokenizer
+from affinequant.deliver import Result
 from affinequant.errors import PREFLIGHT, QUALITY, AffineQuantError
 from affinequant.formats import Format, find_format
 from affinequant.formats.dense import dense_stage
 from affinequant.formats.reading import Dtype, from_tensors
+from affinequant.formats.reread import Finished, full_range, read_finished, under_scheme
 from affinequant.formats.shards import write_json
-from affinequant.pipeline import Result
-from affinequant.reread import Finished, full_range, read_finished, under_scheme
-from affinequant.run import Run
+from affinequant.run.run import Run
+from affinequant.run.workspace import RUN_FOLDER, check_output, clear
 from affinequant.serve.transformers_quantizer import stock
-from affinequant.tokenizer import load_tokenizer
 from affinequant.transforms.online import apply_online, parts_of
-from affinequant.workspace import RUN_FOLDER, check_output, clear
+from affinequant.version import __version__
 
 PROBE = (
     "Early in the morning the harbour is quiet. A few boats come back with the tide, and their crews unload the catch "
@@ -143,6 +143,14 @@ def _empty(folder: Path) -> None:
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
+def _read_back(job: _Job, dtype: Dtype) -> tuple[Any, str]:
+    if job.form.reload is not None:
+        return job.form.reload(job.out, dtype)
+    from affinequant.runtime.load import load
+
+    return load(job.out, device="cpu", dtype=dtype), "affinequant.load"
+
+
 def _verify(job: _Job, dtype: Dtype) -> dict[str, Any]:
     """Logits and a greedy sample of what was written, against what the source means under that scheme."""
     tokens, words = _probe(job)
@@ -150,7 +158,7 @@ def _verify(job: _Job, dtype: Dtype) -> dict[str, Any]:
     expected = _answers(_loaded_source(job, dtype) if own else _reference(job.found, dtype), tokens)
     gc.collect()
     with stock():  # as engines without this package read it
-        model, reader = job.form.reload(job.out, dtype)
+        model, reader = _read_back(job, dtype)
     got = _answers(model, tokens)
     quantised = not own and _reads_activations(job, model)
     wanted, logs = expected["logits"].log_softmax(-1), got["logits"].log_softmax(-1)
@@ -199,7 +207,7 @@ def _remedy(form: Format) -> str:
 
 
 def _loaded_source(job: _Job, dtype: Dtype) -> Any:
-    from affinequant.runtime import load
+    from affinequant.runtime.load import load
 
     return load(job.source, device="cpu", dtype=dtype)
 
@@ -263,7 +271,7 @@ def _report(job: _Job, files: list[Path], verified: dict[str, Any]) -> dict[str,
         "files": names,
         "verified": verified,
         "events": events,
-        "env": {"affinequant": affinequant.__version__, "torch": torch.__version__},
+        "env": {"affinequant": __version__, "torch": torch.__version__},
     }
 
 

@@ -3,43 +3,35 @@
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import affinequant
-from affinequant import choices
-from affinequant.block import BlockJob
-from affinequant.checkpoint import read_through
-from affinequant.data import Tokens, calibration_tokens
+from affinequant.data.text import check_source
+from affinequant.data.tokenizer import load_tokenizer
+from affinequant.data.tokens import Tokens, calibration_tokens
+from affinequant.deliver import Result, deliver, publish, spent
 from affinequant.errors import AffineQuantError
-from affinequant.finish import DISTILLED, finish, peak_bytes, publish, spent, stage_name
 from affinequant.formats.side_files import find_side_files
-from affinequant.integer_linear import check_engine
-from affinequant.judge import ModelJudge
+from affinequant.learning.judge import ModelJudge
+from affinequant.learning.network import DISTILLED, block_job, peak_bytes, stage_name
+from affinequant.learning.rotation import rotations
+from affinequant.models.decoder import Decoder, check_device, compute_dtype, open_decoder
+from affinequant.models.source import read_through
+from affinequant.models.source_files import revision
 from affinequant.plan import Plan, with_weights
 from affinequant.plan import plan as make_plan
-from affinequant.progress import Console, Progress, Silent
-from affinequant.recipe import Recipe
-from affinequant.recipe import resolve as resolve_recipe
-from affinequant.rotation import rotations
-from affinequant.run import Run
-from affinequant.source_files import revision
-from affinequant.stages import block_job, block_stage, distill_stage, outer_stage
-from affinequant.stream import Decoder, check_device, compute_dtype, open_decoder
-from affinequant.text import check_source
-from affinequant.tokenizer import load_tokenizer
-from affinequant.workspace import check_disk, empty, expect, open_workspace
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Result:
-    """Where the checkpoint is, and its report.json."""
-
-    path: Path
-    report: Mapping[str, Any]
+from affinequant.progress import Console, Progress, Silent, tally_lines
+from affinequant.recipe.recipe import Recipe
+from affinequant.recipe.recipe import resolve as resolve_recipe
+from affinequant.rounding.job import BlockJob
+from affinequant.run.run import Run
+from affinequant.run.workspace import check_disk, empty, expect, open_workspace
+from affinequant.runtime.integer_linear import check_engine
+from affinequant.stages import block_stage, distill_stage, outer_stage
+from affinequant.version import __version__
 
 
 def quantize(
@@ -67,15 +59,17 @@ def quantize(
     recipe = model if isinstance(model, Recipe) else resolve_recipe({"model": model} | fields)
     began = time.perf_counter()
     if recipe.model == "demo":
-        from affinequant.demo import demo_model
+        from affinequant.data.demo import demo_model
 
         demo_model(listen.say)
     made = make_plan(recipe)
     check_device(made.device)
     check_engine()
-    with open_workspace(made, overwrite=overwrite, resume=resume) as workspace:
+    with open_workspace(
+        recipe.output_folder(), made.source.folder, overwrite=overwrite, resume=resume, keep=recipe.data
+    ) as workspace:
         if not workspace.finished:
-            check_disk(made)
+            check_disk(workspace.out, made.disk_bytes)
             check_source(recipe.data)
         known, made = made.notes, with_weights(made)
         for note in made.notes:
@@ -102,7 +96,7 @@ def quantize(
         expect(workspace, side.targets)
         before = spent(run)
         jobs = quantize_blocks(made, run, tokens, decoder, listen)
-        report = finish(made, run, workspace.out, jobs, tokens, listen)
+        report = deliver(made, run, workspace.out, jobs, tokens, listen)
         report |= {
             "seconds": before[0] + time.perf_counter() - began,
             "peak_bytes": max(before[1], peak_bytes(jobs[0].decoder.device)),
@@ -136,7 +130,7 @@ def quantize_blocks(made: Plan, run: Run, tokens: Tokens, decoder: Decoder, list
             job = replace(job, starts=starts.get(index, {}), judge=judge)
             full, quantized = block_stage(made, run, job, rotation, full, quantized, listen)
     listen.end()
-    for line in choices.lines([run.report(name) for name in names]):
+    for line in tally_lines([run.report(name) for name in names]):
         listen.say(line)
     jobs = [block_job(made, decoder, index, kwargs, _scratch(made, run)) for index in range(len(names))]
     if made.recipe.finish == "kl" and not run.committed(DISTILLED):
@@ -170,7 +164,7 @@ def _fingerprint(made: Plan, tokens: Tokens, content: Mapping[str, Any]) -> dict
     import transformers
 
     versions = {
-        "affinequant": affinequant.__version__,
+        "affinequant": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }

@@ -10,14 +10,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from affinequant.checkpoint import Source, check_tensors, is_local, locate, open_source, settle_tie
 from affinequant.costs import expected_minutes, memory
-from affinequant.data import check_length
+from affinequant.data.text import check_source, needs_hub
+from affinequant.data.tokenizer import check_code, check_tokenizer
 from affinequant.errors import PREFLIGHT, AffineQuantError
 from affinequant.formats import find_format
 from affinequant.formats.side_files import find_side_files
-from affinequant.models import Dims, Family, resolve, resolve_sites
-from affinequant.placements import (
+from affinequant.models import Dims, Family, check_length, resolve, resolve_sites
+from affinequant.models.sites import Placement, Site
+from affinequant.models.source import Source, check_tensors, is_local, locate, open_source, settle_tie
+from affinequant.recipe.recipe import AUTO, Recipe, parse_bytes
+from affinequant.recipe.recipe import resolve as resolve_recipe
+from affinequant.transforms import LEARNED_ROTATIONS
+from affinequant.transforms.placements import (
     block_flops,
     candidates,
     check_groups,
@@ -26,12 +31,6 @@ from affinequant.placements import (
     online_bytes,
     place_all,
 )
-from affinequant.recipe import AUTO, Recipe, parse_bytes
-from affinequant.recipe import resolve as resolve_recipe
-from affinequant.sites import Placement, Site
-from affinequant.text import check_source, needs_hub
-from affinequant.tokenizer import check_code, check_tokenizer
-from affinequant.transforms import LEARNED_ROTATIONS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -237,7 +236,7 @@ def _notes(recipe: Recipe, placements: Mapping[str, Placement], untied: int) -> 
     if recipe.parsed_scheme.kv is not None:
         notes.append("affinequant.load packs the KV cache; vLLM, with this package too, runs with a 16-bit KV cache")
     if recipe.model == "demo":
-        from affinequant.demo import MODEL_NOTE
+        from affinequant.data.demo import MODEL_NOTE
 
         notes.append(MODEL_NOTE)
     return tuple(notes)

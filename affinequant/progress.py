@@ -2,14 +2,14 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import IO, Any, Protocol, TypeVar
-
-from affinequant.choices import short
 
 T = TypeVar("T")
 SAY_EVERY = 10.0
 """Seconds between two lines about how far a step is."""
+KINDS = {"transforms": "transform", "roundings": "rounding"}
+"""Key of a block's report to what it says was chosen, site by site."""
 
 
 class Steps:
@@ -130,7 +130,7 @@ class Console:
         parts.append(f"SQNR {report['sqnr']:.1f} dB")
         if report.get("condition", 1.0) > 1.0:
             parts.append(f"cond {report['condition']:.3g}")
-        if chosen := short(report):
+        if chosen := choices_of(report):
             parts.append(chosen)
         parts += [f"{report['seconds']:.0f} s", f"{report['peak_bytes'] / 2**30:.1f} GB"]
         parts += [f"! {event}" for event in report.get("events", ())]
@@ -149,3 +149,33 @@ class Console:
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
+
+
+def tally(blocks: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
+    """`transform at mlp_mid` or `rounding at mlp_mid` -> what was chosen -> in how many blocks, the most frequent first;
+    nothing where nothing was left to choose."""
+    counts: dict[str, dict[str, int]] = {}
+    for block in blocks:
+        for key, kind in KINDS.items():
+            for site, one in block.get(key, {}).items():
+                row = counts.setdefault(f"{kind} at {site}", {})
+                row[one[kind]] = row.get(one[kind], 0) + 1
+    return {what: dict(sorted(row.items(), key=lambda pair: -pair[1])) for what, row in counts.items()}
+
+
+def tally_lines(blocks: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The tally as lines of text: `transform at mlp_mid: diagonal+kronecker x 22, diagonal x 8`."""
+    return [
+        f"{what}: " + ", ".join(f"{name} x {count}" for name, count in row.items())
+        for what, row in tally(blocks).items()
+    ]
+
+
+def choices_of(block: Mapping[str, Any]) -> str:
+    """One block's choices in a few characters, parts of transforms by their first letters; "" where there were none."""
+    parts = []
+    for key, kind in KINDS.items():
+        for site, one in block.get(key, {}).items():
+            words = one[kind].split(" ")[0].split("+")
+            parts.append(f"{site}:" + "+".join(word if len(words) == 1 else word[:4] for word in words))
+    return " ".join(parts)

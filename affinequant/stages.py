@@ -2,30 +2,40 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from affinequant.block import BlockJob, BlockObjective, folded_exactly
-from affinequant.data import Tokens
-from affinequant.distill import distill
+from affinequant.data.tokens import Tokens
 from affinequant.errors import QUALITY, AffineQuantError
-from affinequant.finish import DISTILLED, peak_bytes, scored_samples, stage_name, store_dtype
 from affinequant.fit import FitConfig, FitReport, fit
-from affinequant.fold import Tensors, rotate_block, rotate_outer
+from affinequant.learning.distill import distill
+from affinequant.learning.network import (
+    DISTILLED,
+    block_reader,
+    costs,
+    fit_events,
+    read_outer,
+    scored_samples,
+    stage_name,
+    store_dtype,
+    whole_report,
+)
+from affinequant.learning.objective import BlockObjective, folded_exactly
+from affinequant.learning.selection import select
+from affinequant.learning.starts import Watch, build_transforms, looks_at_data
+from affinequant.models.decoder import Decoder, slices
 from affinequant.plan import Plan
 from affinequant.progress import Progress, Steps
-from affinequant.rounding import Rounded, round_block
-from affinequant.run import Run
-from affinequant.selection import select
-from affinequant.starts import Watch, build_transforms, looks_at_data
-from affinequant.stream import Decoder, slices
+from affinequant.rounding.block import Rounded, round_block
+from affinequant.rounding.job import BlockJob
+from affinequant.run.run import Run
 from affinequant.transforms import Transform
 from affinequant.transforms.banded import Banded
 from affinequant.transforms.chain import Chain
+from affinequant.transforms.fold import Tensors, rotate_block, rotate_outer
 
 TABLE_ROWS = 4096
 """Rows of the embedding and of the head that are rotated at once."""
@@ -45,7 +55,7 @@ def block_stage(
     told = Steps(listen.say, f"block {job.index + 1}, learning", made.recipe.epochs * len(full))
     fitted = _learn(job, objective, values, full, quantized, target, told)
     rounded = round_block(job, folded_exactly(objective, exact), quantized, objective, full)
-    events = _fit_events(fitted)
+    events = fit_events(fitted)
     if fitted.steps and not bool(rounded.after.isfinite().all()):
         events.append("what was learned gave non-finite outputs: the closed-form start was taken instead")
         objective = BlockObjective(job, values, *build_transforms(job, values, watch.seen()))
@@ -81,60 +91,6 @@ def distill_stage(made: Plan, run: Run, tokens: Tokens, jobs: Sequence[BlockJob]
     done = distill(jobs, (run.tensors(name) for name in names), outer, embedded, full, keep, listen.say)
     report = whole_report(done.fitted, began, decoder.device)
     run.commit(DISTILLED, tensors=done.tensors, carry={"full": full[:keep], "quantized": done.after}, report=report)
-
-
-def whole_report(fitted: FitReport, began: float, device: torch.device) -> dict[str, Any]:
-    """What is reported of a training of the whole network, judged by the divergence on held-out text."""
-    return {
-        "divergence_first": fitted.series["held-out"][0],
-        "divergence_last": fitted.best,
-        "steps": fitted.steps,
-        "non_finite": fitted.non_finite,
-        "stopped": fitted.stopped,
-        "events": _fit_events(fitted),
-        **costs(began, device),
-    }
-
-
-def costs(began: float, device: torch.device) -> dict[str, Any]:
-    """What a stage has cost since `began`, and where."""
-    return {"seconds": time.perf_counter() - began, "peak_bytes": peak_bytes(device), "device": device.type}
-
-
-def block_job(
-    made: Plan, decoder: Decoder, index: int, kwargs: Mapping[str, Any], scratch: Path | None = None
-) -> BlockJob:
-    """What is fixed while block `index` of this plan is worked on."""
-    return BlockJob(
-        decoder=decoder,
-        index=index,
-        sites=made.sites,
-        recipe=made.recipe,
-        scheme=made.recipe.parsed_scheme,
-        kwargs=kwargs,
-        store=store_dtype(made),
-        scratch=scratch,
-    )
-
-
-def block_reader(made: Plan, decoder: Decoder) -> Callable[[int], Tensors]:
-    """Index of a block -> its tensors as the source has them, named within it, on the device. What the model's own code
-    has no place for is left out: the writer copies it."""
-    unknown = set(decoder.unknown(made.source.entries))
-
-    def read(index: int) -> Tensors:
-        prefix = f"{made.family.blocks}.{index}."
-        found = made.source.read(name for name in made.source.names_under(prefix[:-1]) if name not in unknown)
-        return {name[len(prefix) :]: tensor.to(decoder.device) for name, tensor in found.items()}
-
-    return read
-
-
-def read_outer(made: Plan, decoder: Decoder) -> Tensors:
-    """The source's tensors outside the blocks, without those that the model's own code has no place for."""
-    unknown = set(decoder.unknown(made.source.entries))
-    names = (name for name in made.source.entries if not name.startswith(made.family.blocks + "."))
-    return made.source.read(name for name in names if name not in unknown)
 
 
 def _load_block(made: Plan, job: BlockJob, rotation: Transform | None) -> Tensors:
@@ -248,10 +204,3 @@ def _block_report(
         **({"roundings": dict(rounded.roundings)} if objective.job.recipe.rounding == "auto" else {}),
         "events": [*events, *rounded.events],
     }
-
-
-def _fit_events(fitted: FitReport) -> list[str]:
-    if not fitted.non_finite:
-        return []
-    outcome = "gave up, last finite state kept" if fitted.stopped == "non-finite" else "went on at a lower rate"
-    return [f"{fitted.non_finite} non-finite losses: {outcome}"]

@@ -17,15 +17,15 @@ from jaxtyping import Int
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from affinequant.block import BlockJob
-from affinequant.checkpoint import open_source, unquantized
-from affinequant.distill import Continuous
 from affinequant.errors import AffineQuantError
-from affinequant.fold import Tensors
 from affinequant.formats import Contents, split_stage
 from affinequant.formats.compressed_tensors import checkpoint_config, our_config, unpack_linear
 from affinequant.formats.dense import dense_stage
-from affinequant.runtime import fill, open_empty
+from affinequant.learning.distill import Continuous
+from affinequant.models.source import open_source, unquantized
+from affinequant.rounding.job import BlockJob
+from affinequant.runtime.load import fill, open_empty
+from affinequant.transforms.fold import Tensors
 
 TOKENS = 512
 """Tokens whose hidden states are compared: of whole samples, or of the first where samples are longer."""

@@ -8,14 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from affinequant.attention import NAME, CachedHeads, register
-from affinequant.block import BlockObjective
-from affinequant.quantizer import fake_quantize_cached
-from affinequant.rounding import round_block
-from affinequant.scheme import NumberFormat, Scheme
-from affinequant.sites import Edge, Site
+from affinequant.learning.objective import BlockObjective
+from affinequant.models.attention import NAME, register
+from affinequant.models.sites import Edge, Site
+from affinequant.numbers.integer import fake_quantize_cached
+from affinequant.recipe.scheme import NumberFormat, Scheme
+from affinequant.rounding.block import round_block
 from affinequant.transforms import build
-from tests.test_block import make_job, objective_of
+from affinequant.transforms.cached_heads import CachedHeads
+from tests.test_objective import make_job, objective_of
 from tests.tiny import VOCAB
 
 Tiny = Callable[..., Path]
@@ -133,7 +134,7 @@ def test_attention_that_does_not_come_by_is_no_silent_16_bit_cache(tiny: Tiny) -
 
 
 def test_presets_rotate_keys_where_the_cache_is_quantised_and_the_tier_lets_them() -> None:
-    from affinequant.recipe import resolve
+    from affinequant.recipe.recipe import resolve
 
     def at_qk(**fields: Any) -> str | None:
         return resolve({"model": "m", "preset": "fast"} | fields).transforms.get("qk")
@@ -147,7 +148,7 @@ def test_presets_rotate_keys_where_the_cache_is_quantised_and_the_tier_lets_them
 
 @pytest.mark.parametrize("transforms", [{}, {"qk": "none"}, {"qk": "rope-pair+hadamard"}], ids=str)
 def test_such_a_recipe_survives_its_file(tmp_path: Path, transforms: dict[str, str]) -> None:
-    from affinequant.recipe import Recipe, resolve
+    from affinequant.recipe.recipe import Recipe, resolve
 
     given = {"model": "m", "scheme": "w4a4kv4", "tier": "online", "transforms": transforms}
     recipe = resolve(given)

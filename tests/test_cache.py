@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import affinequant
-from affinequant.block import BlockJob
-from affinequant.cache import PackedLayer, pack, unpack
 from affinequant.errors import AffineQuantError
-from affinequant.quantizer import fake_quantize_cached
-from affinequant.scheme import NumberFormat
+from affinequant.numbers.integer import fake_quantize_cached
+from affinequant.recipe.scheme import NumberFormat
+from affinequant.rounding.job import BlockJob
+from affinequant.runtime.cache import PackedLayer, pack, unpack
 from tests.tiny import VOCAB
 
 Tiny = Callable[..., Path]

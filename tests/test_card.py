@@ -14,7 +14,7 @@ from torch import Tensor
 
 import affinequant
 from affinequant import AffineQuantError, Scheme
-from affinequant.card import hub_id, source_metadata, write_card
+from affinequant.formats.card import hub_id, source_metadata, write_card
 from affinequant.formats.compressed_tensors import declares_activations
 
 Tiny = Callable[..., Path]

@@ -1,6 +1,6 @@
 """What blocks chose, counted and said."""
 
-from affinequant.choices import lines, short, tally
+from affinequant.progress import lines, short, tally
 
 BLOCKS = [
     {"transforms": {"vo": {"transform": "hadamard"}}, "roundings": {"vo": {"rounding": "gptq 0.01"}}},

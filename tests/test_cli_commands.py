@@ -15,10 +15,10 @@ import pytest
 import affinequant
 from affinequant import checkpoint
 from affinequant.cli import COMMANDS, arguments, inspect, main, quantize
-from affinequant.presets import PRESETS
-from affinequant.recipe import Recipe, resolve
-from affinequant.run import Run
-from affinequant.scheme import SCHEMES
+from affinequant.recipe.presets import PRESETS
+from affinequant.recipe.recipe import Recipe, resolve
+from affinequant.recipe.scheme import SCHEMES
+from affinequant.run.run import Run
 
 Tiny = Callable[..., Path]
 Capture = pytest.CaptureFixture[str]

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from affinequant.cli import main
 from affinequant.errors import AffineQuantError
-from affinequant.recipe import resolve
-from affinequant.runtime import load
+from affinequant.recipe.recipe import resolve
+from affinequant.runtime.load import load
 
 Refuse = Callable[..., str]
 Tiny = Callable[..., Path]

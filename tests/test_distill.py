@@ -13,15 +13,16 @@ from torch import Tensor, nn
 import affinequant
 from affinequant import costs
 from affinequant import distill as distillation
-from affinequant.block import BlockJob, BlockObjective, folded_exactly
-from affinequant.checkpoint import open_source
 from affinequant.costs import blocks_kept
-from affinequant.distill import Continuous, Distilled, Divergence, distill
-from affinequant.divergence import divergence
-from affinequant.placements import block_flops
-from affinequant.rounding import Rounded, round_block
+from affinequant.learning.distill import Continuous, Distilled, Divergence, distill
+from affinequant.learning.divergence import divergence
+from affinequant.learning.objective import BlockObjective, folded_exactly
+from affinequant.models.source import open_source
+from affinequant.rounding.block import Rounded, round_block
+from affinequant.rounding.job import BlockJob
 from affinequant.transforms.online import parts_of
-from tests.test_block import make_job, started
+from affinequant.transforms.placements import block_flops
+from tests.test_objective import make_job, started
 from tests.tiny import quantized_input
 
 Tiny = Callable[..., Path]

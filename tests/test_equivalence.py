@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
-from affinequant.cache import quantize_cache
-from affinequant.fold import Tensors, fold, rotate_block, rotate_outer
 from affinequant.models import FAMILIES, Family, resolve, resolve_sites
-from affinequant.sites import Site, place
+from affinequant.models.sites import Site, place
+from affinequant.runtime.cache import quantize_cache
 from affinequant.transforms import TRANSFORMS, build, structures_of
+from affinequant.transforms.fold import Tensors, fold, rotate_block, rotate_outer
 
 TOLERANCE = 1e-9
 CHANGED = 1e-4

@@ -15,9 +15,9 @@ from affinequant_evals.perplexity import LanguageModel, cut_windows, perplexity
 from affinequant_evals.suites import METRICS, SUITES, Measurements, build_suite, find_suite, measurements
 
 import affinequant
+from affinequant.data.wheels import find_package
 from affinequant.errors import PREFLIGHT, USAGE, AffineQuantError
 from affinequant.formats import find_format
-from affinequant.wheels import find_package
 from tests.tiny import rounded
 
 

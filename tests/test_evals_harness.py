@@ -22,7 +22,7 @@ from affinequant_evals import (
 )
 
 from affinequant.errors import AffineQuantError
-from affinequant.run import Run
+from affinequant.run.run import Run
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

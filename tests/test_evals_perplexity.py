@@ -15,7 +15,7 @@ from affinequant_evals.harness import Suite
 from affinequant_evals.perplexity import LanguageModel, c4_windows, cut_windows, window_losses
 
 from affinequant import progress
-from affinequant.data import encode
+from affinequant.data.tokens import encode
 from affinequant.errors import PREFLIGHT, USAGE, AffineQuantError
 
 TEXT = " ".join(random.Random(0).choices(["heron", "reed", "the", "an", "over", "bridge", "water", "in"], k=900))

@@ -20,9 +20,9 @@ from affinequant_evals.suites import Measurements, build_suite
 from affinequant_evals.tasks import TaskOptions, task_batteries
 
 from affinequant import progress
-from affinequant.demo import DEMO_TASKS, demo_task_rows
+from affinequant.data.demo import DEMO_TASKS, demo_task_rows
+from affinequant.data.wheels import find_package
 from affinequant.errors import PREFLIGHT, USAGE, AffineQuantError
-from affinequant.wheels import find_package
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed"),

@@ -18,7 +18,7 @@ from affinequant.errors import PREFLIGHT, QUALITY, USAGE, AffineQuantError
 from affinequant.formats import FORMATS, find_format
 from affinequant.formats import dense as dense_format
 from affinequant.formats.reading import in_transformers
-from affinequant.run import Run
+from affinequant.run.run import Run
 from affinequant.transforms.online import stored_name
 from tests.tiny import LINEARS, dense_model, rounded
 

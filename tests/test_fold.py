@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from affinequant.fold import fold, fold_all, fuse_gains, rotate_outer
 from affinequant.models import LLAMA, Dims, resolve_sites
 from affinequant.transforms import build
+from affinequant.transforms.fold import fold, fold_all, fuse_gains, rotate_outer
 
 DIMS = Dims(layers=1, hidden=16, mlp=24, heads=4, kv_heads=2, head_dim=4, vocab=10, tied=True)
 SITES = {site.name: site for site in resolve_sites(LLAMA, DIMS)}

@@ -15,14 +15,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from affinequant.checkpoint import open_source
 from affinequant.errors import AffineQuantError
 from affinequant.formats import FORMATS, Contents, find_format
 from affinequant.formats.compressed_tensors import declares_activations, unpack_linear
-from affinequant.runtime import load
-from affinequant.scheme import Scheme
+from affinequant.models.sites import Placement
+from affinequant.models.source import open_source
+from affinequant.recipe.scheme import Scheme
+from affinequant.runtime.load import load
 from affinequant.serve.transformers_quantizer import stock
-from affinequant.sites import Placement
 from tests.tiny import VOCAB, dense_model, rounded
 
 Tiny = Callable[..., Path]

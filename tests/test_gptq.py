@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from affinequant.gptq import (
+from affinequant.numbers.integer import codes_of, dequantize, fake_quantize_activation, grid, weight_range
+from affinequant.recipe.scheme import NumberFormat, Scheme
+from affinequant.rounding.gptq import (
     GPTQFailure,
     _panels,
     _quadratic,
@@ -14,8 +16,6 @@ from affinequant.gptq import (
     search_activation_clip,
     search_weight_range,
 )
-from affinequant.quantizer import codes_of, dequantize, fake_quantize_activation, grid, weight_range
-from affinequant.scheme import NumberFormat, Scheme
 
 SCHEMES = ["w4a4", "w4a4-sym", "w4a16-g16", "w8a8"]
 

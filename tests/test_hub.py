@@ -9,7 +9,7 @@ import pytest
 
 import affinequant
 from affinequant import AffineQuantError
-from affinequant.checkpoint import locate
+from affinequant.models.source import locate
 
 Make = Callable[..., Path]
 

@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import affinequant
+from affinequant.deliver import Result
 from affinequant.errors import AffineQuantError
-from affinequant.pipeline import Result
-from affinequant.recipe import Recipe, resolve
-from affinequant.run import Run
+from affinequant.recipe.recipe import Recipe, resolve
+from affinequant.run.run import Run
 
 Tiny = Callable[..., Path]
 
@@ -100,14 +100,14 @@ def test_a_finished_folder_that_was_killed_late_or_lost_its_report(
 def test_a_full_disk_stops_a_run_that_goes_on_later(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data, out, real = text(tmp_path / "d.txt"), tmp_path / "out", affinequant.run.save_file
+    data, out, real = text(tmp_path / "d.txt"), tmp_path / "out", affinequant.run.run.save_file
 
     def full(tensors: Any, path: Path, **more: Any) -> None:
         if "block.0001" in str(path):
             raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
         real(tensors, path, **more)
 
-    monkeypatch.setattr("affinequant.run.save_file", full)
+    monkeypatch.setattr("affinequant.run.run.save_file", full)
     with pytest.raises(AffineQuantError, match="the disk is full") as caught:
         short(tiny(), out, data)
     assert caught.value.exit_code == 3 and "every finished block is kept" in caught.value.fix

@@ -6,8 +6,8 @@ from affinequant_kernels import online_linear
 from torch import nn
 
 from affinequant import integer_linear
-from affinequant.integer_linear import IntegerLinear
-from affinequant.scheme import NumberFormat, Scheme
+from affinequant.recipe.scheme import NumberFormat, Scheme
+from affinequant.runtime.integer_linear import IntegerLinear
 
 
 def sample(dtype: torch.dtype | None, slices: int = 1) -> IntegerLinear:

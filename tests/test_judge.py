@@ -11,13 +11,13 @@ from torch import Tensor
 import affinequant
 from affinequant import stages
 from affinequant.fit import FitConfig, FitReport
-from affinequant.judge import ModelJudge
+from affinequant.learning.judge import ModelJudge
+from affinequant.learning.network import block_reader
+from affinequant.models.decoder import open_decoder
 from affinequant.pipeline import _tokens
 from affinequant.plan import plan
 from affinequant.progress import Silent
-from affinequant.recipe import resolve
-from affinequant.stages import block_reader
-from affinequant.stream import open_decoder
+from affinequant.recipe.recipe import resolve
 from affinequant.transforms import build
 
 TEXT = " ".join(f"{i} green bottles hang on wall {i * 7 % 13}, and {i % 5} fall down" for i in range(400))

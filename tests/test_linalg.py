@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from affinequant.linalg import (
+from affinequant.transforms.linalg import (
     cayley,
     dct,
     from_blocks,

@@ -9,12 +9,12 @@ import torch
 
 from affinequant.errors import AffineQuantError
 from affinequant.models import LLAMA, Dims, resolve_sites
-from affinequant.sites import Edge, Kind, Site, kronecker_factors, place
+from affinequant.models.sites import Edge, Kind, Site, kronecker_factors, place
 from affinequant.transforms import TRANSFORMS, build, split_parts, structures_of
 from affinequant.transforms.kronecker import Kronecker
 from affinequant.transforms.online import apply_online, flops
 from affinequant.transforms.svd import LIMIT, BoundedMatrix
-from affinequant.wush import balance, wush_kronecker_rows
+from affinequant.transforms.wush import balance, wush_kronecker_rows
 from tests.test_transforms import random, randomised
 
 WIDTHS = (1, 16, 60, 61, 72, 96)

@@ -10,8 +10,8 @@ import torch
 
 import affinequant
 from affinequant import AffineQuantError
-from affinequant.presets import PRESETS
 from affinequant.progress import Silent
+from affinequant.recipe.presets import PRESETS
 from tests.tiny import TIERS
 
 Make = Callable[..., Path]
@@ -91,7 +91,7 @@ def test_the_auxiliary_loss_is_a_term_of_its_own(quantize: Callable[..., affineq
 def test_a_block_that_cannot_be_learned_takes_its_closed_form_start(
     quantize: Callable[..., affinequant.Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from affinequant.block import BlockObjective
+    from affinequant.learning.objective import BlockObjective
 
     real = BlockObjective.loss
     monkeypatch.setattr(

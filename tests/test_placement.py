@@ -1,7 +1,7 @@
 """The whole table site x structure, with its costs, against a golden text."""
 
 from affinequant.models import LLAMA, Dims, resolve_sites
-from affinequant.sites import STRUCTURES, Site, place
+from affinequant.models.sites import STRUCTURES, Site, place
 
 LLAMA_2_7B = Dims(layers=32, hidden=4096, mlp=11008, heads=32, kv_heads=32, head_dim=128, vocab=32000, tied=False)
 LLAMA_3_8B = Dims(layers=32, hidden=4096, mlp=14336, heads=32, kv_heads=8, head_dim=128, vocab=128256, tied=False)

@@ -12,8 +12,8 @@ import pytest
 
 from affinequant.errors import AffineQuantError
 from affinequant.plan import Plan, plan
-from affinequant.presets import PRESETS
-from affinequant.workspace import check_disk
+from affinequant.recipe.presets import PRESETS
+from affinequant.run.workspace import check_disk
 
 Tiny = Callable[..., Path]
 
@@ -253,7 +253,7 @@ def test_memory_that_is_short_sends_activations_to_disk(seventy: Path, text: Pat
 def test_a_disk_that_is_too_small_says_both_sizes(tiny: Tiny, text: Path, tmp_path: Path) -> None:
     made = replace(planned(tiny(), text, out=str(tmp_path / "a" / "b")), disk_bytes=2**60)
     with pytest.raises(AffineQuantError) as caught:
-        check_disk(made)
+        check_disk(made.recipe.output_folder(), made.disk_bytes)
     assert "1073741824.00 GB needed" in caught.value.what and "free" in caught.value.what
     assert caught.value.exit_code == 3 and not (tmp_path / "a").exists()
 
@@ -294,7 +294,7 @@ def test_a_hub_that_cannot_be_reached_is_noted_and_a_wrong_name_refused(
     def unknown(repo: str, flag: str) -> None:
         raise AffineQuantError(f"the hub knows no dataset {repo!r}", flag, "check the spelling")
 
-    monkeypatch.setattr("affinequant.text._check_hub", unknown)
+    monkeypatch.setattr("affinequant.data.text._check_hub", unknown)
     assert "knows no dataset" in refusal(tiny(), text, data="hf:no/such").what
 
 

@@ -5,7 +5,7 @@ import torch
 from affinequant_kernels import reference
 from torch import Tensor
 
-from affinequant.quantizer import (
+from affinequant.numbers.integer import (
     LearnedRange,
     codes_of,
     dequantize,
@@ -17,7 +17,7 @@ from affinequant.quantizer import (
     to_integers,
     weight_range,
 )
-from affinequant.scheme import NumberFormat, Scheme
+from affinequant.recipe.scheme import NumberFormat, Scheme
 
 SCHEMES = ["w4a4", "w4a4-sym", "w4a16-g16", "w4a16-g32-sym", "w8a8", "w8a8-asym"]
 

@@ -8,8 +8,8 @@ import pytest
 
 from affinequant.errors import AffineQuantError
 from affinequant.models import LLAMA
-from affinequant.presets import PRESETS
-from affinequant.recipe import Recipe, parse_bytes, resolve
+from affinequant.recipe.presets import PRESETS
+from affinequant.recipe.recipe import Recipe, parse_bytes, resolve
 from affinequant.transforms import structures_of
 
 MACHINE = {"device": "cpu", "gpu_memory": "22GB", "cpu_memory": "16GB", "offload": "disk", "out": "elsewhere"}

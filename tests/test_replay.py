@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from affinequant.replay import Replay
-from affinequant.stream import StopForward
-from tests.test_block import make_job, started
+from affinequant.models.decoder import StopForward
+from affinequant.rounding.replay import Replay
+from tests.test_objective import make_job, started
 from tests.tiny import quantized_input
 
 Tiny = Callable[..., Path]

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import affinequant
-from affinequant.recipe import Recipe, resolve
+from affinequant.recipe.recipe import Recipe, resolve
 
 TEXT = " ".join(f"{i} green bottles hang on wall {i * 7 % 13}, and {i % 5} fall down" for i in range(1500))
 

@@ -12,20 +12,19 @@ from torch import Tensor
 
 import affinequant
 from affinequant import rotation
-from affinequant.block import BlockJob
-from affinequant.data import Tokens
-from affinequant.finish import ROTATED
-from affinequant.fold import fold, rotate_block
+from affinequant.data.tokens import Tokens
+from affinequant.learning.network import ROTATED, block_job
+from affinequant.learning.rotation import Rotations, RoundedInputs, rotations
+from affinequant.models.decoder import Decoder, open_decoder
+from affinequant.numbers.integer import fake_quantize_activation
 from affinequant.pipeline import _tokens
 from affinequant.plan import Plan, plan
 from affinequant.progress import Silent
-from affinequant.quantizer import fake_quantize_activation
-from affinequant.recipe import resolve
-from affinequant.rotation import Rotations, RoundedInputs, rotations
-from affinequant.run import Run
-from affinequant.stages import block_job
-from affinequant.stream import Decoder, open_decoder
+from affinequant.recipe.recipe import resolve
+from affinequant.rounding.job import BlockJob
+from affinequant.run.run import Run
 from affinequant.transforms import build
+from affinequant.transforms.fold import fold, rotate_block
 
 TEXT = " ".join(f"{i} green bottles hang on wall {i * 7 % 13}, and {i % 5} fall down" for i in range(400))
 SITES = {"residual": "orthogonal", "vo": "orthogonal", "mlp_mid": "hadamard"}

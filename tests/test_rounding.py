@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from affinequant import reconstruction, replay, rounding
-from affinequant.block import BlockObjective
-from affinequant.gptq import ACTIVATION_RATIOS, GPTQFailure, gptq
-from affinequant.quantizer import codes_of, dequantize, fake_quantize_activation
-from affinequant.reconstruction import Way
-from affinequant.rounding import Rounded, round_block
-from tests.test_block import make_job, unlearned
+from affinequant.learning.objective import BlockObjective
+from affinequant.numbers.integer import codes_of, dequantize, fake_quantize_activation
+from affinequant.rounding.block import Rounded, round_block
+from affinequant.rounding.gptq import ACTIVATION_RATIOS, GPTQFailure, gptq
+from affinequant.rounding.ways import Way
+from tests.test_objective import make_job, unlearned
 from tests.tiny import quantized_input
 
 Tiny = Callable[..., Path]

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from affinequant.errors import AffineQuantError
-from affinequant.run import Run
+from affinequant.run import run as run_module
+from affinequant.run.run import Run
 
 ONE, TWO = {"x": torch.ones(3)}, {"x": torch.full((3,), 2.0)}
 
@@ -36,7 +37,7 @@ def stopped_at(monkeypatch: pytest.MonkeyPatch, step: int) -> Iterator[list[str]
     with monkeypatch.context() as patch:
         for name in ("rename", "replace", "fsync", "unlink", "mkdir"):
             patch.setattr(os, name, counted(name, getattr(os, name)))
-        patch.setattr("affinequant.run.save_file", counted("save", __import__("affinequant.run").run.save_file))
+        patch.setattr("affinequant.run.run.save_file", counted("save", run_module.save_file))
         yield calls
 
 

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from affinequant.errors import AffineQuantError
-from affinequant.scheme import SCHEMES, NumberFormat, Scheme
+from affinequant.recipe.scheme import SCHEMES, NumberFormat, Scheme
 
 # text -> name, weight bits, symmetric, group, activation bits (16 means none)
 TABLE = [

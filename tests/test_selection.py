@@ -13,25 +13,25 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import affinequant
-from affinequant.block import BlockJob
-from affinequant.checkpoint import open_source
 from affinequant.cli import main
 from affinequant.cli.comparison import online_cost
+from affinequant.learning.selection import Option, cheapest_best, frontier, select
+from affinequant.learning.starts import Seen
 from affinequant.models import LLAMA, resolve, resolve_sites
-from affinequant.placements import block_flops, candidates, flops_of
+from affinequant.models.source import open_source
 from affinequant.progress import Silent
-from affinequant.recipe import CHOICE_SITES
-from affinequant.reconstruction import Judged, judge
-from affinequant.selection import Option, cheapest_best, frontier, select
-from affinequant.starts import Seen
-from tests.test_block import make_job
+from affinequant.recipe.recipe import CHOICE_SITES
+from affinequant.rounding.job import BlockJob
+from affinequant.rounding.ways import OutputError, output_error
+from affinequant.transforms.placements import block_flops, candidates, flops_of
+from tests.test_objective import make_job
 
 Tiny = Callable[..., Path]
 
 
 def option(name: str, flops: int, error: float, spread: float = 0.0) -> Option:
     noise = spread * torch.tensor([1.0, -1.0, 1.0, -1.0])
-    return Option(name=name, flops=flops, judged=Judged(relative=error + noise, total=error))
+    return Option(name=name, flops=flops, off=OutputError(relative=error + noise, total=error))
 
 
 def test_a_dearer_option_must_be_better_by_more_than_chance() -> None:
@@ -66,9 +66,9 @@ def test_one_massive_token_counts_though_tokens_outvote_it() -> None:
     wanted[0] = 1000.0
     even, missed = wanted * 1.1, wanted * 1.05
     missed[0] = 500.0
-    assert judge(missed, wanted).relative.mean() < judge(even, wanted).relative.mean()
-    assert judge(missed, wanted).error > 5 * judge(even, wanted).error
-    assert judge(torch.zeros(3, 2), torch.zeros(3, 2)).error == 0
+    assert output_error(missed, wanted).relative.mean() < output_error(even, wanted).relative.mean()
+    assert output_error(missed, wanted).error > 5 * output_error(even, wanted).error
+    assert output_error(torch.zeros(3, 2), torch.zeros(3, 2)).error == 0
 
 
 def chosen(job: BlockJob, tensors: dict[str, Tensor], rows: Tensor, at: str) -> tuple[str, dict[str, float]]:

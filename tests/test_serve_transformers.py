@@ -18,7 +18,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, LlamaFo
 
 from affinequant import AffineQuantError, load
 from affinequant.formats import find_format
-from affinequant.integer_linear import IntegerLinear
+from affinequant.runtime.integer_linear import IntegerLinear
 from affinequant.serve import transformers_quantizer
 from affinequant.serve.importing import WATCHED, Finder, register_with_transformers
 from tests.tiny import VOCAB, dense_model, rounded
@@ -327,7 +327,7 @@ torch.save([*found, run({ours!r}), run({merged!r})], {out!r})
 """
 LATE = """
 import sys, transformers, affinequant
-assert "transformers.quantizers.auto" not in sys.modules and "affinequant.runtime" not in sys.modules
+assert "transformers.quantizers.auto" not in sys.modules and "affinequant.runtime.load" not in sys.modules
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 print(AUTO_QUANTIZER_MAPPING["affinequant"].__name__, AUTO_QUANTIZATION_CONFIG_MAPPING["compressed-tensors"].__name__)
 """

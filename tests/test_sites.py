@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from affinequant.models import FAMILIES, LLAMA, Dims, resolve_sites
-from affinequant.sites import (
+from affinequant.models.sites import (
     STRUCTURES,
     Edge,
     Placement,

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from affinequant import starts
-from affinequant.block import BlockObjective, folded_exactly
-from affinequant.presets import PRESETS
-from affinequant.starts import Watch, build_transforms, looks_at_data
+from affinequant.learning.objective import BlockObjective, folded_exactly
+from affinequant.learning.starts import Watch, build_transforms, looks_at_data
+from affinequant.recipe.presets import PRESETS
 from affinequant.transforms.online import apply_online
-from tests.test_block import make_job, objective_of, started
+from tests.test_objective import make_job, objective_of, started
 
 Tiny = Callable[..., Path]
 DIAGONALS = dict.fromkeys(("attn_in", "vo", "mlp_in", "mlp_mid"), "diagonal")

@@ -16,8 +16,8 @@ from torch import Tensor
 
 import affinequant
 from affinequant.errors import PREFLIGHT, AffineQuantError
-from affinequant.integer_linear import IntegerLinear
-from affinequant.scheme import Scheme
+from affinequant.recipe.scheme import Scheme
+from affinequant.runtime.integer_linear import IntegerLinear
 
 Make = Callable[..., Path]
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from affinequant.data.text import check_source, read_text
 from affinequant.errors import USAGE, AffineQuantError
-from affinequant.text import check_source, read_text
 
 
 def test_jsonl_and_folders_are_joined_by_blank_lines(tmp_path: Path) -> None:
@@ -153,7 +153,7 @@ def test_checking_a_source_needs_no_torch(tmp_path: Path) -> None:
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("the heron")
     script = (
-        "import sys; from affinequant.data import check_source; "
+        "import sys; from affinequant.data.tokens import check_source; "
         f"print(check_source({str(corpus)!r})); assert not {{'torch', 'datasets', 'transformers'}} & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from affinequant.data.tokenizer import check_tokenizer, load_tokenizer
 from affinequant.errors import PREFLIGHT, AffineQuantError
 from affinequant.plan import plan
-from affinequant.tokenizer import check_tokenizer, load_tokenizer
 from tests.tiny import VOCAB
 
 Tiny = Callable[..., Path]
@@ -112,7 +112,7 @@ def test_a_tokenizer_model_alone_names_the_package(
 ) -> None:
     folder = tiny_copy()
     only_model(content)(folder)
-    monkeypatch.setattr("affinequant.tokenizer._installed", lambda name: False)
+    monkeypatch.setattr("affinequant.data.tokenizer._installed", lambda name: False)
     with pytest.raises(AffineQuantError) as caught:
         check_tokenizer(folder, VOCAB, required=True)
     assert caught.value.exit_code == PREFLIGHT and f"pip install {package}" in caught.value.fix
@@ -138,7 +138,7 @@ def test_a_config_alone_can_be_planned(tiny_copy: Tiny) -> None:
 
 def test_looking_at_it_takes_no_torch(tiny: Tiny) -> None:
     script = (
-        "import sys; from pathlib import Path; from affinequant.tokenizer import check_tokenizer; "
+        "import sys; from pathlib import Path; from affinequant.data.tokenizer import check_tokenizer; "
         f"check_tokenizer(Path({str(tiny())!r}), {VOCAB}, required=True); "
         "assert not {'torch', 'transformers'} & set(sys.modules)"
     )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from affinequant.errors import AffineQuantError
-from affinequant.sites import Edge, Kind, Site
+from affinequant.models.sites import Edge, Kind, Site
 from affinequant.transforms import TRANSFORMS, build, structures_of
 from affinequant.transforms.banded import Banded
 from affinequant.transforms.svd import LIMIT

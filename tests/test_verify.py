@@ -14,7 +14,7 @@ from torch import Tensor
 
 import affinequant
 from affinequant import finish, runtime
-from affinequant.integer_linear import IntegerLinear
+from affinequant.runtime.integer_linear import IntegerLinear
 from affinequant.verify import TOLERANCE, Committed, verify
 
 TEXT = " ".join(f"{i} grey geese over field {i % 19}" for i in range(1500))

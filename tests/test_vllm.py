@@ -127,7 +127,7 @@ def test_a_tiny_checkpoint_loads_and_agrees(
 def test_the_real_checkpoint_agrees_in_perplexity(smollm2_w4a4: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from transformers import AutoTokenizer
 
-    from affinequant.data import encode, evaluation_text
+    from affinequant.data.tokens import encode, evaluation_text
 
     tokenizer = AutoTokenizer.from_pretrained(smollm2_w4a4)
     ids = encode(tokenizer, evaluation_text("demo")[1])

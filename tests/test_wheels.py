@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from affinequant.data.wheels import WHEELS, Wheel, cache_folder, find_package, new_folder, settle_home, wheel_folder
 from affinequant.errors import PREFLIGHT, AffineQuantError
-from affinequant.wheels import WHEELS, Wheel, cache_folder, find_package, new_folder, settle_home, wheel_folder
 
 NAME = "affinequant_test_rows"
 

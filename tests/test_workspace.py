@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 
 from affinequant.errors import AffineQuantError
 from affinequant.plan import Plan, plan
-from affinequant.run import Run
-from affinequant.workspace import check_output, empty, expect, open_workspace
+from affinequant.run.run import Run
+from affinequant.run.workspace import check_output, empty, expect, open_workspace
 from tests.test_run import Stopped, stopped_at
 
 Tiny = Callable[..., Path]
@@ -31,8 +31,12 @@ def made(tiny: Tiny, tmp_path: Path) -> Callable[[Path], Plan]:
     return planned
 
 
+def opened(made: Plan, **options: bool) -> Any:
+    return open_workspace(made.recipe.output_folder(), made.source.folder, keep=made.recipe.data, **options)
+
+
 def enter(made: Plan, **options: bool) -> Any:
-    with open_workspace(made, **{"overwrite": False, "resume": False} | options) as workspace:
+    with opened(made, **{"overwrite": False, "resume": False} | options) as workspace:
         return workspace
 
 
@@ -76,7 +80,7 @@ def finished(out: Path) -> Path:
 
 def test_overwrite_removes_what_a_run_made(made: Callable[[Path], Plan], tmp_path: Path) -> None:
     out = finished(tmp_path / "out")
-    with open_workspace(made(out), overwrite=True, resume=False) as workspace:
+    with opened(made(out), overwrite=True, resume=False) as workspace:
         assert not workspace.finished and (out / "config.json").exists()  # until nothing more can be refused
         empty(workspace)
         assert not Run.exists(out / ".run")
@@ -86,12 +90,12 @@ def test_overwrite_removes_what_a_run_made(made: Callable[[Path], Plan], tmp_pat
 
 def test_a_run_that_stopped_while_writing_knows_what_it_copied(made: Callable[[Path], Plan], tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with open_workspace(made(out), overwrite=False, resume=False) as workspace:
+    with opened(made(out), overwrite=False, resume=False) as workspace:
         Run.open(workspace.run_folder, {"seed": 0})
         expect(workspace, ["chat_template.jinja"])
         for name in ("model-00001.safetensors.tmp", "recipe.toml", "chat_template.jinja", "config.json.tmp"):
             (out / name).write_text("")
-    with open_workspace(made(out), overwrite=True, resume=False) as workspace:
+    with opened(made(out), overwrite=True, resume=False) as workspace:
         empty(workspace)
     assert not out.exists() or not any(path.name != ".run" for path in out.iterdir())
 
@@ -138,7 +142,7 @@ def test_overwrite_protects_the_data(tiny: Tiny, tmp_path: Path) -> None:
 )
 def test_a_full_disk_is_said(made: Callable[[Path], Plan], tmp_path: Path, problem: Exception) -> None:
     def work() -> None:
-        with open_workspace(made(tmp_path / "out"), overwrite=False, resume=False):
+        with opened(made(tmp_path / "out"), overwrite=False, resume=False):
             raise problem
 
     assert "disk is full" in refusal(work, 3).what
@@ -153,7 +157,7 @@ def test_an_overwrite_that_is_cut_short(
     while not ended:
         out = tmp_path / str(step)
         finished(out)
-        with open_workspace(made(out), overwrite=True, resume=False) as workspace, stopped_at(monkeypatch, step):
+        with opened(made(out), overwrite=True, resume=False) as workspace, stopped_at(monkeypatch, step):
             try:
                 empty(workspace)
                 ended = True
@@ -191,7 +195,7 @@ def test_resume_insists_on_a_run(made: Callable[[Path], Plan], tmp_path: Path) -
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_one_process_at_a_time(made: Callable[[Path], Plan], tmp_path: Path, overwrite: bool) -> None:
     out = tmp_path / "out"
-    with open_workspace(made(out), overwrite=False, resume=False):
+    with opened(made(out), overwrite=False, resume=False):
         Run.open(out / ".run", {}).commit("one")
         error = refusal(lambda: enter(made(out), overwrite=overwrite))
         assert "another process" in error.what
@@ -200,7 +204,7 @@ def test_one_process_at_a_time(made: Callable[[Path], Plan], tmp_path: Path, ove
 
 
 def test_the_lock_goes_with_an_error(made: Callable[[Path], Plan], tmp_path: Path) -> None:
-    with pytest.raises(KeyError), open_workspace(made(tmp_path / "out"), overwrite=False, resume=False):
+    with pytest.raises(KeyError), opened(made(tmp_path / "out"), overwrite=False, resume=False):
         raise KeyError
     enter(made(tmp_path / "out"))
 

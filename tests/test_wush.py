@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from affinequant.linalg import kronecker_apply, orthogonal_factors
-from affinequant.wush import (
+from affinequant.transforms.linalg import kronecker_apply, orthogonal_factors
+from affinequant.transforms.wush import (
     balance,
     block_moments,
     level,

@@ -9,12 +9,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from affinequant.block import BlockJob
-from affinequant.fold import Tensors
 from affinequant.formats import Contents
-from affinequant.presets import PRESETS
-from affinequant.quantizer import fake_quantize_activation
-from affinequant.scheme import Scheme
+from affinequant.numbers.integer import fake_quantize_activation
+from affinequant.recipe.presets import PRESETS
+from affinequant.recipe.scheme import Scheme
+from affinequant.rounding.job import BlockJob
+from affinequant.transforms.fold import Tensors
 from affinequant.transforms.online import apply_online
 
 LINEARS = (

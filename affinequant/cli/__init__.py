@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _settle() -> None:
     """What the surroundings may lack: a home, and an encoding for every character of a path or a message."""
-    from affinequant.wheels import settle_home
+    from affinequant.data.wheels import settle_home
 
     with contextlib.suppress(OSError):
         settle_home()
@@ -121,9 +121,9 @@ def _dispatch(typed: list[str], screen: Screen) -> int:
         print(_overview())
         return 0
     if name == "--version":
-        import affinequant
+        from affinequant.version import __version__
 
-        print(f"affinequant {affinequant.__version__}")
+        print(f"affinequant {__version__}")
         return 0
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.5)
@@ -172,10 +172,10 @@ def _unexpected(problem: Exception, typed: list[str], screen: Screen) -> AffineQ
 
 
 def _write_traceback(typed: list[str]) -> Path:
-    import affinequant
-    from affinequant.wheels import cache_folder, own_temporary
+    from affinequant.data.wheels import cache_folder, own_temporary
+    from affinequant.version import __version__
 
-    head = f"affinequant {affinequant.__version__}, python {sys.version}\n{shlex.join(['affinequant', *typed])}\n\n"
+    head = f"affinequant {__version__}, python {sys.version}\n{shlex.join(['affinequant', *typed])}\n\n"
     text = (head + traceback.format_exc()).encode("utf-8", "backslashreplace")
 
     def write(folder: Path) -> Path:

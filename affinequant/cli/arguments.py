@@ -10,9 +10,9 @@ from types import ModuleType
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from affinequant.errors import AffineQuantError, unknown_name
-from affinequant.presets import PRESETS
-from affinequant.recipe import AUTO, CHOICE_SITES, Recipe, resolve
-from affinequant.scheme import SCHEMES
+from affinequant.recipe.presets import PRESETS
+from affinequant.recipe.recipe import AUTO, CHOICE_SITES, Recipe, resolve
+from affinequant.recipe.scheme import SCHEMES
 
 _GROUPS = {
     "what": "what to make",

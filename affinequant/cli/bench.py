@@ -7,7 +7,7 @@ from pathlib import Path
 from affinequant.cli.arguments import Parser, choice, number, whole
 from affinequant.cli.output import Screen
 from affinequant.errors import AffineQuantError, unknown_name
-from affinequant.recipe import Device
+from affinequant.recipe.recipe import Device
 
 USAGE = "[CKPT] [--engines vllm,transformers] [--batches N,...] [--shapes NxK,...] [--out DIR] ..."
 EPILOG = """
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
 
 def _kernels(args: argparse.Namespace, screen: Screen) -> int:
     device = choice(args.device, Device, "--device")
-    from affinequant.runtime import benchmark
+    from affinequant.runtime.load import benchmark
 
     result, table = benchmark(
         device=device,

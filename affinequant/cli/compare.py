@@ -16,10 +16,11 @@ from affinequant.cli.arguments import Parser, add_recipe, recipe_of, whole
 from affinequant.cli.comparison import Comparison, Entry
 from affinequant.cli.evaluate import BOS_TEXT, DEFAULT_WINDOWS
 from affinequant.cli.output import Screen, plain_json
-from affinequant.cli.quantize import PRESETS_TEXT, model_help
+from affinequant.cli.plan import model_help
+from affinequant.cli.quantize import PRESETS_TEXT
 from affinequant.errors import AffineQuantError, unknown_name
-from affinequant.presets import ALIASES, PRESETS
-from affinequant.recipe import Recipe
+from affinequant.recipe.presets import ALIASES, PRESETS
+from affinequant.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
     from affinequant_evals.checkpoint import Ready

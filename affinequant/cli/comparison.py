@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from affinequant.cli.output import freedom, minutes, size, with_error
 from affinequant.models import FAMILIES, Dims
-from affinequant.presets import PRESETS
+from affinequant.recipe.presets import PRESETS
 
 if TYPE_CHECKING:
     from affinequant_evals.harness import Score
@@ -197,7 +197,7 @@ def online_cost(report: Mapping[str, Any]) -> tuple[int, int]:
     """Floating-point operations per token of one block: of its online transforms (where blocks choose, on
     average), and of its linears."""
     plan = report["plan"]
-    from affinequant.placements import block_flops
+    from affinequant.transforms.placements import block_flops
 
     block = block_flops(FAMILIES[plan["family"]], Dims(**plan["dims"]))
     chosen = [{site: one["flops"] for site, one in found.get("transforms", {}).items()} for found in report["blocks"]]

@@ -10,13 +10,13 @@ from affinequant.cli.output import Screen, freedom, minutes, size, with_error
 from affinequant.cli.plan import print_plan
 from affinequant.cli.quantize import PRESETS_TEXT, add_run, next_commands, prepare, print_next, quantize
 from affinequant.progress import Steps
-from affinequant.recipe import Recipe
-from affinequant.scheme import Scheme
+from affinequant.recipe.recipe import Recipe
+from affinequant.recipe.scheme import Scheme
 
 if TYPE_CHECKING:
     from affinequant_evals.harness import Scorecard
 
-    from affinequant.pipeline import Result
+    from affinequant.deliver import Result
 
 SEQ_LEN, NEW_TOKENS = 2048, 16
 PROMPTS = ("The capital of France is", "Water boils at a temperature of", "Once upon a time, there was a little")
@@ -95,7 +95,7 @@ def _score(path: Path, recipe: Recipe, screen: Screen) -> "Scorecard":
 
 def _samples(path: Path, recipe: Recipe, screen: Screen) -> dict[str, tuple[str, str]]:
     """prompt -> (full precision, quantised): a few greedy tokens, to see that it still speaks."""
-    from affinequant.demo import demo_model
+    from affinequant.data.demo import demo_model
 
     screen.say("a few greedy tokens of both")
     texts = [_greedy(folder, recipe, screen) for folder in (demo_model(), path)]
@@ -105,7 +105,7 @@ def _samples(path: Path, recipe: Recipe, screen: Screen) -> dict[str, tuple[str,
 def _greedy(folder: Path, recipe: Recipe, screen: Screen) -> list[str]:
     from transformers import AutoTokenizer
 
-    from affinequant.runtime import load
+    from affinequant.runtime.load import load
 
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     model: Any = load(folder, device=recipe.device, dtype=recipe.dtype, say=screen.say)

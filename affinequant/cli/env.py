@@ -59,14 +59,14 @@ def version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         if package == "affinequant":
-            import affinequant
+            from affinequant.version import __version__
 
-            return affinequant.__version__
+            return __version__
         return None
 
 
 def _machine() -> dict[str, Any]:
-    from affinequant.wheels import cache_folder
+    from affinequant.data.wheels import cache_folder
 
     facts = _cpu_facts()
     flags = facts.get("flags", "").split()
@@ -107,12 +107,12 @@ def _cpu_facts() -> dict[str, str]:
 
 
 def _engines() -> dict[str, dict[str, Any]]:
-    from affinequant.integer_linear import engines_report
+    from affinequant.runtime.integer_linear import engines_report
 
     return engines_report()
 
 
 def _self_test() -> dict[str, dict[str, Any]]:
-    from affinequant.runtime import self_test
+    from affinequant.runtime.load import self_test
 
     return self_test()

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from affinequant.cli.arguments import Parser, choice, whole
 from affinequant.cli.output import Screen, freedom, minutes, with_error
 from affinequant.errors import AffineQuantError
-from affinequant.recipe import Device, Dtype
+from affinequant.recipe.recipe import Device, Dtype
 
 if TYPE_CHECKING:
     from affinequant_evals.harness import Row, Scorecard

@@ -10,14 +10,14 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from affinequant.checkpoint import Source, locate, open_source
-from affinequant.choices import tally
 from affinequant.cli.arguments import Parser
 from affinequant.cli.export import outcome
 from affinequant.cli.output import Screen, minutes, size
 from affinequant.errors import PREFLIGHT, AffineQuantError
-from affinequant.presets import PRESETS
-from affinequant.recipe import Recipe, resolve
+from affinequant.models.source import Source, locate, open_source
+from affinequant.progress import tally
+from affinequant.recipe.presets import PRESETS
+from affinequant.recipe.recipe import Recipe, resolve
 
 USAGE = "CKPT [-v] [--json]"
 EPILOG = """
@@ -253,8 +253,8 @@ def _resume(recipe: Mapping[str, Any], folder: Path) -> str:
 
 def _layers(model: str) -> int | None:
     """How many blocks the model has, if it is at hand."""
-    from affinequant.demo import MODEL_FOLDER
-    from affinequant.wheels import cache_folder
+    from affinequant.data.demo import MODEL_FOLDER
+    from affinequant.data.wheels import cache_folder
 
     folder = cache_folder() / MODEL_FOLDER if model == "demo" else None
     try:

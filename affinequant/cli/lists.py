@@ -64,7 +64,7 @@ def _as_json(listing: Listing) -> list[dict[str, Any]]:
 
 
 def _schemes() -> Listing:
-    from affinequant.scheme import SCHEMES
+    from affinequant.recipe.scheme import SCHEMES
 
     pattern = (
         "wNaM[kvK][-gG][-sym|-asym]",
@@ -85,7 +85,7 @@ def _models() -> Listing:
 
 def _transforms() -> Listing:
     from affinequant.models.llama import LLAMA
-    from affinequant.sites import Site, place
+    from affinequant.models.sites import Site, place
     from affinequant.transforms import TRANSFORMS, structures_of
 
     sites = [Site(name=spec.name, kind=spec.kind, width=64, sources=(), sinks=()) for spec in LLAMA.sites]
@@ -99,7 +99,7 @@ def _transforms() -> Listing:
 
 def _formats() -> Listing:
     from affinequant.formats import FORMATS, find_format
-    from affinequant.recipe import Format
+    from affinequant.recipe.recipe import Format
 
     first = (
         "auto",
@@ -112,7 +112,7 @@ def _formats() -> Listing:
 
 
 def _presets() -> Listing:
-    from affinequant.presets import PRESETS
+    from affinequant.recipe.presets import PRESETS
 
     below = {}
     for name, preset in PRESETS.items():
@@ -125,7 +125,7 @@ def _presets() -> Listing:
 
 
 def _data() -> Listing:
-    from affinequant.text import DATA
+    from affinequant.data.text import DATA
 
     return Listing(columns=("source", "about"), rows=list(DATA.items()))
 

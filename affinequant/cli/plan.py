@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from affinequant.cli.arguments import Parser, add_recipe, recipe_of
 from affinequant.cli.output import Screen, minutes, size
+from affinequant.recipe.recipe import Recipe
+from affinequant.recipe.scheme import SCHEMES
 
 if TYPE_CHECKING:
     from affinequant.plan import Plan
@@ -25,15 +27,17 @@ examples:
 
 def add_arguments(parser: Parser) -> None:
     """MODEL and the recipe's flags."""
-    from affinequant.cli.quantize import model_help
-
     parser.add_argument("model", metavar="MODEL", nargs="?", help=model_help())
     add_recipe(parser)
 
 
+def model_help() -> str:
+    """What MODEL may be."""
+    return str(Recipe.__dataclass_fields__["model"].metadata["help"])
+
+
 def run(args: argparse.Namespace, screen: Screen) -> int:
     """Print the plan."""
-    from affinequant.cli.quantize import fetch_demo
     from affinequant.plan import plan
 
     recipe = recipe_of(args)
@@ -42,10 +46,34 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
     return 0
 
 
+def fetch_demo(model: str, screen: Screen) -> None:
+    """Fetch and convert the demo's model where it is wanted, and say so."""
+    if model == "demo":
+        from affinequant.data.demo import demo_model
+
+        demo_model(screen.say)
+
+
+def header(made: "Plan") -> dict[str, str]:
+    """The plan in a few lines."""
+    recipe = made.recipe
+    at = ", ".join(f"{site} {name}" for site, name in recipe.transforms.items() if name != "none") or "no transform"
+    memory = f"{size(made.cpu_bytes)} memory" + (f", {size(made.gpu_bytes)} on the GPU" if made.gpu_bytes else "")
+    lines = {
+        "model": f"{recipe.model} ({made.family.name}, {made.dims.layers} blocks of width {made.dims.hidden})",
+        "scheme": f"{recipe.scheme}: {SCHEMES.get(recipe.scheme, 'as the name says')}; tier {recipe.tier}",
+        "method": f"preset {recipe.preset}; {at}; rounding {recipe.rounding}",
+        "data": f"{recipe.data}, {recipe.samples} samples of {recipe.seq_len} tokens, seed {recipe.seed}",
+        "plan": f"about {minutes(made.minutes)} on {made.device}, {memory}, {size(made.disk_bytes)} disk",
+        "size": f"{size(made.source_bytes)} -> {size(made.output_bytes)}, {made.bits_per_weight:.2f} bits per weight",
+        "out": str(recipe.output_folder()),
+    }
+    return lines | {"note" + " " * index: note for index, note in enumerate(made.notes)}
+
+
 def print_plan(made: "Plan", screen: Screen) -> None:
     """The plan as tables, or as JSON."""
-    from affinequant.cli.quantize import header
-    from affinequant.placements import block_flops
+    from affinequant.transforms.placements import block_flops
 
     block = block_flops(made.family, made.dims)
     screen.facts({name: text for name, text in header(made).items() if not name.startswith(("plan", "size", "note"))})
@@ -78,7 +106,7 @@ def _print_sites(made: "Plan", block: int, screen: Screen) -> None:
 
 
 def _print_choices(made: "Plan", block: int, screen: Screen) -> None:
-    from affinequant.sites import STRUCTURES, place
+    from affinequant.models.sites import STRUCTURES, place
 
     rows = []
     for name, site in made.sites.items():

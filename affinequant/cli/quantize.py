@@ -6,13 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 from affinequant.cli.arguments import Parser, add_recipe, recipe_of
 from affinequant.cli.output import Screen, minutes, size, spoken
-from affinequant.cli.plan import print_plan
-from affinequant.presets import PRESETS
-from affinequant.recipe import Recipe
-from affinequant.scheme import SCHEMES
+from affinequant.cli.plan import fetch_demo, header, model_help, print_plan
+from affinequant.recipe.presets import PRESETS
+from affinequant.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
-    from affinequant.pipeline import Result
+    from affinequant.deliver import Result
     from affinequant.plan import Plan
 
 USAGE = "MODEL [--w4a4 | --scheme NAME] [--preset NAME] [-o DIR] ..."
@@ -49,11 +48,6 @@ def add_run(parser: Parser) -> None:
     )
 
 
-def model_help() -> str:
-    """What MODEL may be."""
-    return str(Recipe.__dataclass_fields__["model"].metadata["help"])
-
-
 def run(args: argparse.Namespace, screen: Screen) -> int:
     """Plan, quantise, report."""
     recipe = recipe_of(args)
@@ -73,34 +67,26 @@ def prepare(recipe: Recipe, args: argparse.Namespace, screen: Screen) -> "Plan":
     """The plan, after everything that can be refused without reading a weight has been.
 
     Raises:
-        AffineQuantError: see `affinequant.plan` and `affinequant.workspace`.
+        AffineQuantError: see `affinequant.plan` and `affinequant.run.workspace`.
     """
     from affinequant.plan import plan
 
     fetch_demo(recipe.model, screen)
     made = plan(recipe)
-    from affinequant.run import Run
-    from affinequant.workspace import RUN_FOLDER, check_disk, check_output
+    from affinequant.run.run import Run
+    from affinequant.run.workspace import RUN_FOLDER, check_disk, check_output
 
     out = recipe.output_folder()
     if made.device == "cuda":
-        from affinequant.stream import check_device
+        from affinequant.models.decoder import check_device
 
         check_device(made.device)
     check_output(out, made.source.folder, overwrite=args.overwrite, resume=args.resume)
     if Run.exists(out / RUN_FOLDER) and not args.overwrite:
         Run(out / RUN_FOLDER).check_same(recipe.fingerprint(), all_fields=False)
     if args.overwrite or not (out / "report.json").exists():
-        check_disk(made)
+        check_disk(out, made.disk_bytes)
     return made
-
-
-def fetch_demo(model: str, screen: Screen) -> None:
-    """Fetch and convert the demo's model where it is wanted, and say so."""
-    if model == "demo":
-        from affinequant.demo import demo_model
-
-        demo_model(screen.say)
 
 
 def quantize(made: "Plan", args: argparse.Namespace, screen: Screen) -> "Result":
@@ -117,23 +103,6 @@ def quantize(made: "Plan", args: argparse.Namespace, screen: Screen) -> "Result"
     finally:
         # An exception must not leave a terminal without its cursor.
         listen.end()
-
-
-def header(made: "Plan") -> dict[str, str]:
-    """The plan in a few lines."""
-    recipe = made.recipe
-    at = ", ".join(f"{site} {name}" for site, name in recipe.transforms.items() if name != "none") or "no transform"
-    memory = f"{size(made.cpu_bytes)} memory" + (f", {size(made.gpu_bytes)} on the GPU" if made.gpu_bytes else "")
-    lines = {
-        "model": f"{recipe.model} ({made.family.name}, {made.dims.layers} blocks of width {made.dims.hidden})",
-        "scheme": f"{recipe.scheme}: {SCHEMES.get(recipe.scheme, 'as the name says')}; tier {recipe.tier}",
-        "method": f"preset {recipe.preset}; {at}; rounding {recipe.rounding}",
-        "data": f"{recipe.data}, {recipe.samples} samples of {recipe.seq_len} tokens, seed {recipe.seed}",
-        "plan": f"about {minutes(made.minutes)} on {made.device}, {memory}, {size(made.disk_bytes)} disk",
-        "size": f"{size(made.source_bytes)} -> {size(made.output_bytes)}, {made.bits_per_weight:.2f} bits per weight",
-        "out": str(recipe.output_folder()),
-    }
-    return lines | {"note" + " " * index: note for index, note in enumerate(made.notes)}
 
 
 def outcome(done: "Result") -> dict[str, str]:

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
-import affinequant
 from affinequant.errors import AffineQuantError, unknown_name
-from affinequant.scheme import NumberFormat, Scheme
-from affinequant.sites import Placement
+from affinequant.models.sites import Placement
+from affinequant.recipe.scheme import NumberFormat, Scheme
+from affinequant.version import __version__
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,6 +65,8 @@ class Format(Protocol):
     """Nats per token by which what is read back may diverge from the contents' own weights."""
     WEIGHT_ONLY: bool
     """Whether nothing is written of how activations are quantised."""
+    reload: Callable[[Path, Literal["float32", "bfloat16"]], tuple[Any, str]] | None
+    """The folder as a transformers model on the CPU, and in words what has read it; None where `affinequant.load` does."""
 
     def supports(self, scheme: Scheme, placements: Mapping[str, Placement], *, clipped: bool = False) -> str | None:
         """None, or why this cannot be written.
@@ -76,10 +78,6 @@ class Format(Protocol):
 
     def refuses(self, contents: Contents, shapes: Shapes) -> str | None:
         """None, or what about these sizes, biases or numbers cannot be held, from headers and small tensors alone."""
-        ...
-
-    def reload(self, out: Path, dtype: Literal["float32", "bfloat16"]) -> tuple[Any, str]:
-        """The folder as a transformers model on the CPU, and in words what has read it."""
         ...
 
     def write(self, contents: Contents, out: Path, *, shard_bytes: int = SHARD_BYTES) -> list[Path]:
@@ -103,7 +101,7 @@ def check_readable(ours: Mapping[str, Any], where: str) -> None:
         newer = isinstance(version, int) and version > VERSION
         by = f", written by {writer}" if writer else ""
         raise AffineQuantError(
-            f"a checkpoint of version {version!r}{by}; this is affinequant {affinequant.__version__}, which reads "
+            f"a checkpoint of version {version!r}{by}; this is affinequant {__version__}, which reads "
             f"version {VERSION}",
             where,
             f"update affinequant{f', at least to {writer}' if writer else ''}" if newer else "write the folder again",

@@ -14,14 +14,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import affinequant
-from affinequant.checkpoint import Source, unquantized
 from affinequant.errors import AffineQuantError
 from affinequant.formats import SHARD_BYTES, VERSION, Contents, Shapes, online_reason, split_stage
 from affinequant.formats.reading import Dtype, in_transformers
 from affinequant.formats.shards import copy_source, write_json, write_shards
-from affinequant.scheme import NumberFormat, Scheme
-from affinequant.sites import Placement
+from affinequant.models.sites import Placement
+from affinequant.models.source import Source, unquantized
+from affinequant.recipe.scheme import NumberFormat, Scheme
+from affinequant.version import __version__
 
 if TYPE_CHECKING:  # a plan asks `supports`, and must not wait for torch
     from torch import Tensor
@@ -159,7 +159,7 @@ def our_config(contents: Contents, found: Mapping[str, Any]) -> dict[str, Any]:
     activation, kv = contents.scheme.activation, contents.scheme.kv
     return dict(contents.extra) | {
         "version": VERSION,
-        "written_by": f"affinequant {affinequant.__version__}",
+        "written_by": f"affinequant {__version__}",
         "scheme": contents.scheme.name,
         "weight": asdict(contents.scheme.weight),
         "activation": asdict(activation) if activation else None,

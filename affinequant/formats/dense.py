@@ -10,8 +10,8 @@ from affinequant.formats import SHARD_BYTES, Contents, Shapes, online_reason, sp
 from affinequant.formats.compressed_tensors import checkpoint_config
 from affinequant.formats.reading import Dtype, in_transformers
 from affinequant.formats.shards import copy_source, write_json, write_shards
-from affinequant.scheme import Scheme
-from affinequant.sites import Placement
+from affinequant.models.sites import Placement
+from affinequant.recipe.scheme import Scheme
 
 if TYPE_CHECKING:  # a plan asks `supports`, and must not wait for torch
     from torch import Tensor
@@ -74,7 +74,7 @@ def dense_stage(stage: Mapping[str, Tensor], contents: Contents) -> tuple[dict[s
     """A stage's other tensors as they are, and its quantised linears' weights in float32, under `NAME.weight`."""
     import torch
 
-    from affinequant.quantizer import dequantize
+    from affinequant.numbers.integer import dequantize
 
     rest, integers = split_stage(stage, contents)
     values = {}

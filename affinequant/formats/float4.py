@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from affinequant.checkpoint import unquantized
 from affinequant.formats import SHARD_BYTES, Contents, Shapes, online_reason
 from affinequant.formats.dense import dense_stage, write_folder
 from affinequant.formats.reading import Dtype, in_transformers
 from affinequant.models import resolve
-from affinequant.scheme import Scheme
-from affinequant.sites import Placement
+from affinequant.models.sites import Placement
+from affinequant.models.source import unquantized
+from affinequant.recipe.scheme import Scheme
 
 if TYPE_CHECKING:  # a plan asks `supports`, and must not wait for torch
     from torch import Tensor

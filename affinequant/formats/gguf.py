@@ -11,17 +11,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from affinequant.checkpoint import unquantized
 from affinequant.errors import PREFLIGHT, AffineQuantError
 from affinequant.formats import SHARD_BYTES, Contents, Shapes, online_reason, split_stage, without_zeros
 from affinequant.formats.compressed_tensors import checkpoint_config
 from affinequant.formats.gguf_settings import ROPES, described, rope_factors, rope_kind, write_settings, write_tokenizer
 from affinequant.formats.gguf_tokenizer import Vocabulary, read_vocabulary
 from affinequant.formats.reading import Dtype, in_transformers
-from affinequant.formats.shards import copy_source, publish, write_json
+from affinequant.formats.shards import copy_source, install, write_json
 from affinequant.models import Dims, resolve
-from affinequant.scheme import NumberFormat, Scheme
-from affinequant.sites import Placement
+from affinequant.models.sites import Placement
+from affinequant.models.source import unquantized
+from affinequant.recipe.scheme import NumberFormat, Scheme
 
 if TYPE_CHECKING:  # a plan asks `supports`, and must not wait for torch
     import numpy as np
@@ -134,7 +134,7 @@ def write(contents: Contents, out: Path, *, shard_bytes: int = SHARD_BYTES) -> l
         writer.close()
         if writer.temp_file is not None:
             writer.temp_file.close()
-    files = [publish(temporary, out / FILE), *copy_source(contents.source, out)]
+    files = [install(temporary, out / FILE), *copy_source(contents.source, out)]
     return [*files, write_json(out / "config.json", checkpoint_config(contents))]
 
 

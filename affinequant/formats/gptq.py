@@ -11,12 +11,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from affinequant.checkpoint import open_source
 from affinequant.formats import SHARD_BYTES, Contents, Shapes, online_reason, split_stage, without_zeros
 from affinequant.formats.dense import write_folder
 from affinequant.formats.reading import Dtype, from_tensors
-from affinequant.scheme import Scheme
-from affinequant.sites import Placement
+from affinequant.models.sites import Placement
+from affinequant.models.source import open_source
+from affinequant.recipe.scheme import Scheme
 
 if TYPE_CHECKING:  # a plan asks `supports`, and must not wait for torch
     from torch import Tensor

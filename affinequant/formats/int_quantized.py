@@ -14,8 +14,8 @@ from typing import Any
 from affinequant.formats import SHARD_BYTES, Contents, Shapes, online_reason
 from affinequant.formats import compressed_tensors as packed
 from affinequant.formats.reading import Dtype, in_transformers
-from affinequant.scheme import Scheme
-from affinequant.sites import Placement
+from affinequant.models.sites import Placement
+from affinequant.recipe.scheme import Scheme
 
 ABOUT = "W8A8, or symmetric W4A8 (vLLM: on CPUs only), with activations that stock engines quantise"
 ROUNDS = ""

@@ -14,15 +14,15 @@ from typing import Any
 
 from affinequant.formats import SHARD_BYTES, Contents, Shapes
 from affinequant.formats.compressed_tensors import our_config, without_kernel, write_packed
-from affinequant.formats.reading import Dtype
-from affinequant.scheme import Scheme
-from affinequant.sites import Placement
+from affinequant.models.sites import Placement
+from affinequant.recipe.scheme import Scheme
 
 ABOUT = "integers with transforms that act at run time; affinequant.load or vLLM with our plugin"
 ROUNDS = ""
 TOLERANCE = 0.0001
 WEIGHT_ONLY = False
 STEM = "affinequant"
+reload = None  # nobody else reads it
 
 
 def supports(scheme: Scheme, placements: Mapping[str, Placement], *, clipped: bool = False) -> str | None:
@@ -33,13 +33,6 @@ def supports(scheme: Scheme, placements: Mapping[str, Placement], *, clipped: bo
 def refuses(contents: Contents, shapes: Shapes) -> str | None:
     """None: sizes that cannot be packed are refused before anything is quantised."""
     return None
-
-
-def reload(out: Path, dtype: Dtype) -> tuple[Any, str]:
-    """The folder in our own loader, which computes on integers where activations are quantised."""
-    from affinequant.runtime import load
-
-    return load(out, device="cpu", dtype=dtype), "affinequant.load"
 
 
 def write(contents: Contents, out: Path, *, shard_bytes: int = SHARD_BYTES) -> list[Path]:

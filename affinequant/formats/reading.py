@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from affinequant.data.files import first_line
 from affinequant.errors import AffineQuantError
-from affinequant.files import first_line
 
 if TYPE_CHECKING:  # a plan asks `supports`, and must not wait for torch
     import torch

@@ -12,10 +12,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from affinequant.durable import publish as publish
-from affinequant.durable import write_text as write_text
 from affinequant.formats.side_files import CARD as CARD
 from affinequant.formats.side_files import copy_source as copy_source
+from affinequant.run.durable import install as install
+from affinequant.run.durable import write_text as write_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,10 +46,10 @@ def write_shards(
         total += sum(tensor.nbytes for tensor in tensors.values())
         written.append((temporary, list(tensors)))
     if len(written) == 1:
-        return [publish(written[0][0], out / f"{stem}.safetensors")]
+        return [install(written[0][0], out / f"{stem}.safetensors")]
     files, table = [], {}
     for number, (temporary, names) in enumerate(written, start=1):
-        file = publish(temporary, out / f"{stem}-{number:05}-of-{len(written):05}.safetensors")
+        file = install(temporary, out / f"{stem}-{number:05}-of-{len(written):05}.safetensors")
         files.append(file)
         table |= dict.fromkeys(names, file.name)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(table.items()))}

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from affinequant.durable import publish
 from affinequant.errors import PREFLIGHT, AffineQuantError
-from affinequant.source_files import is_inside
+from affinequant.models.source_files import is_inside
+from affinequant.run.durable import install
 
 WEIGHTS = (
     *(
@@ -121,7 +121,7 @@ def copy_source(source: Path, out: Path) -> list[Path]:
         (out / target).parent.mkdir(parents=True, exist_ok=True)
         temporary = (out / target).with_name((out / target).name + ".tmp")
         shutil.copyfile(source / name, temporary)
-        copied.append(publish(temporary, out / target))
+        copied.append(install(temporary, out / target))
     return copied
 
 

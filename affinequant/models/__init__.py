@@ -8,6 +8,7 @@ from affinequant.models.family import Dims as Dims
 from affinequant.models.family import Family as Family
 from affinequant.models.family import resolve_sites as resolve_sites
 from affinequant.models.keys import check_keys
+from affinequant.models.keys import check_length as check_length
 from affinequant.models.keys import context_length as context_length
 from affinequant.models.llama import LLAMA
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from affinequant.sites import Edge, Kind, Side, Site
+from affinequant.models.sites import Edge, Kind, Side, Site
 
 Width = Literal["hidden", "mlp", "query", "value"]
 

@@ -115,3 +115,15 @@ def _check(values: Mapping[str, Any], keys: Mapping[str, tuple[Check, str]], pre
                 f"config.json must give {prefix}{key} as {words}",
                 exit_code=PREFLIGHT,
             )
+
+
+def check_length(seq_len: int, config: Mapping[str, Any]) -> None:
+    """Whether the model that a config.json describes reads as many tokens as a window has.
+
+    Raises:
+        AffineQuantError: its context is shorter (exit 2).
+    """
+    longest = context_length(config)
+    if longest is not None and seq_len > longest:
+        what = f"windows of {seq_len} tokens are longer than the model's context of {longest}"
+        raise AffineQuantError(what, "--seq-len", f"use --seq-len {longest} or less")

@@ -2,7 +2,7 @@
 
 It answers to `quant_method: affinequant`, and takes over those compressed-tensors checkpoints of ours whose integer
 activations transformers would leave out. All others stay with the quantiser of compressed-tensors. transformers reads
-what is not quantised; the linears are read by `affinequant.runtime`, after it, into the places that were kept for them.
+what is not quantised; the linears are read by `affinequant.runtime.load`, after it, into the places that were kept for them.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from transformers.utils import logging
 from transformers.utils.hub import cached_file
 from transformers.utils.quantization_config import CompressedTensorsConfig, QuantizationConfigMixin
 
-from affinequant.checkpoint import Source, open_source
 from affinequant.errors import AffineQuantError
 from affinequant.formats import check_readable
 from affinequant.formats.native import STEM
-from affinequant.runtime import check_finite, keep_from_saving, pack_cache, read_linear, replace_linears
-from affinequant.scheme import NumberFormat
+from affinequant.models.source import Source, open_source
+from affinequant.recipe.scheme import NumberFormat
+from affinequant.runtime.load import check_finite, keep_from_saving, pack_cache, read_linear, replace_linears
 from affinequant.transforms.online import stored_name
 
 NAME, STOCK = "affinequant", "compressed-tensors"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +19,31 @@ from vllm.model_executor.parameter import (
 )
 
 from affinequant.formats.compressed_tensors import unpack_rows
-from affinequant.integer_linear import IntegerLinear
+from affinequant.recipe.scheme import NumberFormat
+from affinequant.runtime.integer_linear import IntegerLinear
 from affinequant.transforms.online import check_online, in_order
 
-if TYPE_CHECKING:
-    from affinequant.serve.vllm_plugin import AffineQuantConfig
+
+class Declared(Protocol):
+    """What a checkpoint's config.json says, as its linears ask it."""
+
+    weight: NumberFormat
+    activation: NumberFormat | None
+    whole: bool
+    """Codes are stored as int8, as they are, instead of packed into words."""
+    slices: dict[str, int]
+
+    def members(self, prefix: str) -> list[str]:
+        """The linears of the checkpoint that make up one of vLLM's."""
+        ...
+
+    def clip(self, members: list[str]) -> float:
+        """The ratio by which the range of their common input is narrowed."""
+        ...
+
+    def matrices(self, members: list[str]) -> dict[str, list[int]]:
+        """Part to shape, of what acts on their common input."""
+        ...
 
 
 class Shared(BasevLLMParameter):
@@ -58,7 +78,7 @@ class Loaded:
 class AffineQuantLinear(LinearMethodBase):
     """One of vLLM's linears, fused or not, on integers."""
 
-    def __init__(self, config: AffineQuantConfig, prefix: str) -> None:
+    def __init__(self, config: Declared, prefix: str) -> None:
         self.config, self.prefix = config, prefix
         self.members = config.members(prefix)
 

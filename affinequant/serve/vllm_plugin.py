@@ -32,7 +32,7 @@ from vllm.model_executor.models.utils import WeightsMapper
 from affinequant.errors import AffineQuantError
 from affinequant.formats import check_readable
 from affinequant.formats.compressed_tensors import declares_activations
-from affinequant.scheme import NumberFormat, Scheme
+from affinequant.recipe.scheme import NumberFormat, Scheme
 from affinequant.serve.vllm_linear import AffineQuantLinear
 
 NAME = "affinequant"

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Protocol
 
 from affinequant.errors import AffineQuantError, unknown_name
-from affinequant.sites import Site, Structure, place
+from affinequant.models.sites import Site, Structure, place
 
 if TYPE_CHECKING:
     import torch

@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from affinequant.linalg import from_blocks, masked_band, to_blocks
-from affinequant.sites import Site
+from affinequant.models.sites import Site
+from affinequant.transforms.linalg import from_blocks, masked_band, to_blocks
 
 DOMINANCE = 0.9
 """Largest sum of off-diagonal magnitudes, over the diagonal's, in any row of P."""

@@ -4,8 +4,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from affinequant.linalg import from_blocks, to_blocks
-from affinequant.sites import Site, block_width
+from affinequant.models.sites import Site, block_width
+from affinequant.transforms.linalg import from_blocks, to_blocks
 from affinequant.transforms.svd import BoundedMatrix
 
 

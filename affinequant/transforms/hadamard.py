@@ -4,8 +4,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from affinequant.linalg import kronecker_apply, orthogonal_factors
-from affinequant.sites import Site, rotation_factors
+from affinequant.models.sites import Site, rotation_factors
+from affinequant.transforms.linalg import kronecker_apply, orthogonal_factors
 
 
 class Hadamard(nn.Module):

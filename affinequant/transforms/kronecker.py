@@ -4,8 +4,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from affinequant.linalg import kronecker_apply
-from affinequant.sites import Site, kronecker_factors
+from affinequant.models.sites import Site, kronecker_factors
+from affinequant.transforms.linalg import kronecker_apply
 from affinequant.transforms.svd import BoundedMatrix
 
 

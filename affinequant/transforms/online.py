@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from jaxtyping import Float
 from torch import Tensor
 
-from affinequant.linalg import from_blocks, kronecker_apply, to_blocks
+from affinequant.transforms.linalg import from_blocks, kronecker_apply, to_blocks
 
 _PREFIX = "online_"
 

@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from affinequant.linalg import cayley, from_blocks, gram_schmidt, orthogonal_factors, to_blocks
-from affinequant.sites import Site, block_width
+from affinequant.models.sites import Site, block_width
 from affinequant.transforms.hadamard import Hadamard
+from affinequant.transforms.linalg import cayley, from_blocks, gram_schmidt, orthogonal_factors, to_blocks
 
 Chart = Literal["cayley", "gram-schmidt"]
 

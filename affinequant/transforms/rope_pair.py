@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from affinequant.sites import Site
+from affinequant.models.sites import Site
 
 
 class RopePair(nn.Module):

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from affinequant.linalg import cayley
+from affinequant.transforms.linalg import cayley
 
 LIMIT = 4.0
 """Logarithms of singular values stay this close to their centre, so that a condition number is at most e^8 = 2981."""

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import affinequant
-from affinequant.checkpoint import is_local, locate, open_source
-from affinequant.data import check_length
-from affinequant.demo import demo_model
+from affinequant.data.demo import demo_model
+from affinequant.data.tokenizer import load_tokenizer
+from affinequant.data.wheels import Say, quiet
 from affinequant.errors import AffineQuantError
-from affinequant.recipe import Device, Dtype
-from affinequant.tokenizer import load_tokenizer
-from affinequant.wheels import Say, quiet
+from affinequant.models import check_length
+from affinequant.models.source import is_local, locate, open_source
+from affinequant.recipe.recipe import Device, Dtype
 from affinequant_evals.harness import Scorecard, Suite, evaluate
 from affinequant_evals.perplexity import Bos, LanguageModel
 from affinequant_evals.suites import Measurements, build_suite, measurements

@@ -16,11 +16,11 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
+from affinequant.data.wheels import Say, quiet
 from affinequant.errors import AffineQuantError
-from affinequant.wheels import Say, quiet
 
 if TYPE_CHECKING:
-    from affinequant.run import Run
+    from affinequant.run.run import Run
 
 Better = Literal["lower", "higher"]
 S = TypeVar("S")

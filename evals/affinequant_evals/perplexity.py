@@ -10,10 +10,10 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn import functional
 
-from affinequant.data import adds_bos, encode
+from affinequant.data.tokens import adds_bos, encode
+from affinequant.data.wheels import Say, quiet
 from affinequant.errors import PREFLIGHT, AffineQuantError
 from affinequant.progress import Steps
-from affinequant.wheels import Say, quiet
 from affinequant_evals.harness import Metric, Score, exp_mean_score
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def c4_windows(tokenizer: Any, *, seq_len: int = 2048, count: int = 256) -> Wind
     Raises:
         AffineQuantError: no hub (exit 3).
     """
-    from affinequant.text import hub_rows
+    from affinequant.data.text import hub_rows
 
     shard = {"validation": "en/c4-validation.00000-of-00008.json.gz"}
     rows = hub_rows("allenai/c4", None, split="validation", data_files=shard, flag="--suite")

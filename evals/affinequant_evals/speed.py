@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import affinequant
+from affinequant.data.wheels import Say, quiet
 from affinequant.errors import AffineQuantError
-from affinequant.recipe import Recipe
-from affinequant.wheels import Say, quiet
+from affinequant.recipe.recipe import Recipe
 from affinequant_evals.checkpoint import find_baseline
 from affinequant_evals.harness import environment, package_version
 

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
-from affinequant.data import evaluation_text
+from affinequant.data.text import MOST_CHARACTERS
+from affinequant.data.tokens import evaluation_text
+from affinequant.data.wheels import Say, quiet
 from affinequant.errors import unknown_name
-from affinequant.text import MOST_CHARACTERS
-from affinequant.wheels import Say, quiet
 from affinequant_evals.harness import Suite
 from affinequant_evals.perplexity import Bos, LanguageModel, c4_windows, check_bos, cut_windows, perplexity
 from affinequant_evals.tasks import TaskOptions, task_batteries

@@ -19,10 +19,10 @@ from typing import Any
 
 from packaging.version import Version
 
-from affinequant.demo import DEMO_TASKS, demo_folder, demo_task_rows
+from affinequant.data.demo import DEMO_TASKS, demo_folder, demo_task_rows
+from affinequant.data.text import hub_has
+from affinequant.data.wheels import WHEELS, Say, quiet
 from affinequant.errors import PREFLIGHT, AffineQuantError
-from affinequant.text import hub_has
-from affinequant.wheels import WHEELS, Say, quiet
 from affinequant_evals.harness import Battery, Better, Score, exp_mean_score, mean_score, package_version
 from affinequant_evals.perplexity import Bos, LanguageModel
 

@@ -1,0 +1,1 @@
+"""What goes in as text: files and sets, tokens, the demo's wheels."""

@@ -1,0 +1,122 @@
+"""One block's objective: the original block, its weights transformed and rounded, against its full-precision output."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from affinequant.fit import Group
+from affinequant.numbers.integer import CLIP_START, LearnedRange, fake_quantize, fake_quantize_activation, weight_range
+from affinequant.rounding.job import BlockJob
+from affinequant.transforms import OnlineTransform, Transform
+from affinequant.transforms.fold import Tensors, fold_all
+
+
+class BlockObjective:
+    """Error of the quantised block against its target; trains transforms and clipping, never the weights."""
+
+    def __init__(
+        self,
+        job: BlockJob,
+        tensors: Tensors,
+        transforms: Mapping[str, Transform],
+        online: Mapping[str, OnlineTransform] | None = None,
+    ) -> None:
+        """Args:
+        transforms: those that fold, by site.
+        online: those that act on activations at run time, after the folded ones.
+        """
+        self.job = job
+        self.tensors = tensors
+        self.transforms = dict(transforms)
+        self.online = dict(online or {})
+        self.on_attention = job.cached_heads(self.after_rope())
+        family, fmt = job.decoder.family, job.scheme.weight
+        self.linears = [linear.name for linear in family.linears]
+        self.ranges: dict[str, LearnedRange] = {}
+        if "learn" in job.recipe.weight_clip:
+            for name in self.linears:
+                rows, columns = tensors[f"{name}.weight"].shape
+                self.ranges[name] = LearnedRange(rows, fmt.groups(columns)).to(job.decoder.device)
+        learn_inputs = "learn" in job.recipe.activation_clip
+        start = torch.tensor(CLIP_START if learn_inputs else float("inf"), device=job.decoder.device)
+        self.clips = {site: nn.Parameter(start.clone(), learn_inputs) for site, _ in family.input_groups()}
+        self.fraction = -1.0
+
+    def groups(self) -> Sequence[Group]:
+        """Transforms at one rate, clipping at another."""
+        recipe = self.job.recipe
+        clips = [p for module in self.ranges.values() for p in module.parameters()] + list(self.clips.values())
+        transforms = [p for module in self.modules() for p in module.parameters()]
+        return (
+            Group(name="transforms", parameters=[p for p in transforms if p.requires_grad], lr=recipe.lr),
+            Group(name="clipping", parameters=[p for p in clips if p.requires_grad], lr=recipe.clip_lr),
+        )
+
+    def modules(self) -> list[Transform]:
+        """Every transform, folded or not."""
+        return [*self.transforms.values(), *self.online.values()]
+
+    def progress(self, t: float) -> Sequence[nn.Parameter]:
+        """Widen the gradual mask by epoch: the diagonal alone in the first, everything in the last."""
+        epochs = self.job.recipe.epochs
+        fraction = min(int(t * epochs + 1e-6), epochs - 1) / max(1, epochs - 1) if epochs > 1 else 1.0
+        if fraction == self.fraction:
+            return ()
+        self.fraction = fraction
+        released = [module for module in self.modules() if module.progress(fraction)]
+        return [parameter for module in released for parameter in module.parameters()]
+
+    def loss(self, batch: tuple[Tensor, ...]) -> Mapping[str, Tensor]:
+        """`block`: error against the target; `auxiliary`: against the full-precision block on the same inputs."""
+        x, *targets = (part.to(self.job.decoder.device) for part in batch)
+        y = self.job.run(self.quantized(), x, self.on_input, self.on_attention).float()
+        measure = _relative if self.job.recipe.loss == "relative" else nn.functional.mse_loss
+        return {name: measure(y, target.float()) for name, target in zip(("block", "auxiliary"), targets, strict=False)}
+
+    def after_rope(self) -> Tensors:
+        """The rotation of queries and keys after RoPE, in fp32, as the run time applies it; nothing learns it."""
+        parts = {name: module for name, module in self.online.items() if self.job.sites[name].kind == "rope"}
+        return {
+            part: tensor.float().contiguous() for module in parts.values() for part, tensor in module.online().items()
+        }
+
+    def folded(self) -> Tensors:
+        """The block's tensors with every transform folded in."""
+        offset = self.job.decoder.family.norm_offset
+        return fold_all(self.tensors, self.job.sites, self.transforms, self.online, norm_offset=offset)
+
+    def quantized(self) -> Tensors:
+        """The block's tensors folded, with rounded weights."""
+        tensors = self.folded()
+        for name in self.linears:
+            weight = tensors[f"{name}.weight"]
+            low, high = self.ranges.get(name, weight_range)(weight, self.job.scheme.weight)
+            tensors[f"{name}.weight"] = fake_quantize(weight, low, high, self.job.scheme.weight, self.job.store)
+        return tensors
+
+    def on_input(self, site: str, x: Tensor) -> Tensor:
+        """Transform and round what a site's linears read."""
+        if site in self.online:
+            x = self.online[site].on_activations(x)
+        if self.job.scheme.activation is None:
+            return x
+        slices = self.job.sites[site].slices
+        return fake_quantize_activation(x, self.job.scheme.activation, self.clips[site].sigmoid(), slices)
+
+
+def folded_exactly(objective: BlockObjective, exact: Tensors) -> Tensors:
+    """The fp64 tensors of the block with the objective's transforms folded in, for good."""
+    job = objective.job
+    folded, online = (
+        {name: module.double() for name, module in modules.items()}
+        for modules in (objective.transforms, objective.online)
+    )
+    with torch.no_grad():
+        return fold_all(exact, job.sites, folded, online, norm_offset=job.decoder.family.norm_offset)
+
+
+def _relative(y: Tensor, target: Tensor) -> Tensor:
+    """Squared error over each token's power, so that the first token's massive activation weighs as one token."""
+    power = target.square().sum(-1).clamp_min(torch.finfo(target.dtype).tiny)
+    return ((y - target).square().sum(-1) / power).mean()

@@ -1,0 +1,275 @@
+"""The network one block at a time: an empty model of the original code, whose tensors are lent to it for each call."""
+
+import contextlib
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from affinequant.data.files import first_line
+from affinequant.errors import PREFLIGHT, AffineQuantError
+from affinequant.models import Dims, Family
+from affinequant.models.attention import OnAttention, register
+from affinequant.models.source import Source
+from affinequant.models.source_files import broken
+from affinequant.recipe.recipe import Dtype
+
+OnInput = Callable[[str, Tensor], Tensor]
+"""(site, x) -> x: sees, and may replace, what the linears behind a site read."""
+
+
+class StopForward(Exception):
+    """Raised by an `OnInput` that has seen all it needs."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decoder:
+    """The model's own code on the meta device; weights are passed to each call and never kept."""
+
+    model: nn.Module
+    family: Family
+    dims: Dims
+    device: torch.device
+    dtype: torch.dtype
+
+    def block(self, index: int) -> nn.Module:
+        """Block `index`, without weights."""
+        return self.model.get_submodule(f"{self.family.blocks}.{index}")
+
+    def unknown(self, names: Iterable[str]) -> list[str]:
+        """Those of a checkpoint's tensors for which the model's own code has no place."""
+        known = self.model.state_dict().keys()
+        return [name for name in names if name not in known]
+
+    def embed(
+        self, ids: Int[Tensor, "samples tokens"], outer: Mapping[str, Tensor]
+    ) -> tuple[Float[Tensor, "samples tokens hidden"], dict[str, Any]]:
+        """(hidden states before block 0, the keyword arguments that the model gives its blocks).
+
+        Tokens and embedding may lie anywhere; of `outer`, the tensors outside the blocks, no other is used. The
+        arguments are caught at block 0 by a pre-hook. They are made for one sequence and broadcast over a batch.
+
+        Raises:
+            RuntimeError: an argument depends on the batch, which no supported family does.
+        """
+        caught: list[tuple[Tensor, dict[str, Any]]] = []
+
+        def catch(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            caught.append((args[0], kwargs))
+            raise StopForward
+
+        name = f"{self.family.embedding}.weight"
+        lent = {name: outer[name].to(self.device, self.dtype)}
+        handle = self.block(0).register_forward_pre_hook(catch, with_kwargs=True)
+        try:
+            hidden = []
+            for row in ids.to(self.device):
+                with contextlib.suppress(StopForward):
+                    functional_call(self.model, lent, (row[None],), {"use_cache": False}, tie_weights=False)
+                hidden.append(caught[-1][0].detach())
+                del caught[:-1]
+        finally:
+            handle.remove()
+        kwargs = {key: value for key, value in caught[-1][1].items() if key != "use_cache"}
+        for key, value in kwargs.items():
+            if isinstance(value, Tensor) and value.ndim and value.shape[0] != 1 and value.shape[0] == len(ids) > 1:
+                raise RuntimeError(f"argument {key} depends on the batch")
+        return torch.cat(hidden), kwargs
+
+    def head(self, outer: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What `logits` needs of the tensors outside the blocks, moved here once."""
+        own = f"{self.family.head}.weight"
+        wanted = (f"{self.family.norm}.", f"{self.family.head}." if own in outer else f"{self.family.embedding}.")
+        return {name: t.to(self.device, self.dtype) for name, t in outer.items() if name.startswith(wanted)}
+
+    def logits(
+        self, hidden: Float[Tensor, "*batch hidden"], head: Mapping[str, Tensor]
+    ) -> Float[Tensor, "*batch vocab"]:
+        """Final norm and head on hidden states behind the last block."""
+        norm, own = f"{self.family.norm}.", f"{self.family.head}.weight"
+        lent = {name.removeprefix(norm): tensor for name, tensor in head.items() if name.startswith(norm)}
+        normed = functional_call(self.model.get_submodule(self.family.norm), lent, (hidden,))
+        weight = head[own if own in head else f"{self.family.embedding}.weight"]
+        return nn.functional.linear(normed, weight, head.get(f"{self.family.head}.bias"))
+
+
+def check_device(name: str) -> None:
+    """Whether torch can compute on a device of that kind here.
+
+    Raises:
+        AffineQuantError: it cannot, with the reason (exit 3).
+    """
+    if name != "cuda":
+        return
+    fix = "use --device cpu, or auto"
+    if not torch.backends.cuda.is_built():
+        what = f"the torch that is installed here ({torch.__version__}) is built without CUDA"
+        raise AffineQuantError(what, "--device cuda", f"install a CUDA build of torch, or {fix}", exit_code=PREFLIGHT)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        if torch.cuda.is_available():
+            return
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    reason = f"CUDA_VISIBLE_DEVICES is {hidden!r}" if hidden is not None else "torch finds none"
+    reason = str(said[0].message).splitlines()[0] if said else reason
+    raise AffineQuantError(f"no CUDA device can be used: {reason}", "--device cuda", fix, exit_code=PREFLIGHT)
+
+
+def compute_dtype(name: Dtype, device: torch.device) -> torch.dtype:
+    """The dtype to compute in; `auto` is bfloat16 on a GPU and float32 elsewhere."""
+    auto = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"auto": auto, "float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def open_decoder(
+    source: Source,
+    family: Family,
+    dims: Dims,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    trust_remote_code: bool = False,
+) -> Decoder:
+    """The original Hugging Face model of `source`, empty but for its buffers.
+
+    Raises:
+        AffineQuantError: transformers cannot make it out of its config.json, or one of its parameters has no tensor in
+            the source (exit 3).
+    """
+    model = _empty_model(source.folder, trust_remote_code)
+    there = {*source.entries, *([f"{family.head}.weight"] if dims.tied else [])}
+    missing = [name for name, _ in model.named_parameters() if source.entries and name not in there]
+    if missing:  # transformers would make up what is not there
+        raise broken(f"tensor {missing[0]} is missing, which the model's own code asks for", source.folder)
+    model.eval().requires_grad_(False)
+    for name, buffer in list(model.named_buffers()):
+        owner, _, leaf = name.rpartition(".")
+        model.get_submodule(owner)._buffers[leaf] = buffer.to(device)
+    return Decoder(model=model, family=family, dims=dims, device=device, dtype=dtype)
+
+
+def _empty_model(folder: Path, trust_remote_code: bool) -> Any:
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    path = folder / "config.json"
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        with init_empty_weights(include_buffers=False), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, attn_implementation=register(), trust_remote_code=trust_remote_code
+            )
+        path = folder / "generation_config.json"
+        if path.exists():  # whoever loads what is written reads it
+            GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as problem:
+        what = f"transformers cannot use {path.name}: {first_line(problem)}"
+        fix = f"correct that in {path.name}, or download it again"
+        raise AffineQuantError(what, str(path), fix, exit_code=PREFLIGHT) from problem
+    return model
+
+
+def run_block(
+    block: nn.Module,
+    family: Family,
+    tensors: Mapping[str, Tensor],
+    x: Float[Tensor, "batch tokens hidden"],
+    kwargs: Mapping[str, Any],
+    on_input: OnInput | None = None,
+    on_attention: OnAttention | None = None,
+    known: Mapping[str, Tensor] | None = None,
+    scales: Mapping[str, Tensor] | None = None,
+) -> Float[Tensor, "batch tokens hidden"]:
+    """One block with `tensors` (named within it) as its weights.
+
+    `on_input(site, x)` is asked once per site and call, whatever the number of linears that read the site;
+    `on_attention` gets queries, keys and values after RoPE. `known` holds what some linears give on this `x`: they are
+    not computed. `scales` holds, for some linears, factors of the rows of their weights that are not in these yet.
+
+    Raises:
+        RuntimeError: the block's own code kept `on_attention` from its attention.
+    """
+    handles, passed, tensors = [], dict(kwargs), dict(tensors)
+    for member, output in (known or {}).items():
+        tensors |= {name: tensors[name][:0] for name in (f"{member}.weight", f"{member}.bias") if name in tensors}
+        handles.append(block.get_submodule(member).register_forward_hook(lambda *_, output=output: output))
+    for member, scale in (scales or {}).items():
+        if (bias := f"{member}.bias") in tensors:
+            tensors[bias] = tensors[bias] / scale
+        handles.append(block.get_submodule(member).register_forward_hook(lambda *given, scale=scale: given[-1] * scale))
+    asked: list[bool] = []
+    if on_attention is not None:
+        act = on_attention
+
+        def asking(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            asked.append(True)
+            return act(query, key, value)
+
+        passed["on_attention"] = asking
+    if on_input is not None:
+        for site, members in family.input_groups():
+            hook = _shared_hook(site, on_input)
+            handles += [block.get_submodule(member).register_forward_pre_hook(hook) for member in members]
+    try:
+        result = functional_call(block, tensors, (x,), passed)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if on_attention is not None and not asked:
+        raise RuntimeError("the block's attention did not come by")
+    return result[0] if isinstance(result, tuple) else result
+
+
+def _shared_hook(site: str, on_input: OnInput) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        if not seen or seen[0][0] is not args[0]:
+            seen[:] = [(args[0], on_input(site, args[0]))]
+        return (seen[0][1], *args[1:])
+
+    return hook
+
+
+def like_on_disk(x: Tensor, folder: Path | None) -> Tensor:
+    """Room for a tensor like `x`: in memory, or backed by a file in `folder` that goes with the tensor."""
+    if folder is None:
+        return torch.empty_like(x)
+    with tempfile.NamedTemporaryFile(dir=folder) as file:
+        if sys.platform == "linux":  # a full disk is said now, and does not kill the process later
+            os.posix_fallocate(file.fileno(), 0, max(x.nbytes, 1))
+        else:
+            file.truncate(x.nbytes)
+        return torch.from_file(file.name, shared=True, size=x.numel(), dtype=x.dtype).view(x.shape)
+
+
+def spread(samples: int, tokens: int, rows: int, seed: int) -> Bool[Tensor, "samples tokens"]:
+    """Which tokens to look at where about `rows` are enough: every sample gives some, and every position is there as
+    often as in all samples.
+
+    One token in so many of each sample, from an offset of its own; in turn the samples take every offset once, in an
+    order that the seed decides. More than `rows` are taken where samples, or positions, are more. The first token of a
+    sample carries massive activations: always taken, it counted the more the more text there was, and drawn by chance
+    it would be there or not.
+    """
+    stride = max(1, min(samples * tokens // max(1, rows), samples, tokens))
+    generator = torch.Generator().manual_seed(seed)
+    rounds = [torch.randperm(stride, generator=generator) for _ in range(samples // stride + 1)]
+    offsets = torch.cat(rounds)[:samples, None]
+    return (torch.arange(tokens) - offsets) % stride == 0
+
+
+def slices(count: int, size: int) -> Iterator[slice]:
+    """Consecutive slices of at most `size` over `count` rows."""
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))

@@ -1,0 +1,231 @@
+"""Files in: what is in a model folder, checked from headers before anything is read."""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from affinequant.data.files import read_table
+from affinequant.data.wheels import Say, quiet
+from affinequant.errors import PREFLIGHT, USAGE, AffineQuantError
+from affinequant.models import Dims, Family
+from affinequant.models.source_files import Entry, broken, check_adapter, check_inside, find_weights, same_bytes
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_FLOATS = ("F64", "F32", "F16", "BF16")
+SAY_EVERY = 10.0
+"""Seconds between two lines about how far reading is."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """A model folder: its config and, where weights are there, its table of tensors; `notes` says what was left out."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    entries: Mapping[str, Entry]
+    notes: tuple[str, ...] = ()
+
+    def read(self, names: Iterable[str], device: str = "cpu") -> "dict[str, Tensor]":
+        """Those tensors, one file opened at a time."""
+        from safetensors import safe_open
+
+        wanted: dict[str, list[str]] = {}
+        for name in names:
+            wanted.setdefault(self.entries[name].file, []).append(name)
+        found = {}
+        for file, members in wanted.items():
+            with safe_open(self.folder / file, framework="pt", device=device) as handle:
+                found |= {name: handle.get_tensor(self.entries[name].key) for name in members}
+        return found
+
+    def names_under(self, prefix: str) -> list[str]:
+        """Names of the tensors inside a module."""
+        return [name for name in self.entries if name.startswith(prefix + ".")]
+
+
+def is_local(model: str) -> bool:
+    """Whether MODEL is a folder here (or the demo's), not a hub id."""
+    return model == "demo" or os.path.isdir(os.path.expanduser(model))
+
+
+def locate(model: str, *, weights: bool = True, code: bool = False) -> Path:
+    """The local folder of MODEL: a folder as it is, `demo` fetched, a hub id downloaded (its config alone
+    without `weights`; with `code` that comes with it too).
+
+    Raises:
+        AffineQuantError: no such folder, not a model folder, or a hub that cannot be reached.
+    """
+    if model == "demo":
+        from affinequant.data.demo import demo_model
+
+        return demo_model()
+    path = Path(os.path.expanduser(model))
+    if is_local(model):
+        return path
+    if os.path.lexists(path):
+        raise AffineQuantError(
+            f"{model} is a file, not a model folder", "MODEL", "give the folder that holds config.json"
+        )
+    parts = model.split("/")
+    if len(parts) != 2 or not all(parts) or model.startswith((".", "~", "/")):
+        raise AffineQuantError(
+            f"no such folder: {model}", "MODEL", "give a model folder, a hub id (org/name) or `demo`"
+        )
+    return _download(model, weights, code)
+
+
+def open_source(folder: Path, *, weights: bool = True) -> Source:
+    """Read a folder's config and tensor table.
+
+    Raises:
+        AffineQuantError: no config.json or not JSON; an adapter; weights that are not as `find_weights` wants them.
+    """
+    path = folder / "config.json"
+    check_adapter(folder)
+    if path.is_symlink():
+        check_inside(path, folder)
+    if not path.is_file():
+        raise AffineQuantError(
+            f"{folder} is not a model folder: no config.json", "MODEL", "give the folder that holds it"
+        )
+    config = read_table(path, exit_code=USAGE)
+    declared = config.get("quantization_config")
+    if declared is not None and not isinstance(declared, dict):
+        what = f"quantization_config = {declared!r}"[:200]
+        fix = "config.json must give quantization_config as a table"
+        raise AffineQuantError(what, str(path), fix, exit_code=PREFLIGHT)
+    entries, notes = find_weights(folder, config) if weights else ({}, ())
+    return Source(folder=folder, config=config, entries=entries, notes=notes)
+
+
+def unquantized(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json without what it says of how the weights are quantised."""
+    return {key: value for key, value in config.items() if key != "quantization_config"}
+
+
+def settle_tie(source: Source, family: Family, dims: Dims) -> tuple[Source, Dims]:
+    """The source and its sizes with the tie that the weights have, as transformers loads them: a head of its own is used
+    whatever the config says, and one without an embedding beside it stands for both."""
+    head, embedding = f"{family.head}.weight", f"{family.embedding}.weight"
+    own, table = source.entries.get(head), source.entries.get(embedding)
+    if not dims.tied or own is None:
+        return source, dims
+    if table is None:
+        entries = {embedding: own} | {name: entry for name, entry in source.entries.items() if name != head}
+        return replace(source, entries=entries), dims
+    if same_bytes(source.folder, own, table):
+        return source, dims
+    note = (
+        f"config.json says that head and embedding are tied, but {head} is another: it is used, and the result untied"
+    )
+    return replace(source, notes=(*source.notes, note)), replace(dims, tied=False)
+
+
+def check_tensors(source: Source, family: Family, dims: Dims) -> None:
+    """Every tensor that the family needs is there, in the shape that the config says.
+
+    Raises:
+        AffineQuantError: naming the first one that is not.
+    """
+    if lora := next((name for name in source.entries if ".lora_" in name or ".base_layer." in name), None):
+        raise AffineQuantError(
+            f"tensor {lora} belongs to a LoRA adapter that is not merged",
+            str(source.folder),
+            "merge it into the model first: peft's merge_and_unload(), then save_pretrained",
+            exit_code=PREFLIGHT,
+        )
+    shapes = {f"{family.embedding}.weight": (dims.vocab, dims.hidden), f"{family.norm}.weight": (dims.hidden,)}
+    if not dims.tied:
+        shapes[f"{family.head}.weight"] = (dims.vocab, dims.hidden)
+    for index in range(dims.layers):
+        for linear in family.linears:
+            name = f"{family.blocks}.{index}.{linear.name}.weight"
+            shapes[name] = (getattr(dims, linear.rows), getattr(dims, linear.columns))
+            if linear.bias and source.config.get(linear.bias):
+                shapes[f"{name.removesuffix('weight')}bias"] = (getattr(dims, linear.rows),)
+        for norm, _ in family.fused_norms():
+            shapes[f"{family.blocks}.{index}.{norm}.weight"] = (dims.hidden,)
+    for name, shape in shapes.items():
+        entry = source.entries.get(name)
+        if entry is None and name.endswith(".bias"):
+            raise AffineQuantError(
+                f"tensor {name} is missing, which config.json promises",
+                str(source.folder),
+                "put it there, as zeros if the model has none, or download the model again",
+                exit_code=PREFLIGHT,
+            )
+        if entry is None:
+            raise broken(f"tensor {name} is missing", source.folder)
+        if entry.shape != shape:
+            raise broken(f"tensor {name} has shape {list(entry.shape)}, config.json says {list(shape)}", source.folder)
+        if entry.dtype not in _FLOATS:
+            raise broken(f"tensor {name} holds {entry.dtype}, not 16- or 32-bit floats", source.folder)
+    linears = {f"{family.blocks}.{index}.{linear.name}" for index in range(dims.layers) for linear in family.linears}
+    for name in source.entries:
+        owner, _, part = name.rpartition(".")
+        if owner in linears and part not in ("weight", "bias"):
+            raise AffineQuantError(
+                f"tensor {name} stands beside a weight: that is no plain linear, it may be quantised already",
+                str(source.folder),
+                "give the original 16-bit model",
+                exit_code=PREFLIGHT,
+            )
+
+
+def read_through(source: Source, say: Say = quiet) -> dict[str, str]:
+    """Read every weight once: refuse NaN or infinity, and return what tells this source's content from another's, for a
+    fingerprint: a hash of all tensors (names, types, shapes and bytes, however they lie in files) and one of the config.
+
+    Raises:
+        AffineQuantError: naming the tensor and how many of its values are not finite.
+    """
+    import torch
+
+    whole, done, began, said = sum(entry.size for entry in source.entries.values()), 0, time.monotonic(), 0.0
+    weights = hashlib.sha256()
+    for name, entry in sorted(source.entries.items()):
+        values = source.read([name])[name]
+        if entry.dtype in _FLOATS and (wrong := int((~values.isfinite()).sum())):
+            raise broken(f"tensor {name} has {wrong} values that are NaN or infinite", source.folder / entry.file)
+        weights.update(json.dumps([name, entry.dtype, entry.shape]).encode())
+        weights.update(values.contiguous().view(-1).view(torch.uint8).numpy().data)
+        done, spent = done + entry.size, time.monotonic() - began
+        if spent - said >= SAY_EVERY:
+            said, left = spent, spent * (whole - done) / max(done, 1)
+            say(f"reading the weights: {done / 2**30:.1f} of {whole / 2**30:.1f} GB, ~{left:.0f} s left")
+    config = json.dumps(dict(source.config), sort_keys=True, default=str)
+    return {"weights": weights.hexdigest()[:32], "config": hashlib.sha256(config.encode()).hexdigest()[:32]}
+
+
+def _download(model: str, weights: bool, code: bool) -> Path:
+    """A hub's model without its weights, then those that its index names, or the one file of a small model."""
+    texts = ["*.json", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*", "*.tiktoken", *(["*.py"] if code else [])]
+    folder = _snapshot(model, texts)
+    if not weights:
+        return folder
+    index = folder / "model.safetensors.index.json"
+    table = read_table(index).get("weight_map") if index.is_file() else None
+    named = {str(file) for file in table.values()} if isinstance(table, dict) else set()
+    return _snapshot(model, [*texts, *(sorted(named) or ["model.safetensors"])])
+
+
+def _snapshot(model: str, patterns: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=patterns))
+    except Exception as problem:
+        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else ""
+        raise AffineQuantError(
+            f"no folder {model!r} here, and it could not be downloaded{offline}: {type(problem).__name__}",
+            "MODEL",
+            "check the id and the network, log in with `hf auth login` if it is gated, or give a local folder",
+            exit_code=PREFLIGHT,
+        ) from problem

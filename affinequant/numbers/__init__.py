@@ -1,0 +1,1 @@
+"""What a number format can hold, and the nearest of it to a value."""

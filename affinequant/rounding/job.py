@@ -1,0 +1,90 @@
+"""What is fixed while one block is worked on, and the original block run with whatever tensors it is given."""
+
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from affinequant.models.attention import OnAttention
+from affinequant.models.decoder import Decoder, OnInput, like_on_disk, run_block, slices
+from affinequant.models.sites import Site
+from affinequant.recipe.recipe import Recipe
+from affinequant.recipe.scheme import Scheme
+from affinequant.transforms.cached_heads import CachedHeads
+
+HELD_OUT = 8
+"""Of what there is to learn from, one in so many is kept and tells how good it is: the last ones, and at least one."""
+
+
+class Judge(Protocol):
+    """Says what the whole model makes of a block, on the last `held` samples, which are not trained on then."""
+
+    held: int
+
+    def __call__(self, index: int, hidden: Float[Tensor, "held tokens hidden"]) -> float:
+        """The less the better, for what block `index` gives on the held-out samples."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockJob:
+    """What is fixed while one block is worked on: the code, the sizes, and what the recipe asks for."""
+
+    decoder: Decoder
+    index: int
+    sites: Mapping[str, Site]
+    recipe: Recipe
+    scheme: Scheme
+    kwargs: Mapping[str, Any]
+    store: torch.dtype
+    scratch: Path | None = None
+    """Where activations wait between blocks; None for memory."""
+    judge: Judge | None = None
+    """Judges what is learned after every epoch; None where the last epoch stands."""
+    starts: Mapping[str, Tensor] = field(default_factory=dict)
+    """By site, matrices that have been learned already: its transform starts from them."""
+
+    def run(
+        self,
+        tensors: Mapping[str, Tensor],
+        x: Tensor,
+        on_input: OnInput | None = None,
+        on_attention: OnAttention | None = None,
+        known: Mapping[str, Tensor] | None = None,
+        scales: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """The block on a batch (`run_block`), in the compute dtype whatever the tensors are in. Without `on_input` and
+        `on_attention` in full precision: they hold all that acts on activations at run time."""
+        lent = {name: tensor.to(self.decoder.dtype) for name, tensor in tensors.items()}
+        block, family = self.decoder.block(self.index), self.decoder.family
+        factors = {name: scale.to(self.decoder.dtype) for name, scale in (scales or {}).items()}
+        return run_block(block, family, lent, x, self.kwargs, on_input, on_attention, known, factors)
+
+    def run_all(
+        self,
+        tensors: Mapping[str, Tensor],
+        x: Tensor,
+        on_input: OnInput | None = None,
+        on_attention: OnAttention | None = None,
+        scales: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """The block on every sample, a batch at a time, without gradients; the result lies where `x` lies."""
+        with torch.no_grad():
+            result = like_on_disk(x, self.scratch)
+            for part in slices(len(x), self.recipe.batch_size):
+                batch = x[part].to(self.decoder.device)
+                result[part] = self.run(tensors, batch, on_input, on_attention, scales=scales).to(x)
+        return result
+
+    def cached_heads(self, rotation: Mapping[str, Tensor]) -> OnAttention | None:
+        """What acts between RoPE and attention in the quantised stream; None where nothing does."""
+        return CachedHeads(self.scheme.kv, rotation) if rotation or self.scheme.kv else None
+
+    def seed(self, purpose: str) -> int:
+        """A seed of its own for each purpose in each block."""
+        return zlib.crc32(f"{self.recipe.seed}/{self.index}/{purpose}".encode())

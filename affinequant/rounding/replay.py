@@ -1,0 +1,141 @@
+"""A block's pass over all samples, stopped at the input of one site after another while the weights behind them change."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from affinequant.costs import KEPT_BYTES, replay_bytes
+from affinequant.models.attention import OnAttention
+from affinequant.models.decoder import StopForward, like_on_disk, slices
+from affinequant.numbers.integer import fake_quantize_activation
+from affinequant.rounding.job import BlockJob
+from affinequant.transforms.fold import Tensors
+from affinequant.transforms.online import apply_online
+
+
+class Replay:
+    """Where a pass stands. Between two sites a decoder block hands on what the linears of the first give, and the
+    residual stream. So the input of the last site and the outputs of linears that write to the stream are kept, and no
+    linear is computed twice. Results are the same without room to keep them, bit for bit.
+    """
+
+    def __init__(
+        self,
+        job: BlockJob,
+        x: Float[Tensor, "samples tokens hidden"],
+        online: Mapping[str, Tensors],
+        on_attention: OnAttention | None = None,
+        room: int = KEPT_BYTES,
+    ) -> None:
+        """Args:
+        online: by site, the matrices that act on activations before they are rounded.
+        on_attention: what acts on queries, keys and values.
+        room: in bytes.
+        """
+        self.job, self.x, self.online, self.on_attention = job, x, online, on_attention
+        self.groups = dict(job.decoder.family.input_groups())
+        self.writers = {edge.module for site in job.sites.values() if site.kind == "residual" for edge in site.sources}
+        dims = job.decoder.dims
+        self.keeps = replay_bytes(x.shape[0] * x.shape[1], dims) <= room
+        self.site = ""
+        self.input: Tensor | None = None
+        self.outputs: dict[str, Tensor] = {}
+
+    def reach(self, site: str, tensors: Mapping[str, Tensor], clips: Mapping[str, float]) -> None:
+        """Go on to `site`, with these weights and clip ratios for everything before it; a site without a ratio is not
+        rounded. Sites are taken in the order of the forward pass."""
+        self.tensors, self.clips = tensors, dict(clips)
+        if self.keeps:
+            passed: dict[str, list[Tensor]] = {}
+            found: Tensor | None = None
+            for part, value in self._run(site, passed):
+                found = _into(found, part, value, len(self.x))
+                for name, (output,) in passed.items():
+                    self.outputs[name] = _into(self.outputs.get(name), part, output, len(self.x))
+                passed.clear()
+            self.input = found
+        self.site = site
+
+    def values(self) -> Iterator[tuple[slice, Float[Tensor, "batch tokens width"]]]:
+        """(which samples, what reaches the site's linears before it is rounded), a batch at a time."""
+        if self.input is None:
+            yield from self._run(self.site, {})
+            return
+        for part in slices(len(self.x), self.job.recipe.batch_size):
+            yield part, self.input[part]
+
+    def after(
+        self, tensors: Mapping[str, Tensor], clips: Mapping[str, float]
+    ) -> Float[Tensor, "samples tokens hidden"]:
+        """What the block gives with these weights, where `x` lies."""
+        self.tensors, self.clips = tensors, dict(clips)
+        result = like_on_disk(self.x, self.job.scratch)
+        for part, value in self._run("", {}):
+            result[part] = value.to(result)
+        return result
+
+    def _run(self, site: str, passed: dict[str, list[Tensor]]) -> Iterator[tuple[slice, Tensor]]:
+        """The inputs of `site`, or the block's outputs where it is "", a batch at a time. What the last site's linears
+        write to the residual stream is added to `passed`."""
+        for part in slices(len(self.x), self.job.recipe.batch_size):
+            yield part, self._batch(site, part, passed)
+
+    @torch.no_grad()
+    def _batch(self, site: str, part: slice, passed: dict[str, list[Tensor]]) -> Tensor:
+        job, fmt, reached = self.job, self.job.scheme.activation, list[Tensor]()
+        before = list(self.groups)[: list(self.groups).index(self.site)] if self.input is not None else []
+
+        def on_input(name: str, value: Tensor) -> Tensor:
+            if name in before:
+                return value
+            if name == self.site and self.input is not None:
+                value = self.input[part]
+            elif name in self.online:
+                value = apply_online(value, self.online[name])
+            if name == site:
+                reached.append(value)
+                raise StopForward
+            if fmt is None or name not in self.clips:
+                return value
+            return fake_quantize_activation(value, fmt, self.clips[name], job.sites[name].slices)
+
+        x = self.x[part].to(job.decoder.device)
+        known = {member: self._known(member, part, x) for name in before for member in self.groups[name]}
+        block = job.decoder.block(job.index)
+        watched = self.groups.get(self.site, ()) if site and self.input is not None else ()
+
+        def note(member: str, output: Any) -> None:
+            passed.setdefault(member, []).append(output)
+
+        handles = [
+            block.get_submodule(member).register_forward_hook(
+                lambda _m, _a, output, member=member: note(member, output)
+            )
+            for member in watched
+            if member in self.writers
+        ]
+        try:
+            return job.run(self.tensors, x, on_input, self.on_attention, known)
+        except StopForward:
+            return reached[0]
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _known(self, member: str, part: slice, x: Tensor) -> Tensor:
+        """What a linear before the last site gave; nothing but its shape where nobody asks for it any more."""
+        if member in self.outputs:
+            return self.outputs[member][part]
+        rows = len(self.tensors[f"{member}.weight"])
+        return x.new_zeros(*x.shape[:-1], rows)  # contiguous: attention on an expanded zero takes several times as long
+
+
+def _into(room: Tensor | None, part: slice, value: Tensor, samples: int) -> Tensor:
+    """`value` in its place among all samples, for which room is made at the first of them."""
+    if room is None:
+        room = value.new_empty(samples, *value.shape[1:])
+    room[part] = value
+    return room

@@ -1,0 +1,1 @@
+"""A checkpoint at work: loading it, its integer linears, its KV cache."""

@@ -1,0 +1,99 @@
+"""Transforms into weights. Pure functions: the same code shapes the weights in training and, in fp64, for good."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from affinequant.models import Family
+from affinequant.models.sites import Edge, Site
+from affinequant.transforms import Transform
+
+Tensors = dict[str, Tensor]
+
+
+def fold(
+    tensors: Mapping[str, Tensor],
+    site: Site,
+    transform: Transform,
+    *,
+    norm_offset: float = 0.0,
+    scope: str = "block",
+    online: bool = False,
+) -> Tensors:
+    """Let `transform` act at `site` on the tensors of one block (or, with `scope="model"`, on those outside blocks).
+
+    Names are relative to the scope: `self_attn.v_proj.weight` [rows, columns]. Differentiable in the transform's
+    parameters; computed in the dtype of the tensors. Edges whose tensors are absent are skipped only when they belong
+    to the other scope. With `online`, P acts on activations at run time, so the sources are left as they are; between
+    RoPE and attention P and P^-T both do, on queries and keys, so no tensor changes.
+
+    Raises:
+        KeyError: a tensor of this scope is missing.
+    """
+    result = dict(tensors)
+    sources = () if online else site.sources
+    sinks = () if online and site.kind == "rope" else site.sinks
+    for edges, action in ((sources, transform.on_activations), (sinks, transform.on_weights)):
+        for edge in edges:
+            if edge.scope == scope:
+                _act(result, edge, action, norm_offset)
+    return result
+
+
+def fold_all(
+    tensors: Mapping[str, Tensor],
+    sites: Mapping[str, Site],
+    folded: Mapping[str, Transform],
+    online: Mapping[str, Transform] | None = None,
+    *,
+    norm_offset: float,
+) -> Tensors:
+    """Every block-level transform at its site: those that fold, then what the sinks owe to those that stay online."""
+    result = dict(tensors)
+    for transforms, stays in ((folded, False), (online or {}, True)):
+        for name, transform in transforms.items():
+            result = fold(result, sites[name], transform, norm_offset=norm_offset, online=stays)
+    return result
+
+
+def fuse_gains(
+    tensors: Mapping[str, Tensor], norms: Sequence[tuple[str, Sequence[str]]], norm_offset: float
+) -> Tensors:
+    """Move each norm's gain into the linears that read it, leaving a gain of one: needed before the residual stream is
+    rotated, and harmful without a rotation, since it makes weights harder to quantise."""
+    result = dict(tensors)
+    for norm, readers in norms:
+        gain = result[f"{norm}.weight"] + norm_offset
+        for reader in readers:
+            result[f"{reader}.weight"] = result[f"{reader}.weight"] * gain
+        result[f"{norm}.weight"] = torch.ones_like(gain) - norm_offset
+    return result
+
+
+def rotate_block(tensors: Mapping[str, Tensor], family: Family, site: Site, rotation: Transform) -> Tensors:
+    """One block's tensors with the residual stream rotated (fp64 in, fp64 out)."""
+    fused = fuse_gains(tensors, family.fused_norms(), family.norm_offset)
+    return fold(fused, site, rotation)
+
+
+def rotate_outer(tensors: Mapping[str, Tensor], family: Family, site: Site, rotation: Transform) -> Tensors:
+    """Embedding, final norm and head with the residual stream rotated; a tied head gets a matrix of its own."""
+    whole = dict(tensors)
+    whole.setdefault(f"{family.head}.weight", whole[f"{family.embedding}.weight"])
+    fused = fuse_gains(whole, ((family.norm, (family.head,)),), family.norm_offset)
+    return fold(fused, site, rotation, scope="model")
+
+
+def _act(tensors: Tensors, edge: Edge, action, norm_offset: float) -> None:
+    weight, bias = f"{edge.module}.weight", f"{edge.module}.bias"
+    if edge.side == "gain":
+        tensors[weight] = action(tensors[weight] + norm_offset, edge.copies) - norm_offset
+        if bias in tensors:
+            tensors[bias] = action(tensors[bias], edge.copies)
+    elif edge.side == "rows":
+        tensors[weight] = action(tensors[weight].mT, edge.copies).mT
+        if bias in tensors:
+            tensors[bias] = action(tensors[bias], edge.copies)
+    else:
+        tensors[weight] = action(tensors[weight], edge.copies)

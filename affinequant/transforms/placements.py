@@ -1,0 +1,211 @@
+"""What becomes of the transforms that a recipe asks for: folded, online at a cost, or refused with the reason."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from affinequant.errors import PREFLIGHT, AffineQuantError, unknown_name
+from affinequant.models import Dims, Family
+from affinequant.models.sites import Kind, Placement, Site, online_numbers, place
+from affinequant.recipe.recipe import AUTO, Recipe
+from affinequant.transforms import LEARNED_ROTATIONS, names_at, split_parts, structures_of
+
+CANDIDATES: Mapping[Kind, tuple[str, ...]] = {
+    "norm": ("none", "diagonal", "hadamard", "diagonal+hadamard", "diagonal+block", "diagonal+kronecker"),
+    "heads": ("none", "diagonal", "hadamard", "block", "kronecker"),
+    "linear": ("none", "diagonal", "hadamard", "diagonal+hadamard", "diagonal+block", "diagonal+kronecker"),
+}
+"""What a block chooses from, the simplest first: transforms with a closed-form start, and none as large as a layer."""
+
+
+def block_flops(family: Family, dims: Dims) -> int:
+    """Floating-point operations per token of one block's linears: what an online transform is held against."""
+    return 2 * sum(getattr(dims, linear.rows) * getattr(dims, linear.columns) for linear in family.linears)
+
+
+def flops_of(name: str, site: Site) -> int:
+    """Operations per token of the parts of `name` that stay online."""
+    return 0 if name == "none" else sum(place(site, one).flops for one in structures_of(name, where="--transform"))
+
+
+def candidates(site: Site, recipe: Recipe, block: int) -> tuple[str, ...]:
+    """What `auto` chooses from at a site: what its tier and its cost budget allow. `block`: operations of a block."""
+    most = block * recipe.cost_budget / 100 if recipe.tier == "online" else 0
+    return tuple(name for name in CANDIDATES.get(site.kind, ()) if flops_of(name, site) <= most)
+
+
+def place_all(recipe: Recipe, sites: Mapping[str, Site], block: int) -> dict[str, Placement]:
+    """Site by site what becomes of its transform, the cost being that of all its online parts; of one that each block
+    chooses, the most that any could cost.
+
+    Args:
+        block: operations per token of a block's linears (`block_flops`).
+
+    Raises:
+        AffineQuantError: an unknown site or transform, one that is refused there, or one that stays online in the merged
+            tier.
+    """
+    for name in recipe.transforms:
+        if name not in sites:
+            raise unknown_name("site", name, sites, where="--transform")
+    placements = {}
+    for name, site in sites.items():
+        chosen = recipe.transforms.get(name)
+        if chosen is None:
+            placements[name] = Placement(how="folded", reason="nothing to fold")
+            continue
+        if chosen == AUTO:
+            placements[name] = _open(recipe, site, block)
+            continue
+        _, online = split_parts(chosen, site)
+        parts = [place(site, structure) for structure in structures_of(chosen, where="--transform")]
+        cost = sum(part.flops for part in parts)
+        if site.kind == "residual":
+            _check_rotation(recipe, name, chosen)
+        if online and site.kind == "rope" and recipe.parsed_scheme.kv is None:
+            raise AffineQuantError(
+                f"{online} at {name} acts between RoPE and attention, where only a quantised K cache needs it",
+                "--transform",
+                f"use a scheme that quantises the cache, such as w4a4kv4, or a transform that folds there: "
+                f"{names_at(site, 'folded')}",
+                exit_code=PREFLIGHT,
+            )
+        if online and recipe.tier == "merged":
+            raise AffineQuantError(
+                f"{online} at {name} stays online ({cost:,} operations per token): {parts[-1].reason}",
+                "--transform",
+                f"use --tier online, or a transform that folds at {name}: {names_at(site, 'folded')}",
+            )
+        reason = "; ".join(dict.fromkeys(part.reason for part in parts))
+        placements[name] = Placement(how="online" if online else "folded", reason=reason, flops=cost)
+    return placements
+
+
+def _check_rotation(recipe: Recipe, name: str, chosen: str) -> None:
+    """What the residual stream takes: one rotation, and something to learn it from."""
+    fixed = f"use {name}=hadamard"
+    if "+" in chosen:
+        raise AffineQuantError(
+            f"one rotation acts on the residual stream, not {chosen} in turn",
+            "--transform",
+            f"{fixed}, which learned ones start from, or {name}={LEARNED_ROTATIONS[0]}",
+            exit_code=PREFLIGHT,
+        )
+    if chosen in LEARNED_ROTATIONS and recipe.parsed_scheme.activation is None:
+        raise AffineQuantError(
+            f"{chosen} at {name} is learned from rounded activations, and {recipe.scheme} rounds none",
+            "--transform",
+            fixed,
+            exit_code=PREFLIGHT,
+        )
+
+
+def _open(recipe: Recipe, site: Site, block: int) -> Placement:
+    """The placement of a transform that each block chooses."""
+    names = candidates(site, recipe, block)
+    if not names:
+        raise AffineQuantError(
+            f"auto does not choose at {site.name}: only where linears read quantised inputs",
+            "--transform",
+            f"name one, or {site.name}=none",
+        )
+    cost = max(flops_of(name, site) for name in names)
+    reason = f"each block takes one of {', '.join(names)}"
+    if cost:
+        reason += f"; with its other choices at most {recipe.cost_budget:g} % of the block"
+    return Placement(how="online" if cost else "folded", reason=reason, flops=cost)
+
+
+def settled(
+    placements: Mapping[str, Placement], sites: Mapping[str, Site], blocks: Sequence[Mapping[str, Any]]
+) -> dict[str, Placement]:
+    """The placements as they came out, from the reports of the blocks: of a chosen transform the most that any block
+    took."""
+    result = dict(placements)
+    for name in {site for block in blocks for site in block.get("transforms", {})}:
+        taken = {block["transforms"][name]["transform"] for block in blocks}
+        cost = max(flops_of(one, sites[name]) for one in taken)
+        reason = f"chosen block by block: {', '.join(sorted(taken))}"
+        result[name] = Placement(how="online" if cost else "folded", reason=reason, flops=cost)
+    return result
+
+
+def online_bytes(recipe: Recipe, family: Family, sites: Mapping[str, Site]) -> int:
+    """What one block keeps of the transforms that act at run time: in float32, beside every linear that reads them, or
+    beside the attention. At a site whose transform each block chooses nothing is counted: see `choice_bytes`."""
+    after_rope = [(name, (family.attention,)) for name, site in sites.items() if site.kind == "rope"]
+    readers = (*family.input_groups(), *after_rope)
+    groups = [(name, members) for name, members in readers if recipe.transforms.get(name, AUTO) != AUTO]
+    return sum(len(members) * _numbers(recipe.transforms[name], sites[name]) * 4 for name, members in groups)
+
+
+def choice_bytes(recipe: Recipe, family: Family, dims: Dims, sites: Mapping[str, Site]) -> int:
+    """The most that one block can keep beyond `online_bytes` where it chooses."""
+    total, block = 0, block_flops(family, dims)
+    for name, members in family.input_groups():
+        if recipe.transforms.get(name) == AUTO:
+            sizes = [_numbers(one, sites[name]) for one in candidates(sites[name], recipe, block)]
+            total += 4 * len(members) * max(sizes)
+    return total
+
+
+def _numbers(name: str, site: Site) -> int:
+    """What one linear keeps of the online parts of a transform."""
+    online = split_parts(name, site)[1] if name != "none" else ""
+    structures = structures_of(online, where="--transform") if online else ()
+    return sum(online_numbers(site, structure) for structure in structures)
+
+
+def check_slices(recipe: Recipe, dims: Dims) -> None:
+    """Whether `tp` ranks can share the model: whole heads, whole groups, whole words of packed zero points.
+
+    Raises:
+        AffineQuantError: with the numbers of ranks that can (exit 3).
+    """
+    group = recipe.parsed_scheme.weight.group_size or 1
+
+    def fits(tp: int) -> bool:
+        whole = dims.heads % tp == 0 and dims.mlp % tp == 0 and (dims.kv_heads % tp == 0 or tp % dims.kv_heads == 0)
+        rows = (dims.query // tp, dims.mlp // tp, max(dims.value // tp, dims.head_dim))
+        return whole and all(size % 8 == 0 for size in rows) and all(size % group == 0 for size in rows[:2])
+
+    if recipe.tp > 1 and not fits(recipe.tp):
+        possible = [tp for tp in range(1, dims.heads + 1) if fits(tp)]
+        raise AffineQuantError(
+            f"{dims.heads} heads ({dims.kv_heads} of keys and values) and {dims.mlp} features between up and down do "
+            f"not divide among {recipe.tp} ranks",
+            "--tp",
+            f"use one of {', '.join(map(str, possible))}",
+            exit_code=PREFLIGHT,
+        )
+
+
+def check_groups(recipe: Recipe, family: Family, dims: Dims) -> None:
+    """Whether the scheme's groups divide every linear's inputs, and packed storage its widths.
+
+    Raises:
+        AffineQuantError: with the nearest group that does (exit 3).
+    """
+    group = recipe.parsed_scheme.weight.group_size
+    widths = sorted({getattr(dims, linear.columns) for linear in family.linears})
+    rows = sorted({getattr(dims, linear.rows) for linear in family.linears})
+    if group and any(width % group for width in widths):
+        common = math.gcd(*widths)
+        fits = [size for size in range(8, common + 1, 8) if common % size == 0]
+        near = min(fits, key=lambda size: abs(math.log(size / group)), default=None)
+        wrong = ", ".join(str(width) for width in widths if width % group)
+        fix = recipe.scheme.replace(f"-g{group}", f"-g{near}" if near else "")
+        raise AffineQuantError(
+            f"groups of {group} do not divide {wrong} inputs",
+            "--scheme",
+            f"use {fix!r}"
+            + (f": {near} is the nearest that divides all of {widths}" if near else ", one scale per channel"),
+            exit_code=PREFLIGHT,
+        )
+    if any(width % 8 for width in widths + rows):
+        raise AffineQuantError(
+            f"widths {sorted({*widths, *rows})} are not all multiples of 8, which packed storage needs",
+            "MODEL",
+            "this model cannot be packed",
+            exit_code=PREFLIGHT,
+        )
