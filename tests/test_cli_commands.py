@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 import affinequant
-from affinequant import checkpoint
 from affinequant.cli import COMMANDS, arguments, inspect, main, quantize
+from affinequant.models import source as checkpoint
 from affinequant.recipe.presets import PRESETS
 from affinequant.recipe.recipe import Recipe, resolve
 from affinequant.recipe.scheme import SCHEMES

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from affinequant import data, demo, text
 from affinequant.cli import demo as command
 from affinequant.cli import main
+from affinequant.data import demo, text
+from affinequant.data import tokens as data
 
 
 @pytest.fixture(autouse=True)

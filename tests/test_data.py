@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from affinequant import data, text
+from affinequant.data import text
+from affinequant.data import tokens as data
 from affinequant.data.tokens import Tokens, adds_bos, calibration_tokens, encode, evaluation_text
 from affinequant.data.wheels import find_package
 from affinequant.errors import PREFLIGHT, USAGE, AffineQuantError

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from affinequant import demo, wheels
+from affinequant.data import demo, wheels
 from affinequant.data.wheels import WHEELS, find_package
 from affinequant.errors import PREFLIGHT, USAGE, AffineQuantError
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from affinequant_kernels import reference
 
-from affinequant import distill, pipeline, rotation
+from affinequant import pipeline
+from affinequant.learning import distill, rotation
 from affinequant.numbers.integer import grid, quantize_activation
 from affinequant.plan import plan
 from affinequant.progress import Silent

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import affinequant
 from affinequant import costs
-from affinequant import distill as distillation
 from affinequant.costs import blocks_kept
+from affinequant.learning import distill as distillation
 from affinequant.learning.distill import Continuous, Distilled, Divergence, distill
 from affinequant.learning.divergence import divergence
 from affinequant.learning.objective import BlockObjective, folded_exactly

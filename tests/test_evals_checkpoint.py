@@ -259,8 +259,8 @@ def test_paper_texts(tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch)
     """WikiText-2 and C4 as the papers take them, with stand-ins for the hub's rows."""
     from transformers import AutoTokenizer
 
-    from affinequant import data
-    from affinequant import text as sources
+    from affinequant.data import text as sources
+    from affinequant.data import tokens as data
 
     rows = [{"text": f" The heron number {index} stood in the reeds . \n" * 3} for index in range(60)]
     for module in (data, sources):

@@ -199,7 +199,7 @@ def test_nan_is_a_row(subject: LanguageModel, tiny: Callable[..., Path]) -> None
 
 
 def test_c4_draws_as_the_papers_do(bos_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from affinequant import text
+    from affinequant.data import text
 
     draws = random.Random(7)
     rows = [{"text": "".join(draws.choices("abcdefgh", k=draws.randrange(10, 120)))} for _ in range(50)]

@@ -5,8 +5,8 @@ import torch
 from affinequant_kernels import online_linear
 from torch import nn
 
-from affinequant import integer_linear
 from affinequant.recipe.scheme import NumberFormat, Scheme
+from affinequant.runtime import integer_linear
 from affinequant.runtime.integer_linear import IntegerLinear
 
 

@@ -108,9 +108,9 @@ def test_a_block_that_cannot_be_learned_takes_its_closed_form_start(
 def test_a_file_that_reads_back_otherwise_fails_the_gate(
     quantize: Callable[..., affinequant.Result], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from affinequant import finish
+    from affinequant import deliver
 
-    real = finish._contents
+    real = deliver._contents
 
     def corrupted(*args: Any) -> Any:
         contents = real(*args)
@@ -123,7 +123,7 @@ def test_a_file_that_reads_back_otherwise_fails_the_gate(
         object.__setattr__(contents, "stages", wrong)
         return contents
 
-    monkeypatch.setattr(finish, "_contents", corrupted)
+    monkeypatch.setattr(deliver, "_contents", corrupted)
     with pytest.raises(AffineQuantError) as caught:
         quantize(preset="rtn")
     assert caught.value.exit_code == 4

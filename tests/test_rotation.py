@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import affinequant
-from affinequant import rotation
 from affinequant.data.tokens import Tokens
+from affinequant.learning import rotation
 from affinequant.learning.network import ROTATED, block_job
 from affinequant.learning.rotation import Rotations, RoundedInputs, rotations
 from affinequant.models.decoder import Decoder, open_decoder

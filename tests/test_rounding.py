@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from affinequant import reconstruction, replay, rounding
 from affinequant.learning.objective import BlockObjective
 from affinequant.numbers.integer import codes_of, dequantize, fake_quantize_activation
+from affinequant.rounding import block as rounding
+from affinequant.rounding import replay, ways
 from affinequant.rounding.block import Rounded, round_block
 from affinequant.rounding.gptq import ACTIVATION_RATIOS, GPTQFailure, gptq
 from affinequant.rounding.ways import Way
@@ -87,7 +88,7 @@ def test_hessians_are_those_of_the_rounded_inputs(tiny: Tiny, monkeypatch: pytes
     """Each is taken on what the rounded part of the block before it gives, itself rounded."""
     seen: list[Tensor] = []
     monkeypatch.setattr(
-        reconstruction, "gptq", lambda w, hessian, *rest, **kw: seen.append(hessian) or gptq(w, hessian, *rest, **kw)
+        ways, "gptq", lambda w, hessian, *rest, **kw: seen.append(hessian) or gptq(w, hessian, *rest, **kw)
     )
     result, job, _, x = rounded(tiny(), preset="fast")
     reached: dict[str, list[Tensor]] = {}
@@ -124,7 +125,7 @@ def test_a_hessian_that_cannot_be_factored_is_an_event(tiny: Tiny, monkeypatch: 
     def fails(*_: Any, **__: Any) -> Tensor:
         raise GPTQFailure("no way")
 
-    monkeypatch.setattr(reconstruction, "gptq", fails)
+    monkeypatch.setattr(ways, "gptq", fails)
     result, _job, *_ = rounded(tiny(), preset="fast")
     assert len(result.events) == 4
     assert result.events[0] == "self_attn.q_proj, self_attn.k_proj, self_attn.v_proj rounded to nearest: no way"

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from affinequant import starts
+from affinequant.learning import starts
 from affinequant.learning.objective import BlockObjective, folded_exactly
 from affinequant.learning.starts import Watch, build_transforms, looks_at_data
 from affinequant.recipe.presets import PRESETS

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import affinequant
-from affinequant import finish, runtime
+from affinequant import deliver
+from affinequant.runtime import load as runtime
 from affinequant.runtime.integer_linear import IntegerLinear
 from affinequant.verify import TOLERANCE, Committed, verify
 
@@ -72,7 +73,7 @@ def written(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory)
         }
         fields |= {key: value for key, value in RECIPES[name].items() if key != "shape"}
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(finish, "verify", seen)
+            patch.setattr(deliver, "verify", seen)
             affinequant.quantize(tiny(**RECIPES[name]["shape"]), **fields)
         return made[name]
 
