@@ -143,12 +143,13 @@ def _empty(folder: Path) -> None:
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
-def _read_back(job: _Job, dtype: Dtype) -> tuple[Any, str]:
-    if job.form.reload is not None:
-        return job.form.reload(job.out, dtype)
+def read_back(form: Format, out: Path, dtype: Dtype) -> tuple[Any, str]:
+    """What was written in a format as a transformers model on the CPU, and in words what has read it."""
+    if form.reload is not None:
+        return form.reload(out, dtype)
     from affinequant.runtime.load import load
 
-    return load(job.out, device="cpu", dtype=dtype), "affinequant.load"
+    return load(out, device="cpu", dtype=dtype), "affinequant.load"
 
 
 def _verify(job: _Job, dtype: Dtype) -> dict[str, Any]:
@@ -158,7 +159,7 @@ def _verify(job: _Job, dtype: Dtype) -> dict[str, Any]:
     expected = _answers(_loaded_source(job, dtype) if own else _reference(job.found, dtype), tokens)
     gc.collect()
     with stock():  # as engines without this package read it
-        model, reader = _read_back(job, dtype)
+        model, reader = read_back(job.form, job.out, dtype)
     got = _answers(model, tokens)
     quantised = not own and _reads_activations(job, model)
     wanted, logs = expected["logits"].log_softmax(-1), got["logits"].log_softmax(-1)

@@ -15,6 +15,7 @@ from torch import Tensor
 import affinequant
 from affinequant.cli import main
 from affinequant.errors import PREFLIGHT, QUALITY, USAGE, AffineQuantError
+from affinequant.export import read_back
 from affinequant.formats import FORMATS, find_format
 from affinequant.formats import dense as dense_format
 from affinequant.formats.reading import in_transformers
@@ -78,7 +79,7 @@ def weights(folder: Path) -> dict[str, Tensor]:
 def test_the_same_integers_give_the_same_logits(form: str, scheme: str, made: Make, tiny: Tiny, tmp_path: Path) -> None:
     out = tmp_path / "out"
     report = export(made(scheme), form, out, None if form in ("gptq", "gguf") else f"{scheme[:2]}a16")
-    model, _ = find_format(form).reload(out, "float32")
+    model, _ = read_back(find_format(form), out, "float32")
     expected = logits(dense_model(rounded(tiny(**SHAPE), scheme)))
     difference = float((logits(model) - expected).abs().max())
     # Q4_1 keeps what asymmetric weights add to a block in float16; everything else is exact.
@@ -109,7 +110,7 @@ def test_what_is_rounded_again_is_said_and_bounded(
 @pytest.mark.parametrize("form", ["nvfp4", "mxfp4"])
 def test_our_loader_hands_4_bit_floats_to_transformers(form: str, made: Make, tmp_path: Path) -> None:
     export(made("w4a4"), form, tmp_path / "out")
-    expected = find_format(form).reload(tmp_path / "out", "bfloat16")[0]
+    expected = read_back(find_format(form), tmp_path / "out", "bfloat16")[0]
     assert torch.equal(logits(affinequant.load(tmp_path / "out", dtype="bfloat16")), logits(expected))
 
 
@@ -337,7 +338,7 @@ def test_rows_of_zeros_have_scales_that_float16_does_not_hold(
     save_file(written, made / "model.safetensors", metadata={"format": "pt"})  # as our own rounding leaves them
     report = export(made, form, tmp_path / "out")
     assert report["verified"]["passed"]
-    model, _ = find_format(form).reload(tmp_path / "out", "float32")
+    model, _ = read_back(find_format(form), tmp_path / "out", "float32")
     assert not bool(model.model.layers[1].mlp.up_proj.weight[3:7].any())
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from affinequant.errors import AffineQuantError
+from affinequant.export import read_back
 from affinequant.formats import FORMATS, Contents, find_format
 from affinequant.formats.compressed_tensors import declares_activations, unpack_linear
 from affinequant.models.sites import Placement
@@ -249,7 +250,7 @@ def test_several_shards_with_an_index(tiny: Tiny, tmp_path: Path, form: str) -> 
     assert index["weight_map"] == held
     assert index["metadata"]["total_size"] == sum(sizes)
     find_format(form).write(contents, tmp_path / "one")
-    many, one = (find_format(form).reload(tmp_path / name, "float32")[0] for name in ("many", "one"))
+    many, one = (read_back(find_format(form), tmp_path / name, "float32")[0] for name in ("many", "one"))
     assert torch.equal(logits(many), logits(one))
     if form in ("compressed-tensors", "dense", "int-quantized"):
         assert torch.equal(logits(load(tmp_path / "many")), logits(load(tmp_path / "one")))

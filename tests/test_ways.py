@@ -9,7 +9,6 @@ from torch import Tensor
 
 from affinequant.numbers.integer import fake_quantize_activation, grid, weight_range
 from affinequant.recipe.scheme import Scheme
-from affinequant.rounding import moments
 from affinequant.rounding.moments import Inputs, Moments, gather
 from affinequant.rounding.replay import Replay
 from affinequant.rounding.ways import Way, choose, round_by, ways
@@ -95,7 +94,7 @@ def test_moments_are_those_of_the_rounded_inputs(tiny: Tiny, rounding: str) -> N
 
 def test_what_judges_are_tokens_of_every_position(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of four held-out samples as many tokens as of one: each position once, whatever the batches."""
-    monkeypatch.setattr(moments, "HELD_TOKENS", 24)
+    monkeypatch.setattr("affinequant.rounding.moments.HELD_TOKENS", 24)
     job, tensors, x = make_job(tiny(), preset="fast", rounding="auto", batch_size=3)
     x = torch.cat([x + 0.1 * number for number in range(8)])
     passing, beside = Replay(job, x, {}), Replay(job, x, {})
