@@ -91,7 +91,7 @@ class _Reader:
         self.ids = ids[: max(1, TOKENS // ids.shape[1]), :TOKENS]
         self.decoder = replace(jobs[0].decoder, dtype=torch.float32)
         self.embedded, kwargs = self.decoder.embed(self.ids, committed.outer)
-        self.jobs = [replace(job, decoder=self.decoder, kwargs=kwargs, judge=None) for job in jobs]
+        self.jobs = [replace(job, decoder=self.decoder, kwargs=kwargs[job.index], judge=None) for job in jobs]
         self.compared = 0
         self.wrong: list[str] = []
         self.hidden: list[float] = []
@@ -115,7 +115,7 @@ class _Reader:
             stage, name = self.committed.block(job.index), f"{family.blocks}.{job.index}"
             self._compare_tensors(stage)
             self._fill(model, f"{name}.")
-            y = model.get_submodule(name)(x, **kwargs)
+            y = model.get_submodule(name)(x, **kwargs[job.index])
             y = y[0] if isinstance(y, tuple) else y
             model.set_submodule(name, nn.Identity())
             expected = self._as_committed(job, stage, x)
@@ -200,8 +200,8 @@ class _Reader:
         prefix = f"{self.decoder.family.blocks}.{job.index}."
         return job.run({name.removeprefix(prefix): tensor for name, tensor in self._dense(stage).items()}, x)
 
-    def _compare_embedding(self, model: Any) -> dict[str, Any]:
-        """What is embedded; returns what the model that was read gives its blocks beside it."""
+    def _compare_embedding(self, model: Any) -> Sequence[dict[str, Any]]:
+        """What is embedded; returns what the model that was read gives each of its blocks beside it."""
         name = self.decoder.family.embedding
         self._fill(model, f"{name}.")
         model.tie_weights()  # a head of its own is read after the blocks

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from affinequant.models import resolve
+from affinequant.models.attention import register
 from affinequant.models.decoder import Decoder, StopForward, like_on_disk, open_decoder, run_block, slices, spread
 from affinequant.models.source import open_source
 
@@ -36,7 +37,7 @@ def test_block_by_block_equals_the_model(tiny: Tiny, shape: dict[str, Any]) -> N
     decoder, state = opened(tiny(**shape))
     x, kwargs = decoder.embed(IDS, state)
     for index in range(decoder.dims.layers):
-        x = run_block(decoder.block(index), decoder.family, inside(state, index), x, kwargs)
+        x = run_block(decoder.block(index), decoder.family, inside(state, index), x, kwargs[index])
     whole: Any = AutoModelForCausalLM.from_pretrained(tiny(**shape), dtype=torch.float32)
     with torch.no_grad():
         expected = whole.model(IDS, output_hidden_states=True)
@@ -48,7 +49,7 @@ def test_block_by_block_equals_the_model(tiny: Tiny, shape: dict[str, Any]) -> N
 def test_the_model_stays_empty(tiny: Tiny) -> None:
     decoder, state = opened(tiny())
     x, kwargs = decoder.embed(IDS, state)
-    run_block(decoder.block(0), decoder.family, inside(state, 0), x, kwargs)
+    run_block(decoder.block(0), decoder.family, inside(state, 0), x, kwargs[0])
     assert all(parameter.is_meta for parameter in decoder.model.parameters())
     assert not any(parameter.requires_grad for parameter in decoder.model.parameters())
     assert not any(module._forward_pre_hooks for module in decoder.model.modules())
@@ -57,8 +58,8 @@ def test_the_model_stays_empty(tiny: Tiny) -> None:
 def test_a_batch_is_its_rows(tiny: Tiny) -> None:
     decoder, state = opened(tiny())
     x, kwargs = decoder.embed(IDS, state)
-    together = run_block(decoder.block(1), decoder.family, inside(state, 1), x, kwargs)
-    alone = [run_block(decoder.block(1), decoder.family, inside(state, 1), row[None], kwargs) for row in x]
+    together = run_block(decoder.block(1), decoder.family, inside(state, 1), x, kwargs[1])
+    alone = [run_block(decoder.block(1), decoder.family, inside(state, 1), row[None], kwargs[1]) for row in x]
     torch.testing.assert_close(together, torch.cat(alone))
 
 
@@ -71,11 +72,11 @@ def test_each_site_is_asked_once_in_order_and_may_be_replaced(tiny: Tiny) -> Non
         seen.append((site, value.shape[-1]))
         return value * 0 if site == "mlp_mid" else value
 
-    changed = run_block(decoder.block(0), decoder.family, inside(state, 0), x, kwargs, on_input)
+    changed = run_block(decoder.block(0), decoder.family, inside(state, 0), x, kwargs[0], on_input)
     assert seen == [("attn_in", 64), ("vo", 64), ("mlp_in", 64), ("mlp_mid", 128)]
     attention_only = dict(inside(state, 0))
     attention_only["mlp.down_proj.weight"] = torch.zeros(64, 128)
-    torch.testing.assert_close(changed, run_block(decoder.block(0), decoder.family, attention_only, x, kwargs))
+    torch.testing.assert_close(changed, run_block(decoder.block(0), decoder.family, attention_only, x, kwargs[0]))
 
 
 def test_a_forward_that_is_stopped_leaves_no_hooks(tiny: Tiny) -> None:
@@ -86,15 +87,15 @@ def test_a_forward_that_is_stopped_leaves_no_hooks(tiny: Tiny) -> None:
         raise StopForward
 
     with pytest.raises(StopForward):
-        run_block(decoder.block(0), decoder.family, inside(state, 0), x, kwargs, stop)
-    run_block(decoder.block(0), decoder.family, inside(state, 0), x, kwargs)
+        run_block(decoder.block(0), decoder.family, inside(state, 0), x, kwargs[0], stop)
+    run_block(decoder.block(0), decoder.family, inside(state, 0), x, kwargs[0])
 
 
 def test_gradients_reach_lent_weights(tiny: Tiny) -> None:
     decoder, state = opened(tiny())
     x, kwargs = decoder.embed(IDS, state)
     lent = {name: tensor.clone().requires_grad_() for name, tensor in inside(state, 0).items()}
-    run_block(decoder.block(0), decoder.family, lent, x, kwargs).square().sum().backward()
+    run_block(decoder.block(0), decoder.family, lent, x, kwargs[0]).square().sum().backward()
     assert all(tensor.grad is not None and bool(tensor.grad.any()) for tensor in lent.values())
 
 
@@ -124,3 +125,25 @@ def test_tokens_are_looked_at_as_often_as_they_occur(samples: int, rows: int) ->
     assert torch.equal(chosen, spread(samples, 16, rows, seed=3))
     alike = [torch.equal(chosen, spread(samples, 16, rows, seed=seed)) for seed in range(4, 12)]
     assert all(alike) is bool(chosen.all())
+
+
+def test_blocks_are_given_what_the_model_gives_each_of_them(tmp_path: Path) -> None:
+    """Qwen2 as transformers has it, whose second block sees eight tokens back: block by block it is the model, and with
+    the first block's mask everywhere it is not."""
+    import transformers
+
+    sizes = {"hidden_size": 64, "intermediate_size": 112, "num_attention_heads": 4, "num_key_value_heads": 2}
+    window = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1, "num_hidden_layers": 3}
+    config = transformers.Qwen2Config(**sizes, **window, vocab_size=320, attn_implementation=register())
+    model = transformers.Qwen2ForCausalLM(config).eval().requires_grad_(False)
+    known, dims = resolve(config.to_dict() | {"architectures": ["LlamaForCausalLM"]}, where="")
+    decoder = Decoder(model=model, family=known, dims=dims, device=torch.device("cpu"), dtype=torch.float32)
+    state = dict(model.named_parameters())
+    embedded, kwargs = decoder.embed(IDS, state)
+    assert len(kwargs) == 3 and not any("forward" in vars(decoder.block(index)) for index in range(3))
+    expected = model.model(IDS).last_hidden_state
+    for given, same in ((kwargs, True), (kwargs[:1] * 3, False)):
+        x = embedded
+        for index, block in enumerate(given):
+            x = run_block(decoder.block(index), known, inside(state, index), x, block)
+        assert torch.allclose(model.model.norm(x), expected, atol=1e-5) is same

@@ -44,7 +44,7 @@ def make_job(folder: Path, index: int = 0, **fields: Any) -> tuple[BlockJob, dic
         sites={site.name: site for site in resolve_sites(family, dims)},
         recipe=recipe,
         scheme=recipe.parsed_scheme,
-        kwargs=kwargs,
+        kwargs=kwargs[index],
         store=torch.bfloat16,
     )
     prefix = f"{family.blocks}.{index}."

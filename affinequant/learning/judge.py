@@ -1,6 +1,6 @@
 """Judge a block by what the network makes of it: its output goes on through the other blocks in full precision."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,11 +25,16 @@ class ModelJudge:
     """
 
     def __init__(
-        self, made: Plan, decoder: Decoder, tokens: Tokens, rotation: Transform | None, kwargs: Mapping[str, Any]
+        self,
+        made: Plan,
+        decoder: Decoder,
+        tokens: Tokens,
+        rotation: Transform | None,
+        kwargs: Sequence[Mapping[str, Any]],
     ) -> None:
         """Args:
         rotation: of the residual stream, in fp64 on the decoder's device; hidden states to be judged are rotated.
-        kwargs: what blocks are called with.
+        kwargs: what each block is called with.
         """
         samples, length = tokens.ids.shape
         self.held = max(1, min(samples // HELD_OUT, JUDGED_TOKENS // length))

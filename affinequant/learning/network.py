@@ -3,7 +3,7 @@
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,16 +41,16 @@ def store_dtype(made: Plan) -> torch.dtype:
 
 
 def block_job(
-    made: Plan, decoder: Decoder, index: int, kwargs: Mapping[str, Any], scratch: Path | None = None
+    made: Plan, decoder: Decoder, index: int, kwargs: Sequence[Mapping[str, Any]], scratch: Path | None = None
 ) -> BlockJob:
-    """What is fixed while block `index` of this plan is worked on."""
+    """What is fixed while block `index` of this plan is worked on. `kwargs`: what each block is called with."""
     return BlockJob(
         decoder=decoder,
         index=index,
         sites=made.sites,
         recipe=made.recipe,
         scheme=made.recipe.parsed_scheme,
-        kwargs=kwargs,
+        kwargs=kwargs[index],
         store=store_dtype(made),
         scratch=scratch,
     )

@@ -52,38 +52,48 @@ class Decoder:
 
     def embed(
         self, ids: Int[Tensor, "samples tokens"], outer: Mapping[str, Tensor]
-    ) -> tuple[Float[Tensor, "samples tokens hidden"], dict[str, Any]]:
-        """(hidden states before block 0, the keyword arguments that the model gives its blocks).
+    ) -> tuple[Float[Tensor, "samples tokens hidden"], tuple[dict[str, Any], ...]]:
+        """(hidden states before block 0, for each block the keyword arguments that the model gives it).
 
-        Tokens and embedding may lie anywhere; of `outer`, the tensors outside the blocks, no other is used. The
-        arguments are caught at block 0 by a pre-hook. They are made for one sequence and broadcast over a batch.
+        Tokens and embedding may lie anywhere; of `outer`, the tensors outside the blocks, no other is used. Blocks may
+        be given different masks or rotary positions, so their arguments are caught at every one of them, on the way of
+        one sequence through blocks that compute nothing. They are broadcast over a batch.
 
         Raises:
             RuntimeError: an argument depends on the batch, which no supported family does.
         """
-        caught: list[tuple[Tensor, dict[str, Any]]] = []
-
-        def catch(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            caught.append((args[0], kwargs))
-            raise StopForward
-
         name = f"{self.family.embedding}.weight"
         lent = {name: outer[name].to(self.device, self.dtype)}
-        handle = self.block(0).register_forward_pre_hook(catch, with_kwargs=True)
-        try:
-            hidden = []
-            for row in ids.to(self.device):
-                with contextlib.suppress(StopForward):
-                    functional_call(self.model, lent, (row[None],), {"use_cache": False}, tie_weights=False)
-                hidden.append(caught[-1][0].detach())
-                del caught[:-1]
-        finally:
-            handle.remove()
-        kwargs = {key: value for key, value in caught[-1][1].items() if key != "use_cache"}
-        for key, value in kwargs.items():
+        hidden, caught = [], list[tuple[Tensor, dict[str, Any]]]()
+        for row, last in zip(ids.to(self.device), [False] * (len(ids) - 1) + [True], strict=True):
+            caught = self._arguments(lent, row[None], self.dims.layers if last else 1)
+            hidden.append(caught[0][0].detach())
+        given = tuple({key: value for key, value in one.items() if key != "use_cache"} for _, one in caught)
+        for key, value in (pair for one in given for pair in one.items()):
             if isinstance(value, Tensor) and value.ndim and value.shape[0] != 1 and value.shape[0] == len(ids) > 1:
                 raise RuntimeError(f"argument {key} depends on the batch")
-        return torch.cat(hidden), kwargs
+        return torch.cat(hidden), given
+
+    def _arguments(self, lent: Mapping[str, Tensor], ids: Tensor, count: int) -> list[tuple[Tensor, dict[str, Any]]]:
+        """What reaches the first `count` blocks, each of which hands on what it was given."""
+        caught: list[tuple[Tensor, dict[str, Any]]] = []
+
+        def catch(x: Tensor, **kwargs: Any) -> Tensor:
+            caught.append((x, kwargs))
+            if len(caught) == count:
+                raise StopForward
+            return x
+
+        blocks = [self.block(index) for index in range(count)]
+        for block in blocks:
+            block.forward = catch
+        try:
+            with contextlib.suppress(StopForward):
+                functional_call(self.model, dict(lent), (ids,), {"use_cache": False}, tie_weights=False)
+        finally:
+            for block in blocks:
+                del block.forward
+        return caught
 
     def head(self, outer: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What `logits` needs of the tensors outside the blocks, moved here once."""
