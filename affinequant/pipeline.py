@@ -14,7 +14,6 @@ from affinequant.data.tokenizer import load_tokenizer
 from affinequant.data.tokens import Tokens, calibration_tokens
 from affinequant.deliver import Result, deliver, publish, spent
 from affinequant.errors import AffineQuantError
-from affinequant.formats.side_files import find_side_files
 from affinequant.learning.judge import ModelJudge
 from affinequant.learning.network import DISTILLED, block_job, peak_bytes, stage_name
 from affinequant.learning.rotation import rotations
@@ -77,8 +76,7 @@ def quantize(
                 listen.say(f"note: {note}")
         decoder = _decoder(made)
         tokens = _tokens(made, listen)
-        side = find_side_files(made.source.folder, skip=workspace.out)
-        content = read_through(made.source, listen.say) | {"files": side.content()}
+        content = read_through(made.source, listen.say) | {"files": made.side.content()}
         fingerprint = _fingerprint(made, tokens, content)
         if overwrite:
             empty(workspace)
@@ -93,7 +91,7 @@ def quantize(
                 str(workspace.out),
                 "put report.json back; the checkpoint beside it can still be loaded. --overwrite makes it anew",
             )
-        expect(workspace, side.targets)
+        expect(workspace, made.side.targets)
         before = spent(run)
         jobs = quantize_blocks(made, run, tokens, decoder, listen)
         report = deliver(made, run, workspace.out, jobs, tokens, listen)

@@ -15,7 +15,7 @@ from affinequant.data.text import check_source, needs_hub
 from affinequant.data.tokenizer import check_code, check_tokenizer
 from affinequant.errors import PREFLIGHT, AffineQuantError
 from affinequant.formats import find_format
-from affinequant.formats.side_files import find_side_files
+from affinequant.formats.side_files import SideFiles, find_side_files
 from affinequant.models import Dims, Family, check_length, resolve, resolve_sites
 from affinequant.models.sites import Placement, Site
 from affinequant.models.source import Source, check_tensors, is_local, locate, open_source, settle_tie
@@ -56,6 +56,8 @@ class Plan:
     offload: str
     minutes: float
     notes: tuple[str, ...]
+    side: SideFiles
+    """The source's other files: what of them the output gets."""
 
     def to_json(self) -> dict[str, Any]:
         """The plan as plain JSON values."""
@@ -128,7 +130,7 @@ def _planned(recipe: Recipe, folder: Path, has_weights: bool) -> Plan:
     if has_weights:
         source, dims = settle_tie(source, family, dims)
         check_tensors(source, family, dims)
-    find_side_files(folder, skip=recipe.output_folder())  # refuses links and pipes before anything opens them
+    side = find_side_files(folder, skip=recipe.output_folder())  # refuses links and pipes before anything opens them
     required = has_weights or not is_local(recipe.model)
     check_tokenizer(folder, dims.vocab, required=required, trust_remote_code=recipe.trust_remote_code)
     check_length(recipe.seq_len, source.config)
@@ -144,7 +146,7 @@ def _planned(recipe: Recipe, folder: Path, has_weights: bool) -> Plan:
             f"format {recipe.format} cannot hold this: {reason}", "--format", "see `affinequant list formats`"
         )
     fetched = _fetched(recipe.data)
-    return _with_costs(recipe, source, family, dims, sites, placements, fetched)
+    return _with_costs(recipe, source, family, dims, sites, placements, side, fetched)
 
 
 def _fetched(data: str) -> tuple[str, ...]:
@@ -171,6 +173,7 @@ def _with_costs(
     dims: Dims,
     sites: Mapping[str, Site],
     placements: Mapping[str, Placement],
+    side: SideFiles,
     notes: tuple[str, ...],
 ) -> Plan:
     scheme, rotated = recipe.parsed_scheme, "residual" in recipe.transforms
@@ -191,7 +194,6 @@ def _with_costs(
         offload = "disk" if budget is not None and cpu > budget >= cpu - needs.kept else "cpu"
     if offload == "disk":
         cpu -= needs.kept
-    side = find_side_files(source.folder, skip=recipe.output_folder())
     stored = dims.layers * (per_block + 2 * dims.hidden) + 2 * outer
     made = Plan(
         recipe=recipe,
@@ -213,6 +215,7 @@ def _with_costs(
         offload=offload,
         minutes=expected_minutes(recipe, dims, per_block, device),
         notes=(*source.notes, *side.note(), *_notes(recipe, placements, untied), *notes),
+        side=side,
     )
     _check_budgets(made)
     return made

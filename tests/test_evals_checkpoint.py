@@ -15,6 +15,7 @@ from affinequant_evals.perplexity import LanguageModel, cut_windows, perplexity
 from affinequant_evals.suites import METRICS, SUITES, Measurements, build_suite, find_suite, measurements
 
 import affinequant
+from affinequant.data.offline import OFFLINE
 from affinequant.data.wheels import find_package
 from affinequant.errors import PREFLIGHT, USAGE, AffineQuantError
 from affinequant.formats import find_format
@@ -132,12 +133,12 @@ def named(tiny_copy: Callable[..., Path], model: str) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("setting", checkpoint.OFFLINE)
+@pytest.mark.parametrize("setting", OFFLINE)
 def test_offline_the_folders_author_fetches_nothing(
     setting: str, tiny: Callable[..., Path], tiny_copy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub = Hub(monkeypatch, tiny())
-    for name in checkpoint.OFFLINE:
+    for name in OFFLINE:
         monkeypatch.delenv(name)
     monkeypatch.setenv(setting, "1")
     found, note = find_baseline(named(tiny_copy, "some/model"), None, hub.events.append)
@@ -149,7 +150,7 @@ def test_what_is_fetched_is_said_first(
     tiny: Callable[..., Path], tiny_copy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub = Hub(monkeypatch, tiny())
-    for name in checkpoint.OFFLINE:
+    for name in OFFLINE:
         monkeypatch.delenv(name)
     found, _ = find_baseline(named(tiny_copy, "some/model"), None, hub.events.append)
     asked, said, *fetched = hub.events  # what is small first, then the weights that the index names
@@ -164,7 +165,7 @@ def test_a_path_from_elsewhere_is_no_name_of_the_hubs(
     model: str, tiny: Callable[..., Path], tiny_copy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub = Hub(monkeypatch, tiny())
-    for name in checkpoint.OFFLINE:
+    for name in OFFLINE:
         monkeypatch.delenv(name)
     found, note = find_baseline(named(tiny_copy, model), None, hub.events.append)
     assert found is None and "is not here" in note and model in note and hub.events == []

@@ -66,6 +66,7 @@ def version(package: str) -> str | None:
 
 
 def _machine() -> dict[str, Any]:
+    from affinequant.data.offline import offline_setting
     from affinequant.data.wheels import cache_folder
 
     facts = _cpu_facts()
@@ -79,7 +80,7 @@ def _machine() -> dict[str, Any]:
         "integer units": " ".join(unit for unit in _UNITS if unit in flags) or "none known",
         "memory": size(memory),
         "cache": str(cache_folder()),
-        "offline": "yes" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else "no",
+        "offline": "yes" if offline_setting() else "no",
     }
 
 

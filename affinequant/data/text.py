@@ -8,6 +8,7 @@ from typing import Any
 
 from affinequant.data.demo import demo_passages
 from affinequant.data.documents import IN_FOLDERS, documents
+from affinequant.data.offline import offline_setting
 from affinequant.data.wheels import Say, find_package, quiet
 from affinequant.errors import PREFLIGHT, AffineQuantError, unknown_name
 
@@ -65,7 +66,7 @@ def read_text(source: str, most: int, say: Say, *, flag: str = "--data") -> tupl
     elif source.startswith("hf:"):
         repo, config, split = _hub_id(source, flag)
         # Streaming downloads no more than is read, but cannot read the cache of an offline machine.
-        rows = hub_rows(repo, config, split=split, streaming=not _hub_is_off(), flag=flag)
+        rows = hub_rows(repo, config, split=split, streaming=not offline_setting(), flag=flag)
         name = ":".join(["hf", repo, *([config] if config else []), split])
         documents = texts(rows, source, flag=flag)
     else:
@@ -176,12 +177,6 @@ def _hub_id(source: str, flag: str) -> tuple[str, str | None, str]:
     return repo, config, split or "train"
 
 
-def _hub_is_off() -> bool:
-    from huggingface_hub import constants
-
-    return constants.HF_HUB_OFFLINE or os.environ.get("HF_DATASETS_OFFLINE", "0").upper() in ("1", "TRUE", "YES", "ON")
-
-
 def _check_hub(repo: str, flag: str) -> None:
     """Fails at once where a load would spend half a minute on retries. A dataset in the cache needs no hub."""
     from huggingface_hub import HfApi, constants
@@ -204,7 +199,8 @@ def _hub_error(repo: str, problem: Exception, flag: str) -> AffineQuantError:
     if isinstance(problem, RepositoryNotFoundError):
         fix = "check the spelling, or log in if it is private; `--data demo` and --data FILE need no hub"
         return AffineQuantError(f"the hub knows no dataset {repo!r}", flag, fix)
-    reason = "the hub is switched off (HF_HUB_OFFLINE)" if _hub_is_off() else f"{type(problem).__name__}: {problem}"
+    setting = offline_setting()
+    reason = f"the hub is switched off ({setting})" if setting else f"{type(problem).__name__}: {problem}"
     return AffineQuantError(
         f"cannot load the dataset {repo}: {reason}".splitlines()[0],
         flag,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from affinequant.data.files import read_table
+from affinequant.data.offline import MODELS_OFFLINE, offline_setting
 from affinequant.data.wheels import Say, quiet
 from affinequant.errors import PREFLIGHT, USAGE, AffineQuantError
 from affinequant.models import Dims, Family
@@ -222,7 +223,8 @@ def _snapshot(model: str, patterns: list[str]) -> Path:
     try:
         return Path(snapshot_download(model, allow_patterns=patterns))
     except Exception as problem:
-        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else ""
+        setting = offline_setting(MODELS_OFFLINE)
+        offline = f" ({setting} is set)" if setting else ""
         raise AffineQuantError(
             f"no folder {model!r} here, and it could not be downloaded{offline}: {type(problem).__name__}",
             "MODEL",

@@ -2,7 +2,6 @@
 
 import gc
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import affinequant
 from affinequant.data.demo import demo_model
+from affinequant.data.offline import offline_setting
 from affinequant.data.tokenizer import load_tokenizer
 from affinequant.data.wheels import Say, quiet
 from affinequant.errors import AffineQuantError
@@ -21,8 +21,6 @@ from affinequant_evals.perplexity import Bos, LanguageModel
 from affinequant_evals.suites import Measurements, build_suite, measurements
 
 NO_BASELINE = "none"
-OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
-"""Settings by which a user says that nothing is to be fetched."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,13 +190,12 @@ def _announce(model: str, report: Path, say: Say) -> None:
     parts = model.split("/")
     if len(parts) != 2 or not all(parts) or model.startswith((".", "~", "/")):
         raise AffineQuantError(f"{report} names {model}, which is not here", str(report), "give --baseline MODEL")
-    for setting in OFFLINE:
-        if os.environ.get(setting, "0").upper() in ("1", "TRUE", "YES", "ON"):
-            raise AffineQuantError(
-                f"{report} names {model}, which is neither a folder here nor in the cache, and {setting} is set",
-                str(report),
-                "give --baseline MODEL",
-            )
+    if setting := offline_setting():
+        raise AffineQuantError(
+            f"{report} names {model}, which is neither a folder here nor in the cache, and {setting} is set",
+            str(report),
+            "give --baseline MODEL",
+        )
     say(
         f"the baseline {model} is fetched from the hub{_hub_size(model)}, because {report} names it as the model that this "
         "checkpoint was made from (--baseline MODEL compares with another, --baseline none with none)"
