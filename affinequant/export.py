@@ -1,11 +1,12 @@
 """Another format out of a finished folder: the same integers written again, read back and compared."""
 
 import gc
+import json
 import math
 import os
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,11 @@ from affinequant.formats.dense import dense_stage
 from affinequant.formats.reading import Dtype, from_tensors
 from affinequant.formats.reread import Finished, full_range, read_finished, under_scheme
 from affinequant.formats.shards import write_json
+from affinequant.progress import Steps, told_by_transformers
 from affinequant.run.run import Run
 from affinequant.run.workspace import RUN_FOLDER, check_output, clear
 from affinequant.serve.transformers_quantizer import stock
+from affinequant.transforms.fold import Tensors
 from affinequant.transforms.online import apply_online, parts_of
 from affinequant.version import __version__
 
@@ -83,12 +86,12 @@ def export(
         Path(os.path.expanduser(checkpoint)), format, scheme, Path(os.path.expanduser(out)) if out else None, overwrite
     )
     say(f"writing {job.out}")
-    files = _write(job)
+    files = _write(job, say)
     recipe = job.source / "recipe.toml"
     if recipe.is_file():
         files.append(Path(shutil.copyfile(recipe, job.out / "recipe.toml")))
     say("verifying what was written by loading it again")
-    verified = _verify(job, dtype)
+    verified = _verify(job, dtype, say)
     report = _report(job, files, verified)
     if not verified["passed"]:
         write_json(job.out / "report.failed.json", report)
@@ -127,10 +130,11 @@ def _prepare(source: Path, name: str, scheme: str | None, out: Path | None, over
     return _Job(source=source, name=name, form=form, there=there, found=found, out=out)
 
 
-def _write(job: _Job) -> list[Path]:
+def _write(job: _Job, say: Say) -> list[Path]:
     there_before = job.out.exists()
+    contents = replace(job.found.contents, stages=lambda: _told_stages(job, "writing", say))
     try:
-        return job.form.write(job.found.contents, job.out)
+        return job.form.write(contents, job.out)
     except BaseException:  # a part of a folder is of no use: nothing of it can be taken up
         _empty(job.out)
         if job.out.exists() and not there_before:
@@ -143,6 +147,11 @@ def _empty(folder: Path) -> None:
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
+def _told_stages(job: _Job, what: str, say: Say) -> Iterator[Tensors]:
+    """The stages of what is exported, which are its blocks and what lies outside them."""
+    return Steps(say, what, job.found.contents.config["num_hidden_layers"] + 1).each(job.found.contents.stages())
+
+
 def read_back(form: Format, out: Path, dtype: Dtype) -> tuple[Any, str]:
     """What was written in a format as a transformers model on the CPU, and in words what has read it."""
     if form.reload is not None:
@@ -152,15 +161,17 @@ def read_back(form: Format, out: Path, dtype: Dtype) -> tuple[Any, str]:
     return load(out, device="cpu", dtype=dtype), "affinequant.load"
 
 
-def _verify(job: _Job, dtype: Dtype) -> dict[str, Any]:
+def _verify(job: _Job, dtype: Dtype, say: Say) -> dict[str, Any]:
     """Logits and a greedy sample of what was written, against what the source means under that scheme."""
     tokens, words = _probe(job)
     own = job.name == "affinequant" and job.found.contents.scheme == job.there.contents.scheme
-    expected = _answers(_loaded_source(job, dtype) if own else _reference(job.found, dtype), tokens)
-    gc.collect()
-    with stock():  # as engines without this package read it
-        model, reader = read_back(job.form, job.out, dtype)
-    got = _answers(model, tokens)
+    told = Steps(say, "comparing", 2 * (1 + SAMPLE_TOKENS))
+    with told_by_transformers(say):
+        expected = _answers((_loaded_source if own else _reference)(job, dtype, say), tokens, told)
+        gc.collect()
+        with stock():  # as engines without this package read it
+            model, reader = read_back(job.form, job.out, dtype)
+    got = _answers(model, tokens, told)
     quantised = not own and _reads_activations(job, model)
     wanted, logs = expected["logits"].log_softmax(-1), got["logits"].log_softmax(-1)
     divergence = float((wanted.exp() * (wanted - logs)).sum(-1).mean())
@@ -186,10 +197,10 @@ def _verify(job: _Job, dtype: Dtype) -> dict[str, Any]:
     }
 
 
-def _reference(found: Finished, dtype: Dtype) -> Any:
+def _reference(job: _Job, dtype: Dtype, say: Say) -> Any:
     """The source's weights as they multiply what comes in, an online transform P included: x P W^T = x (W P^T)^T."""
-    contents, tensors = found.contents, {}
-    for stage in contents.stages():
+    contents, tensors = job.found.contents, {}
+    for stage in _told_stages(job, "reading the source", say):
         rest, values = dense_stage(stage, contents)
         for name, value in values.items():
             linear = name.removesuffix(".weight")
@@ -207,18 +218,19 @@ def _remedy(form: Format) -> str:
     return f"this format rounds once more: {form.ROUNDS}; one that holds the integers is exact"
 
 
-def _loaded_source(job: _Job, dtype: Dtype) -> Any:
+def _loaded_source(job: _Job, dtype: Dtype, say: Say) -> Any:
     from affinequant.runtime.load import load
 
-    return load(job.source, device="cpu", dtype=dtype)
+    return load(job.source, device="cpu", dtype=dtype, say=say)
 
 
-def _answers(model: Any, tokens: Tensor) -> dict[str, Any]:
+def _answers(model: Any, tokens: Tensor, told: Steps) -> dict[str, Any]:
     """Logits over the probe, and a greedy sample after its beginning."""
     with torch.no_grad():
         logits = model(tokens[None]).logits[0].float()
+        told()
         text = tokens[:SAMPLE]
-        for _ in range(SAMPLE_TOKENS):
+        for _ in told.each(range(SAMPLE_TOKENS)):
             text = torch.cat([text, model(text[None]).logits[0, -1:].argmax(-1)])
     return {"logits": logits, "sample": text[SAMPLE:].tolist()}
 
@@ -246,8 +258,6 @@ def _reads_activations(job: _Job, model: Any) -> bool:
 
 
 def _report(job: _Job, files: list[Path], verified: dict[str, Any]) -> dict[str, Any]:
-    import json
-
     path = job.source / "report.json"
     origin = json.loads(path.read_text()) if path.is_file() else {}
     contents = job.found.contents

@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import IO, Any, Protocol, TypeVar
 
 T = TypeVar("T")
@@ -40,6 +41,24 @@ class Steps:
         for item in items:
             yield item
             self()
+
+
+@contextmanager
+def told_by_transformers(say: Callable[[str], None]) -> Iterator[None]:
+    """Whatever transformers loads meanwhile says how far it is as any step does, where it would show a bar or nothing."""
+    from transformers.utils import logging
+
+    def stepwise(bar: Callable[..., Any], given: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        if given and hasattr(given[0], "__len__"):
+            what = str(options.get("desc") or "loading").rstrip(".").lower()
+            given = (Steps(say, what, len(given[0])).each(given[0]), *given[1:])
+        return bar(*given, **options)
+
+    before = logging.set_tqdm_hook(stepwise)
+    try:
+        yield
+    finally:
+        logging.set_tqdm_hook(before)
 
 
 def _left(seconds: float) -> str:

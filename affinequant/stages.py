@@ -54,7 +54,8 @@ def block_stage(
     objective = BlockObjective(job, values, *build_transforms(job, values, watch.seen()))
     told = Steps(listen.say, f"block {job.index + 1}, learning", made.recipe.epochs * len(full))
     fitted = _learn(job, objective, values, full, quantized, target, told)
-    rounded = round_block(job, folded_exactly(objective, exact), quantized, objective, full)
+    told = Steps(listen.say, f"block {job.index + 1}, rounding", len(made.family.linears))
+    rounded = round_block(job, folded_exactly(objective, exact), quantized, objective, full, told)
     events = fit_events(fitted)
     if fitted.steps and not bool(rounded.after.isfinite().all()):
         events.append("what was learned gave non-finite outputs: the closed-form start was taken instead")

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import affinequant
+from affinequant import progress
 from affinequant.cli import main
 from affinequant.errors import PREFLIGHT, QUALITY, USAGE, AffineQuantError
 from affinequant.export import read_back
@@ -72,6 +73,21 @@ def weights(folder: Path) -> dict[str, Tensor]:
 
 
 # What is written.
+
+
+@pytest.mark.parametrize("form", ["dense", "affinequant"])
+def test_every_long_step_says_how_far_it_is(
+    form: str, made: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(progress, "SAY_EVERY", 0.0)
+    affinequant.export(made("w4a4"), format=form, out=tmp_path / "out", say=said.append)
+    read = {
+        "dense": ("reading the source: 1/3", "loading weights: 1/21"),
+        "affinequant": ("reading the weights: 1/14",),
+    }
+    for step in ("writing: 1/3", *read[form], "comparing: 1/26", "comparing: 25/26"):
+        assert any(line.startswith(f"{step}, ~") for line in said), (step, said)
 
 
 @pytest.mark.parametrize("scheme", [*SCHEMES, "w8a8"])

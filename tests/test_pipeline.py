@@ -145,7 +145,14 @@ def test_every_long_step_says_how_far_it_is(
     monkeypatch.setattr(progress, "SAY_EVERY", 0.0)
     listen = Heard()
     path = quantize(preset="default", finish="kl", finish_epochs=1, progress=listen).path
-    for step in ("block 1, learning: 6/12", "finish: 1/5", "writing: 1/3", "verifying block by block: 1/2"):
+    steps = (
+        "block 1, learning: 6/12",
+        "block 2, rounding: 3/7",
+        "finish: 1/5",
+        "writing: 1/3",
+        "verifying block by block: 1/2",
+    )
+    for step in steps:
         assert any(line.startswith(f"{step}, ~") for line in listen.lines), step
     listen.lines.clear()
     affinequant.load(path, say=listen.say)

@@ -1,6 +1,6 @@
 """One block from real weights to codes, input group by input group, each on what the rounded part before it gives."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -62,12 +62,14 @@ def round_block(
     x: Float[Tensor, "samples tokens hidden"],
     learned: Learned,
     full: Float[Tensor, "samples tokens hidden"] | None = None,
+    told: Callable[[int], None] = lambda linears: None,
 ) -> Rounded:
     """Quantise the folded block `tensors` on the inputs `x` that it will see.
 
     Args:
         learned: holds ranges found in training, if any.
         full: what the full-precision block sees; for rounding `auto` and `gptaq`.
+        told: hears of each group that is done, how many linears it has.
     """
     weights = {f"{linear.name}.weight" for linear in job.decoder.family.linears}
     stored = {name: tensor.to(job.store) for name, tensor in tensors.items() if name not in weights}
@@ -103,6 +105,7 @@ def round_block(
             if job.scheme.activation is not None:
                 stored[f"{member}.input_clip"] = torch.tensor(clips[site])
             stored |= {stored_name(member, part): tensor.clone() for part, tensor in online.get(site, {}).items()}
+        told(len(members))
     return Rounded(
         stored=stored,
         tensors=work,

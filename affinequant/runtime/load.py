@@ -17,7 +17,7 @@ from affinequant.formats.reading import pretrained, skeleton
 from affinequant.models.decoder import check_device, compute_dtype
 from affinequant.models.source import Source, open_source
 from affinequant.numbers.integer import dequantize
-from affinequant.progress import Steps
+from affinequant.progress import Steps, told_by_transformers
 from affinequant.recipe.recipe import Device, Dtype
 from affinequant.recipe.scheme import NumberFormat
 from affinequant.runtime.integer_linear import IntegerLinear, check_engine, warmed
@@ -48,7 +48,7 @@ def load(
     target = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     kind = compute_dtype(dtype, target)
     ours = "affinequant" in (source.config.get("quantization_config") or {})
-    model: Any = _quantized(source, target, kind, say or quiet) if ours else _plain(source.folder, kind)
+    model: Any = _quantized(source, target, kind, say or quiet) if ours else _plain(source.folder, kind, say or quiet)
     check_finite(model, source.folder)
     return model.to(target).eval()
 
@@ -168,11 +168,12 @@ def _refuse_to_save(folder: Path, *_args: Any, **_kwargs: Any) -> None:
     )
 
 
-def _plain(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":
+def _plain(folder: Path, dtype: torch.dtype, say: Callable[[str], None]) -> "PreTrainedModel":
     from transformers import AutoModelForCausalLM
 
     kind: Any = str(dtype).removeprefix("torch.")
-    return pretrained(AutoModelForCausalLM, folder, folder, kind, _AGAIN, use_safetensors=True)
+    with told_by_transformers(say):
+        return pretrained(AutoModelForCausalLM, folder, folder, kind, _AGAIN, use_safetensors=True)
 
 
 def open_empty(source: Source, device: torch.device, dtype: torch.dtype) -> Any:
