@@ -25,7 +25,7 @@ from affinequant.rounding.job import BlockJob
 from affinequant.run.run import Run
 from affinequant.run.workspace import Workspace
 from affinequant.transforms.fold import Tensors
-from affinequant.transforms.placements import choice_bytes, settled
+from affinequant.transforms.placements import block_flops, choice_bytes, settled
 from affinequant.verify import Committed, verify
 from affinequant.version import __version__
 
@@ -135,7 +135,9 @@ def _contents(made: Plan, run: Run, names: list[str], changed: Tensors, unknown:
         dtype="float16" if store_dtype(made) == torch.float16 else "bfloat16",
         tied=made.dims.tied and not rotated,
         linears=tuple(
-            f"{family.blocks}.{index}.{linear.name}" for index in range(made.dims.layers) for linear in family.linears
+            f"{family.blocks}.{index}.{linear.name}"
+            for index, block in enumerate(family.each_block(made.dims))
+            for linear in block.linears
         ),
         stages=stages,
         extra={
@@ -152,8 +154,8 @@ def _sliced(made: Plan) -> dict[str, int]:
     """The linears whose inputs are transformed and quantised in slices, and in how many."""
     return {
         f"{made.family.blocks}.{index}.{member}": made.sites[site].slices
-        for index in range(made.dims.layers)
-        for site, members in made.family.input_groups()
+        for index, block in enumerate(made.family.each_block(made.dims))
+        for site, members in block.input_groups()
         for member in members
         if made.sites[site].slices > 1
     }
@@ -205,7 +207,8 @@ def _report(made: Plan, run: Run, out: Path, tokens: Tokens, names: list[str], u
     devices = sorted({stage["device"] for stage in (run.report("outer"), *blocks, *whole.values())} | {made.device})
     if len(devices) > 1:
         events.append(f"worked on {' and '.join(devices)}, finished on {made.device}")
-    spare = len(blocks) * choice_bytes(made.recipe, made.family, made.dims, made.sites)
+    flops, each = block_flops(made.family, made.dims), made.family.each_block(made.dims)
+    spare = sum(choice_bytes(made.recipe, block, flops, made.sites) for block in each)
     room = 0.02 * planned + HEADER_BYTES * len(blocks)
     if not planned - spare - room <= weights <= planned + room:
         events.append(f"weights take {weights:,} bytes, the plan said {planned:,}")

@@ -177,16 +177,18 @@ def _with_costs(
     notes: tuple[str, ...],
 ) -> Plan:
     scheme, rotated = recipe.parsed_scheme, "residual" in recipe.transforms
-    shapes = [(getattr(dims, linear.rows), getattr(dims, linear.columns)) for linear in family.linears]
-    per_block = sum(rows * columns for rows, columns in shapes)
+    flops, blocks = block_flops(family, dims), list(family.each_block(dims))
+    shapes = [linear.shape(dims) for block in blocks for linear in block.linears]
+    inside, per_block = sum(rows * columns for rows, columns in shapes), flops // 2
     bits = sum(rows * columns * scheme.bits_per_weight(columns) for rows, columns in shapes)
     table = dims.vocab * dims.hidden
     untied = 2 * table if dims.tied and rotated else 0
     outer = 2 * table * (1 if dims.tied and not rotated else 2)
     dense = recipe.format == "dense"
-    kept = online_bytes(recipe, family, sites) + choice_bytes(recipe, family, dims, sites)
-    output = int(outer + dims.layers * (2 * per_block if dense else bits / 8 + kept))
-    output += 4 * dims.hidden * (dims.layers + 1)
+    kept = sum(online_bytes(recipe, one, sites) + choice_bytes(recipe, one, flops, sites) for one in blocks)
+    norms = sum(len(block.norms()) for block in blocks) * dims.hidden
+    output = int(outer + (2 * inside if dense else bits / 8 + kept)) + 2 * norms + 4 * dims.hidden
+    attentions = sum(bool(block.attention) for block in blocks)
     device = _device(recipe)
     needs = memory(recipe, dims, per_block, device)
     cpu, budget, offload = needs.cpu, parse_bytes(recipe.cpu_memory, flag="--cpu-memory"), recipe.offload
@@ -194,7 +196,7 @@ def _with_costs(
         offload = "disk" if budget is not None and cpu > budget >= cpu - needs.kept else "cpu"
     if offload == "disk":
         cpu -= needs.kept
-    stored = dims.layers * (per_block + 2 * dims.hidden) + 2 * outer
+    stored = inside + norms + 2 * outer
     made = Plan(
         recipe=recipe,
         source=source,
@@ -203,11 +205,10 @@ def _with_costs(
         sites=sites,
         placements=placements,
         device=device,
-        source_bytes=sum(entry.size for entry in source.entries.values())
-        or 2 * (table * (2 - dims.tied) + dims.layers * per_block),
+        source_bytes=sum(entry.size for entry in source.entries.values()) or 2 * (table * (2 - dims.tied) + inside),
         output_bytes=output,
-        bits_per_weight=bits / per_block,
-        cache_bytes=round(2 * dims.layers * dims.value * scheme.bits_per_cached(dims.head_dim) / 8),
+        bits_per_weight=bits / inside,
+        cache_bytes=round(2 * attentions * dims.value * scheme.bits_per_cached(dims.head_dim) / 8),
         untied_bytes=untied,
         cpu_bytes=cpu,
         gpu_bytes=needs.gpu,

@@ -54,7 +54,7 @@ def block_stage(
     objective = BlockObjective(job, values, *build_transforms(job, values, watch.seen()))
     told = Steps(listen.say, f"block {job.index + 1}, learning", made.recipe.epochs * len(full))
     fitted = _learn(job, objective, values, full, quantized, target, told)
-    told = Steps(listen.say, f"block {job.index + 1}, rounding", len(made.family.linears))
+    told = Steps(listen.say, f"block {job.index + 1}, rounding", len(job.family.linears))
     rounded = round_block(job, folded_exactly(objective, exact), quantized, objective, full, told)
     events = fit_events(fitted)
     if fitted.steps and not bool(rounded.after.isfinite().all()):
@@ -98,7 +98,7 @@ def _load_block(made: Plan, job: BlockJob, rotation: Transform | None) -> Tensor
     """The block's tensors in fp64, named within it, the residual stream rotated where the recipe asks for it."""
     tensors = {name: tensor.double() for name, tensor in block_reader(made, job.decoder)(job.index).items()}
     if rotation is not None:
-        tensors = rotate_block(tensors, made.family, made.sites["residual"], rotation)
+        tensors = rotate_block(tensors, job.family, job.sites["residual"], rotation)
     return tensors
 
 

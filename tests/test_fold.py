@@ -17,10 +17,10 @@ SITES = {site.name: site for site in resolve_sites(LLAMA, DIMS)}
 def block(bias: bool = False) -> dict[str, Tensor]:
     """One block's tensors, fp64."""
     generator = torch.Generator().manual_seed(0)
-    shapes = {f"{s.name}.weight": (getattr(DIMS, s.rows), getattr(DIMS, s.columns)) for s in LLAMA.linears}
+    shapes = {f"{s.name}.weight": s.shape(DIMS) for s in LLAMA.linears}
     shapes |= {f"{norm}.weight": (16,) for norm, _ in LLAMA.fused_norms()}
     if bias:
-        shapes |= {f"{s.name}.bias": (getattr(DIMS, s.rows),) for s in LLAMA.linears}
+        shapes |= {f"{s.name}.bias": s.shape(DIMS)[:1] for s in LLAMA.linears}
     return {name: torch.randn(shape, dtype=torch.float64, generator=generator) for name, shape in shapes.items()}
 
 
@@ -64,6 +64,13 @@ def test_fusing_leaves_a_gain_of_one(offset: float) -> None:
     torch.testing.assert_close(after["input_layernorm.weight"] + offset, torch.ones(16, dtype=torch.float64))
     torch.testing.assert_close(after["self_attn.q_proj.weight"], before["self_attn.q_proj.weight"] * gain)
     assert torch.equal(after["self_attn.o_proj.weight"], before["self_attn.o_proj.weight"])
+
+
+def test_a_norm_with_a_bias_is_not_fused() -> None:
+    """Dropping it would change what the linears read, and nothing says where it goes."""
+    tensors = block() | {"input_layernorm.bias": torch.ones(16, dtype=torch.float64)}
+    with pytest.raises(ValueError, match="input_layernorm has a bias"):
+        fuse_gains(tensors, LLAMA.fused_norms(), 0.0)
 
 
 def test_a_missing_tensor_of_the_scope_is_an_error() -> None:

@@ -47,7 +47,7 @@ class Continuous(nn.Module):
         keeps: what a backward pass needs is kept, and integers as the products read them; else all is made again.
         """
         super().__init__()
-        self.job, self.keeps, family = job, keeps, job.decoder.family
+        self.job, self.keeps, family = job, keeps, job.family
         self.integers: Tensors = {}
         prefix = f"{family.blocks}.{job.index}."
         self.stored = {name.removeprefix(prefix): tensor for name, tensor in stored.items()}
@@ -112,7 +112,7 @@ class Continuous(nn.Module):
 
     def changed(self) -> Tensors:
         """The trained values under full names, in the dtypes of the stage."""
-        prefix = f"{self.job.decoder.family.blocks}.{self.job.index}."
+        prefix = f"{self.job.family.blocks}.{self.job.index}."
         result = {prefix + name: gain.to(self.stored[name].dtype) for name, gain in self._gains().items()}
         for name in self.linears:
             result[f"{prefix}{name}.scale"] = self._scale(name)
@@ -146,7 +146,7 @@ class Continuous(nn.Module):
         return _kept(start * self._log(f"{linear}.scale").exp(), self.job.store)
 
     def _gains(self) -> Tensors:
-        offset = self.job.decoder.family.norm_offset
+        offset = self.job.family.norm_offset
         return {
             name: _kept(
                 (self._here(self.stored[name]).float() + offset) * self._log(name).exp() - offset, self.job.store

@@ -11,6 +11,7 @@ import torch
 
 from affinequant.data.tokens import Tokens
 from affinequant.fit import FitReport
+from affinequant.models import resolve_sites
 from affinequant.models.decoder import Decoder
 from affinequant.plan import Plan
 from affinequant.rounding.job import BlockJob
@@ -44,10 +45,11 @@ def block_job(
     made: Plan, decoder: Decoder, index: int, kwargs: Sequence[Mapping[str, Any]], scratch: Path | None = None
 ) -> BlockJob:
     """What is fixed while block `index` of this plan is worked on. `kwargs`: what each block is called with."""
+    family = made.family.at(made.dims, index)
     return BlockJob(
         decoder=decoder,
         index=index,
-        sites=made.sites,
+        sites={site.name: site for site in resolve_sites(family, made.dims, made.recipe.tp)},
         recipe=made.recipe,
         scheme=made.recipe.parsed_scheme,
         kwargs=kwargs[index],

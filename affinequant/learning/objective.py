@@ -31,7 +31,7 @@ class BlockObjective:
         self.transforms = dict(transforms)
         self.online = dict(online or {})
         self.on_attention = job.cached_heads(self.after_rope())
-        family, fmt = job.decoder.family, job.scheme.weight
+        family, fmt = job.family, job.scheme.weight
         self.linears = [linear.name for linear in family.linears]
         self.ranges: dict[str, LearnedRange] = {}
         if "learn" in job.recipe.weight_clip:
@@ -83,7 +83,7 @@ class BlockObjective:
 
     def folded(self) -> Tensors:
         """The block's tensors with every transform folded in."""
-        offset = self.job.decoder.family.norm_offset
+        offset = self.job.family.norm_offset
         return fold_all(self.tensors, self.job.sites, self.transforms, self.online, norm_offset=offset)
 
     def quantized(self) -> Tensors:
@@ -113,7 +113,7 @@ def folded_exactly(objective: BlockObjective, exact: Tensors) -> Tensors:
         for modules in (objective.transforms, objective.online)
     )
     with torch.no_grad():
-        return fold_all(exact, job.sites, folded, online, norm_offset=job.decoder.family.norm_offset)
+        return fold_all(exact, job.sites, folded, online, norm_offset=job.family.norm_offset)
 
 
 def _relative(y: Tensor, target: Tensor) -> Tensor:

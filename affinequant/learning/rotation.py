@@ -53,7 +53,7 @@ class RoundedInputs(nn.Module):
         self.fixed: dict[str, list[Transform]] = {}
         looking = sites_that_look(job)
         folded, online = build_transforms(job, load(job.index), {})
-        for name, _ in job.decoder.family.input_groups():
+        for name, _ in job.family.input_groups():
             if job.recipe.transforms.get(name) in LEARNED_ROTATIONS and job.sites[name].kind == "heads":
                 self.values = folded[name]  # pyright: ignore[reportAttributeAccessIssue]
             elif name in looking:
@@ -65,7 +65,7 @@ class RoundedInputs(nn.Module):
         self, x: Float[Tensor, "batch tokens hidden"], rotation: Float[Tensor, "hidden hidden"]
     ) -> Float[Tensor, "batch tokens hidden"]:
         """The block on a batch."""
-        family, sites, turn = self.job.decoder.family, self.job.sites, rotation.to(x.dtype)
+        family, sites, turn = self.job.family, self.job.sites, rotation.to(x.dtype)
         tensors = fuse_gains(self.load(self.job.index), family.fused_norms(), family.norm_offset)
         for name, parts in self.fixed.items():
             for part in parts if sites[name].kind != "norm" else ():

@@ -1,10 +1,11 @@
 """Which networks are known, and which of them a config.json describes."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from affinequant.errors import PREFLIGHT, AffineQuantError
-from affinequant.models.family import Dims as Dims
+from affinequant.models.dims import Dims as Dims
 from affinequant.models.family import Family as Family
 from affinequant.models.family import resolve_sites as resolve_sites
 from affinequant.models.keys import check_keys
@@ -12,7 +13,7 @@ from affinequant.models.keys import check_length as check_length
 from affinequant.models.keys import context_length as context_length
 from affinequant.models.llama import LLAMA
 
-FAMILIES: dict[str, Family] = {"llama": LLAMA}
+FAMILIES: dict[str, Family] = {family.name: family for family in (LLAMA,)}
 
 
 def resolve(config: Mapping[str, Any], *, where: str) -> tuple[Family, Dims]:
@@ -52,38 +53,7 @@ def resolve(config: Mapping[str, Any], *, where: str) -> tuple[Family, Dims]:
                 f"supported: {', '.join(map(repr, allowed))}",
                 exit_code=PREFLIGHT,
             )
-    return family, _dims(config, where)
-
-
-def _dims(config: Mapping[str, Any], where: str) -> Dims:
-    def size(key: str, default: int | None = None) -> int:
-        value = config.get(key)
-        value = default if value is None else value
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise AffineQuantError(
-                f"{key} = {value!r}",
-                where,
-                f"config.json must give {key} as a positive whole number",
-                exit_code=PREFLIGHT,
-            )
-        return value
-
-    hidden, heads = size("hidden_size"), size("num_attention_heads")
-    dims = Dims(
-        layers=size("num_hidden_layers"),
-        hidden=hidden,
-        mlp=size("intermediate_size"),
-        heads=heads,
-        kv_heads=size("num_key_value_heads", heads),
-        head_dim=size("head_dim", hidden // heads),
-        vocab=size("vocab_size"),
-        tied=bool(config.get("tie_word_embeddings", False)),
-    )
-    if heads % dims.kv_heads:
-        raise AffineQuantError(
-            f"{heads} query heads cannot share {dims.kv_heads} KV heads",
-            where,
-            "correct config.json",
-            exit_code=PREFLIGHT,
-        )
-    return dims
+    dims = family.dims(config, where)
+    if family.kinds is not None:
+        dims = replace(dims, kinds=tuple(family.kinds(config, index) for index in range(dims.layers)))
+    return family, dims

@@ -1,58 +1,74 @@
 """What a network is, as data: where its blocks, norms and linears are, and the sites between them."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from affinequant.models.dims import Dims, Width, read_dims
 from affinequant.models.sites import Edge, Kind, Side, Site
 
-Width = Literal["hidden", "mlp", "query", "value"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Dims:
-    """Sizes read from a config.json. `query` and `value` are the widths of all query heads and all KV heads."""
-
-    layers: int
-    hidden: int
-    mlp: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocab: int
-    tied: bool
-
-    @property
-    def query(self) -> int:
-        """Features of all query heads."""
-        return self.heads * self.head_dim
-
-    @property
-    def value(self) -> int:
-        """Features of all KV heads."""
-        return self.kv_heads * self.head_dim
+End = tuple[str, Side]
+"""A module of a block, or `module:part` of a fused one, and which side of it carries a site's features."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinearSpec:
-    """A linear of a block: weight [rows, columns], and a bias [rows] where the config's flag `bias` is set."""
+    """A linear of a block: weight [rows, columns], and a bias [rows] always or where the config's flag of that name is set.
+
+    Where several are fused into one, `rows` has their names and widths in the order in which they lie below each other.
+    """
 
     name: str
-    rows: Width
+    rows: Width | Mapping[str, Width]
     columns: Width
-    bias: str = ""
+    bias: str | bool = False
+
+    def shape(self, dims: Dims) -> tuple[int, int]:
+        """(rows, columns) of the weight."""
+        rows = self.rows.values() if isinstance(self.rows, Mapping) else (self.rows,)
+        return sum(getattr(dims, width) for width in rows), getattr(dims, self.columns)
+
+    def part(self, name: str, dims: Dims) -> tuple[int, int]:
+        """The first row of a part and the first behind it."""
+        assert isinstance(self.rows, Mapping), f"{self.name} has no parts"
+        start = sum(getattr(dims, self.rows[before]) for before in list(self.rows)[: list(self.rows).index(name)])
+        return start, start + getattr(dims, self.rows[name])
+
+    def has_bias(self, config: Mapping[str, Any]) -> bool:
+        """Whether a model of this config.json has the bias."""
+        return bool(config.get(self.bias)) if isinstance(self.bias, str) else self.bias
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SiteSpec:
-    """A site before sizes are known. `grouped` modules see each KV head once per query head it serves."""
+    """A site before sizes are known. `grouped` ends see each KV head once per query head it serves. With `each_expert`
+    there is one in every expert, whose edges name parameters [experts, rows, columns]."""
 
     name: str
     kind: Kind
     width: Width
-    sources: tuple[tuple[str, Side], ...]
-    sinks: tuple[tuple[str, Side], ...]
+    sources: tuple[End, ...]
+    sinks: tuple[End, ...]
     grouped: tuple[str, ...] = ()
+    each_expert: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layer:
+    """A kind of layer: a part of a block that reads the residual stream behind a norm and adds to it.
+
+    Its linears whose rows are `hidden` give what is added, through the norm `post_norm` where there is one. `attention`
+    is the module, named within the block, inside which queries meet keys; "" where none do.
+    """
+
+    linears: tuple[LinearSpec, ...]
+    sites: tuple[SiteSpec, ...]
+    attention: str = ""
+    post_norm: str = ""
+
+    def writers(self) -> tuple[str, ...]:
+        """The linears that give what is added to the residual stream."""
+        return tuple(linear.name for linear in self.linears if linear.rows == "hidden")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,10 +83,24 @@ class Family:
     head: str
     norm_offset: float
     rope: Literal["half", "interleaved"]
-    linears: tuple[LinearSpec, ...]
-    sites: tuple[SiteSpec, ...]
+    layers: Mapping[str, Layer]
+    """The kinds of layer, by name, in the order in which a block runs them."""
     settings: Mapping[str, tuple[Any, ...]]
     """Config keys whose value changes the computation, with the values that this description is right for."""
+    dims: Callable[[Mapping[str, Any], str], Dims] = read_dims
+    """(config, where it is from) -> the sizes."""
+    kinds: Callable[[Mapping[str, Any], int], tuple[str, ...]] | None = None
+    """(config, index of a block) -> the kinds of layer that it is made of; None where each has all of them."""
+
+    @property
+    def linears(self) -> tuple[LinearSpec, ...]:
+        """Those of all kinds of layer."""
+        return tuple(linear for layer in self.layers.values() for linear in layer.linears)
+
+    @property
+    def sites(self) -> tuple[SiteSpec, ...]:
+        """The residual stream, and the sites of all kinds of layer."""
+        return self._residual(), *(spec for layer in self.layers.values() for spec in layer.sites)
 
     def site(self, name: str) -> SiteSpec:
         """The site called `name`."""
@@ -78,20 +108,38 @@ class Family:
 
     @property
     def attention(self) -> str:
-        """The module, named within its block, inside which queries meet keys."""
-        return next(spec for spec in self.sites if spec.kind == "rope").sources[0][0].rpartition(".")[0]
+        """The module, named within its block, inside which queries meet keys; "" where none do."""
+        return next((layer.attention for layer in self.layers.values() if layer.attention), "")
+
+    def at(self, dims: Dims, index: int) -> "Family":
+        """What block `index` is made of: the family with no other kinds of layer."""
+        if not dims.kinds:
+            return self
+        return replace(self, layers={kind: self.layers[kind] for kind in dims.kinds[index]})
+
+    def each_block(self, dims: Dims) -> Iterator["Family"]:
+        """Block by block what it is made of."""
+        return (self.at(dims, index) for index in range(dims.layers))
 
     def input_groups(self) -> tuple[tuple[str, tuple[str, ...]], ...]:
         """(site, linears) for each tensor that is quantised as an input, in the order of the forward pass."""
         groups: dict[str, list[str]] = {}
-        names = {linear.name for linear in self.linears}
-        for spec in self.sites:
-            if spec.kind in ("norm", "heads", "linear"):
-                groups[spec.name] = [module for module, side in spec.sinks if module in names and side == "columns"]
         order = {linear.name: position for position, linear in enumerate(self.linears)}
+        for spec in (spec for layer in self.layers.values() for spec in layer.sites):
+            if spec.kind in ("norm", "heads", "linear"):
+                groups[spec.name] = [module for module, side in spec.sinks if module in order and side == "columns"]
         return tuple(
             (site, tuple(members)) for site, members in sorted(groups.items(), key=lambda pair: order[pair[1][0]])
         )
+
+    def norms(self) -> tuple[str, ...]:
+        """Every norm of a block: those that linears read, and those between a layer and the residual stream."""
+        behind = (layer.post_norm for layer in self.layers.values() if layer.post_norm)
+        return *(norm for norm, _ in self.fused_norms()), *behind
+
+    def writers(self) -> tuple[str, ...]:
+        """The linears whose outputs reach the residual stream, through a norm or not."""
+        return tuple(name for layer in self.layers.values() for name in layer.writers())
 
     def fused_norms(self) -> tuple[tuple[str, tuple[str, ...]], ...]:
         """(norm, linears that read it) inside a block: where a gain goes before the residual stream is rotated."""
@@ -101,32 +149,52 @@ class Family:
             if spec.kind == "norm"
         )
 
+    def left_alone(self, dims: Dims) -> tuple[str, ...]:
+        """Full names of linears that stay as they are: the head, and what reads a norm without being in `linears`."""
+        names = [self.head]
+        for index, block in enumerate(self.each_block(dims)):
+            linears = {linear.name for linear in block.linears}
+            readers = [reader for _, readers in block.fused_norms() for reader in readers]
+            names += [f"{self.blocks}.{index}.{reader}" for reader in readers if reader not in linears]
+        return tuple(names)
+
+    def _residual(self) -> SiteSpec:
+        sources: list[End] = [(self.embedding, "columns")]
+        sinks: list[End] = []
+        for layer in self.layers.values():
+            sources += [(layer.post_norm, "gain")] if layer.post_norm else [(name, "rows") for name in layer.writers()]
+            sinks += [end for spec in layer.sites if spec.kind == "norm" for end in spec.sinks]
+        sinks.append((self.head, "columns"))
+        return SiteSpec(name="residual", kind="residual", width="hidden", sources=tuple(sources), sinks=tuple(sinks))
+
 
 def resolve_sites(family: Family, dims: Dims, tp: int = 1) -> tuple[Site, ...]:
     """The family's sites with their sizes; with `tp` slices of those whose sinks tensor parallelism cuts by columns."""
     copies = dims.heads // dims.kv_heads
+    linears = {linear.name: linear for linear in family.linears}
 
-    def edges(pairs: tuple[tuple[str, Side], ...], spec: SiteSpec) -> tuple[Edge, ...]:
-        outside = (family.embedding, family.head)
-        return tuple(
-            Edge(
-                module=module,
-                side=side,
-                copies=copies if module in spec.grouped else 1,
-                scope="model" if module in outside else "block",
-            )
-            for module, side in pairs
+    def edge(end: End, spec: SiteSpec, expert: int | None) -> Edge:
+        module, _, part = end[0].partition(":")
+        return Edge(
+            module=module,
+            side=end[1],
+            copies=copies if end[0] in spec.grouped else 1,
+            scope="model" if module in (family.embedding, family.head) else "block",
+            rows=linears[module].part(part, dims) if part else None,
+            expert=expert,
         )
 
-    return tuple(
-        Site(
-            name=spec.name,
+    def site(spec: SiteSpec, expert: int | None) -> Site:
+        return Site(
+            name=spec.name if expert is None else f"{spec.name}.{expert}",
             kind=spec.kind,
             width=getattr(dims, spec.width),
             heads=dims.kv_heads if spec.kind in ("rope", "heads") else 1,
             slices=tp if spec.kind in ("heads", "linear") else 1,
-            sources=edges(spec.sources, spec),
-            sinks=edges(spec.sinks, spec),
+            sources=tuple(edge(end, spec, expert) for end in spec.sources),
+            sinks=tuple(edge(end, spec, expert) for end in spec.sinks),
         )
-        for spec in family.sites
+
+    return tuple(
+        site(spec, expert) for spec in family.sites for expert in (range(dims.experts) if spec.each_expert else (None,))
     )

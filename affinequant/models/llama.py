@@ -1,40 +1,16 @@
 """Llama and those that share its layout (Llama 1 to 3, SmolLM2, TinyLlama, Vicuna, ...)."""
 
-from affinequant.models.family import Family, LinearSpec, SiteSpec
+from affinequant.models.family import Family, Layer, LinearSpec, SiteSpec
 
-LLAMA = Family(
-    name="llama",
-    architectures=("LlamaForCausalLM",),
-    blocks="model.layers",
-    embedding="model.embed_tokens",
-    norm="model.norm",
-    head="lm_head",
-    norm_offset=0.0,
-    rope="half",
+_ATTENTION = Layer(
+    attention="self_attn",
     linears=(
         LinearSpec(name="self_attn.q_proj", rows="query", columns="hidden", bias="attention_bias"),
         LinearSpec(name="self_attn.k_proj", rows="value", columns="hidden", bias="attention_bias"),
         LinearSpec(name="self_attn.v_proj", rows="value", columns="hidden", bias="attention_bias"),
         LinearSpec(name="self_attn.o_proj", rows="hidden", columns="query", bias="attention_bias"),
-        LinearSpec(name="mlp.gate_proj", rows="mlp", columns="hidden", bias="mlp_bias"),
-        LinearSpec(name="mlp.up_proj", rows="mlp", columns="hidden", bias="mlp_bias"),
-        LinearSpec(name="mlp.down_proj", rows="hidden", columns="mlp", bias="mlp_bias"),
     ),
     sites=(
-        SiteSpec(
-            name="residual",
-            kind="residual",
-            width="hidden",
-            sources=(("model.embed_tokens", "columns"), ("self_attn.o_proj", "rows"), ("mlp.down_proj", "rows")),
-            sinks=(
-                ("self_attn.q_proj", "columns"),
-                ("self_attn.k_proj", "columns"),
-                ("self_attn.v_proj", "columns"),
-                ("mlp.gate_proj", "columns"),
-                ("mlp.up_proj", "columns"),
-                ("lm_head", "columns"),
-            ),
-        ),
         SiteSpec(
             name="attn_in",
             kind="norm",
@@ -62,6 +38,15 @@ LLAMA = Family(
             sinks=(("self_attn.o_proj", "columns"),),
             grouped=("self_attn.o_proj",),
         ),
+    ),
+)
+_MLP = Layer(
+    linears=(
+        LinearSpec(name="mlp.gate_proj", rows="mlp", columns="hidden", bias="mlp_bias"),
+        LinearSpec(name="mlp.up_proj", rows="mlp", columns="hidden", bias="mlp_bias"),
+        LinearSpec(name="mlp.down_proj", rows="hidden", columns="mlp", bias="mlp_bias"),
+    ),
+    sites=(
         SiteSpec(
             name="mlp_in",
             kind="norm",
@@ -77,5 +62,16 @@ LLAMA = Family(
             sinks=(("mlp.down_proj", "columns"),),
         ),
     ),
+)
+LLAMA = Family(
+    name="llama",
+    architectures=("LlamaForCausalLM",),
+    blocks="model.layers",
+    embedding="model.embed_tokens",
+    norm="model.norm",
+    head="lm_head",
+    norm_offset=0.0,
+    rope="half",
+    layers={"attention": _ATTENTION, "mlp": _MLP},
     settings={"hidden_act": ("silu", "gelu", "gelu_pytorch_tanh", "relu"), "partial_rotary_factor": (1.0,)},
 )

@@ -26,13 +26,16 @@ class Edge:
 
     `module` is named relative to its block (`scope="block"`) or to the whole model. `side` says which part of it
     carries the site's features: a norm's gain, a linear's output rows, or its input columns. `copies` is how many
-    consecutive heads share one head of the transform (query heads per KV head).
+    consecutive heads share one head of the transform (query heads per KV head). Of a fused linear, `rows` are the first
+    of its rows that is meant and the first behind; of a parameter [experts, rows, columns], `expert` is the one meant.
     """
 
     module: str
     side: Side
     copies: int = 1
     scope: Literal["block", "model"] = "block"
+    rows: tuple[int, int] | None = None
+    expert: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,6 +114,9 @@ def place(site: Site, structure: Structure) -> Placement:
 
     The cost is in floating-point operations per token of one block, multiply and add counted separately.
     """
+    behind = [edge.module for edge in site.sources if edge.side == "gain"]
+    if site.kind == "residual" and behind:
+        return Placement(how="refused", reason=f"the gain of {behind[0]} acts on what a layer adds: no map passes it")
     if structure in _FOLDS[site.kind]:
         return Placement(how="folded", reason=_FOLDS[site.kind][structure])
     if structure in _ONLINE.get(site.kind, {}):

@@ -142,16 +142,21 @@ def check_tensors(source: Source, family: Family, dims: Dims) -> None:
             "merge it into the model first: peft's merge_and_unload(), then save_pretrained",
             exit_code=PREFLIGHT,
         )
-    shapes = {f"{family.embedding}.weight": (dims.vocab, dims.hidden), f"{family.norm}.weight": (dims.hidden,)}
+    shapes: dict[str, tuple[int, ...]] = {
+        f"{family.embedding}.weight": (dims.vocab, dims.hidden),
+        f"{family.norm}.weight": (dims.hidden,),
+    }
     if not dims.tied:
         shapes[f"{family.head}.weight"] = (dims.vocab, dims.hidden)
-    for index in range(dims.layers):
-        for linear in family.linears:
-            name = f"{family.blocks}.{index}.{linear.name}.weight"
-            shapes[name] = (getattr(dims, linear.rows), getattr(dims, linear.columns))
-            if linear.bias and source.config.get(linear.bias):
-                shapes[f"{name.removesuffix('weight')}bias"] = (getattr(dims, linear.rows),)
-        for norm, _ in family.fused_norms():
+    linears = set[str]()
+    for index, block in enumerate(family.each_block(dims)):
+        for linear in block.linears:
+            name = f"{family.blocks}.{index}.{linear.name}"
+            linears.add(name)
+            shapes[f"{name}.weight"] = linear.shape(dims)
+            if linear.has_bias(source.config):
+                shapes[f"{name}.bias"] = linear.shape(dims)[:1]
+        for norm in block.norms():
             shapes[f"{family.blocks}.{index}.{norm}.weight"] = (dims.hidden,)
     for name, shape in shapes.items():
         entry = source.entries.get(name)
@@ -168,7 +173,6 @@ def check_tensors(source: Source, family: Family, dims: Dims) -> None:
             raise broken(f"tensor {name} has shape {list(entry.shape)}, config.json says {list(shape)}", source.folder)
         if entry.dtype not in _FLOATS:
             raise broken(f"tensor {name} holds {entry.dtype}, not 16- or 32-bit floats", source.folder)
-    linears = {f"{family.blocks}.{index}.{linear.name}" for index in range(dims.layers) for linear in family.linears}
     for name in source.entries:
         owner, _, part = name.rpartition(".")
         if owner in linears and part not in ("weight", "bias"):

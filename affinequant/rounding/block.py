@@ -71,13 +71,13 @@ def round_block(
         full: what the full-precision block sees; for rounding `auto` and `gptaq`.
         told: hears of each group that is done, how many linears it has.
     """
-    weights = {f"{linear.name}.weight" for linear in job.decoder.family.linears}
+    weights = {f"{linear.name}.weight" for linear in job.family.linears}
     stored = {name: tensor.to(job.store) for name, tensor in tensors.items() if name not in weights}
     work = {name: (tensor if name in weights else stored[name]).float() for name, tensor in tensors.items()}
     clips: dict[str, float] = {}
     online = {site: _plain(module.online()) for site, module in learned.online.items()}
     rotation = learned.after_rope()
-    stored |= {stored_name(job.decoder.family.attention, part): tensor for part, tensor in rotation.items()}
+    stored |= {stored_name(job.family.attention, part): tensor for part, tensor in rotation.items()}
     real, passing = dict(work), Replay(job, x, online, learned.on_attention)
     beside = None
     if job.recipe.rounding in ("gptaq", "auto"):
@@ -86,7 +86,7 @@ def round_block(
     roundings: dict[str, Mapping[str, Any]] = {}
     figures: dict[str, dict[str, float]] = {}
     events: list[str] = []
-    for site, members in job.decoder.family.input_groups():
+    for site, members in job.family.input_groups():
         if _needs_hessian(job) or "search" in job.recipe.activation_clip:
             passing.reach(site, work, clips)
         clips[site] = _activation_clip(job, work, passing, site, members, learned)

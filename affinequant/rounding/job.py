@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from affinequant.models import Family
 from affinequant.models.attention import OnAttention
 from affinequant.models.decoder import Decoder, OnInput, like_on_disk, run_block, slices
 from affinequant.models.sites import Site
@@ -49,6 +50,11 @@ class BlockJob:
     starts: Mapping[str, Tensor] = field(default_factory=dict)
     """By site, matrices that have been learned already: its transform starts from them."""
 
+    @property
+    def family(self) -> Family:
+        """What the block is made of."""
+        return self.decoder.family.at(self.decoder.dims, self.index)
+
     def run(
         self,
         tensors: Mapping[str, Tensor],
@@ -61,9 +67,9 @@ class BlockJob:
         """The block on a batch (`run_block`), in the compute dtype whatever the tensors are in. Without `on_input` and
         `on_attention` in full precision: they hold all that acts on activations at run time."""
         lent = {name: tensor.to(self.decoder.dtype) for name, tensor in tensors.items()}
-        block, family = self.decoder.block(self.index), self.decoder.family
+        block = self.decoder.block(self.index)
         factors = {name: scale.to(self.decoder.dtype) for name, scale in (scales or {}).items()}
-        return run_block(block, family, lent, x, self.kwargs, on_input, on_attention, known, factors)
+        return run_block(block, self.family, lent, x, self.kwargs, on_input, on_attention, known, factors)
 
     def run_all(
         self,

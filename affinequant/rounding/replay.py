@@ -36,8 +36,8 @@ class Replay:
         room: in bytes.
         """
         self.job, self.x, self.online, self.on_attention = job, x, online, on_attention
-        self.groups = dict(job.decoder.family.input_groups())
-        self.writers = {edge.module for site in job.sites.values() if site.kind == "residual" for edge in site.sources}
+        self.groups = dict(job.family.input_groups())
+        self.writers = job.family.writers()
         dims = job.decoder.dims
         self.keeps = replay_bytes(x.shape[0] * x.shape[1], dims) <= room
         self.site = ""

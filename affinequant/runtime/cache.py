@@ -36,8 +36,10 @@ def quantize_cache(
         rotation_of: (name of an attention module, width of a head) -> its rotation of queries and keys, if any.
     """
     family, dims = resolve(unquantized(model.config.to_dict()), where="config.json")
-    for index in range(dims.layers):
-        name = f"{family.blocks}.{index}.{family.attention}"
+    for index, block in enumerate(family.each_block(dims)):
+        if not block.attention:
+            continue
+        name = f"{family.blocks}.{index}.{block.attention}"
         module = model.get_submodule(name)
         module.cached_heads = CachedHeads(kv, rotation_of(name, dims.head_dim))
         module.register_forward_pre_hook(_pass_on, with_kwargs=True)

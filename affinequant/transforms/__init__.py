@@ -118,7 +118,7 @@ def names_at(site: Site, how: str) -> str:
 
 def _possible(site: Site) -> str:
     parts = [f"{how} there: {names}" for how in ("folded", "online") if (names := names_at(site, how))]
-    return "choose another (" + "; ".join(parts) + ")"
+    return "choose another (" + "; ".join(parts) + ")" if parts else f"leave it out: {site.name}=none"
 
 
 def build(name: str, site: Site, *, seed: int, alpha: float, start: "Start | None" = None) -> "Transform":

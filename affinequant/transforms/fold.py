@@ -1,6 +1,7 @@
 """Transforms into weights. Pure functions: the same code shapes the weights in training and, in fp64, for good."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -10,6 +11,8 @@ from affinequant.models.sites import Edge, Site
 from affinequant.transforms import Transform
 
 Tensors = dict[str, Tensor]
+Action = Callable[[Tensor, int], Tensor]
+"""(x, copies) -> what a transform makes of it, over the last axis."""
 
 
 def fold(
@@ -61,12 +64,19 @@ def fuse_gains(
     tensors: Mapping[str, Tensor], norms: Sequence[tuple[str, Sequence[str]]], norm_offset: float
 ) -> Tensors:
     """Move each norm's gain into the linears that read it, leaving a gain of one: needed before the residual stream is
-    rotated, and harmful without a rotation, since it makes weights harder to quantise."""
+    rotated, and harmful without a rotation, since it makes weights harder to quantise.
+
+    Raises:
+        ValueError: a norm has a bias. Nothing here knows where that would go.
+    """
     result = dict(tensors)
     for norm, readers in norms:
+        if f"{norm}.bias" in result:
+            raise ValueError(f"{norm} has a bias, which cannot be fused")
         gain = result[f"{norm}.weight"] + norm_offset
         for reader in readers:
-            result[f"{reader}.weight"] = result[f"{reader}.weight"] * gain
+            weight = _weight(result, reader)
+            result[weight] = result[weight] * gain
         result[f"{norm}.weight"] = torch.ones_like(gain) - norm_offset
     return result
 
@@ -85,15 +95,31 @@ def rotate_outer(tensors: Mapping[str, Tensor], family: Family, site: Site, rota
     return fold(fused, site, rotation, scope="model")
 
 
-def _act(tensors: Tensors, edge: Edge, action, norm_offset: float) -> None:
-    weight, bias = f"{edge.module}.weight", f"{edge.module}.bias"
+def _act(tensors: Tensors, edge: Edge, action: Action, norm_offset: float) -> None:
+    weight, bias = _weight(tensors, edge.module), f"{edge.module}.bias"
     if edge.side == "gain":
         tensors[weight] = action(tensors[weight] + norm_offset, edge.copies) - norm_offset
         if bias in tensors:
             tensors[bias] = action(tensors[bias], edge.copies)
     elif edge.side == "rows":
-        tensors[weight] = action(tensors[weight].mT, edge.copies).mT
+        tensors[weight] = _on_part(tensors[weight], edge, lambda part: action(part.mT, edge.copies).mT)
         if bias in tensors:
-            tensors[bias] = action(tensors[bias], edge.copies)
+            tensors[bias] = _on_part(tensors[bias], edge, lambda part: action(part, edge.copies))
     else:
-        tensors[weight] = action(tensors[weight], edge.copies)
+        tensors[weight] = _on_part(tensors[weight], edge, lambda part: action(part, edge.copies))
+
+
+def _weight(tensors: Mapping[str, Tensor], module: str) -> str:
+    """The name of a module's weight. Experts keep theirs in parameters, which have the names of edges themselves."""
+    return module if module in tensors else f"{module}.weight"
+
+
+def _on_part(tensor: Tensor, edge: Edge, action: Callable[[Tensor], Tensor]) -> Tensor:
+    """A linear's tensor with `action` on the expert, and of that on the rows, which the edge means."""
+    if edge.expert is not None:
+        before, part, behind = tensor.tensor_split((edge.expert, edge.expert + 1))
+        return torch.cat([before, _on_part(part[0], replace(edge, expert=None), action)[None], behind])
+    if edge.rows is not None:
+        before, part, behind = tensor.tensor_split(edge.rows)
+        return torch.cat([before, action(part), behind])
+    return action(tensor)

@@ -19,8 +19,9 @@ CANDIDATES: Mapping[Kind, tuple[str, ...]] = {
 
 
 def block_flops(family: Family, dims: Dims) -> int:
-    """Floating-point operations per token of one block's linears: what an online transform is held against."""
-    return 2 * sum(getattr(dims, linear.rows) * getattr(dims, linear.columns) for linear in family.linears)
+    """Floating-point operations per token of one block's linears, where blocks differ of the largest: what an online
+    transform is held against."""
+    return max(2 * sum(math.prod(linear.shape(dims)) for linear in block.linears) for block in family.each_block(dims))
 
 
 def flops_of(name: str, site: Site) -> int:
@@ -123,7 +124,7 @@ def settled(
     took."""
     result = dict(placements)
     for name in {site for block in blocks for site in block.get("transforms", {})}:
-        taken = {block["transforms"][name]["transform"] for block in blocks}
+        taken = {block["transforms"][name]["transform"] for block in blocks if name in block.get("transforms", {})}
         cost = max(flops_of(one, sites[name]) for one in taken)
         reason = f"chosen block by block: {', '.join(sorted(taken))}"
         result[name] = Placement(how="online" if cost else "folded", reason=reason, flops=cost)
@@ -131,17 +132,18 @@ def settled(
 
 
 def online_bytes(recipe: Recipe, family: Family, sites: Mapping[str, Site]) -> int:
-    """What one block keeps of the transforms that act at run time: in float32, beside every linear that reads them, or
-    beside the attention. At a site whose transform each block chooses nothing is counted: see `choice_bytes`."""
-    after_rope = [(name, (family.attention,)) for name, site in sites.items() if site.kind == "rope"]
+    """What a block of this family keeps of the transforms that act at run time: in float32, beside every linear that
+    reads them, or beside the attention. At a site whose transform each block chooses nothing is counted: see
+    `choice_bytes`."""
+    after_rope = [(spec.name, (family.attention,)) for spec in family.sites if spec.kind == "rope"]
     readers = (*family.input_groups(), *after_rope)
     groups = [(name, members) for name, members in readers if recipe.transforms.get(name, AUTO) != AUTO]
     return sum(len(members) * _numbers(recipe.transforms[name], sites[name]) * 4 for name, members in groups)
 
 
-def choice_bytes(recipe: Recipe, family: Family, dims: Dims, sites: Mapping[str, Site]) -> int:
-    """The most that one block can keep beyond `online_bytes` where it chooses."""
-    total, block = 0, block_flops(family, dims)
+def choice_bytes(recipe: Recipe, family: Family, block: int, sites: Mapping[str, Site]) -> int:
+    """The most that a block of this family can keep beyond `online_bytes` where it chooses. `block`: `block_flops`."""
+    total = 0
     for name, members in family.input_groups():
         if recipe.transforms.get(name) == AUTO:
             sizes = [_numbers(one, sites[name]) for one in candidates(sites[name], recipe, block)]
@@ -187,8 +189,8 @@ def check_groups(recipe: Recipe, family: Family, dims: Dims) -> None:
         AffineQuantError: with the nearest group that does (exit 3).
     """
     group = recipe.parsed_scheme.weight.group_size
-    widths = sorted({getattr(dims, linear.columns) for linear in family.linears})
-    rows = sorted({getattr(dims, linear.rows) for linear in family.linears})
+    shapes = [linear.shape(dims) for linear in family.linears]
+    rows, widths = (sorted(set(sizes)) for sizes in zip(*shapes, strict=True))
     if group and any(width % group for width in widths):
         common = math.gcd(*widths)
         fits = [size for size in range(8, common + 1, 8) if common % size == 0]

@@ -1,0 +1,77 @@
+"""Sizes of a network, read from its config.json."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from affinequant.errors import PREFLIGHT, AffineQuantError
+
+Width = Literal["hidden", "mlp", "query", "value"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dims:
+    """Sizes read from a config.json. `query` and `value` are the widths of all query heads and all KV heads."""
+
+    layers: int
+    hidden: int
+    mlp: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    tied: bool
+    experts: int = 0
+    """In a layer of experts, how many; `mlp` is then the width of one."""
+    kinds: tuple[tuple[str, ...], ...] = ()
+    """By block, the kinds of layer that it is made of; empty where every block has all that its family has."""
+
+    @property
+    def query(self) -> int:
+        """Features of all query heads."""
+        return self.heads * self.head_dim
+
+    @property
+    def value(self) -> int:
+        """Features of all KV heads."""
+        return self.kv_heads * self.head_dim
+
+
+def read_dims(config: Mapping[str, Any], where: str) -> Dims:
+    """The sizes of a decoder whose config.json calls them as Llama's does.
+
+    Raises:
+        AffineQuantError: a size that is missing or impossible (exit 3).
+    """
+
+    def size(key: str, default: int | None = None) -> int:
+        value = config.get(key)
+        value = default if value is None else value
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise AffineQuantError(
+                f"{key} = {value!r}",
+                where,
+                f"config.json must give {key} as a positive whole number",
+                exit_code=PREFLIGHT,
+            )
+        return value
+
+    hidden, heads = size("hidden_size"), size("num_attention_heads")
+    dims = Dims(
+        layers=size("num_hidden_layers"),
+        hidden=hidden,
+        mlp=size("intermediate_size"),
+        heads=heads,
+        kv_heads=size("num_key_value_heads", heads),
+        head_dim=size("head_dim", hidden // heads),
+        vocab=size("vocab_size"),
+        tied=bool(config.get("tie_word_embeddings", False)),
+    )
+    if heads % dims.kv_heads:
+        raise AffineQuantError(
+            f"{heads} query heads cannot share {dims.kv_heads} KV heads",
+            where,
+            "correct config.json",
+            exit_code=PREFLIGHT,
+        )
+    return dims
