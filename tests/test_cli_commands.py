@@ -297,12 +297,13 @@ def test_a_reader_that_stops_reading_is_no_error() -> None:
 
 
 def test_bench(tmp_path: Path, capsys: Capture, monkeypatch: Patch) -> None:
-    from affinequant_kernels import bench, cpu
+    from affinequant_kernels.bench import benchmark
+    from affinequant_kernels.cpu import layer
 
-    monkeypatch.setattr(bench, "COLD_BYTES", {"cpu": 1 << 14})
-    monkeypatch.setattr(bench, "FLUSH_BYTES", 1 << 20)
-    monkeypatch.setattr(bench, "TURN_SECONDS", {"cpu": 1e-4})
-    monkeypatch.setattr(bench, "FUSED", {"cpu": (4, 512)})
+    monkeypatch.setattr(benchmark, "COLD_BYTES", {"cpu": 1 << 14})
+    monkeypatch.setattr(benchmark, "FLUSH_BYTES", 1 << 20)
+    monkeypatch.setattr(benchmark, "TURN_SECONDS", {"cpu": 1e-4})
+    monkeypatch.setattr(benchmark, "FUSED", {"cpu": (4, 512)})
     argv = ["bench", "--device", "cpu", "--shapes", "64x128", "--rows", "2", "--rounds", "1"]
     assert main([*argv, "--out", str(tmp_path / "out")]) == 0
     shown = capsys.readouterr()
@@ -313,16 +314,16 @@ def test_bench(tmp_path: Path, capsys: Capture, monkeypatch: Patch) -> None:
     assert capsys.readouterr().err == ""
     value = answer(capsys, argv)
     assert value["sizes"][0]["cold"]["w4a4"]["us"] > 0 and set(value["sizes"][0]["cold"]["w4a4"]["x"]) > {"torch bf16"}
-    cpu.clear_cache()
+    layer.clear_cache()
 
 
 def test_bench_has_the_options_of_the_module(capsys: Capture, monkeypatch: Patch) -> None:
     """`python -m affinequant_kernels.bench` and `affinequant bench` are described twice."""
-    from affinequant_kernels import bench
+    from affinequant_kernels.bench import benchmark
 
     monkeypatch.setattr(sys, "argv", ["bench", "--help"])
     with pytest.raises(SystemExit):
-        bench.main()
+        benchmark.main()
     options = {word.strip("[],") for word in capsys.readouterr().out.split() if word.strip("[],").startswith("--")}
     assert main(["bench", "--help"]) == 0
     shown = capsys.readouterr().out
@@ -409,7 +410,8 @@ def test_list(topic: str, names: list[str], capsys: Capture) -> None:
 
 
 def test_env(tiny: Tiny, options: list[str], tmp_path: Path, capsys: Capture, monkeypatch: Patch) -> None:
-    from affinequant_kernels import engines, reference
+    from affinequant_kernels import reference
+    from affinequant_kernels.cpu import engines
 
     assert main(["env"]) == 0
     shown = capsys.readouterr().out

@@ -12,7 +12,8 @@ import pytest
 pytest.importorskip("triton")
 
 import torch
-from affinequant_kernels import aot, ptx, transform
+from affinequant_kernels.bench import aot, ptx
+from affinequant_kernels.cuda import transform
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="triton brings its assembler on Linux only")
 
@@ -75,7 +76,7 @@ def test_every_kernel_is_among_the_cases() -> None:
 
     covered = {case.kernel for case in aot.cases()}
     for module in ("gemm", "gemm_group", "quant", "transform", "kv"):
-        names = vars(importlib.import_module(f"affinequant_kernels.{module}"))
+        names = vars(importlib.import_module(f"affinequant_kernels.cuda.{module}"))
         assert {name for name in names if name.endswith("_kernel")} <= covered
 
 

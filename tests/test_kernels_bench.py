@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from affinequant_kernels import bench, bench_layers, bench_report, cpu, ops, reference
+from affinequant_kernels import ops, reference
+from affinequant_kernels.bench import benchmark, layers, report
+from affinequant_kernels.cpu import layer
 from affinequant_kernels.weight import kind_of
 
 Patch = pytest.MonkeyPatch
@@ -20,17 +22,17 @@ Capture = pytest.CaptureFixture[str]
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: Patch) -> Iterator[None]:
-    monkeypatch.setattr(bench, "COLD_BYTES", {"cpu": 1 << 14})
-    monkeypatch.setattr(bench, "FLUSH_BYTES", 1 << 20)
-    monkeypatch.setattr(bench, "TURN_SECONDS", {"cpu": 1e-4})
-    monkeypatch.setattr(bench, "FUSED", {"cpu": (4, 512)})
+    monkeypatch.setattr(benchmark, "COLD_BYTES", {"cpu": 1 << 14})
+    monkeypatch.setattr(benchmark, "FLUSH_BYTES", 1 << 20)
+    monkeypatch.setattr(benchmark, "TURN_SECONDS", {"cpu": 1e-4})
+    monkeypatch.setattr(benchmark, "FUSED", {"cpu": (4, 512)})
     yield
-    cpu.clear_cache()
+    layer.clear_cache()
 
 
 def bench_main(monkeypatch: Patch, *words: str) -> int:
     monkeypatch.setattr(sys, "argv", ["bench", *words])
-    return bench.main()
+    return benchmark.main()
 
 
 SMALL = ("--device", "cpu", "--shapes", "128x256", "--rows", "1,3", "--rounds", "2")
@@ -41,7 +43,7 @@ def test_writes_json_table_and_plot(tmp_path: Path, monkeypatch: Patch, capsys: 
     shown = capsys.readouterr()
     assert "| 128 x 256, 3 tokens | cold us |" in shown.out and "\n| kron + quant | " in shown.out
     assert "w4a4" in shown.err and "written to" in shown.err
-    for name in bench_layers.RIVALS:
+    for name in layers.RIVALS:
         assert f"not compared: {name}: " in shown.out
     (folder,) = tmp_path.iterdir()
     result = json.loads((folder / "bench.json").read_text())
@@ -95,43 +97,41 @@ def test_a_gpu_that_is_not_there(monkeypatch: Patch, capsys: Capture) -> None:
 
 
 def test_sizes_beyond_the_time_are_listed(monkeypatch: Patch) -> None:
-    monkeypatch.setattr(bench.time, "monotonic", iter(range(0, 10_000, 50)).__next__)
-    settings = bench.Settings(shapes=((64, 128), (128, 128)), rows=(1, 2), rounds=1, minutes=2.0)
-    result = bench.run(settings)
+    monkeypatch.setattr(benchmark.time, "monotonic", iter(range(0, 10_000, 50)).__next__)
+    settings = benchmark.Settings(shapes=((64, 128), (128, 128)), rows=(1, 2), rounds=1, minutes=2.0)
+    result = benchmark.run(settings)
     assert [(s["n"], s["m"]) for s in result["sizes"]] == [(64, 1)] and result["fused"] is None
     assert result["left_out"] == [[64, 128, 2], [128, 128, 1], [128, 128, 2]]
-    assert "left out for want of time: 128 x 128, 2 tokens" in bench_report.table(result)
+    assert "left out for want of time: 128 x 128, 2 tokens" in report.table(result)
 
 
 def test_a_wrong_kernel_is_not_timed(monkeypatch: Patch) -> None:
     right = ops.linear
     monkeypatch.setattr(ops, "linear", lambda *a, **k: right(*a, **k) + 1)
     with pytest.raises(AssertionError, match="w4a4 differs from its reference"):
-        bench.run(bench.Settings(shapes=((64, 128),), rows=(2,), rounds=1))
+        benchmark.run(benchmark.Settings(shapes=((64, 128),), rows=(2,), rounds=1))
 
 
 def test_the_default_scheme_is_timed_as_it_runs(monkeypatch: Patch) -> None:
     """Zero points on both sides, and the transform of 86 x 128 that an input of 11008 gets."""
-    assert [len(factor) for factor in bench_layers.kron_factors(11008, "cpu")] == [86, 128]
-    layers = bench_layers.make_layers(64, 11008, "cpu", 1)
+    assert [len(factor) for factor in layers.kron_factors(11008, "cpu")] == [86, 128]
+    made = layers.make_layers(64, 11008, "cpu", 1)
     asked: list[tuple[list[int], bool]] = []
-    right = bench_layers.online_linear
+    right = ops.online_linear
 
     def online_linear(x: Any, factors: Any, weight: Any, **settings: Any) -> torch.Tensor:
         assert weight.zero is not None and int(weight.zero.abs().max()) > 0
         asked.append(([len(factor) for factor in factors], settings["act_symmetric"]))
         return right(x, factors, weight, **settings)
 
-    monkeypatch.setattr(bench_layers, "online_linear", online_linear)
-    (call,) = bench_layers.providers(layers, 3)["w4a4 online"]
+    monkeypatch.setattr(ops, "online_linear", online_linear)
+    (call,) = layers.providers(made, 3)["w4a4 online"]
     call()
     assert asked == [([86, 128], False)] * 2
     wrong = [torch.eye(86), torch.eye(128)]
-    monkeypatch.setattr(
-        bench_layers, "online_linear", lambda x, _, weight, **settings: right(x, wrong, weight, **settings)
-    )
+    monkeypatch.setattr(ops, "online_linear", lambda x, _, weight, **settings: right(x, wrong, weight, **settings))
     with pytest.raises(AssertionError, match="w4a4 online differs from its reference"):
-        bench_layers.providers(layers, 3)
+        layers.providers(made, 3)
 
 
 # Other packages: none is installed where these tests run, so their place is taken by modules with their interface.
@@ -143,7 +143,7 @@ def stand_in(name: str, monkeypatch: Patch, **members: Any) -> None:
     module = ModuleType(name)
     vars(module).update(members)
     monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setattr(bench_layers, "find_spec", lambda wanted: wanted == package or None)
+    monkeypatch.setattr(layers, "find_spec", lambda wanted: wanted == package or None)
 
 
 class Hqq:
@@ -160,10 +160,10 @@ class Hqq:
 
 
 def rivals(monkeypatch: Patch) -> tuple[dict[str, list[Any]], dict[str, str]]:
-    weight = bench_layers.sample_weight(64, 128)
-    dense = bench_layers.unpack(weight.qweight, 128).float() * weight.scale.unsqueeze(1)
+    weight = layers.sample_weight(64, 128)
+    dense = layers.unpack(weight.qweight, 128).float() * weight.scale.unsqueeze(1)
     # As on a GPU, with tensors that stay on the CPU.
-    return bench_layers._make_rivals(weight, dense.bfloat16(), "cuda", 2)
+    return layers._make_rivals(weight, dense.bfloat16(), "cuda", 2)
 
 
 def test_gemlite_gets_the_same_matrix(monkeypatch: Patch) -> None:
@@ -218,10 +218,10 @@ def test_a_rival_that_fails_while_timed_is_left_out() -> None:
         raise RuntimeError("capture")
 
     good: list[Callable[[], object]] = [lambda: None]
-    times, failed = bench.measure({"torch bf16": good, "x": [fail]}, "cpu", 1, may_fail=["x"])
+    times, failed = benchmark.measure({"torch bf16": good, "x": [fail]}, "cpu", 1, may_fail=["x"])
     assert list(times) == ["torch bf16"] and failed == {"x": "failed: RuntimeError: capture"}
     with pytest.raises(RuntimeError, match="capture"):
-        bench.measure({"x": [fail]}, "cpu", 1)
+        benchmark.measure({"x": [fail]}, "cpu", 1)
 
 
 def test_roofline_share_of_a_known_device() -> None:
@@ -230,16 +230,16 @@ def test_roofline_share_of_a_known_device() -> None:
     size = {"n": 4096, "k": 4096, "m": 1, "cold": dict.fromkeys(names, time), "warm": dict.fromkeys(names, time)}
     about = {"device": "NVIDIA H200", "torch": "2", "triton": "3", "date": "today", "clocks": "1 MHz"}
     result = {"before": about, "after": about, "sizes": [size], "fused": None, "skipped": {}, "left_out": []}
-    shares = [line.split("|")[-2].strip() for line in bench_report.table(result).splitlines() if line.startswith("| t")]
+    shares = [line.split("|")[-2].strip() for line in report.table(result).splitlines() if line.startswith("| t")]
     # 2 bytes a weight at 4.8e12 bytes a second: 7 of 10 us.
     assert shares == ["70", "-"]
-    assert "| w4a4 | 10.0 | 9.0..11.0 | 10.0 | 1.00 | 1.00 | 18 |" in bench_report.table(result)
+    assert "| w4a4 | 10.0 | 9.0..11.0 | 10.0 | 1.00 | 1.00 | 18 |" in report.table(result)
 
 
 @pytest.mark.parametrize("zero", [False, True])
 @pytest.mark.parametrize("kind, bits", [("channel", 4), ("channel", 8), ("group", 4), ("group", 8), ("integer", 4)])
 def test_what_is_timed_is_a_quantised_gaussian(kind: Any, bits: int, zero: bool) -> None:
-    weight = bench_layers.sample_weight(16, 256, kind, bits, zero=zero)
+    weight = layers.sample_weight(16, 256, kind, bits, zero=zero)
     assert (weight.zero is not None) == (zero and (kind, bits) != ("group", 8))
     assert kind_of(weight.scale, weight.mul) == kind
     value = reference.w4a16_linear(torch.eye(256), weight).t()

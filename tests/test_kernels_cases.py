@@ -17,8 +17,9 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not INTERPRETED and not torch.cuda.is_available():
     pytest.skip("needs CUDA, or the interpreter (test_kernels_interpreter.py runs it)", allow_module_level=True)
 
-from affinequant_kernels import gemm, gemm_group, kv, prepare_weight, quant, reference, transform
-from affinequant_kernels.tune import Config
+from affinequant_kernels import prepare_weight, reference
+from affinequant_kernels.cuda import gemm, gemm_group, kv, quant, transform
+from affinequant_kernels.cuda.configs import Config
 from affinequant_kernels.weight import Weight
 
 # The interpreter's own habits: it turns 1-element arrays into numbers, and numpy tells of NaN and overflow.

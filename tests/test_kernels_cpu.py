@@ -1,10 +1,11 @@
-"""cpu.py equals reference.py bit for bit, on every engine; its cache follows the weights."""
+"""cpu/ equals reference.py bit for bit, on every engine; its cache follows the weights."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from affinequant_kernels import cpu, engines, native, prepare_weight, reference
+from affinequant_kernels import prepare_weight, reference
+from affinequant_kernels.cpu import engines, layer, native
 from affinequant_kernels.weight import Weight
 
 ENGINES = ["native", *engines.CANDIDATES]
@@ -14,7 +15,7 @@ KINDS = [("channel", 4), ("integer", 4), ("group", 4), ("channel", 8), ("group",
 
 @pytest.fixture(params=ENGINES)
 def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    cpu.clear_cache()
+    layer.clear_cache()
     if request.param == "native":
         if native.available():
             pytest.skip(f"no compiled code: {native.available()}")
@@ -71,7 +72,7 @@ def test_linear_dyn_equals_reference(
             x = rows(m, k, dtype)
             settings = {"act_bits": act_bits, "act_symmetric": symmetric, "clip": 0.9, "out_dtype": out_dtype}
             for b in (None, bias):
-                got = cpu.linear_dyn(x, weight, b, **settings)
+                got = layer.linear_dyn(x, weight, b, **settings)
                 wanted = reference.linear_dyn(x, weight, b, **settings)
                 assert got.dtype == out_dtype and torch.equal(got, wanted), (m, k, dtype, out_dtype)
 
@@ -83,7 +84,7 @@ def test_linear_dyn_equals_reference(
 def test_row_quant_equals_reference(bits: int, symmetric: bool, dtype: torch.dtype, m: int, k: int) -> None:
     x = rows(m, max(k, 4), dtype)[:, :k].contiguous()
     for clip in (1.0, 0.73, 0.01):
-        got = cpu.row_quant(x, bits=bits, symmetric=symmetric, clip=clip)
+        got = layer.row_quant(x, bits=bits, symmetric=symmetric, clip=clip)
         wanted = reference.row_quant(x, bits=bits, symmetric=symmetric, clip=clip)
         for name, have, want in zip(got._fields, got, wanted, strict=True):
             assert torch.equal(have, want), (name, clip)
@@ -94,7 +95,7 @@ def test_row_quant_equals_reference(bits: int, symmetric: bool, dtype: torch.dty
 def test_a_row_that_is_not_finite_stays_visible(engine: str, bad: float, symmetric: bool) -> None:
     x = torch.ones(3, 96)
     x[1, 5] = bad
-    y = cpu.linear_dyn(
+    y = layer.linear_dyn(
         x,
         sample("channel", 4, True, 8, 96),
         None,
@@ -108,7 +109,7 @@ def test_a_row_that_is_not_finite_stays_visible(engine: str, bad: float, symmetr
 
 def product(weight: Weight) -> torch.Tensor:
     q = torch.ones(2, 96, dtype=torch.int8)
-    return cpu.linear(q, torch.ones(2), None, weight, None, torch.float32)
+    return layer.linear(q, torch.ones(2), None, weight, None, torch.float32)
 
 
 def test_the_cache_sees_updates_in_place(engine: str) -> None:
@@ -128,9 +129,9 @@ def test_the_cache_sees_updates_in_place(engine: str) -> None:
 def test_the_cache_lets_go_of_dead_weights(engine: str, bits: int) -> None:
     for _ in range(5):
         product(sample("channel", bits, False, 40, 96))
-    assert len(cpu._MADE) <= 1  # a view of the weight itself is not kept at all
-    cpu.clear_cache()
-    assert not cpu._MADE
+    assert len(layer._MADE) <= 1  # a view of the weight itself is not kept at all
+    layer.clear_cache()
+    assert not layer._MADE
 
 
 def test_weights_made_in_inference_mode(engine: str) -> None:
@@ -159,7 +160,7 @@ def test_sums_that_fp32_does_not_hold_are_kept_whole() -> None:
         # A group is summed by itself, and only its fp32 goes on.
         (1 << 17, 4, sample("group", 4, True, 8, 1 << 17), False),
     ):
-        using, kept = cpu._engine_for(3, k, zero, weight, torch.float32, act_bits)
+        using, kept = layer._engine_for(3, k, zero, weight, torch.float32, act_bits)
         assert kept == whole and not (whole and engines.CANDIDATES[using].rounds)
-    assert not cpu._engine_for(3, 1 << 17, None, four, torch.float32, 4)[1]
-    assert cpu._engine_for(3, 1 << 17, None, four, torch.int32, 4)[1]
+    assert not layer._engine_for(3, 1 << 17, None, four, torch.float32, 4)[1]
+    assert layer._engine_for(3, 1 << 17, None, four, torch.int32, 4)[1]

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from affinequant_kernels import cpu, engines, prepare_weight, reference
+from affinequant_kernels import prepare_weight, reference
+from affinequant_kernels.cpu import engines, layer
 from torch import Tensor
 
 Patch = pytest.MonkeyPatch
@@ -53,10 +54,10 @@ def fresh(tmp_path: Path, monkeypatch: Patch) -> Iterator[None]:
     monkeypatch.setattr(engines, "time", CLOCK)
     monkeypatch.setattr(engines, "_busy", lambda: False)
     engines.forget()
-    cpu.clear_cache()
+    layer.clear_cache()
     yield
     engines.forget()
-    cpu.clear_cache()
+    layer.clear_cache()
 
 
 def add(monkeypatch: Patch, name: str, product: object) -> None:
@@ -123,7 +124,7 @@ def test_the_variable_overrides_the_times(monkeypatch: Patch) -> None:
     codes = torch.randint(-8, 8, (16, 64), dtype=torch.int8)
     weight, x = prepare_weight(codes, torch.ones(16)), torch.randn(40, 64)
     settings = {"act_bits": 4, "act_symmetric": True, "clip": 1.0, "out_dtype": torch.float32}
-    got = cpu.linear_dyn(x, weight, None, **settings)
+    got = layer.linear_dyn(x, weight, None, **settings)
     assert torch.equal(got, reference.linear_dyn(x, weight)) and slow.seen[-1] == 40 * 64 * 16
 
 

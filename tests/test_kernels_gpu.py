@@ -7,17 +7,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from affinequant_kernels import (
-    bench_layers,
-    gemm,
-    linear,
-    online_linear,
-    ops,
-    prepare_weight,
-    reference,
-    transform,
-    tune,
-)
+from affinequant_kernels import linear, online_linear, ops, prepare_weight, reference
+from affinequant_kernels.bench import benchmark, layers, report, search
+from affinequant_kernels.cuda import configs, gemm, transform
 from affinequant_kernels.weight import Weight
 
 pytestmark = pytest.mark.gpu
@@ -55,7 +47,7 @@ def test_the_default_scheme_at_w4a4(k: int, sizes: tuple[int, int], m: int, dtyp
     """Zero points on both sides, a Kronecker transform in the quantiser: codes exact for what was quantised, the layer
     exact for its codes."""
     weight, x = sample(1024, k, zero=True), tokens(m, k).to(dtype)
-    matrices = [factor.to(dtype) for factor in bench_layers.kron_factors(k, "cuda")]
+    matrices = [factor.to(dtype) for factor in layers.kron_factors(k, "cuda")]
     assert tuple(len(matrix) for matrix in matrices) == sizes
     for left, right in (matrices, matrices[::-1]):  # rotations have the larger first
         y = torch.empty(m, k, device="cuda")
@@ -85,15 +77,15 @@ def test_in_a_cuda_graph(m: int) -> None:
 
 # Tiles of features by tokens, each split: with sums that two threads of a program handled, these gave wrong ones.
 RACED = [
-    tune.Config(bn=64, bm=64, split=8, warps=4, stages=4),
-    tune.Config(bn=128, bm=64, split=4, warps=4, stages=4),
-    tune.Config(bn=64, bm=32, split=8, warps=4, stages=4),
-    tune.Config(bn=128, bm=128, split=2),
+    configs.Config(bn=64, bm=64, split=8, warps=4, stages=4),
+    configs.Config(bn=128, bm=64, split=4, warps=4, stages=4),
+    configs.Config(bn=64, bm=32, split=8, warps=4, stages=4),
+    configs.Config(bn=128, bm=128, split=2),
 ]
 
 
 @pytest.mark.parametrize("config", RACED, ids=lambda config: f"{config.bn}x{config.bm}")
-def test_a_split_product_is_exact_every_time(config: tune.Config) -> None:
+def test_a_split_product_is_exact_every_time(config: configs.Config) -> None:
     """Two streams, a graph on a third: nothing that one call leaves or another is writing may show in a result."""
     weight = sample(4096, 4096)
     inputs = [reference.row_quant(tokens(m, 4096)) for m in (64, 51, 33)]
@@ -173,14 +165,12 @@ def test_fused_ops_of_real_sizes() -> None:
 
 
 def test_benchmark() -> None:
-    from affinequant_kernels import bench, bench_report
-
-    result = bench.run(bench.Settings(device="cuda", shapes=((512, 1024),), rows=(1, 32), rounds=2))
+    result = benchmark.run(benchmark.Settings(device="cuda", shapes=((512, 1024),), rows=(1, 32), rounds=2))
     assert [size["m"] for size in result["sizes"]] == [1, 32] and "w4a16" in result["sizes"][0]["cold"]
-    assert "512 x 1024, 32 tokens" in bench_report.table(result)
+    assert "512 x 1024, 32 tokens" in report.table(result)
 
 
 def test_search() -> None:
     said: list[str] = []
-    found = dict(tune.search([(512, 1024)], [1, 128], "channel", 4, 5.0, said.append))
+    found = dict(search.search([(512, 1024)], [1, 128], "channel", 4, 5.0, said.append))
     assert len(found) == 2 and not any("differs from the reference" in line for line in said), said

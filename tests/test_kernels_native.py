@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from affinequant_kernels import cache, cpu, engines, native, online_linear, prepare_weight, reference
+from affinequant_kernels import cache, online_linear, prepare_weight, reference
+from affinequant_kernels.cpu import engines, layer, native
 from affinequant_kernels.weight import Weight
 from torch import Tensor
 
@@ -71,16 +72,16 @@ def test_roundings_between_and_within_factors_are_the_references(dtype: torch.dt
         reference.transform(x, factors), given, out_dtype=dtype, act_symmetric=False, clip=0.9
     )
     settings = {"act_bits": 4, "act_symmetric": False, "clip": 0.9, "out_dtype": dtype}
-    assert torch.equal(cpu.linear_dyn(x, given, None, factors=factors, **settings), wanted)
+    assert torch.equal(layer.linear_dyn(x, given, None, factors=factors, **settings), wanted)
 
 
 @compiled
 @pytest.mark.parametrize("act_bits", [4, 8])
 def test_a_token_comes_out_the_same_whatever_its_company(act_bits: int) -> None:
     given, matrices = weight(), [matrix for factor in FACTORS["three"] for matrix in factor]
-    x = random(cpu.FEW_ROWS + 9, K).bfloat16()
+    x = random(layer.FEW_ROWS + 9, K).bfloat16()
     many = online_linear(x, matrices, given, act_bits=act_bits, clip=0.9)
-    for count in (1, 2, 7, cpu.FEW_ROWS):
+    for count in (1, 2, 7, layer.FEW_ROWS):
         assert torch.equal(online_linear(x[:count], matrices, given, act_bits=act_bits, clip=0.9), many[:count])
 
 
@@ -117,7 +118,7 @@ def test_without_it_the_reason_is_known_and_the_result_the_same(
     assert reason is not None and expected in reason
     monkeypatch.setattr(native, "available", lambda: reason)
     assert torch.equal(
-        cpu.linear_dyn(x, given, None, act_bits=4, act_symmetric=True, clip=1.0, out_dtype=x.dtype), wanted
+        layer.linear_dyn(x, given, None, act_bits=4, act_symmetric=True, clip=1.0, out_dtype=x.dtype), wanted
     )
     assert not list(tmp_path.rglob("*.so"))
 
@@ -131,7 +132,7 @@ def test_wrong_results_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @compiled
 def test_compiling_at_once_in_several_processes_leaves_one_whole_library(tmp_path: Path) -> None:
-    check = "from affinequant_kernels import native; assert native.available() is None, native.available()"
+    check = "from affinequant_kernels.cpu import native; assert native.available() is None, native.available()"
     environment = os.environ | {"AFFQ_CACHE": str(tmp_path)}
     running = [subprocess.Popen([sys.executable, "-c", check], env=environment) for _ in range(3)]
     assert [process.wait() for process in running] == [0, 0, 0]
@@ -224,7 +225,7 @@ def test_without_a_home_there_is_a_folder_of_this_process(monkeypatch: pytest.Mo
     engines.forget()
     x, given = random(3, K), weight()
     settings = {"act_bits": 4, "act_symmetric": True, "clip": 1.0, "out_dtype": x.dtype}
-    assert torch.equal(cpu.linear_dyn(x, given, None, **settings), reference.linear_dyn(x, given))
+    assert torch.equal(layer.linear_dyn(x, given, None, **settings), reference.linear_dyn(x, given))
     engines.forget()
 
 

@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 
 import torch
 from affinequant_kernels import Weight, online_linear, prepare_weight, slice_columns
-from affinequant_kernels.online_ops import WEIGHT_ONLY, warm
+from affinequant_kernels.ops import WEIGHT_ONLY, warm
 from jaxtyping import Float, Int8
 from torch import Tensor, nn
 
@@ -17,15 +17,15 @@ T = TypeVar("T")
 
 def check_engine() -> None:
     """Before anything long: raise AffineQuantError where AFFQ_ENGINE asks for what cannot be."""
-    from affinequant_kernels import engines
+    from affinequant_kernels.cpu import engines
 
     if engines.overridden():
         _followed(lambda: [engines.choose(m, 8, False) for m in (1, 16, 256)])
 
 
 def engines_report() -> dict[str, dict[str, Any]]:
-    """`affinequant_kernels.engines.report()`. Raises AffineQuantError where AFFQ_ENGINE asks for what cannot be."""
-    from affinequant_kernels import engines
+    """`affinequant_kernels.cpu.engines.report()`. Raises AffineQuantError where AFFQ_ENGINE asks for what cannot be."""
+    from affinequant_kernels.cpu import engines
 
     return _followed(engines.report)
 

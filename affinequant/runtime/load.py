@@ -58,7 +58,8 @@ def self_test() -> dict[str, dict[str, Any]]:
 
     By the name of the case: `passed`, and `text` in words.
     """
-    from affinequant_kernels import engines, native, reference
+    from affinequant_kernels import reference
+    from affinequant_kernels.cpu import engines, native
 
     few, random, results = native.available() or "compiled", torch.Generator().manual_seed(0), {}
     cases = (("w4a4", 4, 4, 1), ("w4a8", 4, 8, 1), ("w4a4 in groups", 4, 4, 3), ("w8a8", 8, 8, 1))
@@ -95,18 +96,19 @@ def benchmark(
     Raises:
         AffineQuantError: a size, number, device or folder that cannot be.
     """
-    from affinequant_kernels import bench, bench_report
+    from affinequant_kernels.bench import benchmark as timing
+    from affinequant_kernels.bench import report
 
     try:
-        settings = bench.Settings.read(device, shapes, rows, rounds, minutes)
-        bench.make_folder(out)
+        settings = timing.Settings.read(device, shapes, rows, rounds, minutes)
+        timing.make_folder(out)
     except ValueError as problem:
         option, _, what = str(problem).partition(": ")
         raise AffineQuantError(what, f"--{option}", "`affinequant bench --help` shows what can be given") from None
-    result = bench.run(settings, say)
+    result = timing.run(settings, say)
     if out is not None:
-        say(bench.write(result, out))
-    return result, bench_report.table(result)
+        say(timing.write(result, out))
+    return result, report.table(result)
 
 
 def replace_linears(

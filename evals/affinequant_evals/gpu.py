@@ -181,8 +181,8 @@ def main() -> int:
     parser.add_argument("--out", metavar="DIR", type=Path, default=ROOT / "kernels/results", help="for the results")
     given = parser.parse_args()
     import torch
-    from affinequant_kernels.bench import check_minutes, environment
-    from affinequant_kernels.tune import device_name
+    from affinequant_kernels.bench.benchmark import check_minutes, environment
+    from affinequant_kernels.cuda.configs import device_name
 
     try:
         check_minutes(given.minutes)

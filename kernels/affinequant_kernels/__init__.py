@@ -14,26 +14,19 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .fused_ops import kv_pack as kv_pack
-    from .fused_ops import kv_unpack as kv_unpack
-    from .online_ops import online_linear as online_linear
-    from .ops import linear as linear
-    from .ops import row_quant as row_quant
-    from .weight import Weight as Weight
-    from .weight import prepare_weight as prepare_weight
-    from .weight import slice_columns as slice_columns
-    from .weight import slice_rows as slice_rows
+    from affinequant_kernels.ops import kv_pack as kv_pack
+    from affinequant_kernels.ops import kv_unpack as kv_unpack
+    from affinequant_kernels.ops import linear as linear
+    from affinequant_kernels.ops import online_linear as online_linear
+    from affinequant_kernels.ops import row_quant as row_quant
+    from affinequant_kernels.weight import Weight as Weight
+    from affinequant_kernels.weight import prepare_weight as prepare_weight
+    from affinequant_kernels.weight import slice_columns as slice_columns
+    from affinequant_kernels.weight import slice_rows as slice_rows
 
 _HOME = {
-    "kv_pack": "fused_ops",
-    "kv_unpack": "fused_ops",
-    "linear": "ops",
-    "row_quant": "ops",
-    "online_linear": "online_ops",
-    "Weight": "weight",
-    "prepare_weight": "weight",
-    "slice_columns": "weight",
-    "slice_rows": "weight",
+    **dict.fromkeys(("kv_pack", "kv_unpack", "linear", "online_linear", "row_quant"), "ops"),
+    **dict.fromkeys(("Weight", "prepare_weight", "slice_columns", "slice_rows"), "weight"),
 }
 
 __all__ = [

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Int, Int8, Int32, UInt8
 from torch import Tensor
 
-from .checks import check_tensor, fail
+from affinequant_kernels.checks import check_tensor, fail
 
 BLOCK = 128
 HALF = BLOCK // 2

@@ -18,8 +18,8 @@ import torch
 from jaxtyping import Float, Float16, Int8, Int32, UInt8
 from torch import Tensor
 
-from .checks import check_quant
-from .weight import Weight, integer_weight, kind_of, unpack
+from affinequant_kernels.checks import check_quant
+from affinequant_kernels.weight import Weight, integer_weight, kind_of, unpack
 
 SCALE_FLOOR = 1e-8
 

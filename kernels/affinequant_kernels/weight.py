@@ -19,8 +19,8 @@ import torch
 from jaxtyping import Float, Int, Int8, Int16, UInt8
 from torch import Tensor
 
-from . import layout
-from .checks import FLOATS, check_finite, check_tensor, fail
+from affinequant_kernels import layout
+from affinequant_kernels.checks import FLOATS, check_finite, check_tensor, fail
 
 Kind = Literal["channel", "integer", "group"]
 

@@ -17,11 +17,11 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
-from . import tune
-from .asm import INTERPRET, nibbles_affine, nibbles_times_16
-from .checks import fail
-from .gemm import FINISH, group_step, load_activations, store_tile, tile_of
-from .weight import Weight, kind_of
+from affinequant_kernels.checks import fail
+from affinequant_kernels.cuda import configs
+from affinequant_kernels.cuda.asm import INTERPRET, nibbles_affine, nibbles_times_16
+from affinequant_kernels.cuda.tiles import FINISH, group_step, load_activations, store_tile, tile_of
+from affinequant_kernels.weight import Weight, kind_of
 
 
 @triton.jit
@@ -127,7 +127,13 @@ def group_kernel(
 
 
 def group_linear(
-    q: Tensor, scale: Tensor, zero: Tensor | None, weight: Weight, bias: Tensor | None, out: Tensor, config: tune.Config
+    q: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    weight: Weight,
+    bias: Tensor | None,
+    out: Tensor,
+    config: configs.Config,
 ) -> Tensor:
     """Kind "group" of `gemm.linear`, into `out`."""
     m, k = q.shape
@@ -251,7 +257,7 @@ def w4a16_linear(
     groups = 1 if kind == "channel" else (weight.mul if weight.mul is not None else weight.scale).shape[1]
     if m == 0:
         return out
-    bm, wanted = tune.a16_tile(m, n, k, x.device)
+    bm, wanted = configs.a16_tile(m, n, k, x.device)
     split = min(split or wanted, triton.cdiv(k, 128))
     # A share of a sum has neither scale per channel nor bias, and needs no variants for them.
     has_bias, sums = bias is not None, out

@@ -1,8 +1,8 @@
 """The ops, registered with torch.library under `affq`: schemas, shapes for torch.compile, and dispatch by device.
 
-On the CPU an op runs cpu.py, on CUDA the Triton kernels. Both equal reference.py. Arguments are checked here, so no
+On the CPU an op runs what is in cpu/, on CUDA the Triton kernels. Both equal reference.py. Arguments are checked here, so no
 kernel reads out of bounds; values (finite scales, codes in range) are checked once, in `prepare_weight`. The ops that
-fuse something with the quantiser, and the key-value cache, are in fused_ops.py, which is registered along with these.
+fuse something with the quantiser, and the key-value cache, are in fused.py, which is registered along with these.
 
 Shapes: m rows (tokens), k input features, n output features, g groups, `bytes` the width of layout hs128.
 """
@@ -15,11 +15,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from . import layout
-from .checks import FLOATS, check_quant, check_tensor, fail
-from .library import register
-from .reference import Rows
-from .weight import Weight
+from affinequant_kernels import layout
+from affinequant_kernels.checks import FLOATS, check_quant, check_tensor, fail
+from affinequant_kernels.ops.library import register
+from affinequant_kernels.reference import Rows
+from affinequant_kernels.weight import Weight
 
 WEIGHT_SCHEMA = "Tensor qweight, Tensor w_scale, Tensor? w_zero, Tensor? w_mul, Tensor w_colsum, Tensor? bias"
 ROWS_SCHEMA = "Tensor q, Tensor scale, Tensor zero, Tensor rowsum"
@@ -138,12 +138,12 @@ def _linear_dyn_fake(
 def quantiser(device: torch.device) -> Callable[..., Rows]:
     """`row_quant` of this device."""
     if device.type == "cuda":
-        from . import quant
+        from affinequant_kernels.cuda import quant
 
         return quant.row_quant
-    from . import cpu
+    from affinequant_kernels.cpu import layer
 
-    return cpu.row_quant
+    return layer.row_quant
 
 
 def _row_quant(x: Tensor, bits: int = 4, symmetric: bool = True, clip: float = 1.0) -> tuple[Tensor, ...]:
@@ -169,12 +169,12 @@ def _linear(
     weight = Weight(qweight, w_scale, w_zero, w_mul, w_colsum)
     check_weight(q.shape[1], q.device, weight, bias, out_dtype)
     if q.is_cuda:
-        from . import gemm
+        from affinequant_kernels.cuda import gemm
 
         return gemm.linear(q, scale, zero, rowsum, weight, bias, out_dtype)
-    from . import cpu
+    from affinequant_kernels.cpu import layer
 
-    return cpu.linear(q, scale, zero, weight, bias, out_dtype)
+    return layer.linear(q, scale, zero, weight, bias, out_dtype)
 
 
 def _linear_dyn(
@@ -198,16 +198,16 @@ def _linear_dyn(
     check_weight(k, x.device, weight, bias, out_dtype)
     flat = x.view(-1, k)
     if x.is_cuda:
-        from . import gemm
+        from affinequant_kernels.cuda import gemm
 
         rows = quantiser(x.device)(flat, bits=act_bits, symmetric=act_symmetric, clip=clip)
         zero = None if act_symmetric else rows.zero
         y = gemm.linear(rows.q, rows.scale, zero, rows.rowsum, weight, bias, out_dtype)
     else:
-        from . import cpu
+        from affinequant_kernels.cpu import layer
 
         settings = {"act_bits": act_bits, "act_symmetric": act_symmetric, "clip": clip, "out_dtype": out_dtype}
-        y = cpu.linear_dyn(flat, weight, bias, **settings)
+        y = layer.linear_dyn(flat, weight, bias, **settings)
     return y.view(*x.shape[:-1], qweight.shape[0])
 
 
@@ -252,6 +252,3 @@ def linear(
     accumulator. See `reference.linear_dyn` for the arithmetic. Raises ValueError for anything that does not fit.
     """
     return torch.ops.affq.w4a4_linear_dyn(x.contiguous(), *weight, bias, act_bits, act_symmetric, clip, out_dtype)
-
-
-from . import fused_ops as fused_ops  # noqa: E402  (registers its ops; it needs the checks above)

@@ -21,9 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import ops, reference
-from .online_ops import online_linear
-from .weight import Kind, Weight, prepare_weight, unpack
+from affinequant_kernels import ops, reference
+from affinequant_kernels.weight import Kind, Weight, prepare_weight, unpack
 
 Call = Callable[[], object]
 
@@ -178,7 +177,7 @@ def _int_mm(rows: reference.Rows, weight: Weight) -> Tensor:
 
 def _apply(ours: Ours, x: Tensor, weight: Weight, factors: list[Tensor]) -> Tensor:
     settings: dict[str, Any] = {"act_bits": ours.act_bits, "act_symmetric": not ours.zero}
-    return online_linear(x, factors, weight, **settings) if ours.online else ops.linear(x, weight, **settings)
+    return ops.online_linear(x, factors, weight, **settings) if ours.online else ops.linear(x, weight, **settings)
 
 
 def _check(ours: Ours, x: Tensor, weight: Weight, factors: list[Tensor]) -> None:

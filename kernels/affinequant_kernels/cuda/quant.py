@@ -17,8 +17,8 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
-from .checks import fail
-from .reference import Rows
+from affinequant_kernels.checks import fail
+from affinequant_kernels.reference import Rows
 
 # Columns held in registers; longer rows are read once more (out of the cache).
 BLOCK_COLUMNS = 8192

@@ -27,12 +27,12 @@ from typing import Any
 
 import torch
 
-from .bench_layers import BASELINES, RIVALS, Call, fused, make_layers, providers, reason
-from .bench_report import plot, table
-from .checks import fail
-from .cpu import clear_cache
-from .engines import summary
-from .tune import device_name
+from affinequant_kernels.bench.layers import BASELINES, RIVALS, Call, fused, make_layers, providers, reason
+from affinequant_kernels.bench.report import plot, table
+from affinequant_kernels.checks import fail
+from affinequant_kernels.cpu.engines import summary
+from affinequant_kernels.cpu.layer import clear_cache
+from affinequant_kernels.cuda.configs import device_name
 
 SHAPES = {"cuda": ((4096, 4096), (12288, 4096), (22016, 4096), (4096, 11008)), "cpu": ((4096, 4096),)}
 ROWS = {"cuda": (1, 16, 64, 256, 2048, 8192), "cpu": (1, 16, 512)}
@@ -353,7 +353,3 @@ def main() -> int:
         say(write(result, given.out))
     print(json.dumps(result, indent=1) if given.json else table(result))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

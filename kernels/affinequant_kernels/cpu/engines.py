@@ -28,7 +28,7 @@ import torch
 from jaxtyping import Int8
 from torch import Tensor
 
-from .cache import private_folder, write_whole
+from affinequant_kernels.cache import private_folder, write_whole
 
 Held = tuple[Tensor, ...]
 

@@ -20,10 +20,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import reference
-from .cache import check_private, private_folder
-from .reference import Rows
-from .weight import Weight, prepare_weight
+from affinequant_kernels import reference
+from affinequant_kernels.cache import check_private, private_folder
+from affinequant_kernels.reference import Rows
+from affinequant_kernels.weight import Weight, prepare_weight
 
 SOURCE = Path(__file__).with_name("native.c")
 UNITS = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni", "fma", "f16c")

@@ -23,10 +23,10 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
-from . import reference
-from .asm import INTERPRET
-from .quant import new_rows, row_codes, row_quant, row_scale, row_statistics, store_row_scales
-from .reference import Rows
+from affinequant_kernels import reference
+from affinequant_kernels.cuda.asm import INTERPRET
+from affinequant_kernels.cuda.quant import new_rows, row_codes, row_quant, row_scale, row_statistics, store_row_scales
+from affinequant_kernels.reference import Rows
 
 LARGEST_FACTOR = 128  # of `kron_kernel`: more would not fit a thread's registers
 LARGEST_BLOCK = 256  # larger ones run as matmuls and `row_quant`

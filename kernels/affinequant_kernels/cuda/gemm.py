@@ -22,29 +22,11 @@ import triton.language as tl
 from jaxtyping import Float, Int8, Int32
 from torch import Tensor
 
-from . import tune
-from .asm import INTERPRET, dp4a, nibbles_affine, nibbles_times_16
-from .checks import fail
-from .weight import Weight, kind_of
-
-
-@triton.jit
-def tile_of(pid, N, M, BN: tl.constexpr, BM: tl.constexpr, GROUP: tl.constexpr):
-    """Tile indices such that GROUP tiles of weights are in use at a time: their activations stay in the L2 cache."""
-    tiles_n, tiles_m = tl.cdiv(N, BN), tl.cdiv(M, BM)
-    band = pid // (GROUP * tiles_m)
-    width = tl.minimum(tiles_n - band * GROUP, GROUP)
-    within = pid % (GROUP * tiles_m)
-    return band * GROUP + within % width, within // width
-
-
-@triton.jit
-def load_activations(a_ptr, rm, k, K, EVEN: tl.constexpr):
-    """A^T tile [columns, rows]; columns past K are 0."""
-    at = a_ptr + rm[None, :].to(tl.int64) * K + k[:, None]
-    if EVEN:
-        return tl.load(at)
-    return tl.load(at, mask=(k < K)[:, None], other=0)
+from affinequant_kernels.cuda import configs
+from affinequant_kernels.cuda.asm import INTERPRET, dp4a, nibbles_affine, nibbles_times_16
+from affinequant_kernels.cuda.gemm_group import group_linear
+from affinequant_kernels.cuda.tiles import FINISH, group_step, load_activations, store_tile, tile_of
+from affinequant_kernels.weight import Weight, kind_of
 
 
 @triton.jit
@@ -54,13 +36,6 @@ def _group_values(mul_ptr, zero_ptr, rn, column, GROUPS, GROUP_SIZE, HAS_ZERO: t
     mul = tl.load(mul_ptr + at).to(tl.int32)
     zero = tl.load(zero_ptr + at).to(tl.int32) if HAS_ZERO else tl.zeros_like(mul)
     return mul[:, None], zero[:, None]
-
-
-@triton.jit
-def store_tile(y, out_ptr, rn, rm, N, M):
-    """A tile [features, tokens] into [M, N], as far as it lies inside."""
-    at = rm[:, None].to(tl.int64) * N + rn[None, :]
-    tl.store(out_ptr + at, tl.trans(y).to(out_ptr.dtype.element_ty), mask=(rm < M)[:, None] & (rn < N)[None, :])
 
 
 @triton.jit
@@ -229,9 +204,6 @@ def gemv_kernel(
     )  # fmt: skip
 
 
-FINISH = (128, 4)  # features and tokens of a tile of `finish_kernel`: four sums a thread, and many programs
-
-
 def linear(
     q: Int8[Tensor, "m k"],
     scale: Float[Tensor, " m"],
@@ -240,9 +212,9 @@ def linear(
     weight: Weight,
     bias: Float[Tensor, " n"] | None,
     out_dtype: torch.dtype,
-    config: tune.Config | None = None,
+    config: configs.Config | None = None,
 ) -> Tensor:
-    """As `reference.linear`. `config` overrides the table of tune.py."""
+    """As `reference.linear`. `config` overrides the table of configs.py."""
     m, k = q.shape
     n = weight.qweight.shape[0]
     out = torch.empty(m, n, dtype=out_dtype, device=q.device)
@@ -250,10 +222,8 @@ def linear(
         return out
     kind = kind_of(weight.scale, weight.mul)
     bits = 4 if weight.qweight.dtype == torch.uint8 else 8
-    config = config or tune.lookup(m, n, k, kind, bits, q.device)
+    config = config or configs.lookup(m, n, k, kind, bits, q.device)
     if kind == "group":
-        from .gemm_group import group_linear
-
         return group_linear(q, scale, zero, weight, bias, out, config)
     if kind == "channel" and weight.zero is not None and rowsum is None:
         rowsum = q.sum(1, dtype=torch.int32)
@@ -278,7 +248,7 @@ def linear(
 
 def _launch_gemm(
     q: Tensor, scale: Tensor, rest: tuple[Tensor, ...], weight: Weight, zw: Tensor, tail: tuple[Tensor, ...],
-    out: Tensor, config: tune.Config, bits: int, flags: dict[str, bool],
+    out: Tensor, config: configs.Config, bits: int, flags: dict[str, bool],
 ) -> None:  # fmt: skip
     m, k = q.shape
     n = out.shape[1]
@@ -307,10 +277,3 @@ def _launch_gemm(
             sums, out, scale, *rest, weight.scale, zw, *tail, m, n, SPLIT=split, BN=FINISH[0], BM=FINISH[1],
             num_warps=4, enable_fp_fusion=False, **(flags | {"HAS_ZW": flags["HAS_ZW"] and not affine}),
         )  # fmt: skip
-
-
-def group_step(group_size: int, bj: int) -> int:
-    """Bytes per step such that the columns of one half-step belong to one group. Raises ValueError where none does."""
-    if group_size % 32:
-        raise fail("group size", "a multiple of 32 on this device", group_size)
-    return min(bj, 64 if group_size % 64 == 0 else 32)

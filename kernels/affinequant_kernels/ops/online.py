@@ -15,11 +15,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from . import fused_ops, ops, reference
-from .checks import FLOATS, check_quant, fail
-from .library import register
-from .reference import Rows
-from .weight import Weight, kind_of
+from affinequant_kernels import reference
+from affinequant_kernels.checks import FLOATS, check_quant, fail
+from affinequant_kernels.cuda import configs
+from affinequant_kernels.ops import fused as fused_ops
+from affinequant_kernels.ops import table as ops
+from affinequant_kernels.ops.library import register
+from affinequant_kernels.reference import Rows
+from affinequant_kernels.weight import Weight, kind_of
 
 WEIGHT_ONLY = 16
 """As `act_bits`: activations stay in their type."""
@@ -106,10 +109,10 @@ def _run(
     elif x.is_cuda:
         y = _on_cuda(flat, factors, weight, bias, act_bits, act_symmetric, clip, out_dtype)
     else:
-        from . import cpu
+        from affinequant_kernels.cpu import layer
 
         settings = {"act_bits": act_bits, "act_symmetric": act_symmetric, "clip": clip, "out_dtype": out_dtype}
-        y = cpu.linear_dyn(flat, weight, bias, factors=factors, **settings)
+        y = layer.linear_dyn(flat, weight, bias, factors=factors, **settings)
     return y.view(*x.shape[:-1], qweight.shape[0])
 
 
@@ -123,7 +126,7 @@ def _on_cuda(
     clip: float,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    from . import gemm
+    from affinequant_kernels.cuda import gemm
 
     if not factors:
         return torch.ops.affq.w4a4_linear_dyn(x, *weight, bias, act_bits, act_symmetric, clip, out_dtype)
@@ -159,10 +162,8 @@ def warm(
     alike = (device, dtype, act_bits, act_symmetric, out_dtype, *tensors)
     if device.type != "cuda" or alike in _WARM:
         return []
-    from . import tune
-
     bits = 4 if weight.qweight.dtype == torch.uint8 else 8
-    rows = tune.rows_to_meet(weight.qweight.shape[0], k, kind_of(weight.scale, weight.mul), bits, device)
+    rows = configs.rows_to_meet(weight.qweight.shape[0], k, kind_of(weight.scale, weight.mul), bits, device)
     settings = {"act_bits": act_bits, "act_symmetric": act_symmetric, "bias": bias, "out_dtype": out_dtype}
     for m in rows:
         online_linear(torch.zeros(m, k, dtype=dtype, device=device), matrices, weight, **settings)

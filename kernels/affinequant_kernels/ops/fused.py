@@ -10,10 +10,11 @@ import torch
 from jaxtyping import Float, Float16, UInt8
 from torch import Tensor
 
-from . import ops, reference
-from .checks import FLOATS, check_quant, check_tensor, fail
-from .library import register
-from .weight import Weight
+from affinequant_kernels import reference
+from affinequant_kernels.checks import FLOATS, check_quant, check_tensor, fail
+from affinequant_kernels.ops import table as ops
+from affinequant_kernels.ops.library import register
+from affinequant_kernels.weight import Weight
 
 _SETTINGS = "int bits=4, bool symmetric=True, float clip=1.0"
 
@@ -46,7 +47,7 @@ def _kron_quant(
 ) -> tuple[Tensor, ...]:
     check_kron(x, left, right, bits, clip)
     if x.is_cuda:
-        from . import transform
+        from affinequant_kernels.cuda import transform
 
         return tuple(transform.kron_quant(x, left, right, bits=bits, symmetric=symmetric, clip=clip))
     y = reference.kron_apply(x, left, right)
@@ -74,7 +75,7 @@ def _block_quant(
 ) -> tuple[Tensor, ...]:
     check_block(x, matrices, bits, clip)
     if x.is_cuda:
-        from . import transform
+        from affinequant_kernels.cuda import transform
 
         return tuple(transform.block_quant(x, matrices, bits=bits, symmetric=symmetric, clip=clip))
     y = reference.block_apply(x, matrices)
@@ -115,7 +116,7 @@ def _rmsnorm_quant(
 ) -> tuple[Tensor, ...]:
     _check_norm(x, residual, gain, eps, bits, clip)
     if x.is_cuda:
-        from . import quant
+        from affinequant_kernels.cuda import quant
 
         rows, hidden = quant.rmsnorm_quant(x, residual, gain, eps, bits=bits, symmetric=symmetric, clip=clip)
     else:
@@ -139,7 +140,7 @@ def _silu_shapes(gate_up: Tensor, bits: int = 4, symmetric: bool = True, clip: f
 def _silu_mul_quant(gate_up: Tensor, bits: int = 4, symmetric: bool = True, clip: float = 1.0) -> tuple[Tensor, ...]:
     _check_gate(gate_up, bits, clip)
     if gate_up.is_cuda:
-        from . import quant
+        from affinequant_kernels.cuda import quant
 
         return tuple(quant.silu_mul_quant(gate_up, bits=bits, symmetric=symmetric, clip=clip))
     y = reference.silu_mul_apply(gate_up)
@@ -181,13 +182,13 @@ def _a16_linear(
     _check_a16(x, weight, bias, out_dtype or x.dtype)
     flat = x.view(-1, x.shape[-1])
     if x.is_cuda:
-        from . import gemm_group
+        from affinequant_kernels.cuda import gemm_group
 
         y = gemm_group.w4a16_linear(flat, weight, bias, out_dtype or x.dtype)
     else:
-        from . import cpu
+        from affinequant_kernels.cpu import layer
 
-        y = cpu.w4a16_linear(flat, weight, bias, out_dtype or x.dtype)
+        y = layer.w4a16_linear(flat, weight, bias, out_dtype or x.dtype)
     return y.view(*x.shape[:-1], qweight.shape[0])
 
 
@@ -207,7 +208,7 @@ def _pack_shapes(k: Tensor) -> tuple[Tensor, ...]:
 def _kv_pack(k: Tensor) -> tuple[Tensor, ...]:
     _check_kv(k)
     if k.is_cuda:
-        from . import kv
+        from affinequant_kernels.cuda import kv
 
         return kv.kv_pack(k)
     return reference.kv_pack(k)
@@ -230,7 +231,7 @@ def _unpack_shapes(packed: Tensor, scale: Tensor, zero: Tensor, out_dtype: torch
 def _kv_unpack(packed: Tensor, scale: Tensor, zero: Tensor, out_dtype: torch.dtype) -> Tensor:
     _check_packed(packed, scale, zero, out_dtype)
     if packed.is_cuda:
-        from . import kv
+        from affinequant_kernels.cuda import kv
 
         return kv.kv_unpack(packed, scale, zero, out_dtype)
     return reference.kv_unpack(packed, scale, zero, out_dtype)

@@ -19,10 +19,11 @@ from jaxtyping import Float, Int8, Int32
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from . import engines, native, reference
-from .engines import EXACT, Candidate, Held
-from .reference import SCALE_FLOOR, Rows
-from .weight import Weight, integer_weight, kind_of, unpack
+from affinequant_kernels import reference
+from affinequant_kernels.cpu import engines, native
+from affinequant_kernels.cpu.engines import EXACT, Candidate, Held
+from affinequant_kernels.reference import SCALE_FLOOR, Rows
+from affinequant_kernels.weight import Weight, integer_weight, kind_of, unpack
 
 T = TypeVar("T")
 

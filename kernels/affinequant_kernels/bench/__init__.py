@@ -1,0 +1,1 @@
+"""Programs about the kernels: the benchmark, the search for configurations, checks of the machine code."""

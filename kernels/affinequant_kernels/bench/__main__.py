@@ -1,0 +1,5 @@
+import sys
+
+from affinequant_kernels.bench.benchmark import main
+
+sys.exit(main())

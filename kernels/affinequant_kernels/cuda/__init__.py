@@ -1,0 +1,1 @@
+"""Triton kernels, and which configuration to launch them with."""
