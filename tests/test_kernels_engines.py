@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from affinequant_kernels import prepare_weight, reference
-from affinequant_kernels.cpu import engines, layer
+from affinequant_kernels.cpu import candidates, engines, layer
 from torch import Tensor
 
 Patch = pytest.MonkeyPatch
@@ -38,7 +38,7 @@ class Timed:
     def __init__(self, nanoseconds: float, of_many: float | None = None) -> None:
         self.nanoseconds, self.of_many, self.seen = nanoseconds, of_many, []
 
-    def __call__(self, q: Tensor, held: engines.Held, scale: Tensor | None, total: Tensor | None) -> Tensor:
+    def __call__(self, q: Tensor, held: candidates.Held, scale: Tensor | None, total: Tensor | None) -> Tensor:
         self.seen.append(q.numel() * held[0].shape[0])
         slow = self.of_many if self.of_many is not None and len(q) > 32 else self.nanoseconds
         CLOCK.now += slow * 1e-9 * self.seen[-1]
@@ -89,7 +89,7 @@ def test_what_is_slow_for_many_rows_alone_is_used_for_few(monkeypatch: Patch) ->
 
 
 def test_an_inexact_candidate_is_never_chosen(monkeypatch: Patch) -> None:
-    def saturating(q: Tensor, held: engines.Held, scale: Tensor | None, total: Tensor | None) -> Tensor:
+    def saturating(q: Tensor, held: candidates.Held, scale: Tensor | None, total: Tensor | None) -> Tensor:
         if scale is None and total is None:  # without VNNI sums of pairs stop at what int16 holds
             pairs = q.float().unflatten(1, (-1, 2)).unsqueeze(1) * torch.cat(held, 1).unflatten(1, (-1, 2))
             return pairs.sum(-1).clamp(-32768, 32767).sum(-1)

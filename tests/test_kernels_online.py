@@ -8,7 +8,7 @@ import pytest
 import torch
 from affinequant_kernels import Weight, online_linear, prepare_weight, reference
 from affinequant_kernels.cuda import configs
-from affinequant_kernels.ops import online
+from affinequant_kernels.ops import arguments, calls
 from torch import Tensor
 
 K, N = 96, 24
@@ -28,7 +28,7 @@ def sample(grouped: bool = False) -> Weight:
 def dense(matrices: list[Tensor]) -> Tensor:
     """The product of the factors as one matrix [K, K]."""
     whole = torch.eye(K, dtype=torch.float64)
-    for first, *second in online.parts(matrices):
+    for first, *second in arguments.factors(matrices):
         if second:
             factor = torch.kron(first.double(), second[0].double())
         else:
@@ -40,9 +40,9 @@ def dense(matrices: list[Tensor]) -> Tensor:
 def test_what_serving_can_meet_is_run_once_at_load(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a weight that says it lies on a GPU: one call for each kernel that some number of tokens leads to."""
     monkeypatch.setattr(configs, "device_facts", lambda index: ("Some GPU", 100, True))
-    monkeypatch.setattr(online, "_WARM", set())
-    calls: list[tuple[int, ...]] = []
-    monkeypatch.setattr(online, "online_linear", lambda x, *_, **__: calls.append(tuple(x.shape)))
+    monkeypatch.setattr(calls, "_WARM", set())
+    seen: list[tuple[int, ...]] = []
+    monkeypatch.setattr(calls, "online_linear", lambda x, *_, **__: seen.append(tuple(x.shape)))
     zeros = torch.zeros
     monkeypatch.setattr(torch, "zeros", lambda *size, device, **more: zeros(*size, **more))
 
@@ -57,12 +57,12 @@ def test_what_serving_can_meet_is_run_once_at_load(monkeypatch: pytest.MonkeyPat
         **{name: Pretend(t.shape, t.dtype, ndim=t.ndim) for name, t in here._asdict().items() if t is not None}
     )
     settings: Any = {"act_bits": 4, "act_symmetric": True, "bias": None, "out_dtype": torch.bfloat16}
-    assert online.warm(K, torch.bfloat16, [LEFT, RIGHT], here, **settings) == [] and not calls
-    rows = online.warm(K, torch.bfloat16, [LEFT, RIGHT], there, **settings)
+    assert calls.warm(K, torch.bfloat16, [LEFT, RIGHT], here, **settings) == [] and not seen
+    rows = calls.warm(K, torch.bfloat16, [LEFT, RIGHT], there, **settings)
     assert rows == configs.rows_to_meet(N, K, "channel", 4, torch.device("cuda", 0)) and rows[0] == 1 and len(rows) > 4
-    assert calls == [(m, K) for m in rows]
-    assert online.warm(K, torch.bfloat16, [LEFT, RIGHT], there, **settings) == [] and len(calls) == len(rows)
-    assert online.warm(K, torch.bfloat16, [BLOCKS], there, **settings) == rows
+    assert seen == [(m, K) for m in rows]
+    assert calls.warm(K, torch.bfloat16, [LEFT, RIGHT], there, **settings) == [] and len(seen) == len(rows)
+    assert calls.warm(K, torch.bfloat16, [BLOCKS], there, **settings) == rows
 
 
 @pytest.mark.parametrize("matrices", LISTS.values(), ids=LISTS)

@@ -151,6 +151,21 @@ def test_public_names_resolve() -> None:
     assert ops.linear is affinequant_kernels.linear
 
 
+def test_every_op_of_the_table_runs_on_both_devices_and_under_the_compiler() -> None:
+    for name in ops.OPS:
+        for key in ("CPU", "CUDA", "Meta"):
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(f"affq::{name}", key), (name, key)
+
+
+def test_an_op_knows_its_arguments_by_name_and_their_usual_values() -> None:
+    x, weight = torch.randn(3, K), sample()
+    named = dict(zip(("qweight", "w_scale", "w_zero", "w_mul", "w_colsum"), weight, strict=True))
+    got = torch.ops.affq.w4a4_linear_dyn(x, bias=None, clip=0.9, **named)
+    assert torch.equal(got, reference.linear_dyn(x, weight, clip=0.9))
+    rows, wanted = torch.ops.affq.row_quant(x, symmetric=False), reference.row_quant(x, symmetric=False)
+    assert all(torch.equal(a, b) for a, b in zip(rows, wanted, strict=True))
+
+
 # The fused ops
 
 

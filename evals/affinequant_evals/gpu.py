@@ -181,7 +181,8 @@ def main() -> int:
     parser.add_argument("--out", metavar="DIR", type=Path, default=ROOT / "kernels/results", help="for the results")
     given = parser.parse_args()
     import torch
-    from affinequant_kernels.bench.benchmark import check_minutes, environment
+    from affinequant_kernels.bench.benchmark import environment
+    from affinequant_kernels.bench.settings import check_minutes
     from affinequant_kernels.cuda.configs import device_name
 
     try:

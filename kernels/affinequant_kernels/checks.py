@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+WEIGHT_ONLY = 16
+"""As bits of activations: they stay in their type."""
 
 
 def fail(argument: str, expected: str, got: object) -> ValueError:

@@ -19,8 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -29,13 +28,12 @@ import torch
 
 from affinequant_kernels.bench.layers import BASELINES, RIVALS, Call, fused, make_layers, providers, reason
 from affinequant_kernels.bench.report import plot, table
+from affinequant_kernels.bench.settings import Settings
 from affinequant_kernels.checks import fail
 from affinequant_kernels.cpu.engines import summary
 from affinequant_kernels.cpu.layer import clear_cache
 from affinequant_kernels.cuda.configs import device_name
 
-SHAPES = {"cuda": ((4096, 4096), (12288, 4096), (22016, 4096), (4096, 11008)), "cpu": ((4096, 4096),)}
-ROWS = {"cuda": (1, 16, 64, 256, 2048, 8192), "cpu": (1, 16, 512)}
 # Tokens and widths of the transforms, the first beside what else is timed: 64 x 64, 86 x 128 and 128 x 224.
 FUSED = {"cuda": (8192, 4096, 11008, 28672), "cpu": (512, 4096)}
 # Packed int4 weights of a provider: on a GPU three times its L2 cache. A CPU's cache is flushed before every turn.
@@ -43,72 +41,6 @@ COLD_BYTES = {"cuda": 192 << 20, "cpu": 32 << 20}
 FLUSH_BYTES = 1 << 30  # at most; twice the last-level cache, where that is less
 TURN_SECONDS = {"cuda": 2e-3, "cpu": 2e-2}  # least time of one provider in one round
 _UNITS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_int8", "amx_bf16")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """What to measure. Raises ValueError, naming the option, for what cannot be."""
-
-    device: str = "cpu"
-    shapes: tuple[tuple[int, int], ...] = SHAPES["cpu"]  # (n, k)
-    rows: tuple[int, ...] = ROWS["cpu"]
-    rounds: int = 15
-    minutes: float = 6.0
-
-    def __post_init__(self) -> None:
-        if self.device not in SHAPES:
-            raise fail("device", "cpu or cuda", self.device)
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise fail("device", "cpu, as there is no CUDA device here", self.device)
-        check_sizes(self.shapes, self.rows)
-        if self.rounds < 1:
-            raise fail("rounds", "at least 1", self.rounds)
-        check_minutes(self.minutes)
-
-    @staticmethod
-    def read(device: str, shapes: str | None, rows: str | None, rounds: int, minutes: float) -> Settings:
-        """From words: `auto` or a device, `NxK,...`, `M,...`; None takes the device's own."""
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        usual = device if device in SHAPES else "cpu"
-        return Settings(
-            device=device,
-            shapes=SHAPES[usual] if shapes is None else read_shapes(shapes),
-            rows=ROWS[usual] if rows is None else read_rows(rows),
-            rounds=rounds,
-            minutes=minutes,
-        )
-
-
-def check_sizes(shapes: Sequence[tuple[int, int]], rows: Sequence[int]) -> None:
-    """Raise ValueError for sizes that some layer of the benchmark cannot have."""
-    for n, k in shapes:
-        if n < 8 or n % 8 or k < 128 or k % 128:
-            raise fail("shapes", "N a multiple of 8 and K a multiple of 128", f"{n}x{k}")
-    if min(rows) < 1:
-        raise fail("rows", "positive numbers", min(rows))
-
-
-def check_minutes(minutes: float) -> None:
-    """Raise ValueError unless it is a span of time."""
-    if not (math.isfinite(minutes) and minutes > 0):
-        raise fail("minutes", "a positive number", minutes)
-
-
-def read_shapes(text: str) -> tuple[tuple[int, int], ...]:
-    """`NxK,...` as pairs. Raises ValueError."""
-    try:
-        return tuple((int(n), int(k)) for n, k in (word.split("x") for word in text.split(",")))
-    except ValueError:
-        raise fail("shapes", "NxK, comma separated, e.g. 4096x4096,12288x4096", repr(text)) from None
-
-
-def read_rows(text: str) -> tuple[int, ...]:
-    """`M,...` as numbers. Raises ValueError."""
-    try:
-        return tuple(int(word) for word in text.split(","))
-    except ValueError:
-        raise fail("rows", "whole numbers, comma separated, e.g. 1,16,512", repr(text)) from None
 
 
 # Timing

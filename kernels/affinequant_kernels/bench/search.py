@@ -16,8 +16,8 @@ from typing import cast
 import torch
 
 from affinequant_kernels import reference
-from affinequant_kernels.bench.benchmark import check_minutes, check_sizes, read_rows, read_shapes
 from affinequant_kernels.bench.layers import sample_weight
+from affinequant_kernels.bench.settings import check_minutes, check_sizes, read_rows, read_shapes
 from affinequant_kernels.cache import cache_folder
 from affinequant_kernels.cuda.configs import (
     BUCKETS,

@@ -1,4 +1,4 @@
-"""The CPU path: int8 matmuls on weights that are unpacked once, and row quantisation in cache-sized blocks.
+"""The CPU path: int8 matmuls on weights that are unpacked once.
 
 Equal to reference.py bit for bit. What makes it fast and still exact:
 * `engines.py` knows several ways to multiply integers, and chooses by time among those that are exact on this machine.
@@ -20,80 +20,19 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from affinequant_kernels import reference
+from affinequant_kernels.checks import WEIGHT_ONLY
 from affinequant_kernels.cpu import engines, native
-from affinequant_kernels.cpu.engines import EXACT, Candidate, Held
-from affinequant_kernels.reference import SCALE_FLOOR, Rows
+from affinequant_kernels.cpu.candidates import EXACT, Candidate, Held
+from affinequant_kernels.cpu.quant import SERIAL_ELEMENTS, THREADED_ELEMENTS, row_quant
 from affinequant_kernels.weight import Weight, integer_weight, kind_of, unpack
 
 T = TypeVar("T")
 
-# torch shares an op among threads above this many elements (torch.round above 2048). Waking a thread that sleeps costs
-# some 50 microseconds, more than such an op, so up to SERIAL_ELEMENTS rows are worked on in blocks of THREADED_ELEMENTS,
-THREADED_ELEMENTS = 1 << 15
-SERIAL_ELEMENTS = 1 << 17
-# and above it in few blocks, which cores' second-level caches just hold.
-BLOCK_ELEMENTS = 1 << 19
-MAGIC = 12582912.0  # 1.5 * 2^23: adding it leaves no fraction, and rounds to nearest even
 # Rows of the output worked on at once: bounds the fp32 intermediate, which costs page faults when it is large.
 CHUNK_ROWS = 512
 # Up to so many rows reading a weight takes longer than multiplying, and native.c reads it in 4 bits; less of a large one,
 # where the time of oneDNN's call no longer counts.
 FEW_ROWS, FEW_ROWS_OF_LARGE, LARGE = 16, 8, 1 << 22
-
-
-def row_quant(x: Float[Tensor, "m k"], *, bits: int, symmetric: bool, clip: float, with_rowsum: bool = True) -> Rows:
-    """As `reference.row_quant`. Works on blocks of rows, each by vectorised, threaded torch ops."""
-    m, k = x.shape
-    rows = Rows(torch.empty(m, k, dtype=torch.int8), torch.empty(m), torch.zeros(m, dtype=torch.int32), torch.empty(0))
-    together = m if x.numel() > SERIAL_ELEMENTS else max(1, THREADED_ELEMENTS // max(k, 1))
-    for start in range(0, m, together):
-        part = slice(start, start + together)
-        _quantise(x[part], bits, symmetric, clip, rows.q[part], rows.scale[part], rows.zero[part])
-    rowsum = torch.sum(rows.q, 1, dtype=torch.int32) if with_rowsum else torch.empty(m, dtype=torch.int32)
-    return rows._replace(rowsum=rowsum)
-
-
-def _quantise(x: Tensor, bits: int, symmetric: bool, clip: float, q: Tensor, scale: Tensor, zero: Tensor) -> None:
-    """Fill q, scale and, where not symmetric, zero."""
-    m, k = x.shape
-    half = float(1 << (bits - 1))
-    if symmetric:
-        torch.mul(_largest_magnitude(x), clip, out=scale)
-        scale.div_(half - 1.0).clamp_(min=SCALE_FLOOR)
-        inverse, shift = scale.reciprocal().unsqueeze(1), None
-    else:
-        bottom = x.amin(1).float().clamp_(max=0.0).mul_(clip)
-        torch.sub(x.amax(1).float().clamp_(min=0.0).mul_(clip), bottom, out=scale)
-        scale.div_(2.0 * half - 1.0).clamp_(min=SCALE_FLOOR)
-        inverse = scale.reciprocal().unsqueeze(1)
-        shift = _round_(bottom.neg_().mul_(inverse.squeeze(1))).sub_(half).clamp_(-half, half - 1.0).unsqueeze(1)
-        zero.copy_(shift.squeeze(1))
-    rows = max(1, min(m, BLOCK_ELEMENTS // k))
-    scratch = torch.empty(rows, k)
-    for start in range(0, m, rows):
-        block = slice(start, min(start + rows, m))
-        value = scratch[: block.stop - start]
-        torch.mul(x[block] if x.dtype == torch.float32 else value.copy_(x[block]), inverse[block], out=value)
-        if shift is not None:
-            _round_(value).add_(shift[block]).clamp_(-half, half - 1.0)
-        elif clip < 1.0:
-            _round_(value.clamp_(-half, half - 1.0))
-        else:  # max|x| itself becomes half - 1, give or take a rounding
-            _round_(value)
-        q[block].copy_(value)
-
-
-def _largest_magnitude(x: Tensor) -> Float[Tensor, " m"]:
-    """max |x| of each row; NaN where there is one."""
-    if x.dtype == torch.float32:
-        return torch.maximum(x.amax(1), x.amin(1).neg_())
-    # The bits of a 16-bit float without its sign, as an integer, are in the order of magnitudes; NaN is above infinity.
-    return (x.view(torch.int16) & 0x7FFF).amax(1).view(x.dtype).float()
-
-
-def _round_(x: Tensor) -> Tensor:
-    """Round to nearest even, in place. Exact below 2^22; what is larger stays large, and is clamped."""
-    return x.round_() if x.numel() > THREADED_ELEMENTS else x.add_(MAGIC).sub_(MAGIC)
 
 
 # One weight, ready to multiply.
@@ -278,7 +217,9 @@ def linear_dyn(
     out_dtype: torch.dtype,
     factors: Sequence[tuple[Tensor, ...]] = (),
 ) -> Tensor:
-    """As `reference.linear_dyn` of `reference.transform(x, factors)`."""
+    """As `reference.linear_dyn` of `reference.transform(x, factors)`; as `reference.w4a16_linear` with WEIGHT_ONLY."""
+    if act_bits == WEIGHT_ONLY:
+        return _weight_only(reference.transform(x, factors).to(x.dtype), weight, bias, out_dtype)
     settings = {"bits": act_bits, "symmetric": act_symmetric, "clip": clip}
     if native.available() is None:
         layer = _native(weight, x, factors)
@@ -297,7 +238,7 @@ def _native(weight: Weight, x: Tensor, factors: Sequence[tuple[Tensor, ...]]) ->
     return _made(parts, ("native", k, x.dtype), lambda: native.prepare(weight, k, factors, x.dtype))
 
 
-def w4a16_linear(
+def _weight_only(
     x: Float[Tensor, "m k"], weight: Weight, bias: Float[Tensor, " n"] | None, out_dtype: torch.dtype
 ) -> Tensor:
     """As `reference.w4a16_linear`, with the dequantised weight rounded to x's type once and kept."""
