@@ -29,7 +29,8 @@ KINDS = ("channel", "integer", "group")
 def own_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A GPU called `Some GPU/X (80 GB)` of 100 processors, and tables in a folder of its own."""
     monkeypatch.setenv("AFFQ_CACHE", str(tmp_path))
-    monkeypatch.setattr(configs, "device_facts", lambda index: ("Some GPU/X (80 GB)", 100, True))
+    for module in (configs, search):
+        monkeypatch.setattr(module, "device_facts", lambda index: ("Some GPU/X (80 GB)", 100, True))
     configs._table.cache_clear()
     yield tmp_path / "Some-GPU-X-80-GB" / "tune.json"
     configs._table.cache_clear()
