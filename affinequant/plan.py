@@ -28,6 +28,7 @@ from affinequant.transforms.placements import (
     check_groups,
     check_slices,
     choice_bytes,
+    choosing,
     online_bytes,
     place_all,
 )
@@ -135,6 +136,7 @@ def _planned(recipe: Recipe, folder: Path, has_weights: bool) -> Plan:
     check_tokenizer(folder, dims.vocab, required=required, trust_remote_code=recipe.trust_remote_code)
     check_length(recipe.seq_len, source.config)
     check_slices(recipe, dims)
+    recipe = choosing(recipe, family)
     sites = {site.name: site for site in resolve_sites(family, dims, recipe.tp)}
     placements = place_all(recipe, sites, block_flops(family, dims))
     check_groups(recipe, family, dims)

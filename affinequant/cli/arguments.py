@@ -11,7 +11,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from affinequant.errors import AffineQuantError, unknown_name
 from affinequant.recipe.presets import PRESETS
-from affinequant.recipe.recipe import AUTO, CHOICE_SITES, Recipe, resolve
+from affinequant.recipe.recipe import AUTO, CHOICE_SITES, EVERY, Recipe, resolve
 from affinequant.recipe.scheme import SCHEMES
 
 _GROUPS = {
@@ -195,7 +195,7 @@ def _pairs(words: Sequence[str]) -> dict[str, str]:
         if site in pairs:
             raise AffineQuantError(f"two transforms for the site {site}", "--transform", "give one for each site")
         pairs[site] = name
-    return dict.fromkeys(CHOICE_SITES if AUTO in words else (), AUTO) | pairs
+    return dict.fromkeys((EVERY, *CHOICE_SITES) if AUTO in words else (), AUTO) | pairs
 
 
 def _unexpected_word(parser: Parser, word: str) -> AffineQuantError:

@@ -14,7 +14,8 @@ from affinequant.cli.arguments import Parser
 from affinequant.cli.export import outcome
 from affinequant.cli.output import Screen, minutes, size
 from affinequant.errors import PREFLIGHT, AffineQuantError
-from affinequant.models.source import Source, locate, open_source
+from affinequant.models import resolve as resolve_model
+from affinequant.models.source import Source, locate, open_source, unquantized
 from affinequant.progress import tally
 from affinequant.recipe.presets import PRESETS
 from affinequant.recipe.recipe import Recipe, resolve
@@ -214,10 +215,11 @@ def _block_sizes(found: Found) -> dict[str, int]:
     if found.state not in ("finished", "checkpoint only"):
         return {}
     source: Source = open_source(found.folder)
+    family, _ = resolve_model(unquantized(source.config), where=str(found.folder / "config.json"))
     sizes: dict[str, int] = {}
     for name, entry in source.entries.items():
-        _, inside, rest = name.partition(".layers.")
-        key = rest.split(".")[0] if inside else "outside"
+        rest = name.removeprefix(f"{family.blocks}.")
+        key = rest.split(".")[0] if rest != name else "outside"
         sizes[key] = sizes.get(key, 0) + entry.size
     return sizes
 

@@ -84,11 +84,12 @@ def _models() -> Listing:
 
 
 def _transforms() -> Listing:
-    from affinequant.models.llama import LLAMA
+    from affinequant.models import FAMILIES
     from affinequant.models.sites import Site, place
     from affinequant.transforms import TRANSFORMS, structures_of
 
-    sites = [Site(name=spec.name, kind=spec.kind, width=64, sources=(), sinks=()) for spec in LLAMA.sites]
+    kinds = {spec.name: spec.kind for family in FAMILIES.values() for spec in family.sites}
+    sites = [Site(name=name, kind=kind, width=64, sources=(), sinks=()) for name, kind in kinds.items()]
     rows = []
     for name, (structure, _, about) in TRANSFORMS.items():
         placed = {site.name: place(site, structures_of(name, where="")[0]).how for site in sites}

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 from affinequant.errors import AffineQuantError, unknown_name
+from affinequant.models import Dims, Family, resolve
 from affinequant.models.sites import Placement
+from affinequant.models.source import unquantized
 from affinequant.recipe.scheme import NumberFormat, Scheme
 from affinequant.version import __version__
 
@@ -123,6 +125,17 @@ def online_reason(placements: Mapping[str, Placement], engine: str) -> str | Non
     """None, or at which sites a transform acts at run time; `engine` says in words what cannot follow."""
     online = sorted(site for site, placement in placements.items() if placement.how == "online")
     return f"the transform at {', '.join(online)} acts at run time, which {engine}" if online else None
+
+
+def network_of(contents: Contents) -> tuple[Family, Dims]:
+    """The family and sizes of what is written."""
+    return resolve(unquantized(contents.config), where=str(contents.source / "config.json"))
+
+
+def left_alone(contents: Contents) -> list[str]:
+    """The linears that are not quantised, by their full names: engines take all others to be."""
+    family, dims = network_of(contents)
+    return list(family.left_alone(dims))
 
 
 def split_stage(

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from affinequant.errors import AffineQuantError
-from affinequant.formats import SHARD_BYTES, VERSION, Contents, Shapes, online_reason, split_stage
+from affinequant.formats import SHARD_BYTES, VERSION, Contents, Shapes, left_alone, online_reason, split_stage
 from affinequant.formats.reading import Dtype, in_transformers
 from affinequant.formats.shards import copy_source, write_json, write_shards
 from affinequant.models.sites import Placement
@@ -143,7 +143,7 @@ def quantization_config(
         "quant_method": "compressed-tensors",
         "format": "int-quantized" if declared else "pack-quantized",
         "quantization_status": "compressed",
-        "ignore": ["lm_head"],
+        "ignore": left_alone(contents),
         "config_groups": {"group_0": group},
         "affinequant": our_config(contents, found),
     }

@@ -10,12 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from affinequant.formats import SHARD_BYTES, Contents, Shapes, online_reason
+from affinequant.formats import SHARD_BYTES, Contents, Shapes, left_alone, network_of, online_reason
 from affinequant.formats.dense import dense_stage, write_folder
 from affinequant.formats.reading import Dtype, in_transformers
-from affinequant.models import resolve
 from affinequant.models.sites import Placement
-from affinequant.models.source import unquantized
 from affinequant.recipe.scheme import Scheme
 
 if TYPE_CHECKING:  # a plan asks `supports`, and must not wait for torch
@@ -67,7 +65,7 @@ class Float4:
         from compressed_tensors.quantization import preset_name_to_scheme
 
         scheme = preset_name_to_scheme(self.preset, ["Linear"])
-        family, _ = resolve(unquantized(contents.config), where=str(contents.source / "config.json"))
+        family, _ = network_of(contents)
         fused = [set(members) for _, members in family.input_groups()]
 
         def packed(stage: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -86,7 +84,7 @@ class Float4:
             "quant_method": "compressed-tensors",
             "format": self.layout,
             "quantization_status": "compressed",
-            "ignore": ["lm_head"],
+            "ignore": left_alone(contents),
             "config_groups": {"group_0": group},
         }
         return write_folder(contents, out, map(packed, contents.stages()), declared, shard_bytes=shard_bytes)

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from affinequant.formats import SHARD_BYTES, Contents, Shapes
+from affinequant.formats import SHARD_BYTES, Contents, Shapes, left_alone
 from affinequant.formats.compressed_tensors import our_config, without_kernel, write_packed
 from affinequant.models.sites import Placement
 from affinequant.recipe.scheme import Scheme
@@ -46,4 +46,4 @@ def write(contents: Contents, out: Path, *, shard_bytes: int = SHARD_BYTES) -> l
 
 def quantization_config(contents: Contents, found: Mapping[str, Any]) -> dict[str, Any]:
     """What stands in `config.json`."""
-    return {"quant_method": "affinequant", "ignore": ["lm_head"], "affinequant": our_config(contents, found)}
+    return {"quant_method": "affinequant", "ignore": left_alone(contents), "affinequant": our_config(contents, found)}

@@ -52,8 +52,9 @@ def read_finished(folder: Path) -> Finished:
         raise _foreign(folder, declared)
     ours = declared["affinequant"]
     check_readable(ours, str(folder / "config.json"))
-    resolve(unquantized(source.config), where=str(folder / "config.json"))
-    linears = _linears(source)
+    family, _ = resolve(unquantized(source.config), where=str(folder / "config.json"))
+    inside = re.compile(rf"({re.escape(family.blocks)}\.(\d+))\.")
+    linears = _linears(source, inside)
     placements = {name: Placement(**one) for name, one in ours.get("placements", {}).items()}
     online = [name for name in linears if parts_of(source.entries, name)]
     if online and not any(placement.how == "online" for placement in placements.values()):
@@ -70,7 +71,7 @@ def read_finished(folder: Path) -> Finished:
         dtype=source.config["dtype"],
         tied=bool(source.config["tie_word_embeddings"]),
         linears=linears,
-        stages=lambda: _stages(source, linears, scheme, clips),
+        stages=lambda: _stages(source, linears, inside, scheme, clips),
         extra={name: value for name, value in ours.items() if name not in _WRITTEN_ANEW},
     )
     return Finished(contents=contents, placements=placements, clips=clips, shapes=_shapes(source, linears))
@@ -156,9 +157,9 @@ def _converted(stage: dict[str, Tensor], old: Scheme, new: Scheme, clips: Mappin
 
 
 def _stages(
-    source: Source, linears: tuple[str, ...], scheme: Scheme, clips: Mapping[str, float]
+    source: Source, linears: tuple[str, ...], inside: re.Pattern[str], scheme: Scheme, clips: Mapping[str, float]
 ) -> Iterator[dict[str, Tensor]]:
-    for names in _by_block(source.entries, linears).values():
+    for names in _by_block(source.entries, linears, inside).values():
         mine = {name for name in linears if f"{name}.weight_scale" in names}
         stage = source.read(name for name in names if name.rpartition(".")[0] not in mine or _beside(name))
         for name in sorted(mine):
@@ -177,9 +178,8 @@ def _beside(name: str) -> bool:
     return not name.rpartition(".")[2].startswith("weight")
 
 
-def _by_block(names: Mapping[str, Any], linears: tuple[str, ...]) -> dict[str, list[str]]:
+def _by_block(names: Mapping[str, Any], linears: tuple[str, ...], inside: re.Pattern[str]) -> dict[str, list[str]]:
     """Names of tensors by the block that they are in; first, under the empty name, those outside of all."""
-    inside = re.compile(r"(.*\.layers\.\d+)\.")
     blocks: dict[str, list[str]] = {"": []} | {found[1]: [] for name in linears if (found := inside.match(name))}
     for name in names:
         found = inside.match(name)
@@ -187,10 +187,10 @@ def _by_block(names: Mapping[str, Any], linears: tuple[str, ...]) -> dict[str, l
     return blocks
 
 
-def _linears(source: Source) -> tuple[str, ...]:
+def _linears(source: Source, inside: re.Pattern[str]) -> tuple[str, ...]:
     def place(name: str) -> tuple[int, str]:
-        found = re.search(r"\.layers\.(\d+)\.", name)
-        return int(found[1]) if found else -1, name
+        found = inside.match(name)
+        return int(found[2]) if found else -1, name
 
     suffix = ".weight_scale"
     return tuple(sorted((name.removesuffix(suffix) for name in source.entries if name.endswith(suffix)), key=place))

@@ -19,6 +19,7 @@ from affinequant.data.files import first_line
 from affinequant.errors import PREFLIGHT, AffineQuantError
 from affinequant.models import Dims, Family
 from affinequant.models.attention import OnAttention, register
+from affinequant.models.norms import check_norms
 from affinequant.models.source import Source
 from affinequant.models.source_files import broken
 from affinequant.recipe.recipe import Dtype
@@ -152,8 +153,8 @@ def open_decoder(
     """The original Hugging Face model of `source`, empty but for its buffers.
 
     Raises:
-        AffineQuantError: transformers cannot make it out of its config.json, or one of its parameters has no tensor in
-            the source (exit 3).
+        AffineQuantError: transformers cannot make it out of its config.json, one of its parameters has no tensor in
+            the source, or a norm is none that transforms are folded into (exit 3).
     """
     model = _empty_model(source.folder, trust_remote_code)
     there = {*source.entries, *([f"{family.head}.weight"] if dims.tied else [])}
@@ -161,6 +162,7 @@ def open_decoder(
     if missing:  # transformers would make up what is not there
         raise broken(f"tensor {missing[0]} is missing, which the model's own code asks for", source.folder)
     model.eval().requires_grad_(False)
+    check_norms(model, family, dims, str(source.folder))
     for name, buffer in list(model.named_buffers()):
         owner, _, leaf = name.rpartition(".")
         model.get_submodule(owner)._buffers[leaf] = buffer.to(device)

@@ -29,9 +29,9 @@ Start = Literal["closed-form", "hadamard"]
 
 AUTO = "auto"
 """In the place of a transform's name: each block takes what errs least on held-out tokens. In the place of them all: at
-`CHOICE_SITES`."""
-CHOICE_SITES = ("attn_in", "vo", "mlp_in", "mlp_mid")
-"""Where the linears of a block read quantised inputs."""
+every site where linears read quantised inputs."""
+EVERY, CHOICE_SITES = "*", ("attn_in", "vo", "mlp_in", "mlp_mid")
+"""All sites that can choose, until the model says which; and those of most models, where presets have other transforms."""
 NAMES = {"model": ("demo",), "data": ("wikitext2", "c4", "demo")}
 """Fields that may name files, and the names that are looked up before any file."""
 
@@ -208,7 +208,7 @@ def resolve(values: Mapping[str, Any], *, where: str = "quantize()") -> Recipe:
     """
     values = {name: str(v) if isinstance(v, Path) else v for name, v in values.items() if v is not None}
     if values.get("transforms") == AUTO:
-        values = {**values, "transforms": dict.fromkeys(CHOICE_SITES, AUTO)}
+        values = {**values, "transforms": dict.fromkeys((EVERY, *CHOICE_SITES), AUTO)}
     known = [entry.name for entry in fields(Recipe)]
     for name in [name for name in values if name not in known]:
         raise unknown_name("recipe field", name, known, where=where)
@@ -224,7 +224,7 @@ def resolve(values: Mapping[str, Any], *, where: str = "quantize()") -> Recipe:
     given = values.get("transforms", {})
     _check_type("transforms", given, dict[str, str])
     chosen = base | dict(given)
-    merged["transforms"] = {site: name for site, name in chosen.items() if name != "none"}
+    merged["transforms"] = {site: name for site, name in chosen.items() if name != "none" or EVERY in chosen}
     # Stock engines quantise the activations of W8A8 themselves, over the full range.
     if (scheme.activation is None or scheme.engines_round_activations) and "activation_clip" not in values:
         merged["activation_clip"] = "none"

@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from affinequant.errors import PREFLIGHT, AffineQuantError, unknown_name
 from affinequant.models import Dims, Family
 from affinequant.models.sites import Kind, Placement, Site, online_numbers, place
-from affinequant.recipe.recipe import AUTO, Recipe
+from affinequant.recipe.recipe import AUTO, CHOICE_SITES, EVERY, Recipe
 from affinequant.transforms import LEARNED_ROTATIONS, names_at, split_parts, structures_of
 
 CANDIDATES: Mapping[Kind, tuple[str, ...]] = {
@@ -33,6 +34,18 @@ def candidates(site: Site, recipe: Recipe, block: int) -> tuple[str, ...]:
     """What `auto` chooses from at a site: what its tier and its cost budget allow. `block`: operations of a block."""
     most = block * recipe.cost_budget / 100 if recipe.tier == "online" else 0
     return tuple(name for name in CANDIDATES.get(site.kind, ()) if flops_of(name, site) <= most)
+
+
+def choosing(recipe: Recipe, family: Family) -> Recipe:
+    """The recipe with the family's own sites in the place of all that can choose, where it asks for those."""
+    if recipe.transforms.get(EVERY) != AUTO:
+        return recipe
+    own = [site for site, _ in family.input_groups()]
+    named = recipe.transforms | {site: AUTO for site in own if site not in recipe.transforms}
+    gone = {EVERY, *(site for site in CHOICE_SITES if site not in own)}
+    return replace(
+        recipe, transforms={site: name for site, name in named.items() if site not in gone and name != "none"}
+    )
 
 
 def place_all(recipe: Recipe, sites: Mapping[str, Site], block: int) -> dict[str, Placement]:
