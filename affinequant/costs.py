@@ -83,7 +83,7 @@ def blocks_kept(recipe: Recipe, dims: Dims, per_block: int, device: str) -> tupl
 def finish_bytes(recipe: Recipe, dims: Dims, per_block: int, device: str) -> int:
     """Main memory of the end-to-end finish: every block's codes, one block in work and those that are kept, one batch of
     logits."""
-    if recipe.finish == "none":
+    if recipe.distill.loss == "none":
         return 0
     step = recipe.seq_len * dims.hidden * 4 * (dims.layers + 24) + 256 * dims.vocab * 4 * 6
     count, each = blocks_kept(recipe, dims, per_block, device)
@@ -94,7 +94,7 @@ def rotation_bytes(recipe: Recipe, dims: Dims, per_block: int) -> int:
     """Main memory of learning rotations: one block in float32, what a step keeps, and the rotation with its optimizer."""
     if recipe.transforms.get("residual") not in LEARNED_ROTATIONS:
         return 0
-    tokens = min(recipe.seq_len, recipe.rotation_len)
+    tokens = min(recipe.seq_len, recipe.rotation.len)
     step = tokens * (dims.hidden * 4 * (dims.layers + 40) + 40 * dims.mlp) + 256 * dims.vocab * 4 * 6
     return 12 * per_block + 8 * dims.vocab * dims.hidden + step + 64 * dims.hidden**2
 
@@ -110,8 +110,8 @@ def expected_minutes(recipe: Recipe, dims: Dims, per_block: int, device: str) ->
     search += 2 * recipe.sweeps * per_block * dims.hidden
     steps = recipe.epochs * math.ceil(recipe.samples / recipe.batch_size) * per_block * 120
     finish = 0.0
-    if recipe.finish == "kl":
-        finish = 4.5 * recipe.finish_epochs * (dims.layers * forward + 2 * tokens * dims.hidden * dims.vocab)
+    if recipe.distill.loss == "kl":
+        finish = 4.5 * recipe.distill.epochs * (dims.layers * forward + 2 * tokens * dims.hidden * dims.vocab)
     if recipe.judge == "kl" and recipe.epochs:
         # At the start and after each epoch, on average through half of the blocks, and the logits of both models.
         judging = min(tokens, max(JUDGED_TOKENS, recipe.seq_len))
@@ -119,8 +119,8 @@ def expected_minutes(recipe: Recipe, dims: Dims, per_block: int, device: str) ->
         finish += 2 * judging * dims.layers * (recipe.epochs + 1) * each
     if recipe.transforms.get("residual") in LEARNED_ROTATIONS:
         # Forwards, again while going backwards, and backwards to the inputs alone, with four products a token that turn.
-        each = 2 * (per_block + 4 * dims.hidden**2 + recipe.rotation_len * dims.query)
-        tokens = recipe.rotation_steps * min(recipe.seq_len, recipe.rotation_len)
+        each = 2 * (per_block + 4 * dims.hidden**2 + recipe.rotation.len * dims.query)
+        tokens = recipe.rotation.steps * min(recipe.seq_len, recipe.rotation.len)
         finish += 4.0 * tokens * (dims.layers * each + 2 * dims.hidden * dims.vocab)
     rate = GPU_FLOPS if device == "cuda" else CPU_FLOPS_PER_CORE * (os.cpu_count() or 1)
     return (dims.layers * (passes * forward + gram + search + steps) + finish) / rate / 60

@@ -25,6 +25,7 @@ from affinequant.plan import plan as make_plan
 from affinequant.progress import Console, Progress, Silent, tally_lines
 from affinequant.recipe.recipe import Recipe
 from affinequant.recipe.recipe import resolve as resolve_recipe
+from affinequant.recipe.tables import flat
 from affinequant.rounding.job import BlockJob
 from affinequant.run.run import Run
 from affinequant.run.workspace import check_disk, empty, expect, open_workspace
@@ -54,7 +55,7 @@ def quantize(
     """
     listen: Progress = Console() if progress is True else (progress or Silent())
     if isinstance(model, Recipe) and fields:
-        model = replace(model, **fields)
+        model = replace(model, **flat(fields))
     recipe = model if isinstance(model, Recipe) else resolve_recipe({"model": model} | fields)
     began = time.perf_counter()
     if recipe.model == "demo":
@@ -131,7 +132,7 @@ def quantize_blocks(made: Plan, run: Run, tokens: Tokens, decoder: Decoder, list
     for line in tally_lines([run.report(name) for name in names]):
         listen.say(line)
     jobs = [block_job(made, decoder, index, kwargs, _scratch(made, run)) for index in range(len(names))]
-    if made.recipe.finish == "kl" and not run.committed(DISTILLED):
+    if made.recipe.distill.loss == "kl" and not run.committed(DISTILLED):
         distill_stage(made, run, tokens, jobs, listen)
     return jobs
 

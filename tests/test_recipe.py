@@ -1,6 +1,6 @@
 """What is asked for: presets, precedence, files that are read back, refusals that name the nearest, fingerprints."""
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,8 @@ import pytest
 from affinequant.errors import AffineQuantError
 from affinequant.models import LLAMA
 from affinequant.recipe.presets import PRESETS
-from affinequant.recipe.recipe import Recipe, parse_bytes, resolve
+from affinequant.recipe.recipe import Recipe, options, parse_bytes, resolve
+from affinequant.recipe.tables import FLAT, Distill, Rotation
 from affinequant.transforms import structures_of
 
 MACHINE = {"device": "cpu", "gpu_memory": "22GB", "cpu_memory": "16GB", "offload": "disk", "out": "elsewhere"}
@@ -58,8 +59,7 @@ def test_odd_names_survive_the_file(tmp_path: Path, text: str) -> None:
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_are_sound(preset: str) -> None:
-    known = {entry.name for entry in fields(Recipe)}
-    assert set(PRESETS[preset].settings) | set(PRESETS[preset].demo) <= known
+    assert set(PRESETS[preset].settings) | set(PRESETS[preset].demo) <= options().keys()
     assert PRESETS[preset].about
     for site, name in resolve({"model": "m", "preset": preset}).transforms.items():
         assert site in {spec.name for spec in LLAMA.sites}
@@ -215,6 +215,11 @@ UNKNOWN = [
     ({"model": "m", "transforms": {"vo": 3}}, "transforms = ", "SITE=TRANSFORM"),
     ({"model": "m", "transforms": "hadamard"}, "transforms = ", "SITE=TRANSFORM"),
     ({"model": 3}, "model = 3", "type str"),
+    ({"model": "m", "distill": {"epoch": 3}}, "unknown recipe field 'distill.epoch'", "did you mean 'distill.epochs'"),
+    ({"model": "m", "distill": 3}, "distill = 3", "a table of loss, epochs, lr"),
+    ({"model": "m", "distill": {"lr": 1.0}, "finish_lr": 2.0}, "distill.lr and finish_lr are one option", "once"),
+    ({"model": "m", "distill": {"epochs": 0}}, "finish_epochs = 0", "use 1 or more"),
+    ({"model": "m", "rotation": {"lr": "x"}}, "rotation_lr = 'x'", "type float"),
 ]
 
 
@@ -238,17 +243,52 @@ def test_files_that_cannot_be_read(tmp_path: Path, text: str, what: str) -> None
         Recipe.from_toml(tmp_path / "absent.toml")
 
 
-@pytest.mark.parametrize("entry", fields(Recipe), ids=lambda entry: entry.name)
-def test_the_fingerprint_holds_what_decides_the_bytes_and_only_that(entry: Any) -> None:
+@pytest.mark.parametrize("name", options())
+def test_the_fingerprint_holds_what_decides_the_bytes_and_only_that(name: str) -> None:
     recipe = Recipe(model="m")
-    now = MACHINE[entry.name] if entry.name in MACHINE else other(entry.name, getattr(recipe, entry.name))
-    changed = replace(recipe, **{entry.name: now})
-    assert (changed.fingerprint() == recipe.fingerprint()) == (entry.name in MACHINE)
+    now = MACHINE[name] if name in MACHINE else other(name, getattr(recipe, name))
+    changed = replace(recipe, **{name: now})
+    assert getattr(changed, name) == now
+    before, after = recipe.fingerprint(), changed.fingerprint()
+    assert {key for key in before if before[key] != after[key]} == {name} - MACHINE.keys()
 
 
-def test_every_field_explains_itself() -> None:
-    for entry in fields(Recipe):
+def test_every_option_explains_itself() -> None:
+    for entry, _ in options().values():
         assert entry.metadata["help"] and entry.metadata["group"] in ("what", "method", "data", "machine", "output")
+
+
+ASKED: dict[str, Any] = {"finish": "kl", "finish_epochs": 3, "rotation_steps": 7}
+TABLED: dict[str, Any] = {"distill": {"loss": "kl", "epochs": 3}, "rotation": {"steps": 7}}
+
+
+@pytest.mark.parametrize("given", [TABLED, {"distill": Distill(loss="kl", epochs=3), "rotation": Rotation(steps=7)}])
+def test_a_method_s_options_have_a_table_and_flat_names(given: dict[str, Any]) -> None:
+    """Whichever way they come, they are one recipe with one fingerprint, whose names are those from before the tables."""
+    bare = Recipe(model="m")
+    recipe = replace(bare, **given)
+    assert recipe == Recipe(**{"model": "m"} | ASKED) == replace(bare, **ASKED) != bare
+    assert (recipe.distill.loss, recipe.distill.epochs, recipe.rotation.steps) == ("kl", 3, 7)
+    assert all(recipe.fingerprint()[name] == getattr(recipe, name) == value for name, value in ASKED.items())
+    assert FLAT.keys() < recipe.fingerprint().keys() and not TABLED.keys() & recipe.fingerprint().keys()
+    assert replace(recipe, finish_lr=0.5).distill == replace(recipe.distill, lr=0.5)
+
+
+@pytest.mark.parametrize("preset", ["fast", "default", "spinquant"])
+def test_a_table_in_a_file_means_what_its_flat_names_do(tmp_path: Path, preset: str) -> None:
+    for model in ("m", "demo"):
+        flat = f'model = "{model}"\npreset = "{preset}"\nfinish = "kl"\nfinish_epochs = 3\nrotation_steps = 7\n'
+        table = flat.split("finish")[0] + '[distill]\nloss = "kl"\nepochs = 3\n[rotation]\nsteps = 7\n'
+        expected = resolve({"model": model, "preset": preset} | ASKED)
+        assert expected == resolve({"model": model, "preset": preset} | TABLED)
+        for text in (flat, table, expected.to_toml()):
+            assert Recipe.from_toml(written(tmp_path, text)) == expected
+            assert Recipe.from_toml(tmp_path / "recipe.toml", finish_epochs=4).distill.epochs == 4
+            assert Recipe.from_toml(tmp_path / "recipe.toml", distill={"epochs": 4}).distill.loss == "kl"
+        # What a table's preset had filled in, another preset fills anew.
+        assert Recipe.from_toml(tmp_path / "recipe.toml", preset="best").distill.lr == 2e-3
+    text = resolve({"model": "m"}).to_toml()
+    assert '[distill]\nloss = "kl"\nepochs = 2\nlr = 0.002\n' in text and "finish" not in text
 
 
 def test_the_output_folder_is_named_after_model_and_scheme() -> None:

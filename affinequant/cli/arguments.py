@@ -5,13 +5,13 @@ import difflib
 import re
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, Field
 from types import ModuleType
-from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from affinequant.errors import AffineQuantError, unknown_name
 from affinequant.recipe.presets import PRESETS
-from affinequant.recipe.recipe import AUTO, CHOICE_SITES, EVERY, Recipe, resolve
+from affinequant.recipe.recipe import AUTO, CHOICE_SITES, EVERY, Recipe, options, resolve
 from affinequant.recipe.scheme import SCHEMES
 
 _GROUPS = {
@@ -84,26 +84,25 @@ def parse(name: str, module: ModuleType, about: str, words: Sequence[str]) -> ar
 
 
 def add_recipe(parser: Parser, *, without: Sequence[str] = ()) -> None:
-    """A flag for each field of a recipe, in the groups that the fields name. Nothing is set that was not typed."""
-    hints = get_type_hints(Recipe)
+    """A flag for each option of a recipe, in the groups that they name. Nothing is set that was not typed."""
     groups = {name: parser.add_argument_group(title) for name, title in _GROUPS.items()}
     groups["what"].add_argument("--config", metavar="FILE", help="a recipe.toml to start from; flags win over it")
-    for entry in fields(Recipe):
+    for name, (entry, hint) in options().items():
         group = groups[entry.metadata["group"]]
-        if entry.name == "scheme":
+        if name == "scheme":
             one = group.add_mutually_exclusive_group()
-            one.add_argument("--scheme", metavar="NAME", default=argparse.SUPPRESS, help=_help(entry))
+            one.add_argument("--scheme", metavar="NAME", default=argparse.SUPPRESS, help=_help(name, entry))
             for scheme, about in SCHEMES.items():
                 flag, default = f"--{scheme}", argparse.SUPPRESS
                 one.add_argument(flag, action="store_const", const=scheme, dest="scheme", default=default, help=about)
-        elif entry.name == "transforms":
+        elif name == "transforms":
             text = (
                 f"{entry.metadata['help']}; repeat it; NAME none takes the preset's away, auto lets each block choose, "
             )
             text += "auto without a site wherever it can (default: by preset)"
             group.add_argument("--transform", metavar="SITE=NAME", action="append", default=[], help=text)
-        elif entry.name != "model" and entry.name not in without:
-            _add_field(group, entry, hints[entry.name])
+        elif name != "model" and name not in without:
+            _add_option(group, name, entry, hint)
 
 
 def recipe_of(args: argparse.Namespace, fixed: Mapping[str, Any] | None = None) -> Recipe:
@@ -113,7 +112,7 @@ def recipe_of(args: argparse.Namespace, fixed: Mapping[str, Any] | None = None) 
         AffineQuantError: no model, or a value that is not allowed.
     """
     typed = vars(args)
-    values = {entry.name: typed[entry.name] for entry in fields(Recipe) if typed.get(entry.name) is not None}
+    values = {name: typed[name] for name in options() if typed.get(name) is not None}
     values |= fixed or {}
     if args.transform:
         values["transforms"] = _pairs(args.transform)
@@ -149,11 +148,11 @@ def number(text: str) -> float:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
 
 
-def _add_field(group: argparse._ArgumentGroup, entry: "Field[Any]", hint: Any) -> None:
-    flags = ["--" + entry.name.replace("_", "-")]
-    if entry.name == "out":
+def _add_option(group: argparse._ArgumentGroup, name: str, entry: "Field[Any]", hint: Any) -> None:
+    flags = ["--" + name.replace("_", "-")]
+    if name == "out":
         flags.insert(0, "-o")
-    options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": _help(entry)}
+    options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": _help(name, entry)}
     if hint is bool:
         group.add_argument(*flags, action=_Switch, **options)
         return
@@ -162,7 +161,7 @@ def _add_field(group: argparse._ArgumentGroup, entry: "Field[Any]", hint: Any) -
     elif hint in (int, float):
         options |= {"metavar": "N" if hint is int else "X", "type": whole if hint is int else number}
     else:
-        options["metavar"] = _METAVARS.get(entry.name, "NAME")
+        options["metavar"] = _METAVARS.get(name, "NAME")
     group.add_argument(*flags, **options)
 
 
@@ -174,10 +173,10 @@ class _Switch(argparse.BooleanOptionalAction):
         self.help = help
 
 
-def _help(entry: "Field[Any]") -> str:
+def _help(name: str, entry: "Field[Any]") -> str:
     text = str(entry.metadata["help"])
-    default = _DEFAULTS.get(entry.name, PRESETS["default"].settings.get(entry.name, entry.default))
-    if entry.name in _BY_PRESET:
+    default = _DEFAULTS.get(name, PRESETS["default"].settings.get(name, entry.default))
+    if name in _BY_PRESET:
         text += f" (default: by preset; {default})"
     elif default is not MISSING and default != "" and default is not False:
         text += f" (default: {default})"

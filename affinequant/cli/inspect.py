@@ -6,7 +6,7 @@ import os
 import shlex
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +18,8 @@ from affinequant.models import resolve as resolve_model
 from affinequant.models.source import Source, locate, open_source, unquantized
 from affinequant.progress import tally
 from affinequant.recipe.presets import PRESETS
-from affinequant.recipe.recipe import Recipe, resolve
+from affinequant.recipe.recipe import options, resolve
+from affinequant.recipe.tables import flat
 
 USAGE = "CKPT [-v] [--json]"
 EPILOG = """
@@ -92,7 +93,7 @@ def look(folder: Path) -> Found:
     if state == "checkpoint only" and "affinequant" not in declared:
         raise _foreign(folder, config, declared)
     report = report if state == "finished" else failed
-    recipe = _read_toml(folder / "recipe.toml") or _recipe_of_run(running, folder)
+    recipe = _recipe(_read_toml(folder / "recipe.toml")) or _recipe(running, out=str(folder))
     blocks = report.get("blocks") or _committed(folder)
     return Found(
         folder=folder,
@@ -228,14 +229,16 @@ def _committed(folder: Path) -> list[dict[str, Any]]:
     return [_read_json(path) for path in sorted(folder.glob(".run/stages/block.*[0-9]/report.json"))]
 
 
-def _recipe_of_run(running: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    names = {entry.name for entry in fields(Recipe)}
-    known = {name: value for name, value in running.items() if name in names}
-    return known | {"out": str(folder)} if known else {}
+def _recipe(values: Mapping[str, Any], **more: str) -> dict[str, Any]:
+    """A recipe's options out of what a file holds, by their flat names, and `more` where there are any."""
+    found = flat(values)
+    known = {name: found[name] for name in options() if name in found}
+    return known | more if known else {}
 
 
 def _resume(recipe: Mapping[str, Any], folder: Path) -> str:
     """The shortest command that gives the recipe of an unfinished run."""
+    recipe = flat(recipe)
     start = {name: recipe[name] for name in ("model", "scheme", "preset")}
     base = resolve(start | {"tier": recipe["tier"]})
     words = ["affinequant", "quantize", str(recipe["model"]), "--scheme", base.scheme, "--preset", base.preset]

@@ -226,10 +226,10 @@ def distill(
         Continuous(job, stored, keeps=index >= again)
         for index, (job, stored) in enumerate(zip(jobs, stages, strict=True))
     ]
-    objective = Divergence(blocks, outer, recipe.finish_lr)
+    objective = Divergence(blocks, outer, recipe.distill.lr)
     held = max(1, len(full) // HELD_OUT)
     train = max(1, len(full) - held)
-    told = Steps(say, "finish", recipe.finish_epochs * train)
+    told = Steps(say, "finish", recipe.distill.epochs * train)
 
     def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         generator = torch.Generator().manual_seed(jobs[0].seed("finish") + 7919 * epoch)
@@ -245,7 +245,7 @@ def distill(
         objective,
         batches,
         FitConfig(
-            epochs=recipe.finish_epochs, steps_per_epoch=train, schedule="cosine", probe_every=1, judge="held-out"
+            epochs=recipe.distill.epochs, steps_per_epoch=train, schedule="cosine", probe_every=1, judge="held-out"
         ),
         {"held-out": held_out},
     )

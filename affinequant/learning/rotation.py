@@ -176,8 +176,8 @@ def _rotation_stage(
     for job in jobs:
         full = job.run_all(load(job.index), full)
     blocks = [RoundedInputs(job, load) for job in jobs]
-    objective = Rotations(blocks, outer, residual.to(decoder.device), made.recipe.rotation_lr)
-    fitted = learn(objective, embedded, full, held, made.recipe.rotation_steps, made.recipe.seed, listen.say)
+    objective = Rotations(blocks, outer, residual.to(decoder.device), made.recipe.rotation.lr)
+    fitted = learn(objective, embedded, full, held, made.recipe.rotation.steps, made.recipe.seed, listen.say)
     residual.to(torch.device("cpu"))
     learned = {"residual": residual.params.detach()}
     for block in blocks:
@@ -225,11 +225,11 @@ def learn(
 def _pieces(ids: Int[Tensor, "samples tokens"], made: Plan) -> tuple[Int[Tensor, "pieces tokens"], int]:
     """The calibration text in pieces as long as a step is: as many as the steps need and then those that are held out,
     whose number comes with them."""
-    length = min(ids.shape[1], made.recipe.rotation_len)
+    length = min(ids.shape[1], made.recipe.rotation.len)
     pieces = ids[:, : ids.shape[1] // length * length].reshape(-1, length)
     order = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(made.recipe.seed))
-    held = max(1, min(made.recipe.rotation_steps // 4, len(pieces) // HELD_OUT))
-    train = max(1, min(made.recipe.rotation_steps, len(pieces) - held))
+    held = max(1, min(made.recipe.rotation.steps // 4, len(pieces) // HELD_OUT))
+    train = max(1, min(made.recipe.rotation.steps, len(pieces) - held))
     return pieces[order[torch.arange(train + held).clamp_max(len(pieces) - 1)]], held
 
 

@@ -4,13 +4,14 @@ import json
 import os
 import tomllib
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, Field, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from affinequant.errors import AffineQuantError, unknown_name
 from affinequant.recipe.presets import ALIASES, PRESETS, Preset, find_preset
 from affinequant.recipe.scheme import Scheme
+from affinequant.recipe.tables import TABLES, Distill, Divergence, Rotation, flat, option, with_flat_names
 
 Tier = Literal["merged", "online"]
 Rounding = Literal["nearest", "gptq", "gptaq", "auto"]
@@ -24,7 +25,6 @@ Format = Literal["auto", "compressed-tensors", "affinequant", "dense"]
 EXPORTS = ("int-quantized", "gptq", "gguf", "nvfp4", "mxfp4")
 """Formats that are made from a finished folder."""
 Schedule = Literal["constant", "cosine"]
-Divergence = Literal["none", "kl"]
 Start = Literal["closed-form", "hadamard"]
 
 AUTO = "auto"
@@ -36,14 +36,7 @@ NAMES = {"model": ("demo",), "data": ("wikitext2", "c4", "demo")}
 """Fields that may name files, and the names that are looked up before any file."""
 
 
-def _option(default: Any, group: str, text: str, *, same_bytes: bool = False, factory: Any = MISSING) -> Any:
-    """A recipe field: its default, its help group and text, and whether changing it leaves the result's bytes alone."""
-    metadata = {"group": group, "help": text, "same_bytes": same_bytes}
-    if factory is not MISSING:
-        return field(default_factory=factory, metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
+@with_flat_names
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
     """Everything that decides what a run does. The command line, `recipe.toml` and `quantize(...)` all fill this.
@@ -52,80 +45,71 @@ class Recipe:
         AffineQuantError: a value that is not allowed, named by field, with the nearest that is.
     """
 
-    model: str = _option(MISSING, "what", "a local folder, a hub id, or `demo` (SmolLM2-135M)")
-    scheme: str = _option("w4a4", "what", "number formats of weights, activations and KV cache")
-    tier: Tier = _option(
+    model: str = option(MISSING, "what", "a local folder, a hub id, or `demo` (SmolLM2-135M)")
+    scheme: str = option("w4a4", "what", "number formats of weights, activations and KV cache")
+    tier: Tier = option(
         "merged",
         "what",
         "merged: no cost at run time, any engine; online: small matmuls at run time, far better at 4-bit activations",
     )
-    preset: str = _option("default", "what", "named settings for everything in the group `method`")
-    tp: int = _option(
+    preset: str = option("default", "what", "named settings for everything in the group `method`")
+    tp: int = option(
         1, "what", "tensor-parallel ranks that may serve it: the inputs of o and down are quantised in so many slices"
     )
-    format: Format = _option("auto", "what", "what to write; auto picks what stock engines load")
+    format: Format = option("auto", "what", "what to write; auto picks what stock engines load")
 
-    transforms: dict[str, str] = _option(
+    transforms: dict[str, str] = option(
         MISSING, "method", "which transform acts at which site; none for none, a+b for both in turn", factory=dict
     )
-    cost_budget: float = _option(
+    cost_budget: float = option(
         3.0, "method", "transform auto: per cent of a block's operations that its choices may cost at run time"
     )
-    rounding: Rounding = _option(
+    rounding: Rounding = option(
         "gptq",
         "method",
         "weights to nearest; by GPTQ on the quantised inputs; gptaq: the same towards what full-precision inputs give; "
         "auto: what errs least on held-out samples, input by input",
     )
-    weight_clip: Clip = _option("search", "method", "narrow each weight range: not, by search, or learned")
-    activation_clip: Clip = _option("search", "method", "narrow each activation range: not, by search, or learned")
-    epochs: int = _option(0, "method", "passes over the calibration samples in each block; 0 learns nothing")
-    batch_size: int = _option(4, "method", "samples per step")
-    lr: float = _option(5e-3, "method", "learning rate of the transforms")
-    clip_lr: float = _option(1e-2, "method", "learning rate of the clipping factors")
-    schedule: Schedule = _option("cosine", "method", "how the learning rates change over a block")
-    loss: Loss = _option(
-        "relative", "method", "squared error of the block's output, as it is or over the token's power"
-    )
-    propagate: Propagate = _option("full", "method", "train a block on full-precision or on quantised inputs")
-    aux_loss: bool = _option(False, "method", "add the error against the full-precision block on the same inputs")
-    alpha: float = _option(0.1, "method", "stability factor: weight of entries off the diagonal in the gradual mask")
-    balance: float = _option(0.5, "method", "start of a diagonal: activation maximum to this power over weight's rest")
-    start: Start = _option(
+    weight_clip: Clip = option("search", "method", "narrow each weight range: not, by search, or learned")
+    activation_clip: Clip = option("search", "method", "narrow each activation range: not, by search, or learned")
+    epochs: int = option(0, "method", "passes over the calibration samples in each block; 0 learns nothing")
+    batch_size: int = option(4, "method", "samples per step")
+    lr: float = option(5e-3, "method", "learning rate of the transforms")
+    clip_lr: float = option(1e-2, "method", "learning rate of the clipping factors")
+    schedule: Schedule = option("cosine", "method", "how the learning rates change over a block")
+    loss: Loss = option("relative", "method", "squared error of the block's output, as it is or over the token's power")
+    propagate: Propagate = option("full", "method", "train a block on full-precision or on quantised inputs")
+    aux_loss: bool = option(False, "method", "add the error against the full-precision block on the same inputs")
+    alpha: float = option(0.1, "method", "stability factor: weight of entries off the diagonal in the gradual mask")
+    balance: float = option(0.5, "method", "start of a diagonal: activation maximum to this power over weight's rest")
+    start: Start = option(
         "closed-form", "method", "what matrices that stay online start from: the closed form, or a fixed rotation"
     )
-    judge: Divergence = _option("none", "method", "kl: the epoch stands after which held-out text diverges least")
-    finish: Divergence = _option(
-        "none", "method", "train scales, gains and clips on the full model's logits at the end"
-    )
-    finish_epochs: int = _option(2, "method", "passes of the finish over the calibration samples")
-    finish_lr: float = _option(1e-3, "method", "learning rate of the finish")
-    rotation_steps: int = _option(100, "method", "steps that learn the rotation of the residual stream, where one is")
-    rotation_len: int = _option(2048, "method", "tokens of each of those steps, at most")
-    rotation_lr: float = _option(0.05, "method", "radians by which the first of those steps turn a feature")
-    sweeps: int = _option(0, "method", "GPTQ: passes of coordinate descent over its codes")
-    damping: float = _option(0.01, "method", "GPTQ: fraction of the mean Hessian diagonal added to it")
+    judge: Divergence = option("none", "method", "kl: the epoch stands after which held-out text diverges least")
+    distill: Distill = option(MISSING, "method", "the end-to-end finish", factory=Distill)
+    rotation: Rotation = option(MISSING, "method", "the learned rotation", factory=Rotation)
+    sweeps: int = option(0, "method", "GPTQ: passes of coordinate descent over its codes")
+    damping: float = option(0.01, "method", "GPTQ: fraction of the mean Hessian diagonal added to it")
 
-    data: str = _option(
+    data: str = option(
         "wikitext2", "data", "calibration text: wikitext2, c4, demo, a text or .jsonl file, a folder, hf:ID"
     )
-    samples: int = _option(128, "data", "calibration sequences")
-    seq_len: int = _option(2048, "data", "tokens per calibration sequence")
-    seed: int = _option(0, "data", "seed of every random choice")
+    samples: int = option(128, "data", "calibration sequences")
+    seq_len: int = option(2048, "data", "tokens per calibration sequence")
+    seed: int = option(0, "data", "seed of every random choice")
 
-    device: Device = _option("auto", "machine", "where blocks are computed", same_bytes=True)
-    dtype: Dtype = _option("auto", "machine", "compute type; auto: float32 on a CPU, bfloat16 on a GPU")
-    gpu_memory: str = _option("", "machine", "refuse a plan that needs more GPU memory, e.g. 22GB", same_bytes=True)
-    cpu_memory: str = _option("", "machine", "refuse a plan that needs more main memory, e.g. 16GB", same_bytes=True)
-    offload: Offload = _option("auto", "machine", "where activations wait between blocks", same_bytes=True)
-    trust_remote_code: bool = _option(False, "machine", "run code that comes with the model (never without this)")
+    device: Device = option("auto", "machine", "where blocks are computed", same_bytes=True)
+    dtype: Dtype = option("auto", "machine", "compute type; auto: float32 on a CPU, bfloat16 on a GPU")
+    gpu_memory: str = option("", "machine", "refuse a plan that needs more GPU memory, e.g. 22GB", same_bytes=True)
+    cpu_memory: str = option("", "machine", "refuse a plan that needs more main memory, e.g. 16GB", same_bytes=True)
+    offload: Offload = option("auto", "machine", "where activations wait between blocks", same_bytes=True)
+    trust_remote_code: bool = option(False, "machine", "run code that comes with the model (never without this)")
 
-    out: str = _option("", "output", "folder to write; default ./MODEL-SCHEME", same_bytes=True)
+    out: str = option("", "output", "folder to write; default ./MODEL-SCHEME", same_bytes=True)
 
     def __post_init__(self) -> None:
-        hints = get_type_hints(Recipe)
-        for entry in fields(self):
-            _check_type(entry.name, getattr(self, entry.name), hints[entry.name])
+        for name, (_, hint) in options().items():
+            _check_type(name, getattr(self, name), hint)
         Scheme.parse(self.scheme)
         find_preset(self.preset)
         object.__setattr__(self, "preset", ALIASES.get(self.preset, self.preset))
@@ -134,21 +118,18 @@ class Recipe:
         smallest = {"tp": 1, "samples": 1, "seq_len": 8, "batch_size": 1, "epochs": 0, "finish_epochs": 1, "seed": 0}
         for name, least in (smallest | {"rotation_steps": 1, "rotation_len": 8, "sweeps": 0}).items():
             if getattr(self, name) < least:
-                flag = "--" + name.replace("_", "-")
-                raise AffineQuantError(f"{name} = {getattr(self, name)}", flag, f"use {least} or more")
+                raise AffineQuantError(f"{name} = {getattr(self, name)}", _flag(name), f"use {least} or more")
         for name, most in (("alpha", 1.0), ("balance", 1.0), ("damping", 1.0), ("cost_budget", 100.0)):
             if not 0 <= getattr(self, name) <= most:
-                flag = "--" + name.replace("_", "-")
-                raise AffineQuantError(f"{name} = {getattr(self, name)}", flag, f"use 0.0 to {most}")
+                raise AffineQuantError(f"{name} = {getattr(self, name)}", _flag(name), f"use 0.0 to {most}")
         if self.samples < 2 and (self.rounding == "auto" or AUTO in self.transforms.values()):
             what = "a choice by held-out error needs samples to hold out"
             raise AffineQuantError(what, "--samples", "use 2 or more, or name what to take")
         for name in ("lr", "clip_lr", "finish_lr", "rotation_lr"):
             if not 0 <= getattr(self, name) < float("inf"):
-                flag = "--" + name.replace("_", "-")
-                raise AffineQuantError(f"{name} = {getattr(self, name)}", flag, "use a finite rate of 0 or more")
+                raise AffineQuantError(f"{name} = {getattr(self, name)}", _flag(name), "use a finite rate of 0 or more")
         for name in ("gpu_memory", "cpu_memory"):
-            parse_bytes(getattr(self, name), flag="--" + name.replace("_", "-"))
+            parse_bytes(getattr(self, name), flag=_flag(name))
 
     @property
     def parsed_scheme(self) -> Scheme:
@@ -162,9 +143,9 @@ class Recipe:
         return Path(f"{Path(os.path.abspath(self.model)).name}-{self.parsed_scheme.name}")
 
     def fingerprint(self) -> dict[str, Any]:
-        """The fields that decide the bytes of the result, as plain JSON values."""
-        skipped = {entry.name for entry in fields(self) if entry.metadata["same_bytes"]}
-        return {name: value for name, value in asdict(self).items() if name not in skipped}
+        """The options that decide the bytes of the result, by their flat names, as plain JSON values."""
+        skipped = {name for name, (entry, _) in options().items() if entry.metadata["same_bytes"]}
+        return {name: value for name, value in flat(asdict(self)).items() if name not in skipped}
 
     def to_toml(self) -> str:
         """The resolved recipe as TOML; `Recipe.from_toml` and `--config` read it back to an equal recipe."""
@@ -175,9 +156,12 @@ class Recipe:
                 # What the preset has and this recipe has not must be taken away again by whoever reads the file.
                 base = PRESETS[self.preset].fields(self.tier, kv=self.parsed_scheme.kv is not None)
                 value = dict.fromkeys(base.get(entry.name, {}), "none") | value
-                tables += ["", f"[{entry.name}]", *(f"{key} = {_toml(item)}" for key, item in value.items())]
+            elif entry.name in TABLES:
+                value = asdict(value)
             else:
                 lines.append(f"{entry.name} = {_toml(value)}")
+                continue
+            tables += ["", f"[{entry.name}]", *(f"{key} = {_toml(item)}" for key, item in value.items())]
         return "\n".join(lines + tables) + "\n"
 
     @staticmethod
@@ -191,12 +175,26 @@ class Recipe:
             ) from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
             raise AffineQuantError(f"{path} is not TOML: {problem}", "--config", "correct that line") from None
+        values, overrides = flat(values, where=str(path)), flat(overrides)
         values |= {name: _absolute(name, values[name], Path(path).parent) for name in NAMES if name in values}
         if not {"preset", "scheme", "tier", "format"}.isdisjoint(overrides):
             values = _chosen(values, where=str(path))
         if "transforms" in overrides and isinstance(values.get("transforms", {}), dict):
             overrides = overrides | {"transforms": values.get("transforms", {}) | overrides["transforms"]}
         return resolve(values | overrides, where=str(path))
+
+
+def options() -> dict[str, tuple["Field[Any]", Any]]:
+    """Every option by its flat name: where it is declared, and its type. Those of a table stand where the table does."""
+    found: dict[str, tuple[Field[Any], Any]] = {}
+    hints = get_type_hints(Recipe)
+    for entry in fields(Recipe):
+        if kind := TABLES.get(entry.name):
+            inner = get_type_hints(kind)
+            found |= {one.metadata["flat"]: (one, inner[one.name]) for one in fields(kind)}
+        else:
+            found[entry.name] = (entry, hints[entry.name])
+    return found
 
 
 def resolve(values: Mapping[str, Any], *, where: str = "quantize()") -> Recipe:
@@ -206,10 +204,11 @@ def resolve(values: Mapping[str, Any], *, where: str = "quantize()") -> Recipe:
     Raises:
         AffineQuantError: unknown field, preset or value.
     """
+    values = flat(values, where=where)
     values = {name: str(v) if isinstance(v, Path) else v for name, v in values.items() if v is not None}
     if values.get("transforms") == AUTO:
         values = {**values, "transforms": dict.fromkeys((EVERY, *CHOICE_SITES), AUTO)}
-    known = [entry.name for entry in fields(Recipe)]
+    known = options()
     for name in [name for name in values if name not in known]:
         raise unknown_name("recipe field", name, known, where=where)
     if "model" not in values:
@@ -217,14 +216,12 @@ def resolve(values: Mapping[str, Any], *, where: str = "quantize()") -> Recipe:
     preset = find_preset(values.get("preset", "default"))
     scheme = Scheme.parse(str(values.get("scheme", preset.settings.get("scheme", "w4a4"))))
     tier = str(values.get("tier", _tier(preset, scheme, str(values.get("format", "auto")))))
-    demo = values["model"] == "demo"
-    merged: dict[str, Any] = {"tier": tier} | preset.fields(tier, kv=scheme.kv is not None, demo=demo)
-    base = dict(merged.get("transforms", {}))
-    merged |= values
+    merged = {"tier": tier} | preset.fields(tier, kv=scheme.kv is not None, demo=values["model"] == "demo")
     given = values.get("transforms", {})
     _check_type("transforms", given, dict[str, str])
-    chosen = base | dict(given)
-    merged["transforms"] = {site: name for site, name in chosen.items() if name != "none" or EVERY in chosen}
+    chosen = {**merged.get("transforms", {}), **given}
+    kept = {site: name for site, name in chosen.items() if name != "none" or EVERY in chosen}
+    merged |= values | {"transforms": kept}
     # Stock engines quantise the activations of W8A8 themselves, over the full range.
     if (scheme.activation is None or scheme.engines_round_activations) and "activation_clip" not in values:
         merged["activation_clip"] = "none"
@@ -275,7 +272,7 @@ def _absolute(name: str, text: Any, folder: Path = Path()) -> Any:
 
 
 def _check_type(name: str, value: Any, hint: Any) -> None:
-    flag = "--" + name.replace("_", "-")
+    flag = _flag(name)
     if get_origin(hint) is Literal:
         if value not in get_args(hint):
             if name == "format" and value in EXPORTS:
@@ -290,6 +287,10 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
     allowed = (int, float) if hint is float else hint
     if not isinstance(value, allowed) or (isinstance(value, bool) and hint is not bool):
         raise AffineQuantError(f"{name} = {value!r}", flag, f"give a value of type {hint.__name__}")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def _toml(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Named settings, a TOML file each: data that anyone can read, copy and change. Nothing but recipe fields."""
+"""Named settings, a TOML file each: data that anyone can read, copy and change. Nothing but recipe options."""
 
 import os
 import tomllib
@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from affinequant.errors import unknown_name
+from affinequant.recipe.tables import flat
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preset:
-    """`settings`: recipe fields, which any flag overrides. `online`: what differs in the online tier. `kv`: which
-    transforms the online tier adds where the scheme quantises the KV cache. `demo`: what differs on the embedded model,
-    sized for two CPU cores. `expect`: published perplexities by model and text with their source
-    and protocol, where there are any; `tolerance` is the share by which a rerun may exceed them."""
+    """`settings`: recipe options by their flat names, which any flag overrides. `online`: what differs in the online
+    tier. `kv`: which transforms the online tier adds where the scheme quantises the KV cache. `demo`: what differs on the
+    embedded model, sized for two CPU cores. `expect`: published perplexities by model and text with their source and
+    protocol, where there are any; `tolerance` is the share by which a rerun may exceed them."""
 
     about: str
     settings: Mapping[str, Any]
@@ -45,7 +46,9 @@ ALIASES = {"affinequant-paper": "paper"}
 
 
 def _read(name: str) -> Preset:
-    return Preset(**tomllib.loads((Path(__file__).parent / f"{name}.toml").read_text(encoding="utf-8")))
+    read = tomllib.loads((Path(__file__).parent / f"{name}.toml").read_text(encoding="utf-8"))
+    parts = {part: flat(read[part], where=f"preset {name}") for part in ("settings", "online", "demo") if part in read}
+    return Preset(**read | parts)
 
 
 PRESETS: dict[str, Preset] = {name: _read(name) for name in ORDER}
