@@ -10,8 +10,8 @@ from torch import Tensor
 
 from affinequant.data.tokens import Tokens
 from affinequant.errors import QUALITY, AffineQuantError
-from affinequant.fit import FitConfig, FitReport, fit
 from affinequant.learning.distill import distill
+from affinequant.learning.fit import FitConfig, FitReport, fit
 from affinequant.learning.network import (
     DISTILLED,
     block_reader,

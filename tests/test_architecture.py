@@ -15,7 +15,7 @@ PACKAGES = {
 ORDER = list(PACKAGES)
 # Inside affinequant, from used to user: a room asks those on earlier lines alone, inside functions too.
 LAYERS = [
-    {"errors", "progress", "version", "fit"},
+    {"errors", "progress", "version"},
     {"recipe", "run"},
     {"data", "numbers"},
     {"models"},
@@ -23,7 +23,7 @@ LAYERS = [
     {"formats", "costs"},
     {"plan", "rounding", "runtime"},
     {"learning", "serve"},
-    {"stages", "verify"},
+    {"stages", "verify", "fit"},
     {"deliver"},
     {"pipeline", "export"},
     {"cli", "report"},

@@ -3,13 +3,16 @@
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor, nn
 
 from affinequant.fit import FitConfig, Group, fit
+from affinequant.run.run import Run
 
 TARGET = torch.tensor([1.0, -2.0, 3.0])
 
@@ -294,3 +297,167 @@ def test_what_was_judged_best_stands_where_training_gives_up() -> None:
     report = run(problem, probes={"p": lambda: float(problem.w.detach().square().sum())}, judge="p", epochs=8)
     assert report.stopped == "non-finite" and report.best == report.series["p"][0] == 0.0
     assert torch.equal(problem.w.detach(), torch.zeros(3))
+
+
+@pytest.mark.parametrize("probe_every", [0, 1])
+def test_a_probe_that_has_reached_its_value_ends_training(probe_every: int) -> None:
+    """Whether it is logged alone or judges too; what was reached stands, and a budget that ends first is `done`."""
+    for threshold, stopped in ((4.0, "probe"), (1e-9, "done")):
+        problem = Problem(quadratic)
+        probes = {"far": lambda problem=problem: float(quadratic(problem.w.detach(), 0))}
+        fields: dict[str, Any] = {"probe_every": probe_every} if probe_every else {"judge": "far"}
+        report = run(problem, probes=probes, epochs=20, stop_when=("far", "<", threshold), **fields)
+        far = [value for value in report.series["far"] if value < threshold]
+        assert report.stopped == stopped and far == report.series["far"][-1:] * (stopped == "probe")
+        assert float(quadratic(problem.w.detach(), 0)) == report.series["far"][-1]
+        assert report.steps == len(report.series["loss"]) == (3 if stopped == "probe" else 20)
+    with pytest.raises(KeyError, match="nothing"):
+        run(Problem(quadratic), stop_when=("nothing", "<", 1.0))
+
+
+def test_one_that_is_never_taken_is_refused() -> None:
+    with pytest.raises(ValueError, match="probe_every"):
+        run(Problem(quadratic), probes={"p": lambda: 0.0}, stop_when=("p", "<", 1.0))
+
+
+class Pair(Problem):
+    """Two groups, each with a loss of its own: the second reads what the first has moved."""
+
+    def __init__(self) -> None:
+        super().__init__(quadratic, lr=0.25)
+        self.v = nn.Parameter(torch.zeros(3))
+        self.seen: list[Tensor] = []
+
+    def groups(self) -> Sequence[Group]:
+        return [Group(name="w", parameters=[self.w], lr=0.25), Group(name="v", parameters=[self.v], lr=0.5)]
+
+    def loss(self, batch: Any) -> Any:
+        yield ["w"], quadratic(self.w, batch)
+        self.seen.append(self.w.detach().clone())
+        yield ["v"], {"follow": (self.v - self.w).square().sum(), "rest": 0 * self.v.sum()}
+
+
+def test_one_batch_may_make_several_updates_each_of_its_own_groups() -> None:
+    pair = Pair()
+    report = run(pair, epochs=1)
+    torch.testing.assert_close(pair.seen[0], 0.5 * TARGET)
+    torch.testing.assert_close(pair.w.detach(), 0.5 * TARGET)  # the second loss, which holds it too, has not moved it
+    torch.testing.assert_close(pair.v.detach(), 0.5 * TARGET)
+    assert report.steps == 2 and report.series.keys() == {"loss", "w", "follow", "rest"}
+    assert report.series["loss"][0] == pytest.approx(report.series["w"][0] + report.series["follow"][0])
+    with pytest.raises(ValueError, match="cannot be accumulated"):
+        run(Pair(), 2, epochs=1, accumulate=2)
+
+
+@pytest.mark.parametrize("keep_best", [False, True])
+def test_a_loss_may_hold_derivatives(keep_best: bool) -> None:
+    """A penalty on the slope of attention: measured with gradients on, by a kernel that can be derived twice."""
+    query = torch.randn(1, 4, 3, generator=torch.Generator().manual_seed(0))
+
+    def slope(w: Tensor, batch: Any) -> Tensor:
+        x = query.clone().requires_grad_()
+        value = torch.nn.functional.scaled_dot_product_attention(x, x * w, x * w).square().sum()
+        (gradient,) = torch.autograd.grad(value, x, create_graph=True)
+        return gradient.square().sum()
+
+    problem = Problem(slope, start=(1.0, 1.0, 1.0), lr=1e-3)
+    report = run(problem, epochs=3, keep_best=keep_best, double_backward=True)
+    assert report.stopped == "done" and report.series["loss"][-1] < report.series["loss"][0]
+    with pytest.raises(RuntimeError):
+        run(Problem(slope, start=(1.0, 1.0, 1.0)), epochs=3, keep_best=keep_best)
+
+
+class Noisy(Problem):
+    """Draws from every global generator, and remembers more than its parameters."""
+
+    def __init__(self) -> None:
+        super().__init__(quadratic, lr=0.05)
+        self.mean = torch.zeros(3)
+
+    def loss(self, batch: Any) -> Tensor:
+        noise = torch.randn(3) + torch.from_numpy(numpy.random.randn(3)).float()
+        self.mean = 0.9 * self.mean + 0.1 * noise
+        return (self.w * noise - self.mean - batch).square().sum()
+
+    def state(self) -> Mapping[str, Any]:
+        return {"mean": self.mean}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        self.mean = state["mean"]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"optimizer": "adamw", "schedule": "cosine"}, {"judge": "p"}, {"keep_best": True, "probe_every": 2}],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_interrupted_and_taken_up_it_gives_the_same_bytes(tmp_path: Path, fields: dict[str, Any]) -> None:
+    """As another process would: a new objective, other generators, and the state out of a run's folder."""
+
+    def trained(**more: Any) -> tuple[Any, Noisy]:
+        torch.manual_seed(1)
+        numpy.random.seed(1)
+        store, problem, state = Run.open(tmp_path, {}), Noisy(), None
+        while True:
+            probes = {"p": lambda problem=problem: float(problem.w.detach().square().sum())}
+            report = fit(problem, batches(3), config(epochs=7, steps_per_epoch=3, **fields, **more), probes, state)
+            if report.state is None:
+                return report, problem
+            assert report.stopped == "paused"
+            store.keep("training", report.state)
+            torch.manual_seed(99)
+            numpy.random.seed(99)
+            store, problem = Run.open(tmp_path, {}), Noisy()
+            state = store.kept("training")
+
+    (whole, straight), (parts, taken_up) = trained(), trained(pause_after=2)
+    assert torch.equal(straight.w, taken_up.w) and torch.equal(straight.mean, taken_up.mean)
+    assert whole.series == parts.series and (whole.steps, whole.best) == (parts.steps, parts.best) and parts.steps == 21
+
+
+@pytest.mark.parametrize("name", ["radam", "nadam", "rmsprop", "adagrad"])
+def test_any_optimizer_of_torch_by_its_name(name: str) -> None:
+    problem = Problem(quadratic, lr=0.1)
+    run(problem, 10, epochs=3, optimizer=name)
+    by_hand = nn.Parameter(torch.zeros(3))
+    known = {key.lower(): one for key, one in vars(torch.optim).items()}
+    optimizer = known[name]([by_hand], lr=0.1)
+    for _ in range(30):
+        optimizer.zero_grad()
+        quadratic(by_hand, 0).backward()
+        optimizer.step()
+    assert torch.equal(problem.w, by_hand)
+    for wrong in ("radom", "optimizer", "lbfgs"):
+        with pytest.raises(ValueError, match=wrong):
+            run(Problem(quadratic), optimizer=wrong)
+
+
+def test_a_group_has_its_own_options() -> None:
+    """Momentum carries on in one group alone: the second step of a constant slope is longer there."""
+    problem = Problem(quadratic)
+    slow, fast = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
+    problem.groups = lambda: [
+        Group(name="slow", parameters=[slow], lr=1.0),
+        Group(name="fast", parameters=[fast], lr=1.0, options={"momentum": 0.5}),
+    ]
+    problem.of = lambda w, _: -(slow + fast).sum()
+    run(problem, 2, epochs=1)
+    assert (slow.item(), fast.item()) == (2.0, 2.5)
+    for options, decay in (({"betas": (0.9, 0.9)}, 0.0), ({"moment": 0.5}, 0.0), ({}, 0.1)):
+        name = "rprop" if decay else "sgd"  # rprop knows no weight decay
+        wrong = Group(name="slow", parameters=[slow], lr=1.0, weight_decay=decay, options=options)
+        problem.groups = lambda wrong=wrong: [wrong]
+        with pytest.raises(ValueError, match=r"takes no .* for the group slow"):
+            run(problem, optimizer=name)
+
+
+def test_the_exponential_falls_to_its_last_rate() -> None:
+    steps: list[float] = []
+
+    def slope(w: Tensor, batch: Any) -> Tensor:
+        steps.append(float(w.detach()[0]))
+        return -w[0]
+
+    run(Problem(slope, lr=1.0), 2, epochs=2, schedule="exponential", last_rate=1e-4)
+    moves = [after - before for before, after in itertools.pairwise(steps)]
+    assert moves == pytest.approx([1.0, 0.1, 0.01, 0.001], rel=1e-3)

@@ -187,3 +187,21 @@ def test_of_a_table_the_entries_that_differ_are_named(tmp_path: Path) -> None:
         run.check_same({"files": {"a.json": "1", "c.json": "3"}, "seed": 0})
     assert "files.b.json: '2' there, None now; files.c.json: None there, '3' now" in caught.value.what
     assert "a.json" not in caught.value.what
+
+
+def test_how_far_a_stage_is_can_be_kept_until_it_is_committed(tmp_path: Path) -> None:
+    run = Run.open(tmp_path, {})
+    assert run.kept("one") is None
+    for step in (1, 2):
+        run.keep("one", {"w": ONE["x"] * step, "series": {"loss": [0.5, float("inf")]}, "step": step})
+    (run.stages / "one.part.tmp").write_bytes(b"half")
+    run = Run.open(tmp_path, {})
+    found = run.kept("one")
+    assert found is not None and torch.equal(found.pop("w"), TWO["x"])
+    assert found == {"series": {"loss": [0.5, float("inf")]}, "step": 2} and not list(run.stages.glob("*.tmp"))
+    assert not run.committed("one") and run.kept("two") is None
+    run.commit("one", tensors=ONE)
+    assert run.kept("one") is None and [path.name for path in run.stages.iterdir()] == ["one"]
+    run.keep("two", {})
+    run.drop_tensors()
+    assert run.kept("two") is None and not run.dropped()

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from affinequant.costs import blocks_kept
-from affinequant.fit import FitConfig, FitReport, Group, fit
 from affinequant.learning.divergence import divergence, mean_loss
+from affinequant.learning.fit import FitConfig, FitReport, fit
+from affinequant.learning.optimizers import Group
 from affinequant.numbers.integer import dequantize, fake_quantize_activation
 from affinequant.progress import Steps
 from affinequant.rounding.job import HELD_OUT, BlockJob

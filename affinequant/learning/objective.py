@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from affinequant.fit import Group
+from affinequant.learning.optimizers import Group
 from affinequant.numbers.integer import CLIP_START, LearnedRange, fake_quantize, fake_quantize_activation, weight_range
 from affinequant.rounding.job import BlockJob
 from affinequant.transforms import OnlineTransform, Transform

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from affinequant.data.tokens import Tokens
-from affinequant.fit import FitConfig, FitReport, Group, fit
 from affinequant.learning.divergence import divergence, mean_loss
+from affinequant.learning.fit import FitConfig, FitReport, fit
 from affinequant.learning.network import ROTATED, block_job, block_reader, read_outer, whole_report
+from affinequant.learning.optimizers import Group
 from affinequant.learning.starts import build_transforms, sites_that_look
 from affinequant.models.decoder import Decoder
 from affinequant.numbers.integer import fake_quantize_activation

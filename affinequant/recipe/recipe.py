@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from affinequant.errors import AffineQuantError, unknown_name
 from affinequant.recipe.presets import ALIASES, PRESETS, Preset, find_preset
 from affinequant.recipe.scheme import Scheme
+from affinequant.recipe.sizes import parse_bytes as parse_bytes
 from affinequant.recipe.tables import TABLES, Distill, Divergence, Rotation, flat, option, with_flat_names
 
 Tier = Literal["merged", "online"]
@@ -216,12 +217,12 @@ def resolve(values: Mapping[str, Any], *, where: str = "quantize()") -> Recipe:
     preset = find_preset(values.get("preset", "default"))
     scheme = Scheme.parse(str(values.get("scheme", preset.settings.get("scheme", "w4a4"))))
     tier = str(values.get("tier", _tier(preset, scheme, str(values.get("format", "auto")))))
-    merged = {"tier": tier} | preset.fields(tier, kv=scheme.kv is not None, demo=values["model"] == "demo")
+    merged: dict[str, Any] = preset.fields(tier, kv=scheme.kv is not None, demo=values["model"] == "demo")
     given = values.get("transforms", {})
     _check_type("transforms", given, dict[str, str])
     chosen = {**merged.get("transforms", {}), **given}
     kept = {site: name for site, name in chosen.items() if name != "none" or EVERY in chosen}
-    merged |= values | {"transforms": kept}
+    merged |= {"tier": tier, **values, "transforms": kept}
     # Stock engines quantise the activations of W8A8 themselves, over the full range.
     if (scheme.activation is None or scheme.engines_round_activations) and "activation_clip" not in values:
         merged["activation_clip"] = "none"
@@ -248,21 +249,6 @@ def _tier(preset: Preset, scheme: Scheme, form: str) -> str:
     narrow = scheme.activation is not None and scheme.activation.bits <= 4
     online = bool(preset.online) and narrow and form in ("auto", "affinequant")
     return str(preset.settings.get("tier", "online" if online else "merged"))
-
-
-def parse_bytes(text: str, *, flag: str) -> int | None:
-    """`22GB`, `512MB`, `1.5GiB` to bytes (GB and GiB both mean 2**30); None for an empty string."""
-    if not text:
-        return None
-    number = text.strip().upper().removesuffix("B").removesuffix("I")
-    unit = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}.get(number[-1:])
-    try:
-        size = float(number[:-1] if unit else number) * (unit or 1)
-    except ValueError:
-        size = -1.0
-    if not 0 < size < float("inf"):
-        raise AffineQuantError(f"{text!r} is not a size", flag, "write it like 22GB or 512MB")
-    return int(size)
 
 
 def _absolute(name: str, text: Any, folder: Path = Path()) -> Any:

@@ -4,7 +4,7 @@ its keyword, its key in the fingerprint and in files from before there were tabl
 import functools
 import operator
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, Literal, TypeVar
 
 from affinequant.errors import AffineQuantError, unknown_name
@@ -66,8 +66,8 @@ def flat(values: Mapping[str, Any], *, where: str = "the recipe") -> dict[str, A
             result[name] = value
             continue
         known = {key: one for one, (table, key) in FLAT.items() if table == name}
-        whole = is_dataclass(value) and not isinstance(value, type)
-        table = asdict(value) if whole else value
+        whole = isinstance(value, TABLES[name])
+        table: Any = asdict(value) if whole else value
         if not isinstance(table, Mapping):
             raise AffineQuantError(f"{name} = {value!r}", where, f"give a table of {', '.join(known)}")
         for key, item in table.items():

@@ -7,11 +7,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from affinequant.errors import AffineQuantError
-from affinequant.run.durable import sync, write_text
+from affinequant.run.durable import install, sync, write_text
 
 FINGERPRINT = "fingerprint.json"
 
@@ -45,7 +46,7 @@ class Run:
             write_text(run.folder / FINGERPRINT, json.dumps(plain, indent=1))
         run.stages.mkdir(exist_ok=True)
         for left in run.stages.glob("*.tmp"):
-            shutil.rmtree(left)
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
         return run
 
     @staticmethod
@@ -102,9 +103,29 @@ class Run:
         sync(temporary)
         os.rename(temporary, self.stages / name)
         sync(self.stages)
+        self._kept(name).unlink(missing_ok=True)
         for old in self.stages.glob("*/carry.safetensors"):
             if old.parent.name != name:
                 old.unlink()
+
+    def keep(self, name: str, state: Mapping[str, Any]) -> None:
+        """Put on disk how far a stage is that is not committed yet: tensors and plain values, as a report of `fit` gives
+        them when it was paused. The stage's commit lets go of it."""
+        temporary = self._kept(name).with_suffix(".part.tmp")
+        torch.save(dict(state), temporary)
+        install(temporary, self._kept(name))
+
+    def kept(self, name: str) -> dict[str, Any] | None:
+        """How far a stage was when it was last kept; None where it was not, or is committed."""
+        path = self._kept(name)
+        return (
+            torch.load(path, map_location="cpu", weights_only=True)
+            if path.exists() and not self.committed(name)
+            else None
+        )
+
+    def _kept(self, name: str) -> Path:
+        return self.stages / f"{name}.part"
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """A committed stage's tensors."""
@@ -128,7 +149,7 @@ class Run:
 
     def drop_tensors(self) -> None:
         """Keep the reports only: for a run whose result has been written and checked."""
-        for path in self.stages.glob("*/*.safetensors"):
+        for path in (*self.stages.glob("*/*.safetensors"), *self.stages.glob("*.part")):
             path.unlink()
 
 

@@ -47,8 +47,10 @@ ALIASES = {"affinequant-paper": "paper"}
 
 def _read(name: str) -> Preset:
     read = tomllib.loads((Path(__file__).parent / f"{name}.toml").read_text(encoding="utf-8"))
-    parts = {part: flat(read[part], where=f"preset {name}") for part in ("settings", "online", "demo") if part in read}
-    return Preset(**read | parts)
+    parts: dict[str, Any] = {
+        part: flat(read[part], where=f"preset {name}") for part in ("settings", "online", "demo") if part in read
+    }
+    return Preset(**{**read, **parts})
 
 
 PRESETS: dict[str, Preset] = {name: _read(name) for name in ORDER}
