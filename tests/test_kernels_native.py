@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,13 @@ from torch import Tensor
 K, N = 576, 70
 GENERATOR = torch.Generator().manual_seed(0)
 compiled = pytest.mark.skipif(native.available() is not None, reason=f"no compiled code: {native.available()}")
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 def random(*shape: int) -> Tensor:
@@ -77,12 +85,47 @@ def test_roundings_between_and_within_factors_are_the_references(dtype: torch.dt
 
 @compiled
 @pytest.mark.parametrize("act_bits", [4, 8])
-def test_a_token_comes_out_the_same_whatever_its_company(act_bits: int) -> None:
+def test_a_token_comes_out_the_same_whatever_its_company(act_bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     given, matrices = weight(), [matrix for factor in FACTORS["three"] for matrix in factor]
+    monkeypatch.setattr(engines, "choose", lambda m, *_: "native" if m <= layer.FEW_ROWS else engines.ALWAYS)
     x = random(layer.FEW_ROWS + 9, K).bfloat16()
     many = online_linear(x, matrices, given, act_bits=act_bits, clip=0.9)
     for count in (1, 2, 7, layer.FEW_ROWS):
         assert torch.equal(online_linear(x[:count], matrices, given, act_bits=act_bits, clip=0.9), many[:count])
+
+
+@pytest.mark.skipif(not native.multiplies(), reason="no AVX2 code here")
+@pytest.mark.parametrize("largest", [15, 127, 128])
+@pytest.mark.parametrize("m, n, k", [(1, 1, 1), (3, 5, 17), (4, 4, 128), (6, 7, 200), (9, 3, 1300), (70, 6, 2056)])
+def test_no_sum_of_products_is_cut_off(m: int, n: int, k: int, largest: int) -> None:
+    codes = torch.randint(-largest, min(largest, 127) + 1, (n, k), dtype=torch.int8, generator=GENERATOR)
+    q = torch.randint(-128, 128, (m, k), dtype=torch.int8, generator=GENERATOR)
+    codes[0], q[0] = -largest, -128  # all pairs of products at their largest, of either sign
+    codes[-1], q[-1] = min(largest, 127), -128
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        got = native.product(q, *native.hold(codes))
+        assert got.dtype == torch.int32 and torch.equal(got.long(), q.long() @ codes.long().t())
+
+
+@compiled
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("m, n, k", [(1, 3, 20), (7, 9, 129), (50, 6, 1416)])
+def test_a_layer_in_one_call_is_the_references_at_any_size(m: int, n: int, k: int, bits: int) -> None:
+    half = 1 << (bits - 1)
+    codes = torch.randint(-half, half, (n, k), dtype=torch.int8, generator=GENERATOR)
+    zero = torch.randint(-half, half, (n,), dtype=torch.int8, generator=GENERATOR)
+    given = prepare_weight(codes, torch.rand(n, generator=GENERATOR) + 0.01, zero, bits=bits)
+    if not native.serves(given):
+        pytest.skip("8 bits go through oneDNN with AVX512-VNNI")
+    for dtype in native.TYPES:
+        x, bias = (random(m, k) + 0.2).to(dtype), random(n)
+        made = native.prepare(given, k, (), dtype)
+        for act_bits, symmetric in ((4, True), (8, False)):
+            settings = {"symmetric": symmetric, "clip": 0.9}
+            got = native.linear(made, x, bias, bits=act_bits, out_dtype=dtype, **settings)
+            wanted = reference.linear_dyn(x, given, bias, act_bits=act_bits, act_symmetric=symmetric, clip=0.9)
+            assert torch.equal(got, wanted), (dtype, act_bits)
 
 
 @compiled
@@ -101,7 +144,7 @@ def test_without_it_the_reason_is_known_and_the_result_the_same(
     wanted = reference.linear_dyn(x, given)
     monkeypatch.setenv("AFFQ_CACHE", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
-    monkeypatch.setattr(native, "UNITS", ())
+    monkeypatch.setattr(native, "UNITS", {"native_avx2.h": ()})
     if hindrance == "no compiler":
         monkeypatch.setenv("PATH", str(tmp_path))
         expected = "no C compiler"
@@ -117,9 +160,11 @@ def test_without_it_the_reason_is_known_and_the_result_the_same(
     reason = native.available.__wrapped__()
     assert reason is not None and expected in reason
     monkeypatch.setattr(native, "available", lambda: reason)
+    engines.forget()
     assert torch.equal(
         layer.linear_dyn(x, given, None, act_bits=4, act_symmetric=True, clip=1.0, out_dtype=x.dtype), wanted
     )
+    engines.forget()
     assert not list(tmp_path.rglob("*.so"))
 
 
@@ -143,7 +188,7 @@ def test_compiling_at_once_in_several_processes_leaves_one_whole_library(tmp_pat
 
 
 def refused(monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(native, "UNITS", ())
+    monkeypatch.setattr(native, "UNITS", {"native_avx2.h": ()})
     monkeypatch.delenv("AFFQ_NATIVE", raising=False)
 
     def loaded(*_: object) -> None:
@@ -184,7 +229,7 @@ def test_an_unsafe_folder_is_refused(fault: str, tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize("planted", ["writable by all", "a link", "another user's"])
 def test_a_planted_library_is_not_loaded(planted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AFFQ_CACHE", str(tmp_path))
-    monkeypatch.setattr(native, "UNITS", ())
+    monkeypatch.setattr(native, "UNITS", {"native_avx2.h": ()})
     names: list[Path] = []
     monkeypatch.setattr(native, "_load", names.append)
     monkeypatch.setattr(native, "_right", lambda: True)

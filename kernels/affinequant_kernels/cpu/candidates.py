@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Int8
 from torch import Tensor
 
+from affinequant_kernels.cpu import native
+
 Held = tuple[Tensor, ...]
 
 # Integers that fp32 holds exactly lie below this.
@@ -92,9 +94,14 @@ def _finished(integers: Tensor, scale: Tensor | None, total: Tensor | None) -> T
     return scaled if total is None else total.add_(scaled)
 
 
+def _native(q: Tensor, held: Held, scale: Tensor | None, total: Tensor | None) -> Tensor:
+    return _finished(native.product(q, *held), scale, total)
+
+
 # The first one always works, is the yardstick of the others, and so cannot be left out.
 CANDIDATES: dict[str, Candidate] = {
     "float32": Candidate(_floats, _float32),
+    "native": Candidate(native.hold, _native),
     "onednn_u8": Candidate(_packed, functools.partial(_onednn, True), rounds=True),
     "onednn": Candidate(_packed, functools.partial(_onednn, False), rounds=True),
     "int_mm": Candidate(_transposed, functools.partial(_int_mm, False), views=True),

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from affinequant_kernels.cache import private_folder, write_whole
+from affinequant_kernels.cpu import native
 from affinequant_kernels.cpu.candidates import ALWAYS, CANDIDATES, Candidate
 
 # Classes of sizes, by the most rows, and how many rows stand for the class where it is timed and checked.
@@ -164,6 +165,7 @@ def _about(threads: int) -> dict[str, object]:
         "torch": torch.__version__,
         "threads": threads,
         "candidates": list(CANDIDATES),
+        "compiled": native.available(),
         "sizes": [ROWS, RANGES, LADDER],
         **settings,
     }
@@ -188,6 +190,7 @@ LATE = "no time was left"
 
 def measure(rows: str, width: str) -> dict[str, Outcome]:
     """Every candidate's outcome in a class, the quickest checked first."""
+    native.available()  # which may compile, and is no part of anybody's time
     late = _deadline()
     (_, m, few), largest = ROWS[rows], RANGES[width]
     with torch.no_grad():

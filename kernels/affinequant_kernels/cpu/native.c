@@ -1,9 +1,9 @@
-// Few tokens on a CPU: transform, quantise and multiply in one call, the weights read as the 4 bits that they are.
+// A layer on a CPU: transform, quantise and multiply in one call, weights of 4 bits read as the 4 bits that they are.
 //
-// Compiled by native.py at first use, for x86-64 with AVX512-VNNI. The arithmetic of quantisers and epilogue is that of
-// reference.py, bit for bit (so -ffp-contract=off); transforms may add in another order, and use fused multiply-adds.
+// Compiled by native.py at first use, for x86-64 with AVX512-VNNI or with AVX2. The arithmetic of quantisers and epilogue is
+// that of reference.py, bit for bit (so -ffp-contract=off); transforms may add in another order, and use fused multiply-adds.
 //
-// Letters as in cpu.py: m rows (tokens), k input features, n output features.
+// Letters as in layer.py: m rows (tokens), k input features, n output features.
 
 #include <immintrin.h>
 #include <math.h>
@@ -15,8 +15,14 @@
 #define BLOCK 128     // columns of a block of the layout hs128
 #define SCALE_FLOOR 1e-8f
 #define INFINITE 0x7f800000
+#define NEAR (1 << 17) // bytes of quantised rows that a pass over the weights keeps in a core's own cache
 
-enum type { FLOAT32, BFLOAT16, FLOAT16 };
+// INTEGER [n]: sums of products, neither scaled nor with a bias; with AVX2 alone.
+enum type { FLOAT32, BFLOAT16, FLOAT16, INTEGER };
+
+// How codes lie: NIBBLES [n, k / 2] in the layout hs128; SMALL [n, k] unsigned, the code + 16, which is below 32, filled up
+// to whole blocks; WIDE [n, k] signed bytes.
+enum kind { NIBBLES, SMALL, WIDE };
 
 // One factor of a transform: left [rows, rows] and right [columns, columns] of a Kronecker product, or, where left is
 // null, `rows` blocks [columns, columns] that act one after the other (one of them on every piece).
@@ -26,16 +32,17 @@ typedef struct {
 } Factor;
 
 typedef struct {
-    int64_t n, k, factors;
-    const uint8_t *codes;    // [n, k / 2], filled up to whole blocks
+    int64_t n, k, factors, kind;
+    const void *codes;
     const float *scale;      // [n]
     const int8_t *zero;      // [n], or null
-    const int32_t *colsum;   // [n]
+    const int32_t *colsum;   // [n], or null where rows have no zero points
     const Factor *factor;
 } Layer;
 
 typedef struct {
     int8_t *q;               // [m, stride], zeros after column k
+    int16_t *wide;           // the same, or null where nobody reads it
     int64_t stride;
     float *scale;            // [m]
     int32_t *zero, *sum;     // [m]
@@ -43,81 +50,11 @@ typedef struct {
 
 static int64_t whole(int64_t k) { return (k + BLOCK - 1) / BLOCK * BLOCK; }
 
-static __mmask16 first(int64_t count) { return count >= 16 ? 0xffff : (__mmask16)((1u << (count < 0 ? 0 : count)) - 1); }
-
-// Sixteen numbers of any type, as fp32.
-static __m512 load(const void *x, enum type type, int64_t at, __mmask16 mask)
-{
-    if (type == FLOAT32)
-        return _mm512_maskz_loadu_ps(mask, (const float *)x + at);
-    __m256i half = _mm256_maskz_loadu_epi16(mask, (const uint16_t *)x + at);
-    if (type == FLOAT16)
-        return _mm512_cvtph_ps(half);
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-}
-
-static __m256i to_bfloat16(__m512 x)
-{
-    __m512i bits = _mm512_castps_si512(x);
-    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    __m512i up = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
-    __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
-    return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(up, nan, _mm512_set1_epi32(0x7fc0)));
-}
-
-static void store(void *out, enum type type, int64_t at, __mmask16 mask, __m512 value)
-{
-    if (type == FLOAT32)
-        _mm512_mask_storeu_ps((float *)out + at, mask, value);
-    else
-        _mm256_mask_storeu_epi16((uint16_t *)out + at, mask, type == BFLOAT16 ? to_bfloat16(value)
-                                 : _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-}
-
-static void round_to(float *x, enum type type, int64_t count)
-{
-    for (int64_t i = 0; type != FLOAT32 && i < count; i += 16) {
-        uint16_t half[16];
-        __mmask16 mask = first(count - i);
-        store(half, type, 0, mask, _mm512_maskz_loadu_ps(mask, x + i));
-        _mm512_mask_storeu_ps(x + i, mask, load(half, type, 0, mask));
-    }
-}
-
-// c [rows, columns] = a [rows, inner] b [inner, columns]: `height` rows and up to 64 columns of it.
-static inline __attribute__((always_inline)) void product_tile(
-    int height, const float *a, int64_t a_row, int64_t a_column, const float *b, float *c, int64_t inner, int64_t columns,
-    int64_t at)
-{
-    __mmask16 mask[4];
-    __m512 sum[4][4];
-    for (int v = 0; v < 4; v++)
-        mask[v] = first(columns - at - 16 * v);
-    for (int i = 0; i < height; i++)
-        for (int v = 0; v < 4; v++)
-            sum[i][v] = _mm512_setzero_ps();
-    for (int64_t j = 0; j < inner; j++)
-        for (int v = 0; v < 4; v++) {
-            __m512 row = _mm512_maskz_loadu_ps(mask[v], b + j * columns + at + 16 * v);
-            for (int i = 0; i < height; i++)
-                sum[i][v] = _mm512_fmadd_ps(_mm512_set1_ps(a[i * a_row + j * a_column]), row, sum[i][v]);
-        }
-    for (int i = 0; i < height; i++)
-        for (int v = 0; v < 4; v++)
-            _mm512_mask_storeu_ps(c + i * columns + at + 16 * v, mask[v], sum[i][v]);
-}
-
-static void product(const float *a, int64_t a_row, int64_t a_column, const float *b, float *c, int64_t rows, int64_t inner,
-                    int64_t columns)
-{
-    int64_t i = 0;
-    for (; i + 4 <= rows; i += 4)
-        for (int64_t at = 0; at < columns; at += 64)
-            product_tile(4, a + i * a_row, a_row, a_column, b, c + i * columns, inner, columns, at);
-    for (; i < rows; i++)
-        for (int64_t at = 0; at < columns; at += 64)
-            product_tile(1, a + i * a_row, a_row, a_column, b, c + i * columns, inner, columns, at);
-}
+#ifdef __AVX512VNNI__
+#include "native_avx512.h"
+#else
+#include "native_avx2.h"
+#endif
 
 // One row times one factor, into `out`; `spare` holds a row too.
 static void apply(const Factor *factor, enum type type, int64_t k, const float *x, float *spare, float *out)
@@ -134,13 +71,6 @@ static void apply(const Factor *factor, enum type type, int64_t k, const float *
             product(x + i * b, b, 1, factor->right + i * b * b, out + i * b, 1, b, b);
 }
 
-// Bits of a float as integers in the order of the numbers: NaNs lie outside of the infinities.
-static __m512i ordered(__m512 x)
-{
-    __m512i bits = _mm512_castps_si512(x);
-    return _mm512_xor_si512(bits, _mm512_and_si512(_mm512_srai_epi32(bits, 31), _mm512_set1_epi32(0x7fffffff)));
-}
-
 static float from_ordered(int32_t bits)
 {
     float x;
@@ -149,20 +79,20 @@ static float from_ordered(int32_t bits)
     return x;
 }
 
+static void widen(Rows rows, int64_t row)
+{
+    for (int64_t i = row * rows.stride; rows.wide && i < (row + 1) * rows.stride; i++)
+        rows.wide[i] = rows.q[i];
+}
+
 // As reference.row_quant, for one row of fp32.
 static void quantise(const float *x, int64_t k, int bits, int symmetric, float clip, Rows rows, int64_t row)
 {
     const float half = (float)(1 << (bits - 1));
-    __m512i least = _mm512_set1_epi32(INT32_MAX), most = _mm512_set1_epi32(INT32_MIN);
-    for (int64_t i = 0; i < k; i += 16) {
-        __mmask16 mask = first(k - i);
-        __m512i value = ordered(_mm512_maskz_loadu_ps(mask, x + i));
-        least = _mm512_mask_min_epi32(least, mask, least, value);
-        most = _mm512_mask_max_epi32(most, mask, most, value);
-    }
-    int32_t low = _mm512_reduce_min_epi32(least), high = _mm512_reduce_max_epi32(most);
+    int32_t low, high;
     int8_t *q = rows.q + row * rows.stride;
     float scale, inverse, shift = 0.0f;
+    extremes(x, k, &low, &high);
     if (low < (INFINITE ^ -1) || high > INFINITE) // a NaN
         scale = NAN;
     else {
@@ -182,24 +112,12 @@ static void quantise(const float *x, int64_t k, int bits, int symmetric, float c
     rows.scale[row] = scale;
     rows.zero[row] = rows.sum[row] = 0;
     memset(q + k, 0, rows.stride - k);
-    if (!isfinite(scale)) {
+    if (isfinite(scale)) {
+        rows.zero[row] = (int32_t)shift;
+        rows.sum[row] = to_codes(x, k, inverse, shift, half, q);
+    } else
         memset(q, 0, k);
-        return;
-    }
-    rows.zero[row] = (int32_t)shift;
-    const __m512 smallest = _mm512_set1_ps(-half), largest = _mm512_set1_ps(half - 1.0f);
-    const __m512 by = _mm512_set1_ps(inverse), add = _mm512_set1_ps(shift);
-    __m512i sum = _mm512_setzero_si512();
-    for (int64_t i = 0; i < k; i += 16) {
-        __mmask16 mask = first(k - i);
-        __m512 value = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, x + i), by);
-        value = _mm512_roundscale_ps(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-        value = _mm512_max_ps(_mm512_min_ps(_mm512_add_ps(value, add), largest), smallest);
-        __m512i code = _mm512_cvtps_epi32(value);
-        sum = _mm512_mask_add_epi32(sum, mask, sum, code);
-        _mm_mask_storeu_epi8(q + i, mask, _mm512_cvtepi32_epi8(code));
-    }
-    rows.sum[row] = _mm512_reduce_add_epi32(sum);
+    widen(rows, row);
 }
 
 static void quantise_row(const Layer *layer, const void *x, enum type type, int bits, int symmetric, float clip, Rows rows,
@@ -209,8 +127,7 @@ static void quantise_row(const Layer *layer, const void *x, enum type type, int 
     float *here = scratch, *spare = scratch + k, *next = scratch + 2 * k;
     const float *value = (const float *)x + row * k;
     if (type != FLOAT32) {
-        for (int64_t i = 0; i < k; i += 16)
-            _mm512_mask_storeu_ps(here + i, first(k - i), load(x, type, row * k + i, first(k - i)));
+        to_floats(x, type, row * k, k, here);
         value = here;
     }
     for (int64_t f = 0; f < layer->factors; f++) {
@@ -224,80 +141,48 @@ static void quantise_row(const Layer *layer, const void *x, enum type type, int 
     quantise(value, k, bits, symmetric, clip, rows, row);
 }
 
-// The sums of the elements of four vectors.
-static __m128i sums(const __m512i v[4])
+// Four output features from `at` on, of the rows `row` to `end`.
+static void multiply(const Layer *layer, Rows rows, int64_t row, int64_t end, int64_t at, const float *bias, void *out,
+                     enum type type)
 {
-    __m512i a = _mm512_add_epi32(_mm512_unpacklo_epi32(v[0], v[1]), _mm512_unpackhi_epi32(v[0], v[1]));
-    __m512i b = _mm512_add_epi32(_mm512_unpacklo_epi32(v[2], v[3]), _mm512_unpackhi_epi32(v[2], v[3]));
-    __m512i c = _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
-    __m256i d = _mm256_add_epi32(_mm512_castsi512_si256(c), _mm512_extracti64x4_epi64(c, 1));
-    return _mm_add_epi32(_mm256_castsi256_si128(d), _mm256_extracti128_si256(d, 1));
-}
-
-// Four output features from `at` on, of `height` rows from `row` on.
-static inline __attribute__((always_inline)) void multiply_tile(
-    int height, const Layer *layer, Rows rows, int64_t row, int64_t at, const float *bias, void *out, enum type type)
-{
-    const int64_t k = whole(layer->k), n = layer->n, left = n - at < 4 ? n - at : 4;
-    const __m512i nibble = _mm512_set1_epi8(0x0f), flip = _mm512_set1_epi8((char)0x88);
-    const uint8_t *codes[4];
-    __m512i acc[4][4];
-    for (int r = 0; r < 4; r++)
-        codes[r] = layer->codes + (at + (r < left ? r : left - 1)) * (k / 2);
-    for (int i = 0; i < height; i++)
-        for (int r = 0; r < 4; r++)
-            acc[i][r] = _mm512_setzero_si512();
-    for (int64_t b = 0; b < k; b += BLOCK) {
-        __m512i low[4], high[4];
-        for (int r = 0; r < 4; r++) { // code + 8, which the instruction wants unsigned
-            _mm_prefetch((const char *)codes[r] + b / 2 + 4 * k, _MM_HINT_T0); // eight rows on
-            __m512i both = _mm512_xor_si512(_mm512_loadu_si512(codes[r] + b / 2), flip);
-            low[r] = _mm512_and_si512(both, nibble);
-            high[r] = _mm512_and_si512(_mm512_srli_epi16(both, 4), nibble);
-        }
-        for (int i = 0; i < height; i++) {
-            const int8_t *q = rows.q + (row + i) * rows.stride + b;
-            __m512i begin = _mm512_loadu_si512(q), end = _mm512_loadu_si512(q + BLOCK / 2);
-            for (int r = 0; r < 4; r++)
-                acc[i][r] = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(acc[i][r], low[r], begin), high[r], end);
-        }
-    }
-    const __mmask8 mask = (__mmask8)((1 << left) - 1);
-    __m128i off = _mm_set1_epi32(8);
-    if (layer->zero) {
-        int32_t zeros = 0;
-        memcpy(&zeros, layer->zero + at, left);
-        off = _mm_add_epi32(off, _mm_cvtepi8_epi32(_mm_cvtsi32_si128(zeros)));
-    }
-    __m128i colsum = _mm_maskz_loadu_epi32(mask, layer->colsum + at);
-    __m128 scale = _mm_maskz_loadu_ps(mask, layer->scale + at);
-    for (int i = 0; i < height; i++) {
-        __m128i value = _mm_sub_epi32(sums(acc[i]), _mm_mullo_epi32(off, _mm_set1_epi32(rows.sum[row + i])));
-        value = _mm_sub_epi32(value, _mm_mullo_epi32(colsum, _mm_set1_epi32(rows.zero[row + i])));
-        __m128 y = _mm_mul_ps(_mm_mul_ps(_mm_cvtepi32_ps(value), scale), _mm_set1_ps(rows.scale[row + i]));
-        if (bias)
-            y = _mm_add_ps(y, _mm_maskz_loadu_ps(mask, bias + at));
-        store(out, type, (row + i) * n + at, mask, _mm512_castps128_ps512(y));
-    }
-}
-
-static void multiply(const Layer *layer, Rows rows, int64_t m, int64_t at, const float *bias, void *out, enum type type)
-{
-    int64_t row = 0;
-    for (; row + 4 <= m; row += 4)
+    for (; row + 4 <= end; row += 4)
         multiply_tile(4, layer, rows, row, at, bias, out, type);
-    switch (m - row) {
+    switch (end - row) {
     case 3: multiply_tile(3, layer, rows, row, at, bias, out, type); break;
     case 2: multiply_tile(2, layer, rows, row, at, bias, out, type); break;
     case 1: multiply_tile(1, layer, rows, row, at, bias, out, type); break;
     }
 }
 
+// All output features of m rows; every thread of a team calls it. As many rows at a time as stay near while weights go by.
+static void multiply_all(const Layer *layer, Rows rows, int64_t m, const float *bias, void *out, enum type type)
+{
+    const int64_t together = 4 * (NEAR / (4 * rows.stride * (rows.wide ? 2 : 1)) + 1);
+    for (int64_t row = 0; row < m; row += together) {
+        int64_t end = row + together < m ? row + together : m;
+#pragma omp for schedule(static) nowait
+        for (int64_t at = 0; at < layer->n; at += 4)
+            multiply(layer, rows, row, end, at, bias, out, type);
+    }
+}
+
+// Bytes that m rows take for a layer, and where in them what lies.
+static int64_t rows_size(const Layer *layer, int64_t m) { return m * (12 + whole(layer->k) * (layer->kind == WIDE ? 3 : 1)); }
+
+static Rows rows_in(const Layer *layer, int64_t m, char *memory)
+{
+    const int64_t k = whole(layer->k);
+    float *scale = (float *)memory;
+    int16_t *wide = layer->kind == WIDE ? (int16_t *)(scale + 3 * m) : NULL;
+    int8_t *q = wide ? (int8_t *)(wide + m * k) : (int8_t *)(scale + 3 * m);
+    return (Rows){q, wide, k, scale, (int32_t *)scale + m, (int32_t *)scale + 2 * m};
+}
+
 // Rows x [m, k] through the layer's factors and a quantiser, into q [m, k], scale, zero and sum [m]. Returns 0, or 1: no memory.
 int affq_rows(const Layer *layer, const void *x, int x_type, int64_t m, int bits, int symmetric, float clip, int threads,
               int8_t *q, float *scale, int32_t *zero, int32_t *sum)
 {
-    Rows rows = {q, layer->k, scale, zero, sum};
+    Rows rows = {q, NULL, layer->k, scale, zero, sum};
     float *scratch = malloc(sizeof(float) * 3 * layer->k * threads + 1);
     if (!scratch)
         return 1;
@@ -318,39 +203,53 @@ void affq_epilogue(const float *acc, int64_t m, int64_t n, const float *scale, c
 {
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t row = 0; row < m; row++)
-        for (int64_t at = 0; at < n; at += 16) {
-            __mmask16 mask = first(n - at);
-            __m512 y = _mm512_maskz_loadu_ps(mask, acc + row * n + at);
-            if (zero) {
-                __m512 sum = _mm512_cvtepi32_ps(_mm512_maskz_loadu_epi32(mask, colsum + at));
-                y = _mm512_sub_ps(y, _mm512_mul_ps(sum, _mm512_set1_ps((float)zero[row])));
-            }
-            y = _mm512_mul_ps(_mm512_mul_ps(y, _mm512_maskz_loadu_ps(mask, scale + at)), _mm512_set1_ps(row_scale[row]));
-            if (bias)
-                y = _mm512_add_ps(y, _mm512_maskz_loadu_ps(mask, bias + at));
-            store(out, out_type, row * n + at, mask, y);
-        }
+        finish(acc + row * n, n, scale, colsum, row_scale[row], zero ? zero + row : NULL, bias, out, out_type, row * n);
 }
 
 // The whole layer on x [m, k]: out [m, n]. Returns 0, or 1: no memory.
 int affq_linear(const Layer *layer, const void *x, int x_type, int64_t m, int bits, int symmetric, float clip, int threads,
                 const float *bias, void *out, int out_type)
 {
-    int64_t k = whole(layer->k), alone = 3 * sizeof(float) * layer->k;
-    char *scratch = malloc(m * (k + 12) + alone * threads + 64);
+    const int64_t alone = 3 * sizeof(float) * layer->k;
+    char *scratch = malloc(rows_size(layer, m) + alone * threads + 64);
     if (!scratch)
         return 1;
-    float *scale = (float *)(scratch + alone * threads);
-    Rows rows = {(int8_t *)(scale + 3 * m), k, scale, (int32_t *)scale + m, (int32_t *)scale + 2 * m};
+    Rows rows = rows_in(layer, m, scratch + alone * threads);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         float *own = (float *)(scratch + alone * omp_get_thread_num());
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < m; row++)
             quantise_row(layer, x, x_type, bits, symmetric, clip, rows, row, own);
+        multiply_all(layer, rows, m, bias, out, out_type);
+    }
+    free(scratch);
+    return 0;
+}
+
+// Whether the arithmetic knows codes other than NIBBLES, and hands out integers.
+int affq_multiplies(void) { return MULTIPLIES; }
+
+// The product alone: out int32 [m, n] of q [m, k] and codes of a kind. Returns 0, or 1: no memory.
+int affq_product(const void *codes, int kind, int64_t n, int64_t k, const int8_t *q, int64_t m, int threads, int32_t *out)
+{
+    const Layer layer = {n, k, 0, kind, codes, NULL, NULL, NULL, NULL};
+    char *scratch = malloc(rows_size(&layer, m) + 64);
+    if (!scratch)
+        return 1;
+    Rows rows = rows_in(&layer, m, scratch);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
 #pragma omp for schedule(static)
-        for (int64_t at = 0; at < layer->n; at += 4)
-            multiply(layer, rows, m, at, bias, out, out_type);
+        for (int64_t row = 0; row < m; row++) {
+            int8_t *here = memcpy(rows.q + row * rows.stride, q + row * k, k);
+            memset(here + k, 0, rows.stride - k);
+            rows.sum[row] = rows.zero[row] = 0;
+            for (int64_t i = 0; i < k; i++)
+                rows.sum[row] += here[i];
+            widen(rows, row);
+        }
+        multiply_all(&layer, rows, m, NULL, out, INTEGER);
     }
     free(scratch);
     return 0;

@@ -1,7 +1,8 @@
 """native.c: compiled once by the machine's own C compiler, kept in the cache, checked against the reference, and called.
 
-It serves the layers of a CPU with AVX512-VNNI for 4-bit codes with a scale per row; `cpu.py` decides when. Where there is
-no such CPU or no compiler, or AFFQ_NATIVE=0, everything goes the way of `cpu.py`. `affinequant env` tells which it is.
+It serves layers with a scale per row: with AVX512-VNNI those of 4-bit codes, with AVX2 those of 8 bits too, and it is one of
+the ways to multiply that `engines.py` times. `layer.py` decides when. Where there is no such CPU or no compiler, or
+AFFQ_NATIVE=0, everything goes the way of `layer.py`. `affinequant env` tells which it is.
 """
 
 from __future__ import annotations
@@ -26,23 +27,21 @@ from affinequant_kernels.reference import Rows
 from affinequant_kernels.weight import Weight, prepare_weight
 
 SOURCE = Path(__file__).with_name("native.c")
-UNITS = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni", "fma", "f16c")
+UNITS = {
+    "native_avx512.h": ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni", "fma", "f16c"),
+    "native_avx2.h": ("avx2", "fma", "f16c"),
+}
+"""By the file with its arithmetic, the best first: what a CPU must have."""
 FLAGS = (
-    *[
-        "-std=gnu11",
-        "-O3",
-        "-fPIC",
-        "-shared",
-        "-fopenmp",
-        "-ffp-contract=off",
-        "-fno-math-errno",
-        "-fno-trapping-math",
-    ],
-    *(f"-m{unit}" for unit in UNITS),
+    *("-std=gnu11", "-O3", "-fPIC", "-shared", "-fopenmp"),
+    *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
 )
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # Multiplications (tokens x features in x features out) below which a second thread costs more than it saves.
 SERIAL = 1 << 20
+# How codes lie, as native.c numbers it.
+NIBBLES, SMALL, WIDE = range(3)
+BLOCK = 128
 
 
 class _Factor(ctypes.Structure):
@@ -52,7 +51,7 @@ class _Factor(ctypes.Structure):
 
 
 class _Layer(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int64) for name in ("n", "k", "factors")] + [
+    _fields_ = [(name, ctypes.c_int64) for name in ("n", "k", "factors", "kind")] + [
         (name, ctypes.c_void_p) for name in ("codes", "scale", "zero", "colsum", "factor")
     ]
 
@@ -86,14 +85,15 @@ def prepare(weight: Weight, k: int, factors: Sequence[tuple[Tensor, ...]], dtype
         place.right, place.columns = address(right), right.shape[-1]
     pointer = ctypes.addressof(made) if factors else None
     parts = [None if t is None else t.data_ptr() for t in (weight.qweight, weight.scale, weight.zero, weight.colsum)]
-    layer = _Layer(weight.qweight.shape[0], k, len(factors), *parts, pointer)
+    kind = NIBBLES if weight.qweight.dtype == torch.uint8 else WIDE
+    layer = _Layer(weight.qweight.shape[0], k, len(factors), kind, *parts, pointer)
     return Layer(ctypes.addressof(layer), weight.qweight.shape[0], k, (layer, made, *held))
 
 
 def serves(weight: Weight) -> bool:
-    """Whether the compiled code knows this kind of weight: 4 bits, a scale and at most a zero point per row."""
+    """Whether the compiled code knows this kind of weight: a scale and at most a zero point per row, and 4 bits or AVX2's."""
     return (
-        weight.qweight.dtype == torch.uint8
+        (weight.qweight.dtype == torch.uint8 or multiplies())
         and weight.scale.ndim == 1
         and weight.mul is None
         and (weight.zero is None or weight.zero.ndim == 1)
@@ -151,6 +151,30 @@ def epilogue(
     return out
 
 
+def multiplies() -> bool:
+    """Whether `product` is there: with AVX2, where oneDNN has no instruction of its own for bytes."""
+    return available() is None and bool(_loaded().affq_multiplies())
+
+
+def hold(codes: Tensor) -> tuple[Tensor, ...]:
+    """A copy of codes int8 [n, k] for `product`: those below 16 in magnitude as uint8, filled up to whole blocks."""
+    if int(codes.max()) >= 16 or int(codes.min()) <= -16:
+        return (codes.clone(memory_format=torch.contiguous_format),)
+    return (torch.nn.functional.pad(codes + 16, (0, -codes.shape[1] % BLOCK)).view(torch.uint8),)
+
+
+def product(q: Tensor, codes: Tensor) -> Tensor:
+    """q int8 [m, k] by what `hold` made: int32 [m, n]. Raises NotImplementedError where there is no such code."""
+    if not multiplies():
+        raise NotImplementedError(available() or "AVX512-VNNI has instructions that oneDNN uses")
+    (m, k), n = q.shape, codes.shape[0]
+    out = torch.empty(m, n, dtype=torch.int32)
+    kind, threads = SMALL if codes.dtype == torch.uint8 else WIDE, torch.get_num_threads() if m * k * n > SERIAL else 1
+    if _loaded().affq_product(codes.data_ptr(), kind, n, k, q.data_ptr(), m, threads, out.data_ptr()):
+        raise MemoryError(f"no memory for {m} tokens of {k} features")
+    return out
+
+
 @functools.cache
 def available() -> str | None:
     """None where the compiled code can be used, or why it cannot. The first call may compile it: some two seconds."""
@@ -159,11 +183,12 @@ def available() -> str | None:
     # The units of the CPU as Linux names them; elsewhere there are none, and other code does the work.
     facts = Path("/proc/cpuinfo")
     units = facts.read_text().replace("avx512_", "avx512").split() if facts.exists() else []
-    lacking = [unit for unit in UNITS if unit not in units]
-    if lacking:
-        return f"this CPU has no {lacking[0]}"
-    names = (os.environ.get("CC"), "cc", "gcc", "clang")
-    compiler = next((found for name in names if name and (found := shutil.which(name))), None)
+    lacking = {name: [unit for unit in wanted if unit not in units] for name, wanted in UNITS.items()}
+    name = next((name for name, missing in lacking.items() if not missing), None)
+    if name is None:
+        return f"this CPU has no {list(lacking.values())[-1][0]}"
+    compilers = (os.environ.get("CC"), "cc", "gcc", "clang")
+    compiler = next((found for word in compilers if word and (found := shutil.which(word))), None)
     if compiler is None:
         return "no C compiler (cc, gcc or clang) was found"
     try:
@@ -171,7 +196,7 @@ def available() -> str | None:
     except OSError as problem:
         return f"there is no safe place for compiled code: {problem}"
     try:
-        _load(_compiled(compiler, folder))
+        _load(_compiled(compiler, folder, name))
         return None if _right() else "its results on this machine are not the reference's"
     except PermissionError as problem:
         return f"compiled code that is not safe to load: {problem}"
@@ -196,20 +221,22 @@ def _load(path: Path) -> None:
     library.affq_rows.argtypes = [*shared, *[pointer] * 4]
     library.affq_epilogue.argtypes = [pointer, size, size, *[pointer] * 5, whole, pointer, whole]
     library.affq_epilogue.restype = None
+    library.affq_product.argtypes = [pointer, whole, size, size, pointer, size, whole, pointer]
     _LIBRARY[:] = [library]
 
 
-def _compiled(compiler: str, folder: Path) -> Path:
+def _compiled(compiler: str, folder: Path, name: str) -> Path:
     """The shared library in the folder; named by all that it was made from, so that a change makes another."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    made_from = "\0".join((SOURCE.read_text(), *FLAGS, version))
+    flags = (*FLAGS, *(f"-m{unit}" for unit in UNITS[name]))
+    made_from = "\0".join((SOURCE.read_text(), SOURCE.with_name(name).read_text(), *flags, version))
     path = folder / f"native-{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.so"
     if not os.path.lexists(path):
         with tempfile.TemporaryDirectory(dir=folder) as building:
             fresh = Path(building) / path.name
             # Threads come from the OpenMP that torch has loaded: two of them would wait for each other's cores.
             subprocess.run(
-                [compiler, *FLAGS, "-o", str(fresh), str(SOURCE)], capture_output=True, text=True, check=True
+                [compiler, *flags, "-o", str(fresh), str(SOURCE)], capture_output=True, text=True, check=True
             )
             fresh.chmod(0o600)
             fresh.replace(path)
@@ -219,16 +246,19 @@ def _compiled(compiler: str, folder: Path) -> Path:
 def _right() -> bool:
     """Whether extreme codes, ragged sizes and each type come out as the reference's."""
     generator = torch.Generator().manual_seed(0)
-    codes = torch.randint(-8, 8, (9, 200), dtype=torch.int8, generator=generator)
-    codes[0], codes[1] = -8, 7
-    zero = torch.randint(-8, 8, (9,), dtype=torch.int8, generator=generator)
-    weight = prepare_weight(codes, torch.rand(9, generator=generator) + 0.01, zero)
-    for dtype in TYPES:
-        x = (torch.randn(7, 200, generator=generator) + 0.3).to(dtype)
-        for symmetric in (True, False):
-            settings = {"symmetric": symmetric, "clip": 0.9}
-            got = linear(prepare(weight, 200, (), dtype), x, None, bits=8, out_dtype=dtype, **settings)
-            wanted = reference.linear_dyn(x, weight, act_bits=8, act_symmetric=symmetric, clip=0.9)
-            if not torch.equal(got, wanted):
-                return False
+    for bits in (4, 8) if _loaded().affq_multiplies() else (4,):
+        half = 1 << (bits - 1)
+        codes, zero = (
+            torch.randint(-half, half, shape, dtype=torch.int8, generator=generator) for shape in ((9, 200), (9,))
+        )
+        codes[0], codes[1] = -half, half - 1
+        weight = prepare_weight(codes, torch.rand(9, generator=generator) + 0.01, zero, bits=bits)
+        for dtype in TYPES:
+            x = (torch.randn(7, 200, generator=generator) + 0.3).to(dtype)
+            for symmetric in (True, False):
+                settings = {"symmetric": symmetric, "clip": 0.9}
+                got = linear(prepare(weight, 200, (), dtype), x, None, bits=8, out_dtype=dtype, **settings)
+                wanted = reference.linear_dyn(x, weight, act_bits=8, act_symmetric=symmetric, clip=0.9)
+                if not torch.equal(got, wanted):
+                    return False
     return True

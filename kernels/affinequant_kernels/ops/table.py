@@ -59,10 +59,17 @@ def _layer(linear_dyn: Run) -> Run:
         act_symmetric: bool = True,
         clip: float = 1.0,
     ) -> Tensor:
-        settings = {"act_bits": act_bits, "act_symmetric": act_symmetric, "clip": clip}
-        settings |= {"factors": list(arguments.factors(matrices)), "out_dtype": out_dtype or x.dtype}
-        y = linear_dyn(x=x.view(-1, x.shape[-1]), weight=weight, bias=bias, **settings)
-        return y.view(*x.shape[:-1], weight.qweight.shape[0])
+        y = linear_dyn(
+            x=x if x.ndim == 2 else x.view(-1, x.shape[-1]),
+            weight=weight,
+            bias=bias,
+            factors=list(arguments.factors(matrices)) if matrices else (),
+            act_bits=act_bits,
+            act_symmetric=act_symmetric,
+            clip=clip,
+            out_dtype=out_dtype or x.dtype,
+        )
+        return y if x.ndim == 2 else y.view(*x.shape[:-1], y.shape[1])
 
     return run
 
@@ -131,10 +138,11 @@ _LIBRARY = torch.library.Library("affq", "DEF")
 
 def _register(name: str, op: Op) -> None:
     _LIBRARY.define(f"{name}({op.takes}) -> ({op.gives})")
-    bind, check = _binder(getattr(torch.ops.affq, name).default._schema.arguments), _by_name(op.check)
+    names, bind = _binder(getattr(torch.ops.affq, name).default._schema.arguments)
+    check = _by_name(op.check, names)
 
     def checked(function: Run) -> Run:
-        work = _by_name(function)
+        work = _by_name(function, names)
 
         def run(*given: object) -> Any:
             named = bind(given)
@@ -148,8 +156,8 @@ def _register(name: str, op: Op) -> None:
     torch.library.register_fake(f"affq::{name}", checked(op.shapes), lib=_LIBRARY)
 
 
-def _binder(schema: Sequence[Any]) -> Callable[[tuple[object, ...]], dict[str, object]]:
-    """What names an op's arguments: torch leaves out those at the end that have their usual values."""
+def _binder(schema: Sequence[Any]) -> tuple[list[str], Callable[[tuple[object, ...]], dict[str, object]]]:
+    """The names of an op's arguments, and what puts them to what is given: torch leaves out usual values at the end."""
     names, usual = [argument.name for argument in schema], tuple(argument.default_value for argument in schema)
     first = names.index("qweight") if "qweight" in names else len(names)
     last = first + len(Weight._fields)
@@ -160,15 +168,16 @@ def _binder(schema: Sequence[Any]) -> Callable[[tuple[object, ...]], dict[str, o
         weight = (Weight(*whole[first:last]),) if first < len(whole) else ()  # type: ignore[arg-type]
         return dict(zip(names, (*whole[:first], *weight, *whole[last:]), strict=True))
 
-    return bind
+    return names, bind
 
 
-def _by_name(function: Run) -> Callable[[dict[str, object]], Any]:
+def _by_name(function: Run, names: Sequence[str]) -> Callable[[dict[str, object]], Any]:
     """The function as one of all that an op was given: it takes what it has parameters for."""
     parameters = inspect.signature(function).parameters
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         return lambda given: function(**given)
-    return lambda given: function(**{name: given[name] for name in parameters if name in given})
+    wanted = tuple(name for name in names if name in parameters)
+    return lambda given: function(**{name: given[name] for name in wanted})
 
 
 def _flat(result: Any) -> Any:
