@@ -24,7 +24,7 @@ from affinequant.models.source import open_source
 from affinequant.recipe.scheme import Scheme
 from affinequant.runtime.load import load
 from affinequant.serve.transformers_quantizer import stock
-from tests.tiny import VOCAB, dense_model, rounded
+from tests.tiny import SLIDING, VOCAB, dense_model, rounded
 
 Tiny = Callable[..., Path]
 WEIGHT_ONLY = ["w4a16", "w4a16-sym", "w4a16-g32", "w4a16-g32-sym", "w8a16", "w8a16-sym"]
@@ -71,10 +71,10 @@ def test_our_loader_computes_the_dense_model(tiny: Tiny, tmp_path: Path, scheme:
 
 @pytest.mark.parametrize(
     "shape",
-    [{"tied": True}, {"bias": True}, {"kv_heads": 4}, {"kv_heads": 1}, {"layers": 3, "shards": 3}],
-    ids=["tied", "biases", "mha", "mqa", "shards"],
+    [{"tied": True}, {"bias": True}, {"kv_heads": 4}, {"kv_heads": 1}, {"layers": 3, "shards": 3}, SLIDING],
+    ids=["tied", "biases", "mha", "mqa", "shards", "qwen2"],
 )
-def test_every_shape_of_source(tiny: Tiny, tmp_path: Path, shape: dict[str, int]) -> None:
+def test_every_shape_of_source(tiny: Tiny, tmp_path: Path, shape: dict[str, Any]) -> None:
     contents = rounded(tiny(**shape), "w4a16")
     find_format("auto").write(contents, tmp_path)
     expected = logits(dense_model(contents))

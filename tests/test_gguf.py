@@ -15,7 +15,7 @@ from affinequant.errors import PREFLIGHT, AffineQuantError
 from affinequant.formats import find_format
 from affinequant.formats.gguf_tokenizer import read_vocabulary
 from tests.llamacpp import ask
-from tests.tiny import VOCAB, dense_model, rounded
+from tests.tiny import SLIDING, VOCAB, dense_model, rounded
 
 pytest.importorskip("xllamacpp", reason="llama.cpp is not installed: pip install xllamacpp")
 
@@ -24,6 +24,7 @@ Change = Callable[[Path], None]
 SHAPE = {"hidden": 128, "mlp": 256}
 TEXT = "The rain in  there, not on it:\n 1987 geese flew na\u00efve"
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3_ROPE = {**LLAMA3, "original_max_position_embeddings": 64, "rope_theta": 5e5}
 NEAR = 0.004
 """Nats by which llama.cpp's next token may diverge: it rounds activations to 8 bits (0.0002 here; RoPE left as it was
 without its scaling gives 0.05)."""
@@ -147,8 +148,10 @@ CASES: dict[str, tuple[str, dict[str, Any], Change]] = {
     "symmetric in groups, own head": ("w4a16-g32-sym", {"tied": False}, lambda folder: None),
     "eight bits, a shared head": ("w8a8", {"tied": True}, lambda folder: None),
     "biases": ("w4a16", {"bias": True}, lambda folder: None),
-    "llama3": ("w4a16", {}, roped(**LLAMA3, original_max_position_embeddings=64, rope_theta=5e5)),
+    "llama3": ("w4a16", {}, roped(**LLAMA3_ROPE)),
     "linear": ("w4a16", {}, roped(rope_type="linear", factor=4.0, rope_theta=1e4)),
+    "qwen2": ("w4a16", {"family": "qwen2"}, roped(rope_type="linear", factor=2.0, rope_theta=1e6)),
+    "qwen2, own head": ("w4a16-g32-sym", {"family": "qwen2", "tied": False, "kv_heads": 4}, lambda folder: None),
     "defaults": ("w4a16", {}, at_defaults),
     "old frequencies": ("w4a16", {}, with_frequencies),
     "zeros": ("w4a16-g32", {}, with_zeros),
@@ -228,6 +231,27 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused_before_anything_is_wr
     with pytest.raises(AffineQuantError, match=words) as raised:
         affinequant.export(tmp_path / "made", format="gguf", out=out)
     assert raised.value.exit_code == PREFLIGHT and not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("shape", "words"),
+    [
+        (SLIDING, "Qwen2 has no sliding windows"),
+        ({"head_dim": 16}, "heads of 64 features together"),
+        ({}, "RoPE of type 'llama3'"),
+    ],
+    ids=["windows", "heads", "rope"],
+)
+def test_what_llama_cpp_s_qwen2_is_not_is_refused(
+    shape: dict[str, Any], words: str, tiny_copy: Tiny, tmp_path: Path
+) -> None:
+    source = tiny_copy(**SHAPE, **shape | {"family": "qwen2"})
+    if not shape:
+        roped(**LLAMA3_ROPE)(source)
+    find_format("auto").write(rounded(source, "w4a16"), tmp_path / "made")
+    with pytest.raises(AffineQuantError, match=words) as raised:
+        affinequant.export(tmp_path / "made", format="gguf", out=tmp_path / "out")
+    assert raised.value.exit_code == PREFLIGHT and not (tmp_path / "out").exists()
 
 
 def test_where_llama_cpp_puts_more_spaces_is_said(tiny_copy: Tiny, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import affinequant
 from affinequant import AffineQuantError
 from affinequant.progress import Silent
 from affinequant.recipe.presets import PRESETS
-from tests.tiny import TIERS
+from tests.tiny import SLIDING, TIERS
 
 Make = Callable[..., Path]
 
@@ -56,7 +56,7 @@ def test_every_scheme(scheme: str, quantize: Callable[..., affinequant.Result]) 
 
 
 @pytest.mark.parametrize(
-    "shape", [{}, {"kv_heads": 4}, {"shards": 2}, {"bias": True}, {"hidden": 72, "heads": 3, "kv_heads": 1}]
+    "shape", [{}, {"kv_heads": 4}, {"shards": 2}, {"bias": True}, {"hidden": 72, "heads": 3, "kv_heads": 1}, SLIDING]
 )
 def test_every_shape_online(shape: dict[str, Any], tiny: Make, quantize: Callable[..., affinequant.Result]) -> None:
     report = quantize(tiny(**shape), preset="fast", tier="online").report
@@ -71,7 +71,7 @@ def test_every_scheme_online(scheme: str, quantize: Callable[..., affinequant.Re
 
 
 @pytest.mark.parametrize(
-    "shape", [{}, {"kv_heads": 4}, {"shards": 2}, {"bias": True}, {"hidden": 72, "heads": 3, "kv_heads": 1}]
+    "shape", [{}, {"kv_heads": 4}, {"shards": 2}, {"bias": True}, {"hidden": 72, "heads": 3, "kv_heads": 1}, SLIDING]
 )
 def test_every_shape(shape: dict[str, Any], tiny: Make, quantize: Callable[..., affinequant.Result]) -> None:
     report = quantize(tiny(**shape), tier="merged").report

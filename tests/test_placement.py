@@ -1,6 +1,8 @@
 """The whole table site x structure, with its costs, against a golden text."""
 
-from affinequant.models import LLAMA, Dims, resolve_sites
+import pytest
+
+from affinequant.models import FAMILIES, LLAMA, Dims, Family, resolve_sites
 from affinequant.models.sites import STRUCTURES, Site, place
 
 LLAMA_2_7B = Dims(layers=32, hidden=4096, mlp=11008, heads=32, kv_heads=32, head_dim=128, vocab=32000, tied=False)
@@ -18,8 +20,8 @@ mlp_mid   folded    refused    refused   online 4,711,424  online 1,409,024 refu
 """
 
 
-def sites_of(dims: Dims) -> dict[str, Site]:
-    return {site.name: site for site in resolve_sites(LLAMA, dims)}
+def sites_of(dims: Dims, family: Family = LLAMA) -> dict[str, Site]:
+    return {site.name: site for site in resolve_sites(family, dims)}
 
 
 def cells(text: str) -> list[list[str]]:
@@ -28,9 +30,10 @@ def cells(text: str) -> list[list[str]]:
     return [line.split() for line in joined.strip().splitlines()]
 
 
-def test_the_table_for_llama_2_7b() -> None:
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_the_table_for_llama_2_7b_and_others_of_its_sizes(family: str) -> None:
     rows = [["site", *STRUCTURES]]
-    for name, site in sites_of(LLAMA_2_7B).items():
+    for name, site in sites_of(LLAMA_2_7B, FAMILIES[family]).items():
         placements = [place(site, structure) for structure in STRUCTURES]
         rows.append([name, *(f"online:{p.flops}" if p.how == "online" else p.how for p in placements)])
     assert rows == cells(GOLDEN)

@@ -26,10 +26,10 @@ def made(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) ->
     text = folder / "text.txt"
     text.write_text(" ".join(f"{i} red foxes and {i % 7} hens" for i in range(2000)))
 
-    def make(*, bias: bool = False, **recipe: Any) -> Path:
-        out = folder / "-".join(str(value) for value in (bias, *recipe.values())).replace("/", "_")[:80]
+    def make(*, bias: bool = False, family: str = "llama", **recipe: Any) -> Path:
+        out = folder / "-".join(str(value) for value in (family, bias, *recipe.values())).replace("/", "_")[:80]
         if not out.exists():
-            source = tiny(hidden=128, heads=4, kv_heads=2, mlp=256, bias=bias)
+            source = tiny(hidden=128, heads=4, kv_heads=2, mlp=256, bias=bias, family=family)
             settings = {"preset": "fast", "samples": 4, "seq_len": 32, "data": text} | recipe
             affinequant.quantize(source, out=out, **settings)
         return out
@@ -113,6 +113,7 @@ CASES = [
     {"scheme": "w4a4-g32-sym", "tier": "merged"},
     {"scheme": "w4a16-g32", "tier": "online"},
     {"scheme": "w8a8", "tier": "online", "activation_clip": "none"},
+    {"scheme": "w4a4", "tier": "online", "family": "qwen2"},
 ]
 
 

@@ -1,4 +1,5 @@
-"""Tiny Llamas and a tokenizer, built in code; and their weights rounded to nearest, for tests of what comes after."""
+"""Tiny Llamas and relatives and a tokenizer, built in code; and their weights rounded to nearest, for tests of what comes
+after."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from affinequant.formats import Contents
+from affinequant.models import FAMILIES
 from affinequant.numbers.integer import fake_quantize_activation
 from affinequant.recipe.presets import PRESETS
 from affinequant.recipe.scheme import Scheme
@@ -30,6 +32,8 @@ TIERS = [
     )
 ]
 """Every preset in each tier that it has."""
+SLIDING = {"family": "qwen2", "use_sliding_window": True, "sliding_window": 12, "max_window_layers": 1}
+"""A Qwen2 whose first block sees all that came before, and the others twelve tokens."""
 
 
 def tiny_llama(
@@ -44,12 +48,18 @@ def tiny_llama(
     seed: int = 0,
     bias: bool = False,
     mlp: int = 128,
+    family: str = "llama",
+    **settings: Any,
 ) -> Path:
-    """Write a Llama of random weights with its tokenizer; norm gains are far from one, so that folding shows."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    """Write a Llama (or another family) of random weights with its tokenizer; norm gains are far from one, so that folding
+    shows. `bias`: for those whose config decides that; `settings`: more of the config."""
+    import transformers
 
-    config = LlamaConfig(
-        architectures=["LlamaForCausalLM"],
+    architecture = getattr(transformers, FAMILIES[family].architectures[0])
+    if family == "llama":
+        settings |= {"attention_bias": bias, "mlp_bias": bias}
+    config = architecture.config_class(
+        architectures=[architecture.__name__],
         vocab_size=VOCAB,
         hidden_size=hidden,
         intermediate_size=mlp,
@@ -58,14 +68,13 @@ def tiny_llama(
         num_key_value_heads=kv_heads,
         max_position_embeddings=512,
         tie_word_embeddings=tied,
-        attention_bias=bias,
-        mlp_bias=bias,
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=1,
+        **settings,
     )
     generator = torch.Generator().manual_seed(seed)
-    model = LlamaForCausalLM(config).bfloat16()
+    model = architecture(config).bfloat16()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)

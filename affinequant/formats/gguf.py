@@ -12,15 +12,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from affinequant.errors import PREFLIGHT, AffineQuantError
-from affinequant.formats import SHARD_BYTES, Contents, Shapes, online_reason, split_stage, without_zeros
+from affinequant.formats import SHARD_BYTES, Contents, Shapes, network_of, online_reason, split_stage, without_zeros
 from affinequant.formats.compressed_tensors import checkpoint_config
-from affinequant.formats.gguf_settings import ROPES, described, rope_factors, rope_kind, write_settings, write_tokenizer
+from affinequant.formats.gguf_settings import (
+    ARCHITECTURES,
+    Architecture,
+    described,
+    rope_factors,
+    rope_kind,
+    write_settings,
+    write_tokenizer,
+)
 from affinequant.formats.gguf_tokenizer import Vocabulary, read_vocabulary
 from affinequant.formats.reading import Dtype, in_transformers
 from affinequant.formats.shards import copy_source, install, write_json
-from affinequant.models import Dims, resolve
+from affinequant.models import Dims
 from affinequant.models.sites import Placement
-from affinequant.models.source import unquantized
 from affinequant.recipe.scheme import NumberFormat, Scheme
 
 if TYPE_CHECKING:  # a plan asks `supports`, and must not wait for torch
@@ -59,20 +66,28 @@ def supports(scheme: Scheme, placements: Mapping[str, Placement], *, clipped: bo
 
 
 def refuses(contents: Contents, shapes: Shapes) -> str | None:
-    """None, or which size, tensor, activation function, RoPE or tokenizer is not in llama.cpp's Llama."""
+    """None, or which size, tensor, activation function, RoPE, attention or tokenizer llama.cpp does not have."""
+    family, dims = network_of(contents)
+    architecture = ARCHITECTURES.get(family.name)
+    if architecture is None:
+        return f"llama.cpp's form of {family.name} is not known here"
     for name in contents.linears:
         if shapes[f"{name}.weight"][1] % BLOCK:
             return f"{name} has {shapes[f'{name}.weight'][1]} inputs, which blocks of {BLOCK} do not divide"
-    _, dims = _family(contents)
-    names, parts = _names(dims), set(contents.linears)
+    names, parts, there = _names(family.name, dims), set(contents.linears), f"llama.cpp's {architecture.title}"
     for name in shapes:
         if not (name.rpartition(".")[0] in parts or _is_buffer(name) or _found(names, name)):
-            return f"llama.cpp's Llama has no tensor for {name}"
+            return f"{there} has no tensor for {name}"
     config = described(contents.config)
-    if rope_kind(config) not in ROPES:
-        return f"RoPE of type {rope_kind(config)!r}: llama.cpp computes {', '.join(ROPES)} as transformers does"
+    if rope_kind(config) not in architecture.ropes:
+        ropes = ", ".join(architecture.ropes)
+        return f"RoPE of type {rope_kind(config)!r}: llama.cpp computes {ropes} as transformers does"
     if config.hidden_act != "silu":
-        return f"llama.cpp's Llama computes silu, this model {config.hidden_act}"
+        return f"{there} computes silu, this model {config.hidden_act}"
+    if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+        return f"{there} has no sliding windows"
+    if dims.query != dims.hidden and not architecture.any_heads:
+        return f"heads of {dims.query} features together: {there} takes as many as the residual stream has"
     vocabulary = read_vocabulary(contents.source, dims.vocab)
     return None if isinstance(vocabulary, Vocabulary) else vocabulary
 
@@ -87,7 +102,8 @@ def reload(out: Path, dtype: Dtype) -> tuple[Any, str]:
     config: Any = AutoConfig.from_pretrained(out, local_files_only=True)
     read: Any = AutoConfig.from_pretrained(out, gguf_file=FILE, local_files_only=True)
     for key in _READ:
-        setattr(config, key, getattr(read, key))
+        if hasattr(read, key):
+            setattr(config, key, getattr(read, key))
     config.rope_parameters = config.rope_parameters | {"rope_theta": read.rope_parameters["rope_theta"]}
     model, words = in_transformers(
         out, dtype, gguf_file=FILE, config=config, quantization_config=GgufConfig(dequantize=True)
@@ -118,15 +134,15 @@ def write(contents: Contents, out: Path, *, shard_bytes: int = SHARD_BYTES) -> l
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.json").unlink(missing_ok=True)
     temporary = out / f"{FILE}.tmp"
-    _, dims = _family(contents)
-    writer = GGUFWriter(temporary, "llama", use_temp_file=True)
+    family, dims = network_of(contents)
+    writer = GGUFWriter(temporary, family.name, use_temp_file=True)
     try:
         write_settings(writer, contents, dims)
         write_tokenizer(writer, contents, dims)
         if (factors := rope_factors(described(contents.config))) is not None:
             writer.add_tensor("rope_freqs.weight", factors)
         for stage in contents.stages():
-            _write_stage(writer, stage, contents, dims)
+            _write_stage(writer, stage, contents, family.name, dims)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -168,15 +184,15 @@ def blocks(codes: Tensor, scale: Tensor, zero: Tensor | None, fmt: NumberFormat,
     return np.concatenate(parts, axis=1).reshape(rows, -1), kind
 
 
-def _write_stage(writer: Any, stage: Mapping[str, Tensor], contents: Contents, dims: Dims) -> None:
+def _write_stage(writer: Any, stage: Mapping[str, Tensor], contents: Contents, family: str, dims: Dims) -> None:
     import numpy as np
     import torch
     from gguf import GGMLQuantizationType
 
-    names = _names(dims)
+    names, architecture = _names(family, dims), ARCHITECTURES[family]
     rest, integers = split_stage(stage, contents)
     for name, (codes, scale, zero) in integers.items():
-        parts = [part if part is None else _for_rope(part, name, dims) for part in (codes, scale, zero)]
+        parts = [part if part is None else _for_rope(part, name, architecture, dims) for part in (codes, scale, zero)]
         assert parts[0] is not None and parts[1] is not None
         packed, kind = blocks(parts[0], parts[1], parts[2], contents.scheme.weight, name)
         writer.add_tensor(_mapped(names, f"{name}.weight"), packed, raw_dtype=GGMLQuantizationType[kind])
@@ -185,7 +201,7 @@ def _write_stage(writer: Any, stage: Mapping[str, Tensor], contents: Contents, d
             continue
         if tensor.ndim == 1:  # llama.cpp computes norms in float32, and adds biases in it
             owner = name.removesuffix(".bias")
-            vector = tensor if owner == name else _for_rope(tensor, owner, dims)
+            vector = tensor if owner == name else _for_rope(tensor, owner, architecture, dims)
             writer.add_tensor(_mapped(names, name), vector.float().numpy())
         elif tensor.dtype == torch.bfloat16:
             packed = tensor.contiguous().view(torch.int16).numpy().view(np.uint8)
@@ -194,10 +210,10 @@ def _write_stage(writer: Any, stage: Mapping[str, Tensor], contents: Contents, d
             writer.add_tensor(_mapped(names, name), tensor.numpy())
 
 
-def _names(dims: Dims) -> Any:
+def _names(family: str, dims: Dims) -> Any:
     from gguf import MODEL_ARCH, get_tensor_name_map
 
-    return get_tensor_name_map(MODEL_ARCH.LLAMA, dims.layers)
+    return get_tensor_name_map(MODEL_ARCH[family.upper()], dims.layers)
 
 
 def _found(names: Any, name: str) -> str | None:
@@ -207,7 +223,7 @@ def _found(names: Any, name: str) -> str | None:
 def _mapped(names: Any, name: str) -> str:
     found = _found(names, name)
     if found is None:
-        raise AffineQuantError(f"GGUF's Llama has no tensor for {name}", name, "export another format")
+        raise AffineQuantError(f"GGUF has no tensor for {name}", name, "export another format")
     return found
 
 
@@ -216,13 +232,9 @@ def _is_buffer(name: str) -> bool:
     return name.endswith("rotary_emb.inv_freq")
 
 
-def _for_rope(part: Tensor, name: str, dims: Dims) -> Tensor:
-    """Rows of q and k in the order of llama.cpp, which rotates neighbours where transformers rotates halves."""
+def _for_rope(part: Tensor, name: str, architecture: Architecture, dims: Dims) -> Tensor:
+    """Rows of q and k in the order of llama.cpp, which may rotate neighbours where transformers rotates halves."""
     heads = {"q_proj": dims.heads, "k_proj": dims.kv_heads}.get(name.rpartition(".")[2])
-    if heads is None:
+    if heads is None or not architecture.neighbours:
         return part
     return part.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(part.shape).contiguous()
-
-
-def _family(contents: Contents) -> tuple[Any, Dims]:
-    return resolve(unquantized(contents.config), where=str(contents.source / "config.json"))

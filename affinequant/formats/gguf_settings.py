@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,25 @@ from affinequant.models import Dims
 if TYPE_CHECKING:
     import numpy as np
 
-ROPES = ("default", "linear", "llama3")
-"""Kinds of RoPE that llama.cpp's Llama computes as transformers does, whatever the length of the text."""
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Architecture:
+    """A network as llama.cpp has it."""
+
+    title: str
+    ropes: tuple[str, ...]
+    """Kinds of RoPE that it computes as transformers does, whatever the length of the text."""
+    neighbours: bool = False
+    """Whether it rotates neighbouring features where transformers rotates halves."""
+    any_heads: bool = False
+    """Whether all heads together may be wider or narrower than the residual stream."""
+
+
+ARCHITECTURES: Mapping[str, Architecture] = {
+    "llama": Architecture(title="Llama", ropes=("default", "linear", "llama3"), neighbours=True, any_heads=True),
+    "qwen2": Architecture(title="Qwen2", ropes=("default", "linear")),
+}
+"""By family: those without a line cannot be exported. llama.cpp calls them what we do."""
 
 
 def described(config: Mapping[str, Any]) -> Any:
@@ -44,7 +62,7 @@ def rope_factors(config: Any) -> np.ndarray | None:
 
 
 def write_settings(writer: Any, contents: Contents, dims: Dims) -> None:
-    """Sizes and constants of the network, by the keys of llama.cpp's Llama."""
+    """Sizes and constants of the network, by llama.cpp's keys."""
     from gguf import LlamaFileType, RopeScalingType
 
     config, fmt = described(contents.config), contents.scheme.weight

@@ -12,8 +12,9 @@ from affinequant.models.keys import check_keys
 from affinequant.models.keys import check_length as check_length
 from affinequant.models.keys import context_length as context_length
 from affinequant.models.llama import LLAMA
+from affinequant.models.qwen2 import QWEN2
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (LLAMA,)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (LLAMA, QWEN2)}
 
 
 def resolve(config: Mapping[str, Any], *, where: str) -> tuple[Family, Dims]:

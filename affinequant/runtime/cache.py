@@ -1,8 +1,9 @@
 """The KV cache of a loaded model: keys and values as packed integers, rotated and rounded once, when they are written.
 
 A cache that transformers makes for `generate()` has its layers replaced before anything is in them. In other kinds of
-cache (static ones) keys and values stay in the model's dtype and are rounded whenever they are read: the same numbers,
-and no memory saved. This room imports transformers, so it is asked for only where a model is loaded.
+cache (static ones, those of a sliding window) keys and values stay in the model's dtype and are rounded whenever they
+are read: the same numbers, and no memory saved. This room imports transformers, so it is asked for only where a model is
+loaded.
 """
 
 from collections.abc import Callable, Mapping
