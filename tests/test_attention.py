@@ -11,7 +11,8 @@ from torch import Tensor
 from affinequant.learning.objective import BlockObjective
 from affinequant.models.attention import NAME, register
 from affinequant.models.sites import Edge, Site
-from affinequant.numbers.integer import fake_quantize_cached
+from affinequant.numbers import grid_of
+from affinequant.numbers.activations import fake_quantize_activation
 from affinequant.recipe.scheme import NumberFormat, Scheme
 from affinequant.rounding.block import round_block
 from affinequant.transforms import build
@@ -48,7 +49,7 @@ def test_scores_are_kept_and_outlier_channels_spread(width: int) -> None:
     torch.testing.assert_close(scores[1], scores[0], rtol=1e-4, atol=1e-3)
     if width < 24:
         return
-    plain, turned = ((fake_quantize_cached(x, KV4) - x).square().mean() for x in (k, turned_k))
+    plain, turned = ((fake_quantize_activation(x, grid_of(KV4)) - x).square().mean() for x in (k, turned_k))
     assert turned < 0.6 * plain
 
 
@@ -57,7 +58,7 @@ def test_all_heads_are_rounded_and_only_keys_and_values() -> None:
     found = CachedHeads(KV4, {})(q, k, v)
     assert found[0] is q
     for x, y in zip((k, v), found[1:], strict=True):
-        assert torch.equal(y, fake_quantize_cached(x, KV4)) and not torch.equal(x, y)
+        assert torch.equal(y, fake_quantize_activation(x, grid_of(KV4))) and not torch.equal(x, y)
         assert all(len(row.unique()) <= 16 for row in y.flatten(0, 2))
     assert CachedHeads(KV4, {}).queries(q, k, v) == (q, k, v)
 

@@ -3,7 +3,6 @@
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,8 @@ from torch import Tensor
 
 import affinequant
 from affinequant.errors import AffineQuantError
-from affinequant.numbers.integer import fake_quantize_cached
+from affinequant.numbers import grid_of
+from affinequant.numbers.activations import fake_quantize_activation
 from affinequant.recipe.scheme import NumberFormat
 from affinequant.rounding.job import BlockJob
 from affinequant.runtime.cache import PackedLayer, pack, unpack
@@ -36,7 +36,7 @@ ROWS: dict[str, Tensor] = {
 }
 
 
-def grid(bits: int) -> NumberFormat:
+def cached(bits: int) -> NumberFormat:
     return NumberFormat(bits=bits, symmetric=False, granularity="head", dynamic=True)
 
 
@@ -44,22 +44,22 @@ def grid(bits: int) -> NumberFormat:
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("rows", ROWS)
 def test_bytes_hold_what_calibration_saw(rows: str, bits: int, dtype: torch.dtype) -> None:
-    x, kv = ROWS[rows].to(dtype).mT.contiguous().mT, grid(bits)
+    x, kv = ROWS[rows].to(dtype).mT.contiguous().mT, cached(bits)
     packed = pack(x, kv)
     assert packed.dtype == torch.uint8 and packed.shape == (*x.shape[:-1], x.shape[-1] * bits // 8 + 4)
-    assert torch.equal(unpack(packed, kv, dtype), fake_quantize_cached(x, kv))
+    assert torch.equal(unpack(packed, kv, dtype), fake_quantize_activation(x, grid_of(kv)))
 
 
 @pytest.mark.parametrize("rows", ROWS)
 def test_calibration_rounds_as_the_kernels_do(rows: str) -> None:
     x = ROWS[rows].flatten(0, 1)
-    assert torch.equal(fake_quantize_cached(x, grid(4)), reference.kv_unpack(*reference.kv_pack(x)))
+    assert torch.equal(fake_quantize_activation(x, grid_of(cached(4))), reference.kv_unpack(*reference.kv_pack(x)))
 
 
 def test_rounding_is_half_a_step_and_its_gradient_straight() -> None:
     x = (ROWS["random"] + 3).requires_grad_()
     for bits in (4, 8):
-        value = fake_quantize_cached(x, grid(bits))
+        value = fake_quantize_activation(x, grid_of(cached(bits)))
         step = (x.amax(-1) - x.amin(-1)) / (2**bits - 1)
         # The step itself is rounded to float16, which moves the last code by up to 2^bits / 2^11 steps.
         assert bool(((value - x).abs().amax(-1) <= step * (0.5 + 2**bits / 2**11)).all())
@@ -178,7 +178,7 @@ def test_the_checkpoint_s_own_cache_and_rotation_are_used(make: Any, tmp_path: P
     plain = logits(affinequant.load(folder))
     assert (unrotated - whole).abs().max() > 1e-3 and (plain - whole).abs().max() > 1e-3
     save_file(tensors | {name: torch.eye(5)[None].contiguous()}, file)
-    config["quantization_config"]["affinequant"]["kv"] = asdict(grid(4))
+    config["quantization_config"]["affinequant"]["kv"] = cached(4).stored()
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(AffineQuantError, match=r"self_attn: expected matrices for 16 features"):
         affinequant.load(folder)

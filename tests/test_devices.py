@@ -10,7 +10,7 @@ from affinequant_kernels import reference
 
 from affinequant import pipeline
 from affinequant.learning import distill, rotation
-from affinequant.numbers.integer import grid, quantize_activation
+from affinequant.numbers import grid_of
 from affinequant.plan import plan
 from affinequant.progress import Silent
 from affinequant.recipe.presets import PRESETS
@@ -73,11 +73,13 @@ def test_a_grid_is_the_same_on_every_device(scheme: str) -> None:
     assert fmt is not None
     x = torch.randn(500, 32, generator=torch.Generator().manual_seed(0))
     rows = reference.row_quant(x, bits=fmt.bits, symmetric=fmt.symmetric, clip=0.9)
-    wanted = grid(x.amin(1), x.amax(1), fmt)
+    grid = grid_of(fmt)
+    wanted = grid.params(x.amin(1), x.amax(1))
     with pretend():
         there = x.to("cuda")
-        codes, scale, zero = (part.cpu() for part in quantize_activation(there, fmt, 0.9))
-        got = [part.cpu() for part in grid(there.amin(1), there.amax(1), fmt)]
+        pair = grid.params(*(0.9 * end for end in grid.range(there)))
+        codes, scale, zero = (part.cpu() for part in (grid.nearest(there, *pair), *pair))
+        got = [part.cpu() for part in grid.params(there.amin(1), there.amax(1))]
         assert not torch.equal((there.amax(1) / 15).cpu(), x.amax(1) / 15), "the pretence divides as CUDA does"
     assert torch.equal(scale[:, 0], rows.scale) and torch.equal(codes.to(torch.int8), rows.q)
     assert torch.equal(zero[:, 0].to(torch.int32), rows.zero)

@@ -18,6 +18,7 @@ from affinequant.learning.distill import Continuous, Distilled, Divergence, dist
 from affinequant.learning.divergence import divergence
 from affinequant.learning.objective import BlockObjective, folded_exactly
 from affinequant.models.source import open_source
+from affinequant.recipe.scheme import Scheme
 from affinequant.rounding.block import Rounded, round_block
 from affinequant.rounding.job import BlockJob
 from affinequant.transforms.online import parts_of
@@ -42,12 +43,13 @@ ONLINE = {"tier": "online", "transforms": {"mlp_in": "diagonal+kronecker", "vo":
 CACHED = {"scheme": "w4a4kv4", "tier": "online", "transforms": {"qk": "rope-pair+hadamard"}}
 
 
-def make(folder: Path, **fields: Any) -> Case:
-    """Both blocks rounded, and the full-precision stream behind them."""
+def make(folder: Path, numbers: Scheme | None = None, **fields: Any) -> Case:
+    """Both blocks rounded, and the full-precision stream behind them. `numbers` in the place of the recipe's scheme."""
     jobs, rounded, stages = [], [], []
     full = quantized = embedded = torch.empty(0)
     for index in range(2):
         job, tensors, x = make_job(folder, index, **{"preset": "fast", "transforms": {}} | fields)
+        job = replace(job, scheme=numbers or job.scheme)
         if index == 0:
             full = quantized = embedded = x
         learned = BlockObjective(job, tensors, *started(job, tensors, x))

@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from affinequant.numbers.integer import codes_of, dequantize, fake_quantize_activation, grid, weight_range
+from affinequant.numbers import Grid, grid_of
+from affinequant.numbers.activations import fake_quantize_activation
+from affinequant.numbers.weights import codes_of, dequantize, weight_range
 from affinequant.recipe.scheme import NumberFormat, Scheme
 from affinequant.rounding.gptq import (
     GPTQFailure,
@@ -31,12 +33,12 @@ def correlated(width: int, tokens: int = 400, seed: int = 1) -> Tensor:
 
 def rounded(weight: Tensor, hessian: Tensor, scheme: str, **options: float) -> tuple[Tensor, Tensor]:
     """(GPTQ's values, round-to-nearest's values) on the same grid."""
-    fmt = Scheme.parse(scheme).weight
-    scale, zero = grid(*weight_range(weight, fmt), fmt, torch.bfloat16)
-    codes = gptq(weight, hessian, scale, zero, fmt, **{"damping": 0.01} | options)  # pyright: ignore[reportArgumentType]
-    assert torch.equal(codes, codes.round()) and fmt.code_min <= codes.min() and codes.max() <= fmt.code_max
-    nearest = codes_of(weight, scale, zero, fmt)
-    return dequantize(codes, scale, zero, fmt), dequantize(nearest, scale, zero, fmt)
+    grid = grid_of(Scheme.parse(scheme).weight)
+    scale, zero = grid.params(*weight_range(weight, grid), torch.bfloat16)
+    codes = gptq(weight, hessian, scale, zero, grid, **{"damping": 0.01} | options)  # pyright: ignore[reportArgumentType]
+    assert torch.equal(codes, codes.round()) and grid.fmt.code_min <= codes.min() and codes.max() <= grid.fmt.code_max
+    nearest = codes_of(weight, scale, zero, grid)
+    return dequantize(codes, scale, zero, grid), dequantize(nearest, scale, zero, grid)
 
 
 def output_error(x: Tensor, weight: Tensor, value: Tensor) -> float:
@@ -80,11 +82,11 @@ def test_the_order_of_the_inputs_does_not_matter(scheme: str) -> None:
 
 def test_a_group_keeps_its_grid_whatever_the_order() -> None:
     """The most important column lies in the last group; each value is on the grid of its own group."""
-    fmt = Scheme.parse("w4a16-g8").weight
+    grid = grid_of(Scheme.parse("w4a16-g8").weight)
     weight, x = random(4, 32), correlated(32) * torch.linspace(0.5, 4, 32)
-    scale, zero = grid(*weight_range(weight * torch.linspace(0.1, 3, 32), fmt), fmt)
-    codes = gptq(weight, x.mT @ x, scale, zero, fmt, damping=0.01)
-    value = dequantize(codes, scale, zero, fmt)
+    scale, zero = grid.params(*weight_range(weight * torch.linspace(0.1, 3, 32), grid))
+    codes = gptq(weight, x.mT @ x, scale, zero, grid, damping=0.01)
+    value = dequantize(codes, scale, zero, grid)
     steps = value.reshape(4, 4, 8) / scale[..., None]
     torch.testing.assert_close(steps, steps.round(), rtol=0, atol=1e-4)
 
@@ -107,22 +109,20 @@ def test_singular_hessians_are_damped(kind: str, damping: float) -> None:
 
 @pytest.mark.parametrize("hessian", [torch.full((16, 16), torch.nan), -torch.eye(16) * 1e30, torch.zeros(16, 16)])
 def test_what_no_damping_mends_is_said(hessian: Tensor) -> None:
-    fmt = Scheme.parse("w4a4").weight
+    grid = grid_of(Scheme.parse("w4a4").weight)
     weight = random(4, 16)
-    scale, zero = grid(*weight_range(weight, fmt), fmt)
+    scale, zero = grid.params(*weight_range(weight, grid))
     try:
-        codes = gptq(weight, hessian, scale, zero, fmt, damping=0.01)
+        codes = gptq(weight, hessian, scale, zero, grid, damping=0.01)
     except GPTQFailure as failure:
         assert "not positive definite" in str(failure)
     else:  # nothing to know is nothing to correct
-        assert not bool(hessian.any()) and torch.equal(codes, codes_of(weight, scale, zero, fmt))
+        assert not bool(hessian.any()) and torch.equal(codes, codes_of(weight, scale, zero, grid))
 
 
-def damped_error(
-    weight: Tensor, codes: Tensor, hessian: Tensor, scale: Tensor, zero: Tensor, fmt: NumberFormat
-) -> Tensor:
+def damped_error(weight: Tensor, codes: Tensor, hessian: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Tensor:
     """e H e^T per row, at a damping of 0.01."""
-    wrong = (dequantize(codes, scale, zero, fmt) - weight).double()
+    wrong = (dequantize(codes, scale, zero, grid) - weight).double()
     damped = hessian.double() + 0.01 * hessian.diagonal().mean() * torch.eye(len(hessian), dtype=torch.float64)
     return ((wrong @ damped) * wrong).sum(-1)
 
@@ -130,41 +130,43 @@ def damped_error(
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("block", [128, 7])
 def test_descent_ends_where_no_code_alone_can_be_bettered(scheme: str, block: int) -> None:
-    fmt, weight, x = Scheme.parse(scheme).weight, random(12, 32), correlated(32)
+    grid, weight, x = grid_of(Scheme.parse(scheme).weight), random(12, 32), correlated(32)
     hessian = x.mT @ x / len(x)
-    low, high = (0.8 * end for end in weight_range(weight, fmt))
-    scale, zero = grid(low, high, fmt, torch.bfloat16)
-    codes = gptq(weight, hessian, scale, zero, fmt, damping=0.01)
-    errors = [damped_error(weight, codes, hessian, scale, zero, fmt)]
+    low, high = (0.8 * end for end in weight_range(weight, grid))
+    scale, zero = grid.params(low, high, torch.bfloat16)
+    codes = gptq(weight, hessian, scale, zero, grid, damping=0.01)
+    errors = [damped_error(weight, codes, hessian, scale, zero, grid)]
     for sweeps in (1, 2, 40):
-        found = refine(codes, weight, hessian, scale, zero, fmt, damping=0.01, sweeps=sweeps, block=block)
-        assert torch.equal(found, found.round()) and fmt.code_min <= found.min() and found.max() <= fmt.code_max
-        errors.append(damped_error(weight, found, hessian, scale, zero, fmt))
+        found = refine(codes, weight, hessian, scale, zero, grid, damping=0.01, sweeps=sweeps, block=block)
+        assert (
+            torch.equal(found, found.round()) and grid.fmt.code_min <= found.min() and found.max() <= grid.fmt.code_max
+        )
+        errors.append(damped_error(weight, found, hessian, scale, zero, grid))
         assert bool((errors[-1] <= errors[-2] * (1 + 1e-6)).all())
     assert float(errors[-1].sum()) < 0.99 * float(errors[0].sum())
     for column in range(weight.shape[1]):
         for step in (-1, 1):
             other = found.clone()
-            other[:, column] = (other[:, column] + step).clamp(fmt.code_min, fmt.code_max)
-            assert bool((damped_error(weight, other, hessian, scale, zero, fmt) >= errors[-1] * (1 - 1e-5)).all())
+            other[:, column] = (other[:, column] + step).clamp(grid.fmt.code_min, grid.fmt.code_max)
+            assert bool((damped_error(weight, other, hessian, scale, zero, grid) >= errors[-1] * (1 - 1e-5)).all())
 
 
 @pytest.mark.parametrize("kind", SINGULAR)
 @pytest.mark.parametrize("damping", [0.0, 0.01])
 def test_descent_leaves_alone_what_nothing_decides(kind: str, damping: float) -> None:
-    fmt, weight = Scheme.parse("w4a4").weight, random(8, 32)
-    scale, zero = grid(*weight_range(weight, fmt), fmt)
-    codes = codes_of(weight, scale, zero, fmt)
-    found = refine(codes, weight, SINGULAR[kind], scale, zero, fmt, damping=damping, sweeps=3)
+    grid, weight = grid_of(Scheme.parse("w4a4").weight), random(8, 32)
+    scale, zero = grid.params(*weight_range(weight, grid))
+    codes = codes_of(weight, scale, zero, grid)
+    found = refine(codes, weight, SINGULAR[kind], scale, zero, grid, damping=damping, sweeps=3)
     assert bool(found.isfinite().all())
-    assert torch.equal(refine(codes, weight, SINGULAR[kind], scale, zero, fmt, damping=damping, sweeps=0), codes)
+    assert torch.equal(refine(codes, weight, SINGULAR[kind], scale, zero, grid, damping=damping, sweeps=0), codes)
 
 
-def searched_error(weight: Tensor, hessian: Tensor, fmt: NumberFormat, low: Tensor, high: Tensor) -> Tensor:
+def searched_error(weight: Tensor, hessian: Tensor, grid: Grid, low: Tensor, high: Tensor) -> Tensor:
     """e H_g e^T of each group, by a loop."""
-    scale, zero = grid(low, high, fmt, torch.bfloat16)
-    wrong = dequantize(codes_of(weight, scale, zero, fmt), scale, zero, fmt) - weight
-    width = weight.shape[1] // fmt.groups(weight.shape[1])
+    scale, zero = grid.params(low, high, torch.bfloat16)
+    wrong = dequantize(codes_of(weight, scale, zero, grid), scale, zero, grid) - weight
+    width = weight.shape[1] // grid.fmt.groups(weight.shape[1])
     parts = []
     for start in range(0, weight.shape[1], width):
         part = wrong[:, start : start + width]
@@ -175,7 +177,7 @@ def searched_error(weight: Tensor, hessian: Tensor, fmt: NumberFormat, low: Tens
 @pytest.mark.parametrize("kind", ["normal", "outlier", "zero rows", "one-sided"])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_searched_range_is_never_worse_than_the_whole(scheme: str, kind: str) -> None:
-    fmt, weight, x = Scheme.parse(scheme).weight, random(12, 64), correlated(64)
+    grid, weight, x = grid_of(Scheme.parse(scheme).weight), random(12, 64), correlated(64)
     if kind == "outlier":
         weight[:, 9] *= 12
     if kind == "zero rows":
@@ -183,41 +185,41 @@ def test_a_searched_range_is_never_worse_than_the_whole(scheme: str, kind: str) 
     if kind == "one-sided":
         weight = weight.abs()
     hessian = x.mT @ x / len(x)
-    low, high = search_weight_range(weight, hessian, fmt, torch.bfloat16)
-    whole = searched_error(weight, hessian, fmt, *weight_range(weight, fmt))
-    found = searched_error(weight, hessian, fmt, low, high)
+    low, high = search_weight_range(weight, hessian, grid, torch.bfloat16)
+    whole = searched_error(weight, hessian, grid, *weight_range(weight, grid))
+    found = searched_error(weight, hessian, grid, low, high)
     assert bool((found <= whole * (1 + 1e-4)).all())
-    assert low.shape == high.shape == (12, fmt.groups(64))
-    if kind == "outlier" and fmt.bits == 4:
+    assert low.shape == high.shape == (12, grid.fmt.groups(64))
+    if kind == "outlier" and grid.fmt.bits == 4:
         assert float(found.sum()) < 0.9 * float(whole.sum())
 
 
 def test_a_range_is_judged_by_the_inputs_that_occur() -> None:
     """The outlier's input never fires: the range forgets it. It always fires: the range keeps it."""
-    fmt, weight = Scheme.parse("w4a4").weight, random(6, 32)
+    grid, weight = grid_of(Scheme.parse("w4a4").weight), random(6, 32)
     weight[:, 3] = 20.0
     silent, loud = torch.ones(32), torch.ones(32)
     silent[3], loud[3] = 0.0, 1e4
-    assert float(search_weight_range(weight, torch.diag(silent), fmt, torch.float32)[1].max()) < 15
-    assert float(search_weight_range(weight, torch.diag(loud), fmt, torch.float32)[1].min()) > 19
+    assert float(search_weight_range(weight, torch.diag(silent), grid, torch.float32)[1].max()) < 15
+    assert float(search_weight_range(weight, torch.diag(loud), grid, torch.float32)[1].min()) > 19
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("rows", [8, 200])
 def test_a_searched_activation_clip_is_never_worse_than_none(rows: int, symmetric: bool) -> None:
-    fmt = NumberFormat(bits=4, symmetric=symmetric, granularity="token", dynamic=True)
+    grid = grid_of(NumberFormat(bits=4, symmetric=symmetric, granularity="token", dynamic=True))
     x, weight = random(50, 64), random(rows, 64, seed=3)
     x[:, 5] *= 10
     weight[:, 5] *= 0.01  # the outlier hardly counts
 
     def error(clip: float) -> float:
-        wrong = (fake_quantize_activation(x, fmt, clip) - x) @ weight.mT
+        wrong = (fake_quantize_activation(x, grid, clip) - x) @ weight.mT
         return float((wrong.square().sum(-1) / (x @ weight.mT).square().sum(-1)).mean())
 
-    clip = search_activation_clip(x, weight, fmt)
+    clip = search_activation_clip(x, weight, grid)
     assert 0.5 < clip < 1
     assert error(clip) < error(1.0)
-    assert search_activation_clip(torch.zeros(4, 64), weight, fmt) == 1.0
+    assert search_activation_clip(torch.zeros(4, 64), weight, grid) == 1.0
 
 
 def test_following_a_target_is_least_squares() -> None:

@@ -19,7 +19,7 @@ from affinequant.learning.starts import Watch, build_transforms
 from affinequant.models import resolve, resolve_sites
 from affinequant.models.decoder import open_decoder
 from affinequant.models.source import open_source
-from affinequant.numbers.integer import fake_quantize_activation
+from affinequant.numbers.activations import fake_quantize_activation
 from affinequant.recipe.recipe import resolve as resolve_recipe
 from affinequant.rounding.job import BlockJob
 from affinequant.transforms import Transform, build
@@ -202,10 +202,10 @@ def test_the_auxiliary_error_is_a_term_of_its_own(tiny: Tiny) -> None:
 def test_inputs_are_rounded_over_the_range_that_is_learned(tiny: Tiny, clip: str, ratio: float) -> None:
     job, tensors, x = make_job(tiny(), preset="rtn", activation_clip=clip)
     objective = objective_of(job, tensors, x)
-    fmt = job.scheme.activation
-    assert fmt is not None
+    grid = job.activation_grid
+    assert grid is not None
     with torch.no_grad():
-        torch.testing.assert_close(objective.on_input("vo", x), fake_quantize_activation(x, fmt, ratio))
+        torch.testing.assert_close(objective.on_input("vo", x), fake_quantize_activation(x, grid, ratio))
 
 
 def test_weight_only_leaves_inputs_alone(tiny: Tiny) -> None:

@@ -16,7 +16,7 @@ from affinequant.learning import rotation
 from affinequant.learning.network import ROTATED, block_job
 from affinequant.learning.rotation import Rotations, RoundedInputs, rotations
 from affinequant.models.decoder import Decoder, open_decoder
-from affinequant.numbers.integer import fake_quantize_activation
+from affinequant.numbers.activations import fake_quantize_activation
 from affinequant.pipeline import _tokens
 from affinequant.plan import Plan, plan
 from affinequant.progress import Silent
@@ -101,7 +101,7 @@ def test_without_rounding_nothing_changes(
 ) -> None:
     made, batch = objective(case(tiny(**shape), transforms=transforms, start="hadamard"))
     assert float(made.loss(batch).detach()) > 1e-3
-    monkeypatch.setattr(rotation, "fake_quantize_activation", lambda x, fmt, slices, through: x)
+    monkeypatch.setattr(rotation, "fake_quantize_activation", lambda x, grid, slices, through: x)
     assert abs(float(made.loss(batch).detach())) < 1e-7
 
 
@@ -118,11 +118,11 @@ def test_it_rounds_what_the_rotated_block_rounds(case: Callable[..., Case]) -> N
         online = block.fixed["mlp_mid"][0]
         rotated = fold(rotated, sites["vo"], block.values.double())  # pyright: ignore[reportOptionalMemberAccess, reportArgumentType]
         rotated = fold(rotated, sites["mlp_mid"], online, online=True)
-        fmt = here.made.recipe.parsed_scheme.activation
-        assert fmt is not None
+        grid = block.job.activation_grid
+        assert grid is not None
 
         def on_input(name: str, value: Tensor) -> Tensor:
-            return fake_quantize_activation(online.on_activations(value) if name == "mlp_mid" else value, fmt)
+            return fake_quantize_activation(online.on_activations(value) if name == "mlp_mid" else value, grid)
 
         expected = block.job.run(rotated, (x.double() @ matrix).float(), on_input)
         got = block(x, matrix.float()) @ matrix.float()

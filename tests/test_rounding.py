@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from affinequant.learning.objective import BlockObjective
-from affinequant.numbers.integer import codes_of, dequantize, fake_quantize_activation
+from affinequant.numbers.activations import fake_quantize_activation
+from affinequant.numbers.weights import codes_of, dequantize
 from affinequant.rounding import block as rounding
 from affinequant.rounding import replay, ways
 from affinequant.rounding.block import Rounded, round_block
@@ -42,7 +43,9 @@ def test_what_is_stored_is_what_is_computed_with(tiny: Tiny, scheme: str, shape:
         assert fmt.code_min <= int(codes.min()) and int(codes.max()) <= fmt.code_max
         assert scale.shape == (len(codes), fmt.groups(codes.shape[1]))
         assert torch.equal(scale.bfloat16().float(), scale)
-        assert torch.equal(dequantize(codes.float(), scale, zero.float(), fmt), result.tensors[f"{name}.weight"])
+        assert torch.equal(
+            dequantize(codes.float(), scale, zero.float(), job.weight_grid), result.tensors[f"{name}.weight"]
+        )
         if job.scheme.activation is not None:
             assert float(stored.pop(f"{name}.input_clip")) == pytest.approx(result.linears[name]["clip"])
         assert result.linears[name]["sqnr"] > (10 if fmt.bits == 4 else 30)
@@ -136,7 +139,7 @@ def test_nearest_is_nearest(tiny: Tiny) -> None:
     result, job, tensors, _ = rounded(tiny(), preset="rtn")
     for linear in job.decoder.family.linears:
         scale, zero = (result.stored[f"{linear.name}.{part}"].float() for part in ("scale", "zero"))
-        nearest = codes_of(tensors[f"{linear.name}.weight"], scale, zero, job.scheme.weight)
+        nearest = codes_of(tensors[f"{linear.name}.weight"], scale, zero, job.weight_grid)
         assert torch.equal(result.stored[f"{linear.name}.codes"].float(), nearest)
 
 
@@ -144,8 +147,8 @@ def test_sites_that_have_no_clip_yet_pass_through(tiny: Tiny) -> None:
     job, _, x = make_job(tiny(), preset="fast")
     on_input = quantized_input(job, {"vo": 0.9}, {})
     assert on_input("mlp_mid", x) is x
-    assert job.scheme.activation is not None
-    assert torch.equal(on_input("vo", x), fake_quantize_activation(x, job.scheme.activation, 0.9))
+    assert job.activation_grid is not None
+    assert torch.equal(on_input("vo", x), fake_quantize_activation(x, job.activation_grid, 0.9))
 
 
 def test_the_real_tensors_are_left_as_they_were(tiny: Tiny) -> None:

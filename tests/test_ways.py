@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from affinequant.numbers.integer import fake_quantize_activation, grid, weight_range
+from affinequant.numbers import grid_of
+from affinequant.numbers.activations import fake_quantize_activation
+from affinequant.numbers.weights import weight_range
 from affinequant.recipe.scheme import Scheme
 from affinequant.rounding.moments import Inputs, Moments, gather
 from affinequant.rounding.replay import Replay
@@ -16,7 +18,7 @@ from tests.test_gptq import correlated, random
 from tests.test_objective import make_job
 
 Tiny = Callable[..., Path]
-FMT = Scheme.parse("w4a4").weight
+GRID = grid_of(Scheme.parse("w4a4").weight)
 
 
 def moments(x: Tensor, target: Tensor) -> Moments:
@@ -25,9 +27,9 @@ def moments(x: Tensor, target: Tensor) -> Moments:
 
 def chosen(fitted: tuple[Tensor, Tensor], held: tuple[Tensor, Tensor]) -> tuple[Way, dict[str, float]]:
     weight = random(24, 64)
-    scale, zero = grid(*weight_range(weight, FMT), FMT)
+    scale, zero = GRID.params(*weight_range(weight, GRID))
     seen = moments(*fitted)
-    way, errors = choose(weight, Inputs(every=seen, fitted=seen, held=held), scale, zero, FMT, 0.01)
+    way, errors = choose(weight, Inputs(every=seen, fitted=seen, held=held), scale, zero, GRID, 0.01)
     return way, dict(errors)
 
 
@@ -56,18 +58,18 @@ def test_what_cannot_be_factored_is_out_of_the_running() -> None:
     x = correlated(64)
     bad = Moments(hessian=torch.full((64, 64), torch.nan), drift=torch.zeros(64, 64))
     weight = random(24, 64)
-    scale, zero = grid(*weight_range(weight, FMT), FMT)
-    way, errors = choose(weight, Inputs(every=bad, fitted=bad, held=(x, x)), scale, zero, FMT, 0.01)
+    scale, zero = GRID.params(*weight_range(weight, GRID))
+    way, errors = choose(weight, Inputs(every=bad, fitted=bad, held=(x, x)), scale, zero, GRID, 0.01)
     assert way.kind == "nearest" and list(errors) == ["nearest"]
 
 
 @pytest.mark.parametrize("damping", [0.0, 0.01, 1.0])
 def test_every_way_gives_codes_of_the_grid(damping: float) -> None:
     weight, x = random(8, 32), correlated(32)
-    scale, zero = grid(*weight_range(weight, FMT), FMT)
+    scale, zero = GRID.params(*weight_range(weight, GRID))
     for way in ways(damping):
-        codes = round_by(way, weight, moments(x, 1.1 * x), scale, zero, FMT)
-        assert torch.equal(codes, codes.round().clamp(FMT.code_min, FMT.code_max))
+        codes = round_by(way, weight, moments(x, 1.1 * x), scale, zero, GRID)
+        assert torch.equal(codes, codes.round().clamp(GRID.fmt.code_min, GRID.fmt.code_max))
 
 
 @pytest.mark.parametrize("rounding", ["gptq", "gptaq", "auto"])
@@ -79,8 +81,8 @@ def test_moments_are_those_of_the_rounded_inputs(tiny: Tiny, rounding: str) -> N
     beside.reach("mlp_in", tensors, {})
     inputs = gather(job, passing, beside if rounding != "gptq" else None, 0.9)
     rows, target = (torch.cat([value for _, value in one.values()]).flatten(0, 1) for one in (passing, beside))
-    assert job.scheme.activation is not None
-    rows = fake_quantize_activation(rows, job.scheme.activation, 0.9)
+    assert job.activation_grid is not None
+    rows = fake_quantize_activation(rows, job.activation_grid, 0.9)
     held = 24 if rounding == "auto" else 0
     for found, count in ((inputs.every, 96), (inputs.fitted, 96 - held)):
         torch.testing.assert_close(found.hessian, rows[:count].mT @ rows[:count] / count)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from affinequant.formats import Contents
 from affinequant.models import FAMILIES
-from affinequant.numbers.integer import fake_quantize_activation
+from affinequant.numbers.activations import fake_quantize_activation
 from affinequant.recipe.presets import PRESETS
 from affinequant.recipe.scheme import Scheme
 from affinequant.rounding.job import BlockJob
@@ -207,13 +207,13 @@ def _save(state: dict[str, Tensor], folder: Path, shards: int) -> None:
 def quantized_input(job: BlockJob, clips: Mapping[str, float], online: Mapping[str, Tensors]):
     """The `on_input` that transforms activations and rounds them with these clip ratios; a site that has no ratio yet is
     not rounded."""
-    fmt = job.scheme.activation
+    grid = job.activation_grid
 
     def on_input(site: str, x: Tensor) -> Tensor:
         if site in online:
             x = apply_online(x, online[site])
-        if fmt is None or site not in clips:
+        if grid is None or site not in clips:
             return x
-        return fake_quantize_activation(x, fmt, clips[site], job.sites[site].slices)
+        return fake_quantize_activation(x, grid, clips[site], job.sites[site].slices)
 
     return on_input

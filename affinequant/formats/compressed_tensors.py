@@ -10,7 +10,6 @@ bits, which is right, if larger.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -161,9 +160,9 @@ def our_config(contents: Contents, found: Mapping[str, Any]) -> dict[str, Any]:
         "version": VERSION,
         "written_by": f"affinequant {__version__}",
         "scheme": contents.scheme.name,
-        "weight": asdict(contents.scheme.weight),
-        "activation": asdict(activation) if activation else None,
-        "kv": asdict(kv) if kv else None,
+        "weight": contents.scheme.weight.stored(),
+        "activation": activation.stored() if activation else None,
+        "kv": kv.stored() if kv else None,
         **found,
     }
 

@@ -74,11 +74,12 @@ def dense_stage(stage: Mapping[str, Tensor], contents: Contents) -> tuple[dict[s
     """A stage's other tensors as they are, and its quantised linears' weights in float32, under `NAME.weight`."""
     import torch
 
-    from affinequant.numbers.integer import dequantize
+    from affinequant.numbers import grid_of
+    from affinequant.numbers.weights import dequantize
 
     rest, integers = split_stage(stage, contents)
-    values = {}
+    values, grid = {}, grid_of(contents.scheme.weight)
     for name, (codes, scale, zero) in integers.items():
         zeros = torch.zeros_like(scale) if zero is None else zero.to(scale)
-        values[f"{name}.weight"] = dequantize(codes, scale, zeros, contents.scheme.weight)
+        values[f"{name}.weight"] = dequantize(codes, scale, zeros, grid)
     return rest, values

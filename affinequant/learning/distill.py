@@ -17,7 +17,8 @@ from affinequant.costs import blocks_kept
 from affinequant.learning.divergence import divergence, mean_loss
 from affinequant.learning.fit import FitConfig, FitReport, fit
 from affinequant.learning.optimizers import Group
-from affinequant.numbers.integer import dequantize, fake_quantize_activation
+from affinequant.numbers.activations import fake_quantize_activation
+from affinequant.numbers.weights import dequantize
 from affinequant.progress import Steps
 from affinequant.rounding.job import HELD_OUT, BlockJob
 from affinequant.transforms.fold import Tensors
@@ -45,11 +46,11 @@ class Continuous(nn.Module):
     def __init__(self, job: BlockJob, stored: Tensors, *, keeps: bool = False) -> None:
         """Args:
         stored: the block's committed tensors.
-        keeps: what a backward pass needs is kept, and integers as the products read them; else all is made again.
+        keeps: what a backward pass needs is kept, and weights as the products read them; else all is made again.
         """
         super().__init__()
         self.job, self.keeps, family = job, keeps, job.family
-        self.integers: Tensors = {}
+        self.unscaled: Tensors = {}
         prefix = f"{family.blocks}.{job.index}."
         self.stored = {name.removeprefix(prefix): tensor for name, tensor in stored.items()}
         self.linears = [linear.name for linear in family.linears]
@@ -77,19 +78,19 @@ class Continuous(nn.Module):
     def tensors(self) -> tuple[Tensors, Tensors]:
         """The block's tensors by their names within it, and factors of rows of weights that are left to the outputs.
 
-        A scale per row never meets its weight: the product with integers is scaled, which spares every step the making
-        of the weight and a product for its gradient. Scales per group are in the weights.
+        A scale per row never meets its weight: the product with what codes stand for is scaled, which spares every step
+        the making of the weight and a product for its gradient. Scales per group are in the weights.
         """
-        fmt, stored = self.job.scheme.weight, self.stored
+        grid, stored = self.job.weight_grid, self.stored
         tensors = {name: self._here(stored[name]) for name in self.rest} | self._gains()
         factors = {}
         for name in self.linears:
             scale = self._scale(name)
-            if fmt.granularity == "channel":
-                tensors[f"{name}.weight"], factors[name] = self._integers(name), scale.squeeze(1)
+            if grid.fmt.granularity == "channel":
+                tensors[f"{name}.weight"], factors[name] = self._unscaled(name), scale.squeeze(1)
             else:
                 codes, zero = self._here(stored[f"{name}.codes"]), self._zero(name)
-                tensors[f"{name}.weight"] = dequantize(codes, scale, zero.to(scale), fmt)
+                tensors[f"{name}.weight"] = dequantize(codes, scale, zero.to(scale), grid)
         return tensors, factors
 
     def run_all(self, x: Float[Tensor, "samples tokens hidden"]) -> Float[Tensor, "samples tokens hidden"]:
@@ -102,8 +103,8 @@ class Continuous(nn.Module):
         """Transform and round what a site's linears read."""
         if self.online[site]:
             x = apply_online(x, self.online[site])
-        fmt = self.job.scheme.activation
-        return x if fmt is None else fake_quantize_activation(x, fmt, self._clip(site), self.job.sites[site].slices)
+        grid = self.job.activation_grid
+        return x if grid is None else fake_quantize_activation(x, grid, self._clip(site), self.job.sites[site].slices)
 
     def forward(self, x: Float[Tensor, "batch tokens hidden"]) -> Float[Tensor, "batch tokens hidden"]:
         """The block on a batch."""
@@ -126,14 +127,15 @@ class Continuous(nn.Module):
         tensors, factors = self.tensors()
         return self.job.run(tensors, x, self.on_input, self.on_attention, scales=factors)
 
-    def _integers(self, linear: str) -> Tensor:
-        """Codes less zeros: small whole numbers, exact in every dtype that is computed in."""
-        if linear in self.integers:
-            return self.integers[linear]
-        whole = self._here(self.stored[f"{linear}.codes"]).to(torch.int16) - self._zero(linear)
+    def _unscaled(self, linear: str) -> Tensor:
+        """What codes stand for at a scale of one: small numbers, exact in every dtype that is computed in."""
+        if linear in self.unscaled:
+            return self.unscaled[linear]
+        codes = self._here(self.stored[f"{linear}.codes"]).to(self.job.decoder.dtype)
+        values = self.job.weight_grid.value(codes, codes.new_ones(()), self._zero(linear).to(codes), out=codes)
         if self.keeps:
-            self.integers[linear] = whole.to(self.job.decoder.dtype)
-        return whole
+            self.unscaled[linear] = values
+        return values
 
     def _zero(self, linear: str) -> Tensor:
         shape = self.stored[f"{linear}.scale"].shape

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from affinequant.learning.optimizers import Group
-from affinequant.numbers.integer import CLIP_START, LearnedRange, fake_quantize, fake_quantize_activation, weight_range
+from affinequant.numbers.activations import fake_quantize_activation
+from affinequant.numbers.weights import CLIP_START, LearnedRange, fake_quantize, weight_range
 from affinequant.rounding.job import BlockJob
 from affinequant.transforms import OnlineTransform, Transform
 from affinequant.transforms.fold import Tensors, fold_all
@@ -88,21 +89,22 @@ class BlockObjective:
 
     def quantized(self) -> Tensors:
         """The block's tensors folded, with rounded weights."""
-        tensors = self.folded()
+        tensors, grid = self.folded(), self.job.weight_grid
         for name in self.linears:
             weight = tensors[f"{name}.weight"]
-            low, high = self.ranges.get(name, weight_range)(weight, self.job.scheme.weight)
-            tensors[f"{name}.weight"] = fake_quantize(weight, low, high, self.job.scheme.weight, self.job.store)
+            low, high = self.ranges.get(name, weight_range)(weight, grid)
+            tensors[f"{name}.weight"] = fake_quantize(weight, low, high, grid, self.job.store)
         return tensors
 
     def on_input(self, site: str, x: Tensor) -> Tensor:
         """Transform and round what a site's linears read."""
         if site in self.online:
             x = self.online[site].on_activations(x)
-        if self.job.scheme.activation is None:
+        grid = self.job.activation_grid
+        if grid is None:
             return x
         slices = self.job.sites[site].slices
-        return fake_quantize_activation(x, self.job.scheme.activation, self.clips[site].sigmoid(), slices)
+        return fake_quantize_activation(x, grid, self.clips[site].sigmoid(), slices)
 
 
 def folded_exactly(objective: BlockObjective, exact: Tensors) -> Tensors:

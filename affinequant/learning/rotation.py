@@ -23,7 +23,7 @@ from affinequant.learning.network import ROTATED, block_job, block_reader, read_
 from affinequant.learning.optimizers import Group
 from affinequant.learning.starts import build_transforms, sites_that_look
 from affinequant.models.decoder import Decoder
-from affinequant.numbers.integer import fake_quantize_activation
+from affinequant.numbers.activations import fake_quantize_activation
 from affinequant.plan import Plan
 from affinequant.progress import Progress, Steps
 from affinequant.rounding.job import HELD_OUT, BlockJob
@@ -92,9 +92,9 @@ class RoundedInputs(nn.Module):
         return from_blocks(to_blocks(turned, len(blocks), copies) @ blocks.mT, x, copies)
 
     def _round(self, name: str, x: Tensor) -> Tensor:
-        assert self.job.scheme.activation is not None
+        assert self.job.activation_grid is not None
         slices = self.job.sites[name].slices
-        return fake_quantize_activation(x, self.job.scheme.activation, slices=slices, through=True)
+        return fake_quantize_activation(x, self.job.activation_grid, slices=slices, through=True)
 
 
 class Rotations:

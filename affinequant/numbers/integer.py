@@ -1,82 +1,132 @@
 """Integer grids: ranges to scales, values to codes, and the straight-through forms that training needs."""
 
-import torch
-from jaxtyping import Float, Float16, Int
-from torch import Tensor, nn
+from dataclasses import dataclass
 
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from affinequant.numbers import Grid
 from affinequant.recipe.scheme import NumberFormat
 
 SMALLEST_SCALE = 1e-8
-_HALF = torch.finfo(torch.float16)
-CLIP_START = 4.0
-"""Logit at which a learned range starts: sigmoid(4) = 0.982 of the full one (arXiv 2308.13137, AffineQuant alike)."""
 
 
-class _Round(torch.autograd.Function):
-    """Round half to even; the gradient passes straight through."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        return x.round()
-
-    @staticmethod
-    def backward(ctx, *grad: Tensor) -> Tensor:
-        return grad[0]
+def integers(fmt: NumberFormat) -> Grid:
+    """The grid of integers of this format: a cached head's starts anywhere, all others have zero among their points."""
+    return Cached(fmt) if fmt.granularity == "head" else Integer(fmt)
 
 
-def grouped(weight: Float[Tensor, "rows columns"], fmt: NumberFormat) -> Float[Tensor, "rows groups width"]:
-    """A weight seen as groups that share a scale (one group per row for a per-channel format)."""
-    return weight.reshape(weight.shape[0], fmt.groups(weight.shape[1]), -1)
+@dataclass(frozen=True, slots=True)
+class Integer:
+    """Signed integers: value = (code - zero) * scale, with a code for zero.
 
-
-def weight_range(
-    weight: Float[Tensor, "rows columns"], fmt: NumberFormat
-) -> tuple[Float[Tensor, "rows groups"], Float[Tensor, "rows groups"]]:
-    """Smallest and largest value of each group, zero always inside."""
-    parts = grouped(weight, fmt)
-    return parts.amin(-1).clamp_max(0.0), parts.amax(-1).clamp_min(0.0)
-
-
-def grid(
-    low: Float[Tensor, "*s"], high: Float[Tensor, "*s"], fmt: NumberFormat, store: torch.dtype = torch.float32
-) -> tuple[Float[Tensor, "*s"], Float[Tensor, "*s"]]:
-    """(scale, zero) of the grid over [low, high]; value = (code - zero) * scale.
-
-    `store` is the dtype in which scales are kept: they are rounded to it here, so that codes fit what engines read.
-    Differentiable in the range, straight through the roundings.
+    A token's are computed with one reciprocal a row, step by step as the integer kernels do, so that codes agree
+    exactly; those of weights, made once, by division.
     """
-    if fmt.symmetric:
-        scale = _divide(torch.maximum(high, -low), fmt.code_max)
-        zero = torch.zeros_like(scale)
-    else:
-        scale = _divide(high - low, 2**fmt.bits - 1)
-        zero = None
-    scale = scale.clamp_min(max(SMALLEST_SCALE, torch.finfo(store).smallest_normal))
-    if store != torch.float32:
-        scale = scale + (scale.detach().to(store).to(scale.dtype) - scale.detach())
-    if zero is None:
-        zero = (_round(-low / scale) + fmt.code_min).clamp(fmt.code_min, fmt.code_max)
-    return scale, zero
+
+    fmt: NumberFormat
+
+    def range(self, x: Float[Tensor, "*b n"]) -> tuple[Float[Tensor, "*b 1"], Float[Tensor, "*b 1"]]:
+        """Smallest and largest value, zero always inside."""
+        if self.fmt.symmetric and self.fmt.dynamic:
+            reach = x.abs().amax(-1, keepdim=True)
+            return -reach, reach
+        return x.amin(-1, keepdim=True).clamp_max(0.0), x.amax(-1, keepdim=True).clamp_min(0.0)
+
+    def params(
+        self, low: Float[Tensor, "*s"], high: Float[Tensor, "*s"], store: torch.dtype = torch.float32
+    ) -> tuple[Float[Tensor, "*s"], Float[Tensor, "*s"]]:
+        """(scale, zero). Scales are rounded to `store` here, so that codes fit what engines read."""
+        if self.fmt.symmetric:
+            scale = _divide(torch.maximum(high, -low), self.fmt.code_max)
+        else:
+            scale = _divide(high - low, 2**self.fmt.bits - 1)
+        scale = scale.clamp_min(max(SMALLEST_SCALE, torch.finfo(store).smallest_normal))
+        if store != torch.float32:
+            scale = scale + (scale.detach().to(store).to(scale.dtype) - scale.detach())
+        if self.fmt.symmetric:
+            return scale, torch.zeros_like(scale)
+        zero = _round(self._steps(-low, scale)) + self.fmt.code_min
+        return scale, zero.clamp(self.fmt.code_min, self.fmt.code_max)
+
+    def nearest(self, x: Tensor, scale: Tensor, zero: Tensor, out: Tensor | None = None) -> Tensor:
+        """round(x / scale) + zero, as far as there are codes."""
+        return self._steps(x, scale, out).round_().add_(zero).clamp_(self.fmt.code_min, self.fmt.code_max)
+
+    def value(self, codes: Tensor, scale: Tensor, zero: Tensor, out: Tensor | None = None) -> Tensor:
+        """(code - zero) * scale."""
+        left = torch.sub(codes, zero, out=out)
+        return left * scale if scale.requires_grad else left.mul_(scale)
+
+    def fake(
+        self,
+        x: Float[Tensor, "*b n"],
+        low: Float[Tensor, "*b 1"],
+        high: Float[Tensor, "*b 1"],
+        store: torch.dtype = torch.float32,
+    ) -> Float[Tensor, "*b n"]:
+        """By one reciprocal a row, for weights too: where that falls on the other side of a tie, a code is one off."""
+        scale, zero = self.params(low, high, store)
+        return on_grid(x, scale, zero, self.fmt.code_min, self.fmt.code_max)
+
+    def _steps(self, x: Tensor, scale: Tensor, out: Tensor | None = None) -> Tensor:
+        return torch.mul(x, 1.0 / scale, out=out) if self.fmt.dynamic else torch.div(x, scale, out=out)
 
 
-def codes_of(
-    weight: Float[Tensor, "rows columns"],
-    scale: Float[Tensor, "rows groups"],
-    zero: Float[Tensor, "rows groups"],
-    fmt: NumberFormat,
-) -> Float[Tensor, "rows columns"]:
-    """The nearest codes, as floats that hold whole numbers."""
-    parts = grouped(weight, fmt)
-    codes = _round(parts / scale[..., None]) + zero[..., None]
-    return codes.clamp(fmt.code_min, fmt.code_max).reshape(weight.shape)
+@dataclass(frozen=True, slots=True)
+class Cached:
+    """Unsigned integers from a row's smallest value on: value = code * scale + zero, both kept in float16.
+
+    So a cache keeps the keys or values of one token and head. Computed in fp32 step by step as the kernels that pack a
+    cache do, so that codes agree exactly.
+    """
+
+    fmt: NumberFormat
+
+    @property
+    def last(self) -> int:
+        """Largest code."""
+        return 2**self.fmt.bits - 1
+
+    def range(self, x: Float[Tensor, "*b n"]) -> tuple[Float[Tensor, "*b 1"], Float[Tensor, "*b 1"]]:
+        """Smallest and largest value."""
+        return x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+
+    def params(
+        self, low: Float[Tensor, "*s"], high: Float[Tensor, "*s"], store: torch.dtype = torch.float16
+    ) -> tuple[Float[Tensor, "*s"], Float[Tensor, "*s"]]:
+        """(scale, zero), here in the dtype `store` itself."""
+        limits = torch.finfo(store)
+        zero = low.clamp(-limits.max, limits.max).to(store)
+        span = _divide(high - zero.float(), self.last)
+        return span.clamp(limits.smallest_normal, limits.max).to(store), zero
+
+    def nearest(self, x: Tensor, scale: Tensor, zero: Tensor, out: Tensor | None = None) -> Tensor:
+        """round((x - zero) / scale), as far as there are codes."""
+        return torch.sub(x, zero.float(), out=out).mul_(1.0 / scale.float()).clamp_(0, self.last).round_()
+
+    def value(self, codes: Tensor, scale: Tensor, zero: Tensor, out: Tensor | None = None) -> Tensor:
+        """code * scale + zero."""
+        return torch.mul(codes, scale.float(), out=out).add_(zero.float())
+
+    def fake(
+        self,
+        x: Float[Tensor, "*b n"],
+        low: Float[Tensor, "*b 1"],
+        high: Float[Tensor, "*b 1"],
+        store: torch.dtype = torch.float16,
+    ) -> Float[Tensor, "*b n"]:
+        """As the cache gives x back."""
+        scale, zero = (part.float() for part in self.params(low, high, store))
+        return on_grid(x - zero, scale, torch.zeros_like(scale), 0, self.last) + zero
 
 
-def dequantize(
-    codes: Tensor, scale: Float[Tensor, "rows groups"], zero: Float[Tensor, "rows groups"], fmt: NumberFormat
-) -> Float[Tensor, "rows columns"]:
-    """(codes - zero) * scale, in the dtype of the scale."""
-    parts = grouped(codes.to(scale.dtype), fmt)
-    return ((parts - zero[..., None]) * scale[..., None]).reshape(codes.shape)
+def on_grid(
+    x: Float[Tensor, "*b n"], scale: Float[Tensor, "*b 1"], zero: Float[Tensor, "*b 1"], low: int, high: int
+) -> Float[Tensor, "*b n"]:
+    """x to the nearest (code - zero) * scale with a whole code from `low` to `high`, with straight-through gradients."""
+    return _OnGrid.apply(x, scale, 1.0 / scale.detach(), zero, low, high)  # pyright: ignore[reportReturnType]
 
 
 class _OnGrid(torch.autograd.Function):
@@ -112,109 +162,16 @@ class _OnGrid(torch.autograd.Function):
         return (passed if ctx.needs_input_grad[0] else None), to_scale, None, to_zero, None, None
 
 
-def fake_quantize(
-    weight: Float[Tensor, "rows columns"],
-    low: Float[Tensor, "rows groups"],
-    high: Float[Tensor, "rows groups"],
-    fmt: NumberFormat,
-    store: torch.dtype = torch.float32,
-) -> Float[Tensor, "rows columns"]:
-    """Weights rounded to the grid over [low, high], differentiable in weights and range."""
-    scale, zero = (part[..., None] for part in grid(low, high, fmt, store))
-    inverse = 1.0 / scale.detach()
-    value = _OnGrid.apply(grouped(weight, fmt), scale, inverse, zero, fmt.code_min, fmt.code_max)
-    return value.reshape(weight.shape)  # pyright: ignore[reportAttributeAccessIssue]
+class _Round(torch.autograd.Function):
+    """Round half to even; the gradient passes straight through."""
 
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.round()
 
-def activation_grid(
-    x: Float[Tensor, "*b n"], fmt: NumberFormat, clip: Float[Tensor, ""] | float = 1.0, *, through: bool = False
-) -> tuple[Float[Tensor, "*b 1"], Float[Tensor, "*b 1"], Float[Tensor, "*b 1"]]:
-    """(scale, its reciprocal, zero) of each token's own grid, its range narrowed to `clip` of what the token spans.
-
-    Computed in fp32 with one reciprocal per token, step by step as the integer kernels do, so that codes agree exactly.
-    Differentiable in `clip`; a token's extremes count as constants unless the gradient shall pass `through` them.
-    """
-    x = (x if through else x.detach()).float()
-    if fmt.symmetric:
-        scale = _divide(x.abs().amax(-1, keepdim=True) * clip, fmt.code_max).clamp_min(SMALLEST_SCALE)
-        return scale, 1.0 / scale, torch.zeros_like(scale)
-    low = x.amin(-1, keepdim=True).clamp_max(0.0) * clip
-    high = x.amax(-1, keepdim=True).clamp_min(0.0) * clip
-    scale = _divide(high - low, 2**fmt.bits - 1).clamp_min(SMALLEST_SCALE)
-    inverse = 1.0 / scale
-    return scale, inverse, (_round(-low * inverse) + fmt.code_min).clamp(fmt.code_min, fmt.code_max)
-
-
-def quantize_activation(
-    x: Float[Tensor, "*b n"], fmt: NumberFormat, clip: float = 1.0
-) -> tuple[Float[Tensor, "*b n"], Float[Tensor, "*b 1"], Float[Tensor, "*b 1"]]:
-    """(codes, scale, zero) of each token; codes are floats that hold whole numbers."""
-    scale, inverse, zero = activation_grid(x, fmt, clip)
-    x = x.float()
-    if fmt.symmetric:
-        return (x * inverse).clamp(fmt.code_min, fmt.code_max).round(), scale, zero
-    return ((x * inverse).round() + zero).clamp(fmt.code_min, fmt.code_max), scale, zero
-
-
-def fake_quantize_activation(
-    x: Float[Tensor, "*b n"],
-    fmt: NumberFormat,
-    clip: Float[Tensor, ""] | float = 1.0,
-    slices: int = 1,
-    *,
-    through: bool = False,
-) -> Float[Tensor, "*b n"]:
-    """Activations rounded to each token's grid, or to one for each of `slices` parts of a token, in their own dtype;
-    differentiable in x and clip, and with `through` in the extremes of a grid's values as well, which is how a rotation
-    learns to make them smaller."""
-    parts = x if slices == 1 else x.unflatten(-1, (slices, -1))
-    scale, inverse, zero = activation_grid(parts, fmt, clip, through=through)
-    value = _OnGrid.apply(parts.float(), scale, inverse, zero, fmt.code_min, fmt.code_max)
-    return value.to(x.dtype).reshape(x.shape)  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def cached_grid(x: Float[Tensor, "*b n"], fmt: NumberFormat) -> tuple[Float16[Tensor, "*b 1"], Float16[Tensor, "*b 1"]]:
-    """(scale, offset) of each row of keys or values: value = u * scale + offset with u from 0 to 2^bits - 1.
-
-    The grid starts at the row's smallest value, and its two numbers are kept in float16. Computed in fp32 step by step
-    as the kernels that pack a cache do, so that codes agree exactly.
-    """
-    x = x.detach().float()
-    offset = x.amin(-1, keepdim=True).clamp(-_HALF.max, _HALF.max).half()
-    span = _divide(x.amax(-1, keepdim=True) - offset.float(), 2**fmt.bits - 1)
-    return span.clamp(_HALF.smallest_normal, _HALF.max).half(), offset
-
-
-def fake_quantize_cached(x: Float[Tensor, "*b n"], fmt: NumberFormat) -> Float[Tensor, "*b n"]:
-    """Keys or values of heads `n` wide as a cache of `fmt` gives them back, in their own dtype.
-
-    Differentiable in x, straight through the rounding; a row's extremes count as constants.
-    """
-    scale, offset = (part.float() for part in cached_grid(x, fmt))
-    zero, last = torch.zeros_like(scale), 2**fmt.bits - 1
-    rounded = _OnGrid.apply(x.float() - offset, scale, 1.0 / scale, zero, 0, last)
-    return (rounded + offset).to(x.dtype)  # pyright: ignore[reportOperatorIssue]
-
-
-class LearnedRange(nn.Module):
-    """Learned weight clipping: the range of each group is sigmoid(logit) of its minimum and of its maximum."""
-
-    def __init__(self, rows: int, groups: int) -> None:
-        super().__init__()
-        self.low_logit = nn.Parameter(torch.full((rows, groups), CLIP_START))
-        self.high_logit = nn.Parameter(torch.full((rows, groups), CLIP_START))
-
-    def forward(
-        self, weight: Float[Tensor, "rows columns"], fmt: NumberFormat
-    ) -> tuple[Float[Tensor, "rows groups"], Float[Tensor, "rows groups"]]:
-        """(low, high) for this weight."""
-        low, high = weight_range(weight, fmt)
-        return low * self.low_logit.sigmoid().to(low), high * self.high_logit.sigmoid().to(high)
-
-
-def to_integers(codes: Float[Tensor, "*s"]) -> Int[Tensor, "*s"]:
-    """Whole-number floats as int8."""
-    return codes.to(torch.int8)
+    @staticmethod
+    def backward(ctx, *grad: Tensor) -> Tensor:
+        return grad[0]
 
 
 def _divide(x: Tensor, by: float) -> Tensor:

@@ -1,8 +1,8 @@
 """Which numbers a checkpoint is made of. Pure data: nothing here touches a tensor."""
 
 import re
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 from affinequant.errors import AffineQuantError, unknown_name
 
@@ -11,10 +11,10 @@ Granularity = Literal["channel", "group", "token", "head"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NumberFormat:
-    """One integer grid: `bits` wide, one scale per output channel, per group of inputs, per token, or per token and head.
+    """What a number is stored as: `bits` wide, with one scale per output channel, per group of inputs, per token, or per
+    token and head. Its arithmetic is the Grid that `numbers.GRIDS` has for its `kind`.
 
-    Per head, an asymmetric grid starts at the smallest value itself (`quantizer.fake_quantize_cached`); elsewhere zero is
-    one of its points.
+    Per head, an asymmetric grid starts at the smallest value itself; elsewhere zero is one of its points.
     """
 
     bits: int
@@ -22,6 +22,7 @@ class NumberFormat:
     granularity: Granularity
     group_size: int | None = None
     dynamic: bool = False
+    kind: str = "int"
 
     @property
     def code_min(self) -> int:
@@ -32,6 +33,10 @@ class NumberFormat:
     def code_max(self) -> int:
         """Largest code."""
         return 2 ** (self.bits - 1) - 1
+
+    def stored(self) -> dict[str, Any]:
+        """Its fields as a checkpoint declares them: integers, which the first version knew alone, without their kind."""
+        return {name: value for name, value in asdict(self).items() if (name, value) != ("kind", "int")}
 
     def groups(self, width: int) -> int:
         """How many scales a row of `width` inputs has."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from affinequant.models.attention import OnAttention
 from affinequant.models.decoder import spread
-from affinequant.numbers.integer import LearnedRange, dequantize, grid, to_integers, weight_range
+from affinequant.numbers.weights import LearnedRange, dequantize, to_integers, weight_range
 from affinequant.rounding.gptq import GPTQFailure, search_activation_clip, search_weight_range
 from affinequant.rounding.job import BlockJob
 from affinequant.rounding.moments import Inputs, gather
@@ -96,7 +96,7 @@ def round_block(
         rows, roundings[site] = _round_group(job, work, members, inputs, learned, events)
         for member, (codes, scale, zero) in rows.items():
             weight = work[f"{member}.weight"]
-            value = dequantize(codes, scale, zero, job.scheme.weight)
+            value = dequantize(codes, scale, zero, job.weight_grid)
             figures[member] = {"sqnr": _decibel(weight, value), "clip": clips[site]}
             work[f"{member}.weight"] = value
             stored |= {f"{member}.codes": to_integers(codes), f"{member}.scale": scale}
@@ -129,8 +129,8 @@ def _needs_hessian(job: BlockJob) -> bool:
 def _activation_clip(
     job: BlockJob, work: Tensors, passing: Replay, site: str, members: tuple[str, ...], learned: Learned
 ) -> float:
-    fmt = job.scheme.activation
-    if fmt is None or job.recipe.activation_clip == "none":
+    grid = job.activation_grid
+    if grid is None or job.recipe.activation_clip == "none":
         return 1.0
     if job.recipe.activation_clip == "learn":
         return float(learned.clips[site].detach().sigmoid())
@@ -138,26 +138,26 @@ def _activation_clip(
     chosen = spread(samples, tokens, SEARCHED_TOKENS, job.seed(f"{site}/clip")).to(job.decoder.device)
     seen = [value[chosen[part]].float() for part, value in passing.values()]
     weight = torch.cat([work[f"{member}.weight"] for member in members])
-    return search_activation_clip(torch.cat(seen), weight, fmt, job.sites[site].slices)
+    return search_activation_clip(torch.cat(seen), weight, grid, job.sites[site].slices)
 
 
 def _grids(
     job: BlockJob, work: Tensors, members: tuple[str, ...], inputs: Inputs | None, learned: Learned
 ) -> tuple[Tensor, Tensor]:
     """(scale, zero) of the linears that read one input, one below the other."""
-    fmt, grids = job.scheme.weight, []
+    grid, pairs = job.weight_grid, []
     for member in members:
         weight = work[f"{member}.weight"]
         if "search" in job.recipe.weight_clip:
             assert inputs is not None
-            low, high = search_weight_range(weight, inputs.every.hessian, fmt, job.store)
+            low, high = search_weight_range(weight, inputs.every.hessian, grid, job.store)
         elif job.recipe.weight_clip == "learn":
             with torch.no_grad():
-                low, high = learned.ranges[member](weight, fmt)
+                low, high = learned.ranges[member](weight, grid)
         else:
-            low, high = weight_range(weight, fmt)
-        grids.append(grid(low, high, fmt, job.store))
-    scale, zero = (torch.cat(parts) for parts in zip(*grids, strict=True))
+            low, high = weight_range(weight, grid)
+        pairs.append(grid.params(low, high, job.store))
+    scale, zero = (torch.cat(parts) for parts in zip(*pairs, strict=True))
     return scale, zero
 
 
@@ -171,21 +171,21 @@ def _round_group(
 ) -> tuple[dict[str, tuple[Tensor, Tensor, Tensor]], dict[str, Any]]:
     """Linear to (codes, scale, zero) for those that read one input, which are rounded together; and how: the name of the
     way, with `auto` the held-out error of each."""
-    fmt, damping, sweeps = job.scheme.weight, job.recipe.damping, job.recipe.sweeps
+    grid, damping, sweeps = job.weight_grid, job.recipe.damping, job.recipe.sweeps
     scale, zero = _grids(job, work, members, inputs, learned)
     whole = torch.cat([work[f"{member}.weight"] for member in members])
     errors: Mapping[str, float] = {}
     if job.recipe.rounding == "auto":
         assert inputs is not None
-        way, errors = choose(whole, inputs, scale, zero, fmt, damping, sweeps)
+        way, errors = choose(whole, inputs, scale, zero, grid, damping, sweeps)
     else:
         way = Way(kind=job.recipe.rounding, damping=damping, pull=damping, sweeps=sweeps)
     try:
-        codes = round_by(way, whole, inputs.every if inputs else None, scale, zero, fmt)
+        codes = round_by(way, whole, inputs.every if inputs else None, scale, zero, grid)
     except GPTQFailure as problem:
         events.append(f"{', '.join(members)} rounded to nearest: {problem}")
         way = Way(kind="nearest")
-        codes = round_by(way, whole, None, scale, zero, fmt)
+        codes = round_by(way, whole, None, scale, zero, grid)
     sizes = [len(work[f"{member}.weight"]) for member in members]
     rows = zip(codes.split(sizes), scale.split(sizes), zero.split(sizes), strict=True)
     return dict(zip(members, rows, strict=True)), {"rounding": str(way), **({"errors": errors} if errors else {})}

@@ -4,14 +4,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from affinequant.numbers.integer import (
-    dequantize,
-    fake_quantize_activation,
-    grid,
-    grouped,
-    weight_range,
-)
-from affinequant.recipe.scheme import NumberFormat
+from affinequant.numbers import Grid
+from affinequant.numbers.activations import fake_quantize_activation
+from affinequant.numbers.weights import dequantize, grouped, weight_range
 
 WEIGHT_RATIOS = tuple(1.0 - 0.05 * step for step in range(1, 10))
 END_RATIOS = (0.8, 0.9, 1.1)
@@ -28,28 +23,28 @@ class GPTQFailure(ArithmeticError):
 def search_weight_range(
     weight: Float[Tensor, "rows columns"],
     hessian: Float[Tensor, "columns columns"],
-    fmt: NumberFormat,
+    grid: Grid,
     store: torch.dtype,
 ) -> tuple[Float[Tensor, "rows groups"], Float[Tensor, "rows groups"]]:
     """(low, high) per group that minimise the output error e H e^T of rounding to nearest.
 
     Ratios are tried on both ends together, then nearby ones on each end alone. A group is judged by its own block of H.
     """
-    low, high = weight_range(weight, fmt)
-    parts = grouped(weight, fmt).transpose(0, 1).contiguous()
+    low, high = weight_range(weight, grid)
+    parts = grouped(weight, grid).transpose(0, 1).contiguous()
     panels = _panels(_diagonal_blocks(hessian, len(parts)))
 
     def error(at_low: Tensor, at_high: Tensor) -> Tensor:
-        scale, zero = (part.mT[..., None] for part in grid(at_low, at_high, fmt, store))
-        codes = _nearest(parts, scale, zero, fmt)
-        return _quadratic(codes.sub_(zero).mul_(scale).sub_(parts), panels).mT
+        scale, zero = (part.mT[..., None] for part in grid.params(at_low, at_high, store))
+        codes = grid.nearest(parts, scale, zero)
+        return _quadratic(grid.value(codes, scale, zero, out=codes).sub_(parts), panels).mT
 
     best_error = error(low, high)
     best_low, best_high = low, high
     for ratio in WEIGHT_RATIOS:
         candidate = (low * ratio, high * ratio)
         best_low, best_high, best_error = _better(best_low, best_high, best_error, *candidate, error(*candidate))
-    if fmt.symmetric:
+    if grid.fmt.symmetric:
         return best_low, best_high
     for end in (0, 1):
         start_low, start_high = best_low, best_high
@@ -60,7 +55,7 @@ def search_weight_range(
 
 
 def search_activation_clip(
-    x: Float[Tensor, "tokens columns"], weight: Float[Tensor, "rows columns"], fmt: NumberFormat, slices: int = 1
+    x: Float[Tensor, "tokens columns"], weight: Float[Tensor, "rows columns"], grid: Grid, slices: int = 1
 ) -> float:
     """The clip ratio that minimises the layer's output error over its power, averaged over tokens; each of `slices`
     parts of a token has a grid of its own."""
@@ -68,7 +63,7 @@ def search_activation_clip(
     gram = weight.mT @ weight if len(weight) > weight.shape[1] else None
 
     def error(ratio: float) -> float:
-        wrong = fake_quantize_activation(x, fmt, ratio, slices) - x
+        wrong = fake_quantize_activation(x, grid, ratio, slices) - x
         squared = (wrong @ weight.mT).square() if gram is None else (wrong @ gram) * wrong
         return float((squared.sum(-1) / power).mean())
 
@@ -80,7 +75,7 @@ def gptq(
     hessian: Float[Tensor, "columns columns"],
     scale: Float[Tensor, "rows groups"],
     zero: Float[Tensor, "rows groups"],
-    fmt: NumberFormat,
+    grid: Grid,
     *,
     damping: float,
     block: int = 32,
@@ -103,8 +98,8 @@ def gptq(
         errors = torch.empty_like(work[start:stop])
         for column in range(start, stop):
             s, z, wrong = scales[group[column]], zeros[group[column]], errors[column - start]
-            code = _nearest(work[column], s, z, fmt, out=codes[column])
-            torch.sub(work[column], (code - z).mul_(s), out=wrong).div_(pivots[column])
+            code = grid.nearest(work[column], s, z, out=codes[column])
+            torch.sub(work[column], grid.value(code, s, z), out=wrong).div_(pivots[column])
             work[column + 1 : stop].addr_(upper[column, column + 1 : stop], wrong, alpha=-1)
         work[stop:].addmm_(upper[start:stop, stop:].mT, errors, alpha=-1)
     return codes[torch.argsort(order)].mT.contiguous()
@@ -116,7 +111,7 @@ def refine(
     hessian: Float[Tensor, "columns columns"],
     scale: Float[Tensor, "rows groups"],
     zero: Float[Tensor, "rows groups"],
-    fmt: NumberFormat,
+    grid: Grid,
     *,
     damping: float,
     sweeps: int,
@@ -132,7 +127,7 @@ def refine(
     group = [column // (columns // scale.shape[1]) for column in range(columns)]
     curvature, scales, zeros = hessian.diagonal().tolist(), scale.mT.contiguous(), zero.mT.contiguous()
     # One input after the other, each contiguous over the outputs.
-    codes, value = codes.mT.contiguous(), dequantize(codes, scale, zero, fmt).mT.contiguous()
+    codes, value = codes.mT.contiguous(), dequantize(codes, scale, zero, grid).mT.contiguous()
     errors = weight.mT - value
     for start in list(range(0, columns, block)) * sweeps:
         stop = min(start + block, columns)
@@ -140,8 +135,8 @@ def refine(
         for column in range(start, stop):
             s, z, row = scales[group[column]], zeros[group[column]], column - start
             wanted = value[column] + slope[row] / curvature[column]
-            code = _nearest(wanted, s, z, fmt, out=codes[column])
-            step = (code - z).mul_(s).sub_(value[column])
+            code = grid.nearest(wanted, s, z, out=codes[column])
+            step = grid.value(code, s, z).sub_(value[column])
             value[column] += step
             errors[column] -= step
             slope[row + 1 :].addr_(local[row + 1 :, row], step, alpha=-1)
@@ -166,11 +161,6 @@ def follow_target(
     """
     upper = _inverse_factor(hessian, damping)
     return weight + weight @ drift @ (upper.mT @ upper)
-
-
-def _nearest(value: Tensor, scale: Tensor, zero: Tensor, fmt: NumberFormat, out: Tensor | None = None) -> Tensor:
-    """The nearest codes, without gradients and in place: `codes_of` for loops that cannot spare the memory."""
-    return torch.div(value, scale, out=out).round_().add_(zero).clamp_(fmt.code_min, fmt.code_max)
 
 
 def _damped(hessian: Tensor, amount: Tensor) -> Tensor:

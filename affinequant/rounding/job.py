@@ -14,6 +14,7 @@ from affinequant.models import Family
 from affinequant.models.attention import OnAttention
 from affinequant.models.decoder import Decoder, OnInput, like_on_disk, run_block, slices
 from affinequant.models.sites import Site
+from affinequant.numbers import Grid, grid_of
 from affinequant.recipe.recipe import Recipe
 from affinequant.recipe.scheme import Scheme
 from affinequant.transforms.cached_heads import CachedHeads
@@ -54,6 +55,16 @@ class BlockJob:
     def family(self) -> Family:
         """What the block is made of."""
         return self.decoder.family.at(self.decoder.dims, self.index)
+
+    @property
+    def weight_grid(self) -> Grid:
+        """What weights are rounded to."""
+        return grid_of(self.scheme.weight)
+
+    @property
+    def activation_grid(self) -> Grid | None:
+        """What activations are rounded to; None where they stay as they are."""
+        return None if self.scheme.activation is None else grid_of(self.scheme.activation)
 
     def run(
         self,

@@ -10,7 +10,7 @@ from torch import Tensor
 from affinequant.costs import KEPT_BYTES, replay_bytes
 from affinequant.models.attention import OnAttention
 from affinequant.models.decoder import StopForward, like_on_disk, slices
-from affinequant.numbers.integer import fake_quantize_activation
+from affinequant.numbers.activations import fake_quantize_activation
 from affinequant.rounding.job import BlockJob
 from affinequant.transforms.fold import Tensors
 from affinequant.transforms.online import apply_online
@@ -85,7 +85,7 @@ class Replay:
 
     @torch.no_grad()
     def _batch(self, site: str, part: slice, passed: dict[str, list[Tensor]]) -> Tensor:
-        job, fmt, reached = self.job, self.job.scheme.activation, list[Tensor]()
+        job, grid, reached = self.job, self.job.activation_grid, list[Tensor]()
         before = list(self.groups)[: list(self.groups).index(self.site)] if self.input is not None else []
 
         def on_input(name: str, value: Tensor) -> Tensor:
@@ -98,9 +98,9 @@ class Replay:
             if name == site:
                 reached.append(value)
                 raise StopForward
-            if fmt is None or name not in self.clips:
+            if grid is None or name not in self.clips:
                 return value
-            return fake_quantize_activation(value, fmt, self.clips[name], job.sites[name].slices)
+            return fake_quantize_activation(value, grid, self.clips[name], job.sites[name].slices)
 
         x = self.x[part].to(job.decoder.device)
         known = {member: self._known(member, part, x) for name in before for member in self.groups[name]}

@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from affinequant.numbers.integer import codes_of, dequantize
-from affinequant.recipe.scheme import NumberFormat
+from affinequant.numbers import Grid
+from affinequant.numbers.weights import codes_of, dequantize
 from affinequant.rounding.gptq import GPTQFailure, follow_target, gptq, refine
 from affinequant.rounding.moments import Inputs, Moments
 
@@ -61,7 +61,7 @@ def round_by(
     moments: Moments | None,
     scale: Float[Tensor, "rows groups"],
     zero: Float[Tensor, "rows groups"],
-    fmt: NumberFormat,
+    grid: Grid,
 ) -> Float[Tensor, "rows n"]:
     """Codes on this grid.
 
@@ -69,13 +69,13 @@ def round_by(
         GPTQFailure: the Hessian cannot be factored at any damping.
     """
     if way.kind == "nearest":
-        return codes_of(weight, scale, zero, fmt)
+        return codes_of(weight, scale, zero, grid)
     assert moments is not None
     if way.kind == "gptaq":
         assert moments.drift is not None
         weight = follow_target(weight, moments.hessian, moments.drift, damping=way.pull)
-    codes = gptq(weight, moments.hessian, scale, zero, fmt, damping=way.damping)
-    return refine(codes, weight, moments.hessian, scale, zero, fmt, damping=way.damping, sweeps=way.sweeps)
+    codes = gptq(weight, moments.hessian, scale, zero, grid, damping=way.damping)
+    return refine(codes, weight, moments.hessian, scale, zero, grid, damping=way.damping, sweeps=way.sweeps)
 
 
 def choose(
@@ -83,7 +83,7 @@ def choose(
     inputs: Inputs,
     scale: Float[Tensor, "rows groups"],
     zero: Float[Tensor, "rows groups"],
-    fmt: NumberFormat,
+    grid: Grid,
     damping: float,
     sweeps: int = 0,
 ) -> tuple[Way, Mapping[str, float]]:
@@ -96,10 +96,10 @@ def choose(
     best = Way(kind="nearest")
     for way in ways(damping, sweeps):
         try:
-            codes = round_by(way, weight, inputs.fitted, scale, zero, fmt)
+            codes = round_by(way, weight, inputs.fitted, scale, zero, grid)
         except GPTQFailure:
             continue
-        errors[str(way)] = output_error(x @ dequantize(codes, scale, zero, fmt).mT, wanted).error
+        errors[str(way)] = output_error(x @ dequantize(codes, scale, zero, grid).mT, wanted).error
         if errors[str(way)] < errors[str(best)]:
             best = way
     return best, errors

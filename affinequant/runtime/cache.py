@@ -19,7 +19,7 @@ from affinequant.errors import AffineQuantError
 from affinequant.models import resolve
 from affinequant.models.attention import NAME, register
 from affinequant.models.source import unquantized
-from affinequant.numbers.integer import cached_grid
+from affinequant.numbers import grid_of
 from affinequant.recipe.scheme import NumberFormat
 from affinequant.transforms.cached_heads import CachedHeads
 
@@ -52,22 +52,22 @@ def pack(x: Float[Tensor, "*b n"], kv: NumberFormat) -> UInt8[Tensor, "*b packed
     if kv.bits == 4:
         codes, scale, offset = kv_pack(x.reshape(-1, 1, x.shape[-1]).contiguous())
     else:
-        scale, offset = cached_grid(x, kv)
-        steps = (x.float() - offset.float()) * (1.0 / scale.float())
-        codes = steps.clamp(0, 2**kv.bits - 1).round().to(torch.uint8)
-    grid = torch.stack([scale.reshape(-1), offset.reshape(-1)], -1).view(torch.uint8)
-    return torch.cat([codes.reshape(len(grid), -1), grid], -1).reshape(*x.shape[:-1], -1)
+        grid, numbers = grid_of(kv), x.detach().float()
+        scale, offset = grid.params(*grid.range(numbers))
+        codes = grid.nearest(numbers, scale, offset).to(torch.uint8)
+    pairs = torch.stack([scale.reshape(-1), offset.reshape(-1)], -1).view(torch.uint8)
+    return torch.cat([codes.reshape(len(pairs), -1), pairs], -1).reshape(*x.shape[:-1], -1)
 
 
 def unpack(packed: UInt8[Tensor, "*b packed"], kv: NumberFormat, dtype: torch.dtype) -> Float[Tensor, "*b n"]:
     """What `pack` was given, rounded."""
     rows = packed.reshape(-1, packed.shape[-1])
-    codes, grid = rows[:, :-_GRID_BYTES].contiguous(), rows[:, -_GRID_BYTES:].contiguous().view(torch.float16)
+    codes, pairs = rows[:, :-_GRID_BYTES].contiguous(), rows[:, -_GRID_BYTES:].contiguous().view(torch.float16)
+    scale, offset = pairs[:, :1].contiguous(), pairs[:, 1:].contiguous()
     if kv.bits == 4:
-        scale, offset = grid[:, :1].contiguous(), grid[:, 1:].contiguous()
         values = kv_unpack(codes[:, None], scale, offset, dtype)
     else:
-        values = (codes.float() * grid[:, :1].float() + grid[:, 1:].float()).to(dtype)
+        values = grid_of(kv).value(codes.float(), scale, offset).to(dtype)
     return values.reshape(*packed.shape[:-1], -1)
 
 

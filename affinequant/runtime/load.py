@@ -16,7 +16,8 @@ from affinequant.formats.compressed_tensors import unpack_linear
 from affinequant.formats.reading import pretrained, skeleton
 from affinequant.models.decoder import check_device, compute_dtype
 from affinequant.models.source import Source, open_source
-from affinequant.numbers.integer import dequantize
+from affinequant.numbers import grid_of
+from affinequant.numbers.weights import dequantize
 from affinequant.progress import Steps, told_by_transformers
 from affinequant.recipe.recipe import Device, Dtype
 from affinequant.recipe.scheme import NumberFormat
@@ -247,7 +248,8 @@ def _linear(source: Source, name: str, module: nn.Linear, ours: Mapping[str, Any
     slices = ours.get("slices", {}).get(name, 1)
     matrices = _matrices(source, name, module.in_features, slices)
     if ours["activation"] is None and not matrices:
-        value = dequantize(codes, scale, torch.zeros_like(scale) if zero is None else zero.float(), weight)
+        zero = torch.zeros_like(scale) if zero is None else zero.float()
+        value = dequantize(codes, scale, zero, grid_of(weight))
         module.weight = nn.Parameter(value.to(dtype), requires_grad=False)
         if bias is not None:
             module.bias = nn.Parameter(bias, requires_grad=False)

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from affinequant.numbers.integer import fake_quantize_cached
+from affinequant.numbers import grid_of
+from affinequant.numbers.activations import fake_quantize_activation
 from affinequant.recipe.scheme import NumberFormat
 from affinequant.transforms.online import apply_online
 
@@ -21,7 +22,7 @@ class CachedHeads(nn.Module):
 
     def __init__(self, kv: NumberFormat | None, rotation: Mapping[str, Tensor]) -> None:
         super().__init__()
-        self.kv = kv
+        self.kv, self.grid = kv, grid_of(kv) if kv else None
         self.names = {part: part.replace(".", "_") for part in rotation}
         for part, tensor in rotation.items():
             self.register_buffer(self.names[part], tensor, persistent=False)
@@ -34,8 +35,8 @@ class CachedHeads(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """In the dtypes that come in."""
         query, key = self.rotated(query), self.rotated(key)
-        if self.kv is not None:
-            key, value = fake_quantize_cached(key, self.kv), fake_quantize_cached(value, self.kv)
+        if self.grid is not None:
+            key, value = (fake_quantize_activation(part, self.grid) for part in (key, value))
         return query, key, value
 
     def queries(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
