@@ -2,11 +2,11 @@
 
 import math
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from affinequant.models import Dims
 from affinequant.recipe.recipe import Recipe
-from affinequant.transforms import LEARNED_ROTATIONS
 
 JUDGED_TOKENS = 1024
 """Held-out tokens that judge what a block has learned, or one sample where samples are longer."""
@@ -28,37 +28,75 @@ bare products reach there (2e11 at a small model's widths): the rest goes to wha
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Memory:
-    """Bytes: `stream` of one set of hidden states of all samples, `kept` of it between blocks, `cpu` and `gpu` in all."""
+class Cost:
+    """What a stage takes: floating-point operations, and the bytes that it holds at once where the process has its memory
+    and on the GPU. What is freed between stages is the next one's. Factors are from peaks that were measured step by step
+    (`tests/test_plan.py` has them)."""
 
-    stream: int
-    kept: int
-    cpu: int
-    gpu: int
+    flops: float = 0.0
+    cpu: int = 0
+    gpu: int = 0
 
 
-def memory(recipe: Recipe, dims: Dims, per_block: int, device: str) -> Memory:
-    """The largest of what the steps of a run hold at once: the tables outside the blocks, a block in work, a training of
-    the whole network. What is freed between them is the next one's. Factors are from peaks that were measured step by
-    step (`tests/test_plan.py` has them)."""
+def stream_bytes(recipe: Recipe, dims: Dims, device: str) -> int:
+    """One set of hidden states of all samples."""
+    return recipe.samples * recipe.seq_len * dims.hidden * _width(recipe, device)
+
+
+def kept_bytes(recipe: Recipe, dims: Dims, device: str) -> int:
+    """What waits between blocks: both streams before one and both behind it; with an auxiliary loss what it aims at
+    too."""
+    return (4 + (recipe.aux_loss and recipe.epochs > 0)) * stream_bytes(recipe, dims, device)
+
+
+def minutes(costs: Iterable[Cost], device: str) -> float:
+    """How long stages may take, one after the other."""
+    rate = GPU_FLOPS if device == "cuda" else CPU_FLOPS_PER_CORE * (os.cpu_count() or 1)
+    return sum(cost.flops for cost in costs) / rate / 60
+
+
+def _width(recipe: Recipe, device: str) -> int:
+    return 2 if (device == "cuda" and recipe.dtype != "float32") or recipe.dtype == "bfloat16" else 4
+
+
+def _forward(recipe: Recipe, dims: Dims, per_block: int) -> int:
+    """Operations of all samples' way through one block."""
+    return 2 * recipe.samples * recipe.seq_len * (per_block + recipe.seq_len * dims.query)
+
+
+def outer_cost(recipe: Recipe, dims: Dims, per_block: int, device: str) -> Cost:
+    """The tables outside the blocks, as they are read and as they are stored, two of them in float32, and the rows in
+    work."""
+    table = dims.vocab * dims.hidden
+    return Cost(cpu=14 * table + 2 * stream_bytes(recipe, dims, device), gpu=12 * table)
+
+
+def block_cost(recipe: Recipe, dims: Dims, per_block: int, device: str) -> Cost:
+    """One block: learned, rounded, and judged where there is a judge."""
     gpu, by_target = device == "cuda", recipe.rounding in ("gptaq", "auto")
-    width = 2 if (gpu and recipe.dtype != "float32") or recipe.dtype == "bfloat16" else 4
-    tokens = recipe.samples * recipe.seq_len
-    stream, table = tokens * dims.hidden * width, dims.vocab * dims.hidden
-    # Both streams before a block and both behind it; with an auxiliary loss what it aims at too.
-    kept = (4 + (recipe.aux_loss and recipe.epochs > 0)) * stream
+    by_hessian, tokens = recipe.rounding != "nearest", recipe.samples * recipe.seq_len
     replayed = replay_bytes(tokens, dims)
-    searched = recipe.rounding != "nearest" or "search" in recipe.weight_clip + recipe.activation_clip
+    searched = by_hessian or "search" in recipe.weight_clip + recipe.activation_clip
     replayed *= (replayed <= KEPT_BYTES) * searched * (1 + by_target)
     # Weights in several precisions; the Hessian of the widest input, its factors, and the drift beside it.
-    hessian = max(dims.hidden, dims.mlp, dims.query) ** 2 * (recipe.rounding != "nearest") * (28 + 16 * by_target)
-    work = per_block * 30 + hessian + graph_bytes(recipe, dims, width) + replayed
-    judged = 10 * table if recipe.judge == "kl" and recipe.epochs else 0
-    whole = max(finish_bytes(recipe, dims, per_block, device), rotation_bytes(recipe, dims, per_block))
-    # Tables as they are read and as they are stored, two of them in float32, and the rows in work.
-    outer = 14 * table
-    cpu = PROCESS_BYTES + max(outer + 2 * stream, (0 if gpu else work) + judged + kept, whole and whole + 3 * stream)
-    return Memory(stream=stream, kept=kept, cpu=cpu, gpu=max(work, 12 * table) + 2**30 if gpu else 0)
+    hessian = max(dims.hidden, dims.mlp, dims.query) ** 2 * by_hessian * (28 + 16 * by_target)
+    work = per_block * 30 + hessian + graph_bytes(recipe, dims, _width(recipe, device)) + replayed
+    passes = 3.0 + (3.5 * recipe.epochs) + (1.5 if by_hessian else 0) + (1.5 if by_target else 0)
+    gram = 2 * tokens * (3 * dims.hidden**2 + dims.mlp**2) * (by_hessian + by_target)
+    search = 2 * 40 * per_block * dims.hidden if "search" in recipe.weight_clip else 0
+    search += 2 * recipe.sweeps * per_block * dims.hidden
+    steps = recipe.epochs * math.ceil(recipe.samples / recipe.batch_size) * per_block * 120
+    judging = judged = 0.0
+    if recipe.judge == "kl" and recipe.epochs:
+        # At the start and after each epoch, on average through half of the blocks, and the logits of both models.
+        each = dims.layers / 2 * per_block + 2 * dims.hidden * dims.vocab
+        judging = 2 * min(tokens, max(JUDGED_TOKENS, recipe.seq_len)) * (recipe.epochs + 1) * each
+        judged = 10 * dims.vocab * dims.hidden
+    return Cost(
+        flops=passes * _forward(recipe, dims, per_block) + gram + search + steps + judging,
+        cpu=int((0 if gpu else work) + judged) + kept_bytes(recipe, dims, device),
+        gpu=work if gpu else 0,
+    )
 
 
 def replay_bytes(tokens: int, dims: Dims) -> int:
@@ -80,47 +118,29 @@ def blocks_kept(recipe: Recipe, dims: Dims, per_block: int, device: str) -> tupl
     return (0 if device == "cuda" or recipe.cpu_memory else min(dims.layers, FINISH_ROOM // each)), each
 
 
-def finish_bytes(recipe: Recipe, dims: Dims, per_block: int, device: str) -> int:
-    """Main memory of the end-to-end finish: every block's codes, one block in work and those that are kept, one batch of
-    logits."""
-    if recipe.distill.loss == "none":
-        return 0
+def finish_cost(recipe: Recipe, dims: Dims, per_block: int, device: str) -> Cost:
+    """The end-to-end finish: every block's codes, one block in work and those that are kept, one batch of logits."""
     step = recipe.seq_len * dims.hidden * 4 * (dims.layers + 24) + 256 * dims.vocab * 4 * 6
     count, each = blocks_kept(recipe, dims, per_block, device)
-    return dims.layers * per_block + 12 * per_block + 8 * dims.vocab * dims.hidden + step + count * each
+    table = dims.vocab * dims.hidden
+    held = dims.layers * per_block + 12 * per_block + 8 * table + step + count * each
+    # Forwards, backwards, and a part of the samples that judges; what is not kept is computed once more.
+    passes = 4.5 * dims.layers - count
+    logits = 4.5 * 2 * recipe.samples * recipe.seq_len * table
+    return Cost(
+        flops=recipe.distill.epochs * (passes * _forward(recipe, dims, per_block) + logits),
+        cpu=held + 3 * stream_bytes(recipe, dims, device),
+    )
 
 
-def rotation_bytes(recipe: Recipe, dims: Dims, per_block: int) -> int:
-    """Main memory of learning rotations: one block in float32, what a step keeps, and the rotation with its optimizer."""
-    if recipe.transforms.get("residual") not in LEARNED_ROTATIONS:
-        return 0
+def rotation_cost(recipe: Recipe, dims: Dims, per_block: int, device: str) -> Cost:
+    """Learning rotations: one block in float32, what a step keeps, and the rotation with its optimizer."""
     tokens = min(recipe.seq_len, recipe.rotation.len)
     step = tokens * (dims.hidden * 4 * (dims.layers + 40) + 40 * dims.mlp) + 256 * dims.vocab * 4 * 6
-    return 12 * per_block + 8 * dims.vocab * dims.hidden + step + 64 * dims.hidden**2
-
-
-def expected_minutes(recipe: Recipe, dims: Dims, per_block: int, device: str) -> float:
-    """Minutes for the blocks, from the floating-point operations of each pass over them."""
-    tokens = recipe.samples * recipe.seq_len
-    forward = 2 * tokens * (per_block + recipe.seq_len * dims.query)
-    by_hessian, by_target = recipe.rounding != "nearest", recipe.rounding in ("gptaq", "auto")
-    passes = 3.0 + (3.5 * recipe.epochs) + (1.5 if by_hessian else 0) + (1.5 if by_target else 0)
-    gram = 2 * tokens * (3 * dims.hidden**2 + dims.mlp**2) * (by_hessian + by_target)
-    search = 2 * 40 * per_block * dims.hidden if "search" in recipe.weight_clip else 0
-    search += 2 * recipe.sweeps * per_block * dims.hidden
-    steps = recipe.epochs * math.ceil(recipe.samples / recipe.batch_size) * per_block * 120
-    finish = 0.0
-    if recipe.distill.loss == "kl":
-        finish = 4.5 * recipe.distill.epochs * (dims.layers * forward + 2 * tokens * dims.hidden * dims.vocab)
-    if recipe.judge == "kl" and recipe.epochs:
-        # At the start and after each epoch, on average through half of the blocks, and the logits of both models.
-        judging = min(tokens, max(JUDGED_TOKENS, recipe.seq_len))
-        each = dims.layers / 2 * per_block + 2 * dims.hidden * dims.vocab
-        finish += 2 * judging * dims.layers * (recipe.epochs + 1) * each
-    if recipe.transforms.get("residual") in LEARNED_ROTATIONS:
-        # Forwards, again while going backwards, and backwards to the inputs alone, with four products a token that turn.
-        each = 2 * (per_block + 4 * dims.hidden**2 + recipe.rotation.len * dims.query)
-        tokens = recipe.rotation.steps * min(recipe.seq_len, recipe.rotation.len)
-        finish += 4.0 * tokens * (dims.layers * each + 2 * dims.hidden * dims.vocab)
-    rate = GPU_FLOPS if device == "cuda" else CPU_FLOPS_PER_CORE * (os.cpu_count() or 1)
-    return (dims.layers * (passes * forward + gram + search + steps) + finish) / rate / 60
+    held = 12 * per_block + 8 * dims.vocab * dims.hidden + step + 64 * dims.hidden**2
+    # Forwards, again while going backwards, and backwards to the inputs alone, with four products a token that turn.
+    each = 2 * (per_block + 4 * dims.hidden**2 + recipe.rotation.len * dims.query)
+    return Cost(
+        flops=4.0 * recipe.rotation.steps * tokens * (dims.layers * each + 2 * dims.hidden * dims.vocab),
+        cpu=held + 3 * stream_bytes(recipe, dims, device),
+    )

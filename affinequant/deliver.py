@@ -17,20 +17,19 @@ from affinequant.errors import QUALITY, AffineQuantError
 from affinequant.formats import Contents, find_format
 from affinequant.formats.card import write_card
 from affinequant.formats.shards import write_json, write_text
-from affinequant.learning.network import DISTILLED, ROTATED, scored_samples, stage_name, store_dtype
+from affinequant.learning.network import scored_samples, store_dtype
 from affinequant.models.decoder import Decoder
 from affinequant.plan import Plan
 from affinequant.progress import Progress, Steps, tally
 from affinequant.rounding.job import BlockJob
 from affinequant.run.run import Run
 from affinequant.run.workspace import Workspace
+from affinequant.stages import DISTILLED, OUTER, stage_name
 from affinequant.transforms.fold import Tensors
 from affinequant.transforms.placements import block_flops, choice_bytes, settled
 from affinequant.verify import Committed, verify
 from affinequant.version import __version__
 
-WHOLE = {"rotation": ROTATED, "finish": DISTILLED}
-"""Trainings of the whole network, by their names in the report."""
 HEADER_BYTES = 8192
 """Room for one block's entries in the headers of safetensors files, when sizes are held against the plan."""
 
@@ -52,7 +51,7 @@ def deliver(
         AffineQuantError: exit 4 where what was read back is not what the run has; the folder is kept.
     """
     decoder = jobs[0].decoder
-    names = ["outer", *(stage_name(index) for index in range(made.dims.layers))]
+    names = [OUTER, *(stage_name(index) for index in range(made.dims.layers))]
     last, changed = names[-1], {}
     if run.committed(DISTILLED):
         last, changed = DISTILLED, run.tensors(DISTILLED)
@@ -65,7 +64,7 @@ def deliver(
     files.append(write_text(out / "recipe.toml", made.recipe.to_toml()))
     listen.say("verifying what was written by reading it again")
     committed = Committed(
-        outer=_current(run.tensors("outer"), changed),
+        outer=_current(run.tensors(OUTER), changed),
         block=lambda index: _current(run.tensors(stage_name(index)), changed),
         copied=(made.source.read([name]) for name in unknown),
     )
@@ -170,7 +169,7 @@ def _stream_losses(run: Run, decoder: Decoder, tokens: Tokens, last: str, outer:
     """Losses on the first calibration samples, from the hidden states of both streams behind the stage `last`."""
     device, count, losses = decoder.device, scored_samples(tokens), {}
     head, norm = decoder.head(outer), f"{decoder.family.norm}."
-    plain = {name: tensor for name, tensor in run.tensors("outer").items() if name.startswith(norm)}
+    plain = {name: tensor for name, tensor in run.tensors(OUTER).items() if name.startswith(norm)}
     heads = {"full": head | decoder.head(plain), "quantized": head}  # but for the last norm they are one
     with torch.no_grad():
         for name, stream in run.carry(last).items():
@@ -198,13 +197,13 @@ def _report(made: Plan, run: Run, out: Path, tokens: Tokens, names: list[str], u
     import transformers
 
     blocks = [run.report(name) for name in names[1:]]
-    whole = {name: run.report(stage) for name, stage in WHOLE.items() if run.committed(stage)}
+    whole = {stage.told: run.report(stage.name) for stage in made.stages if stage.told}
     copied = {name: made.source.entries[name].size for name in unknown}
     planned = made.output_bytes + sum(copied.values())
     weights = sum(path.stat().st_size for path in out.glob("*.safetensors"))
     events = [f"block {i}: {event}" for i, block in enumerate(blocks) for event in block["events"]]
     events += [f"{name}: {event}" for name, stage in whole.items() for event in stage["events"]]
-    devices = sorted({stage["device"] for stage in (run.report("outer"), *blocks, *whole.values())} | {made.device})
+    devices = sorted({stage["device"] for stage in (run.report(OUTER), *blocks, *whole.values())} | {made.device})
     if len(devices) > 1:
         events.append(f"worked on {' and '.join(devices)}, finished on {made.device}")
     flops, each = block_flops(made.family, made.dims), made.family.each_block(made.dims)

@@ -14,9 +14,8 @@ from affinequant.data.tokenizer import load_tokenizer
 from affinequant.data.tokens import Tokens, calibration_tokens
 from affinequant.deliver import Result, deliver, publish, spent
 from affinequant.errors import AffineQuantError
-from affinequant.learning.judge import ModelJudge
-from affinequant.learning.network import DISTILLED, block_job, peak_bytes, stage_name
-from affinequant.learning.rotation import rotations
+from affinequant.learning.network import peak_bytes
+from affinequant.learning.work import Work
 from affinequant.models.decoder import Decoder, check_device, compute_dtype, open_decoder
 from affinequant.models.source import read_through
 from affinequant.models.source_files import revision
@@ -26,11 +25,10 @@ from affinequant.progress import Console, Progress, Silent, tally_lines
 from affinequant.recipe.recipe import Recipe
 from affinequant.recipe.recipe import resolve as resolve_recipe
 from affinequant.recipe.tables import flat
-from affinequant.rounding.job import BlockJob
 from affinequant.run.run import Run
 from affinequant.run.workspace import check_disk, empty, expect, open_workspace
 from affinequant.runtime.integer_linear import check_engine
-from affinequant.stages import block_stage, distill_stage, outer_stage
+from affinequant.stages import fingerprint_of, run_stages
 from affinequant.version import __version__
 
 
@@ -94,47 +92,31 @@ def quantize(
             )
         expect(workspace, made.side.targets)
         before = spent(run)
-        jobs = quantize_blocks(made, run, tokens, decoder, listen)
-        report = deliver(made, run, workspace.out, jobs, tokens, listen)
+        work = Work(made=made, run=run, tokens=tokens, decoder=decoder, listen=listen)
+        make_stages(work)
+        report = deliver(made, run, workspace.out, work.jobs(), tokens, listen)
         report |= {
             "seconds": before[0] + time.perf_counter() - began,
-            "peak_bytes": max(before[1], peak_bytes(jobs[0].decoder.device)),
+            "peak_bytes": max(before[1], peak_bytes(decoder.device)),
             "source": {"commit": revision(made.source.folder), "weights": content["weights"]},
         }
         publish(workspace, run, report)
         return Result(path=workspace.out, report=report)
 
 
-def quantize_blocks(made: Plan, run: Run, tokens: Tokens, decoder: Decoder, listen: Progress) -> list[BlockJob]:
-    """Every stage that is not on disk yet: what lies outside the blocks, then the blocks in order. Returns a job for each
-    block, without what was needed to learn it."""
-    rotation, starts = rotations(made, run, tokens, decoder, listen)
-    if not run.committed("outer"):
-        outer_stage(made, run, tokens, decoder, rotation)  # whose tables, in fp64, need the CPU's memory
-    if rotation is not None:
-        rotation.to(decoder.device)
-    _, kwargs = decoder.embed(tokens.ids[:1], run.tensors("outer"))
-    names = [stage_name(index) for index in range(made.dims.layers)]
-    pending = run.pending(names)
-    listen.begin(len(names), len(names) - len(pending))
-    if pending:
-        first = names.index(pending[0])
-        carry = run.carry(names[first - 1] if first else "outer")
-        full, quantized = carry["full"], carry.get("quantized", carry["full"])
-        del carry  # each block's inputs go with it
-        judged = made.recipe.judge == "kl" and made.recipe.epochs > 0
-        judge = ModelJudge(made, decoder, tokens, rotation, kwargs) if judged else None
-        for index in range(first, len(names)):
-            job = block_job(made, decoder, index, kwargs, _scratch(made, run))
-            job = replace(job, starts=starts.get(index, {}), judge=judge)
-            full, quantized = block_stage(made, run, job, rotation, full, quantized, listen)
+def make_stages(work: Work) -> None:
+    """Every stage that is not on disk yet, in order; listeners hear of the blocks among them."""
+    run, stages, listen = work.run, work.made.stages, work.listen
+    blocks = [stage for stage in stages if stage.block is not None]
+    first = stages.index(blocks[0])
+    carry = run_stages(stages[:first], run, work)
+    names = [stage.name for stage in blocks]
+    listen.begin(len(names), len(names) - len(run.pending(names)))
+    carry = run_stages(blocks, run, work, carry)
     listen.end()
     for line in tally_lines([run.report(name) for name in names]):
         listen.say(line)
-    jobs = [block_job(made, decoder, index, kwargs, _scratch(made, run)) for index in range(len(names))]
-    if made.recipe.distill.loss == "kl" and not run.committed(DISTILLED):
-        distill_stage(made, run, tokens, jobs, listen)
-    return jobs
+    run_stages(stages[first + len(blocks) :], run, work, carry)
 
 
 def _decoder(made: Plan) -> Decoder:
@@ -143,10 +125,6 @@ def _decoder(made: Plan) -> Decoder:
     return open_decoder(
         made.source, made.family, made.dims, device, dtype, trust_remote_code=made.recipe.trust_remote_code
     )
-
-
-def _scratch(made: Plan, run: Run) -> Path | None:
-    return run.folder if made.offload == "disk" else None
 
 
 def _tokens(made: Plan, listen: Progress) -> Tokens:
@@ -158,7 +136,7 @@ def _tokens(made: Plan, listen: Progress) -> Tokens:
 
 
 def _fingerprint(made: Plan, tokens: Tokens, content: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run must share with the one that it takes up, or whose result it takes for its own: the recipe, the content
+    """What a run must share with the one that it takes up, or whose result it takes for its own: its stages', the content
     of weights, config and text, and the versions. The device is not in it: another may finish what one began."""
     import transformers
 
@@ -167,4 +145,4 @@ def _fingerprint(made: Plan, tokens: Tokens, content: Mapping[str, Any]) -> dict
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    return made.recipe.fingerprint() | dict(content) | {"calibration": tokens.sha256, "versions": versions}
+    return fingerprint_of(made.stages) | dict(content) | {"calibration": tokens.sha256, "versions": versions}

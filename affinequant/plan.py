@@ -5,12 +5,12 @@ Nothing here reads a weight or imports torch.
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from affinequant.costs import expected_minutes, memory
+from affinequant.costs import PROCESS_BYTES, kept_bytes, minutes, stream_bytes
 from affinequant.data.text import check_source, needs_hub
 from affinequant.data.tokenizer import check_code, check_tokenizer
 from affinequant.errors import PREFLIGHT, AffineQuantError
@@ -21,7 +21,7 @@ from affinequant.models.sites import Placement, Site
 from affinequant.models.source import Source, check_tensors, is_local, locate, open_source, settle_tie
 from affinequant.recipe.recipe import AUTO, Recipe, parse_bytes
 from affinequant.recipe.recipe import resolve as resolve_recipe
-from affinequant.transforms import LEARNED_ROTATIONS
+from affinequant.stages import ROTATED, Stage, stages_of
 from affinequant.transforms.placements import (
     block_flops,
     candidates,
@@ -44,6 +44,7 @@ class Plan:
     dims: Dims
     sites: Mapping[str, Site]
     placements: Mapping[str, Placement]
+    stages: tuple[Stage, ...]
     device: str
     source_bytes: int
     output_bytes: int
@@ -192,12 +193,13 @@ def _with_costs(
     output = int(outer + (2 * inside if dense else bits / 8 + kept)) + 2 * norms + 4 * dims.hidden
     attentions = sum(bool(block.attention) for block in blocks)
     device = _device(recipe)
-    needs = memory(recipe, dims, per_block, device)
-    cpu, budget, offload = needs.cpu, parse_bytes(recipe.cpu_memory, flag="--cpu-memory"), recipe.offload
+    stages, stream = stages_of(recipe, dims, per_block, device), stream_bytes(recipe, dims, device)
+    waiting, cpu = kept_bytes(recipe, dims, device), PROCESS_BYTES + max(stage.cost.cpu for stage in stages)
+    budget, offload = parse_bytes(recipe.cpu_memory, flag="--cpu-memory"), recipe.offload
     if offload == "auto":
-        offload = "disk" if budget is not None and cpu > budget >= cpu - needs.kept else "cpu"
+        offload = "disk" if budget is not None and cpu > budget >= cpu - waiting else "cpu"
     if offload == "disk":
-        cpu -= needs.kept
+        cpu -= waiting
     stored = inside + norms + 2 * outer
     made = Plan(
         recipe=recipe,
@@ -206,6 +208,7 @@ def _with_costs(
         dims=dims,
         sites=sites,
         placements=placements,
+        stages=stages,
         device=device,
         source_bytes=sum(entry.size for entry in source.entries.values()) or 2 * (table * (2 - dims.tied) + inside),
         output_bytes=output,
@@ -213,25 +216,27 @@ def _with_costs(
         cache_bytes=round(2 * attentions * dims.value * scheme.bits_per_cached(dims.head_dim) / 8),
         untied_bytes=untied,
         cpu_bytes=cpu,
-        gpu_bytes=needs.gpu,
-        disk_bytes=output + side.size + stored + 4 * needs.stream + (4 * needs.stream if offload == "disk" else 0),
+        gpu_bytes=max(stage.cost.gpu for stage in stages) + 2**30 if device == "cuda" else 0,
+        disk_bytes=output + side.size + stored + 4 * stream * (1 + (offload == "disk")),
         offload=offload,
-        minutes=expected_minutes(recipe, dims, per_block, device),
-        notes=(*source.notes, *side.note(), *_notes(recipe, placements, untied), *notes),
+        minutes=minutes((stage.cost for stage in stages), device),
+        notes=(*source.notes, *side.note(), *_notes(recipe, placements, stages, untied), *notes),
         side=side,
     )
     _check_budgets(made)
     return made
 
 
-def _notes(recipe: Recipe, placements: Mapping[str, Placement], untied: int) -> tuple[str, ...]:
+def _notes(
+    recipe: Recipe, placements: Mapping[str, Placement], stages: Sequence[Stage], untied: int
+) -> tuple[str, ...]:
     notes = []
     if untied:
         notes.append(
             "rotating the residual stream unties the head from the embedding: "
             f"the folder grows by {untied / 2**20:,.0f} MB"
         )
-    if recipe.transforms.get("residual") in LEARNED_ROTATIONS:
+    if any(stage.name == ROTATED for stage in stages):
         notes.append("the residual stream's rotation is learned first, without transforms that start from data")
     if any(placement.how == "online" for placement in placements.values()):
         notes.append(

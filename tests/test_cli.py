@@ -155,7 +155,7 @@ def test_a_mistake_of_ours_is_1_with_a_traceback_in_a_file(
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr("affinequant.pipeline.quantize_blocks", broken)
+    monkeypatch.setattr("affinequant.pipeline.make_stages", broken)
     assert main([*words, "-o", str(tmp_path / "out")]) == 1
     shown = capsys.readouterr().err
     assert "a bug" in shown and "Traceback" not in shown

@@ -10,6 +10,7 @@ from affinequant_kernels import reference
 
 from affinequant import pipeline
 from affinequant.learning import distill, rotation
+from affinequant.learning.work import Work
 from affinequant.numbers import grid_of
 from affinequant.plan import plan
 from affinequant.progress import Silent
@@ -49,7 +50,8 @@ def blocks(tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Calla
         tokens = pipeline._tokens(made, Silent())
         run = Run.open(tmp_path / "run", {})
         with pretend():
-            pipeline.quantize_blocks(made, run, tokens, pipeline._decoder(made), Silent())
+            decoder = pipeline._decoder(made)
+            pipeline.make_stages(Work(made=made, run=run, tokens=tokens, decoder=decoder, listen=Silent()))
         return run
 
     return call

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 import affinequant
-from affinequant import stages
 from affinequant.fit import FitConfig, FitReport
 from affinequant.learning.judge import ModelJudge
 from affinequant.learning.network import block_reader
@@ -93,7 +92,7 @@ def test_what_judges_is_not_trained_on(
         seen.append([sum(len(batch[0]) for batch in given), len(given), config.steps_per_epoch])
         return affinequant.fit(objective, batches, config, probes)
 
-    monkeypatch.setattr(stages, "fit", fit)
+    monkeypatch.setattr("affinequant.learning.block.fit", fit)
     done = affinequant.quantize(**settings, batch_size=4, out=tmp_path / "out")
     assert seen == [[14, 4, 4], [14, 4, 4]]
     assert 'judge = "kl"' in (done.path / "recipe.toml").read_text()

@@ -192,7 +192,7 @@ def test_a_report_counts_what_earlier_processes_took_and_where(
 
 
 def test_tables_are_rotated_some_rows_at_a_time(tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from affinequant import stages
+    from affinequant.learning import outer
     from affinequant.transforms import build
 
     (tmp_path / "text.txt").write_text("some words " * 2000)
@@ -200,16 +200,16 @@ def test_tables_are_rotated_some_rows_at_a_time(tiny: Make, tmp_path: Path, monk
     turn: Any = build("hadamard", made.sites["residual"], seed=1, alpha=1.0).double()
     tensors = made.source.read(["model.embed_tokens.weight", "model.norm.weight"])
     rows: list[int] = []
-    real = stages.rotate_outer
+    real = outer.rotate_outer
 
     def seen(part: Any, *rest: Any) -> Any:
         rows.append(len(part["model.embed_tokens.weight"]))
         return real(part, *rest)
 
-    monkeypatch.setattr(stages, "rotate_outer", seen)
-    whole = stages._rotated(made, tensors, turn)
-    monkeypatch.setattr(stages, "TABLE_ROWS", 100)
-    parts = stages._rotated(made, tensors, turn)
+    monkeypatch.setattr(outer, "rotate_outer", seen)
+    whole = outer.rotated(made, tensors, turn)
+    monkeypatch.setattr(outer, "TABLE_ROWS", 100)
+    parts = outer.rotated(made, tensors, turn)
     assert rows == [320, 100, 100, 100, 20] and whole.keys() == parts.keys() == tensors.keys() | {"lm_head.weight"}
     for name, tensor in whole.items():
         torch.testing.assert_close(parts[name], tensor, rtol=2**-7, atol=1e-6)  # the order of a sum may move one bit

@@ -13,8 +13,9 @@ from torch import Tensor
 import affinequant
 from affinequant.data.tokens import Tokens
 from affinequant.learning import rotation
-from affinequant.learning.network import ROTATED, block_job
-from affinequant.learning.rotation import Rotations, RoundedInputs, rotations
+from affinequant.learning.network import block_job
+from affinequant.learning.rotation import Rotations, RoundedInputs
+from affinequant.learning.work import Work
 from affinequant.models.decoder import Decoder, open_decoder
 from affinequant.numbers.activations import fake_quantize_activation
 from affinequant.pipeline import _tokens
@@ -23,6 +24,7 @@ from affinequant.progress import Silent
 from affinequant.recipe.recipe import resolve
 from affinequant.rounding.job import BlockJob
 from affinequant.run.run import Run
+from affinequant.stages import ROTATED, run_stages
 from affinequant.transforms import build
 from affinequant.transforms.fold import fold, rotate_block
 
@@ -38,7 +40,11 @@ class Case(NamedTuple):
     decoder: Decoder
 
     def rotations(self, listen: Any = None) -> tuple[Any, Any]:
-        return rotations(self.made, self.run, self.tokens, self.decoder, listen or Silent())
+        """Learned where they are not on disk, and then as the blocks get them."""
+        parts: dict[str, Any] = self._asdict() | {"listen": listen or Silent()}
+        work = Work(**parts)
+        run_stages((stage for stage in self.made.stages if stage.name == ROTATED), self.run, work)
+        return work.rotations
 
     def job(self, index: int) -> BlockJob:
         _, kwargs = self.decoder.embed(self.tokens.ids[:1], self.outer())
@@ -258,7 +264,7 @@ def test_what_judges_is_not_trained_on(case: Callable[..., Case], samples: int, 
 def test_fixed_rotations_leave_no_stage(case: Callable[..., Case]) -> None:
     here = case(transforms={"residual": "hadamard"})
     residual, starts = here.rotations()
-    assert residual is not None and starts == {} and not here.run.committed(ROTATED)
+    assert residual is not None and starts == {} and not list(here.run.stages.iterdir())
     assert case(transforms={}).rotations() == (None, {})
 
 

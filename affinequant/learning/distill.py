@@ -5,6 +5,7 @@ quantised model's next-token distribution from the full-precision one, which the
 end-to-end stage as in arXiv 2506.04985, restricted to what costs nothing at run time).
 """
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -16,11 +17,14 @@ from torch.utils.checkpoint import checkpoint
 from affinequant.costs import blocks_kept
 from affinequant.learning.divergence import divergence, mean_loss
 from affinequant.learning.fit import FitConfig, FitReport, fit
+from affinequant.learning.network import scored_samples, whole_report
 from affinequant.learning.optimizers import Group
+from affinequant.learning.work import Work
 from affinequant.numbers.activations import fake_quantize_activation
 from affinequant.numbers.weights import dequantize
 from affinequant.progress import Steps
 from affinequant.rounding.job import HELD_OUT, BlockJob
+from affinequant.stages import OUTER, Carry, Stage, stage_name
 from affinequant.transforms.fold import Tensors
 from affinequant.transforms.online import apply_online, parts_of
 from affinequant.transforms.placements import block_flops
@@ -258,6 +262,20 @@ def distill(
     for block in blocks:
         after = block.run_all(after)
     return Distilled(tensors=tensors, after=after, fitted=fitted)
+
+
+def distill_stage(work: Work, stage: Stage, carry: Carry) -> Carry:
+    """The finish over all blocks, committed."""
+    run, decoder, jobs = work.run, work.decoder, work.jobs()
+    began, outer = time.perf_counter(), run.tensors(OUTER)
+    embedded, _ = decoder.embed(work.tokens.ids, outer)
+    carry = carry or run.carry(stage.needs[-1])
+    full, keep = carry["full"], scored_samples(work.tokens)
+    stages = (run.tensors(stage_name(job.index)) for job in jobs)
+    done = distill(jobs, stages, outer, embedded, full, keep, work.listen.say)
+    report, carry = whole_report(done.fitted, began, decoder.device), {"full": full[:keep], "quantized": done.after}
+    run.commit(stage.name, tensors=done.tensors, carry=carry, report=report)
+    return carry
 
 
 def _kept(value: Tensor, store: torch.dtype) -> Tensor:

@@ -17,17 +17,8 @@ from affinequant.plan import Plan
 from affinequant.rounding.job import BlockJob
 from affinequant.transforms.fold import Tensors
 
-DISTILLED = "distilled"
-"""The stage of the end-to-end finish."""
-ROTATED = "rotation"
-"""The stage of the learned rotations."""
 SCORED_TOKENS = 4096
 """Calibration tokens, in whole samples, of which the report says what both streams make of them."""
-
-
-def stage_name(index: int) -> str:
-    """The stage that holds block `index`."""
-    return f"block.{index:04d}"
 
 
 def scored_samples(tokens: Tokens) -> int:

@@ -16,27 +16,25 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from affinequant.data.tokens import Tokens
 from affinequant.learning.divergence import divergence, mean_loss
 from affinequant.learning.fit import FitConfig, FitReport, fit
-from affinequant.learning.network import ROTATED, block_job, block_reader, read_outer, whole_report
+from affinequant.learning.network import block_job, block_reader, read_outer, whole_report
 from affinequant.learning.optimizers import Group
 from affinequant.learning.starts import build_transforms, sites_that_look
+from affinequant.learning.work import Work
 from affinequant.models.decoder import Decoder
 from affinequant.numbers.activations import fake_quantize_activation
 from affinequant.plan import Plan
-from affinequant.progress import Progress, Steps
+from affinequant.progress import Steps
 from affinequant.rounding.job import HELD_OUT, BlockJob
-from affinequant.run.run import Run
+from affinequant.stages import Carry, Stage
 from affinequant.transforms import LEARNED_ROTATIONS, Transform, build
 from affinequant.transforms.fold import Tensors, fold, fuse_gains
 from affinequant.transforms.linalg import from_blocks, to_blocks
-from affinequant.transforms.orthogonal import Fixed, Orthogonal
+from affinequant.transforms.orthogonal import Orthogonal
 
 Load = Callable[[int], Tensors]
 """Index of a block -> its full-precision tensors in float32, named within it."""
-Starts = Mapping[int, Mapping[str, Tensor]]
-"""Index of a block -> site -> the matrices that its transform starts from."""
 
 
 class RoundedInputs(nn.Module):
@@ -136,37 +134,14 @@ class Rotations:
         return divergence(self.decoder, teacher, self.head, x, lambda hidden: self.decoder.logits(hidden, self.head))
 
 
-def rotations(
-    made: Plan, run: Run, tokens: Tokens, decoder: Decoder, listen: Progress
-) -> tuple[Transform | None, Starts]:
-    """The rotation of the residual stream in fp64 (None where the recipe asks for none), and what the blocks' own
-    rotations start from. What is learned is a stage of the run, made here where it is not on disk."""
-    name = made.recipe.transforms.get("residual")
-    if name is None:
-        return None, {}
-    residual = build(name, made.sites["residual"], seed=made.recipe.seed, alpha=made.recipe.alpha)
-    if not isinstance(residual, Orthogonal):
-        return residual.double(), {}
-    if not run.committed(ROTATED):
-        _rotation_stage(made, run, tokens, decoder, residual, listen)
-    stored = run.tensors(ROTATED)
-    starts: dict[int, dict[str, Tensor]] = {}
-    with torch.no_grad():
-        for index in range(made.dims.layers):
-            for site in made.sites:
-                if f"{index}.{site}" in stored:
-                    starts.setdefault(index, {})[site] = stored[f"{index}.{site}"]
-        residual.params.requires_grad_(False).copy_(stored["residual"])
-    return Fixed(residual.double()), starts
-
-
-def _rotation_stage(
-    made: Plan, run: Run, tokens: Tokens, decoder: Decoder, residual: Orthogonal, listen: Progress
-) -> None:
+def rotation_stage(work: Work, stage: Stage, carry: Carry) -> Carry:
     """Learn the rotations and commit them: the residual stream's as parameters, those of the values as matrices."""
-    began = time.perf_counter()
-    outer, read = read_outer(made, decoder), block_reader(made, decoder)
-    ids, held = _pieces(tokens.ids, made)
+    made, decoder, recipe = work.made, work.decoder, work.made.recipe
+    name, site = recipe.transforms["residual"], made.sites["residual"]
+    residual = build(name, site, seed=recipe.seed, alpha=recipe.alpha)
+    assert isinstance(residual, Orthogonal)
+    began, outer, read = time.perf_counter(), read_outer(made, decoder), block_reader(made, decoder)
+    ids, held = _pieces(work.tokens.ids, made)
     embedded, kwargs = decoder.embed(ids, outer)
 
     def load(index: int) -> Tensors:
@@ -177,15 +152,16 @@ def _rotation_stage(
     for job in jobs:
         full = job.run_all(load(job.index), full)
     blocks = [RoundedInputs(job, load) for job in jobs]
-    objective = Rotations(blocks, outer, residual.to(decoder.device), made.recipe.rotation.lr)
-    fitted = learn(objective, embedded, full, held, made.recipe.rotation.steps, made.recipe.seed, listen.say)
+    objective = Rotations(blocks, outer, residual.to(decoder.device), recipe.rotation.lr)
+    fitted = learn(objective, embedded, full, held, recipe.rotation.steps, recipe.seed, work.listen.say)
     residual.to(torch.device("cpu"))
     learned = {"residual": residual.params.detach()}
     for block in blocks:
         if block.values:
             site = next(name for name, site in made.sites.items() if site.kind == "heads")
             learned[f"{block.job.index}.{site}"] = block.values.double().blocks().detach()
-    run.commit(ROTATED, tensors=learned, report=_report(fitted, began, decoder))
+    work.run.commit(stage.name, tensors=learned, report=_report(fitted, began, decoder))
+    return {}
 
 
 def learn(
