@@ -116,7 +116,7 @@ def test_a_layer_in_one_call_is_the_references_at_any_size(m: int, n: int, k: in
     codes = torch.randint(-half, half, (n, k), dtype=torch.int8, generator=GENERATOR)
     zero = torch.randint(-half, half, (n,), dtype=torch.int8, generator=GENERATOR)
     given = prepare_weight(codes, torch.rand(n, generator=GENERATOR) + 0.01, zero, bits=bits)
-    if not native.serves(given):
+    if not native.serves(given, k):
         pytest.skip("8 bits go through oneDNN with AVX512-VNNI")
     for dtype in native.TYPES:
         x, bias = (random(m, k) + 0.2).to(dtype), random(n)
@@ -126,6 +126,29 @@ def test_a_layer_in_one_call_is_the_references_at_any_size(m: int, n: int, k: in
             got = native.linear(made, x, bias, bits=act_bits, out_dtype=dtype, **settings)
             wanted = reference.linear_dyn(x, given, bias, act_bits=act_bits, act_symmetric=symmetric, clip=0.9)
             assert torch.equal(got, wanted), (dtype, act_bits)
+
+
+@compiled
+@pytest.mark.parametrize("size", [24, 32, 64, 128, 384])
+@pytest.mark.parametrize("with_zero", [True, False])
+def test_a_layer_in_groups_in_one_call_is_the_references(size: int, with_zero: bool) -> None:
+    k, n = 3 * size, 7
+    codes = torch.randint(-8, 8, (n, k), dtype=torch.int8, generator=GENERATOR)
+    codes[0], codes[1] = -8, 7
+    zero = torch.randint(-8, 8, (n, 3), dtype=torch.int8, generator=GENERATOR) if with_zero else None
+    given = prepare_weight(codes, torch.rand(n, 3, generator=GENERATOR) + 0.01, zero)
+    assert native.serves(given, k) == (native.multiplies() and size != 24)
+    if not native.serves(given, k):
+        return
+    for m in (1, 2, 3, 4, 9):
+        x, bias = random(m, k).bfloat16() + 0.2, random(n)
+        x[0] = 3.0  # all of a row's codes at their largest
+        made = native.prepare(given, k, (), x.dtype)
+        for act_bits, symmetric in ((4, True), (8, False)):
+            settings = {"symmetric": symmetric, "clip": 0.9}
+            got = native.linear(made, x, bias, bits=act_bits, out_dtype=torch.float32, **settings)
+            settings = {"act_symmetric": symmetric, "clip": 0.9, "out_dtype": torch.float32}
+            assert torch.equal(got, reference.linear_dyn(x, given, bias, act_bits=act_bits, **settings))
 
 
 @compiled

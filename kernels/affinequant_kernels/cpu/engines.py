@@ -56,9 +56,13 @@ def choose(m: int, largest: int, integers: bool) -> str:
     `integers`: they may be above EXACT, and are needed themselves. Raises ValueError where AFFQ_ENGINE names a candidate
     that there is not, or one that is not exact here.
     """
+    return _chosen(*_class_of(m, largest), integers, torch.get_num_threads())
+
+
+@functools.cache
+def _class_of(m: int, largest: int) -> tuple[str, str]:
     rows = next(name for name, (most, _, _) in ROWS.items() if m <= most)
-    width = next(name for name, most in RANGES.items() if largest <= most)
-    return _chosen(rows, width, integers, torch.get_num_threads())
+    return rows, next(name for name, most in RANGES.items() if largest <= most)
 
 
 @functools.cache

@@ -223,7 +223,7 @@ def linear_dyn(
     settings = {"bits": act_bits, "symmetric": act_symmetric, "clip": clip}
     if native.available() is None:
         layer = _native(weight, x, factors)
-        if out_dtype in native.TYPES and native.serves(weight) and _at_once(x.shape[0], layer, weight):
+        if out_dtype in native.TYPES and native.serves(weight, layer.k) and _at_once(x.shape[0], layer, weight):
             return native.linear(layer, x, bias, out_dtype=out_dtype, **settings)
         rows = native.rows(layer, x, **settings)
     else:
@@ -232,9 +232,11 @@ def linear_dyn(
 
 
 def _at_once(m: int, layer: native.Layer, weight: Weight) -> bool:
-    """Whether m rows go through the compiled code in one call: it multiplies as fast as any, or, with AVX512-VNNI, where
-    others multiply as fast but only it reads 4 bits, rows are few."""
+    """Whether m rows go through the compiled code in one call: it multiplies as fast as any, or it alone needs no product
+    for each group, or, with AVX512-VNNI, where others multiply as fast but only it reads 4 bits, rows are few."""
     if native.multiplies():
+        if weight.scale.ndim == 2:
+            return engines.overridden() in (None, "native")
         return engines.choose(min(m, CHUNK_ROWS), _largest(weight), False) == "native"
     few = FEW_ROWS if layer.n * layer.k < LARGE else FEW_ROWS_OF_LARGE
     return m <= few and not engines.overridden()

@@ -15,7 +15,7 @@
 #define BLOCK 128     // columns of a block of the layout hs128
 #define SCALE_FLOOR 1e-8f
 #define INFINITE 0x7f800000
-#define NEAR (1 << 17) // bytes of quantised rows that a pass over the weights keeps in a core's own cache
+#define NEAR (1 << 17) // bytes of quantised rows that a core's own cache holds while the weights go by
 
 // INTEGER [n]: sums of products, neither scaled nor with a bias; with AVX2 alone.
 enum type { FLOAT32, BFLOAT16, FLOAT16, INTEGER };
@@ -33,10 +33,11 @@ typedef struct {
 
 typedef struct {
     int64_t n, k, factors, kind;
+    int64_t group;           // columns that share a scale, of NIBBLES and with AVX2 alone: 32, 64 or whole blocks; 0: all
     const void *codes;
-    const float *scale;      // [n]
-    const int8_t *zero;      // [n], or null
-    const int32_t *colsum;   // [n], or null where rows have no zero points
+    const float *scale;      // [n], or [groups, n]
+    const int8_t *zero;      // the same, or null
+    const int32_t *colsum;   // [n], in groups of fp32, or null where rows have no zero points
     const Factor *factor;
 } Layer;
 
@@ -46,7 +47,13 @@ typedef struct {
     int64_t stride;
     float *scale;            // [m]
     int32_t *zero, *sum;     // [m]
+    int32_t *groups;         // [m, groups]: sums within groups, or null
 } Rows;
+
+static const void *at(const void *x, enum type type, int64_t index)
+{
+    return (const char *)x + index * (type == FLOAT32 || type == INTEGER ? 4 : 2);
+}
 
 static int64_t whole(int64_t k) { return (k + BLOCK - 1) / BLOCK * BLOCK; }
 
@@ -120,6 +127,28 @@ static void quantise(const float *x, int64_t k, int bits, int symmetric, float c
     widen(rows, row);
 }
 
+// A row that is quantised already.
+static void take_row(const int8_t *q, int64_t k, Rows rows, int64_t row)
+{
+    int8_t *here = memcpy(rows.q + row * rows.stride, q, k);
+    memset(here + k, 0, rows.stride - k);
+    rows.sum[row] = rows.zero[row] = 0;
+    for (int64_t i = 0; i < k; i++)
+        rows.sum[row] += here[i];
+    widen(rows, row);
+}
+
+static void sum_groups(const Layer *layer, Rows rows, int64_t row)
+{
+    const int8_t *q = rows.q + row * rows.stride;
+    int32_t *sum = rows.groups + row * (layer->k / layer->group);
+    for (int64_t start = 0; start < layer->k; start += layer->group, sum++) {
+        *sum = 0;
+        for (int64_t i = 0; i < layer->group; i++)
+            *sum += q[start + i];
+    }
+}
+
 static void quantise_row(const Layer *layer, const void *x, enum type type, int bits, int symmetric, float clip, Rows rows,
                          int64_t row, float *scratch)
 {
@@ -139,6 +168,8 @@ static void quantise_row(const Layer *layer, const void *x, enum type type, int 
         here = (float *)value;
     }
     quantise(value, k, bits, symmetric, clip, rows, row);
+    if (rows.groups)
+        sum_groups(layer, rows, row);
 }
 
 // Four output features from `at` on, of the rows `row` to `end`.
@@ -154,35 +185,28 @@ static void multiply(const Layer *layer, Rows rows, int64_t row, int64_t end, in
     }
 }
 
-// All output features of m rows; every thread of a team calls it. As many rows at a time as stay near while weights go by.
-static void multiply_all(const Layer *layer, Rows rows, int64_t m, const float *bias, void *out, enum type type)
-{
-    const int64_t together = 4 * (NEAR / (4 * rows.stride * (rows.wide ? 2 : 1)) + 1);
-    for (int64_t row = 0; row < m; row += together) {
-        int64_t end = row + together < m ? row + together : m;
-#pragma omp for schedule(static) nowait
-        for (int64_t at = 0; at < layer->n; at += 4)
-            multiply(layer, rows, row, end, at, bias, out, type);
-    }
-}
-
 // Bytes that m rows take for a layer, and where in them what lies.
-static int64_t rows_size(const Layer *layer, int64_t m) { return m * (12 + whole(layer->k) * (layer->kind == WIDE ? 3 : 1)); }
+static int64_t rows_size(const Layer *layer, int64_t m)
+{
+    int64_t groups = layer->group ? layer->k / layer->group : 0;
+    return m * (12 + 4 * groups + whole(layer->k) * (layer->kind == WIDE ? 3 : 1));
+}
 
 static Rows rows_in(const Layer *layer, int64_t m, char *memory)
 {
     const int64_t k = whole(layer->k);
     float *scale = (float *)memory;
-    int16_t *wide = layer->kind == WIDE ? (int16_t *)(scale + 3 * m) : NULL;
-    int8_t *q = wide ? (int8_t *)(wide + m * k) : (int8_t *)(scale + 3 * m);
-    return (Rows){q, wide, k, scale, (int32_t *)scale + m, (int32_t *)scale + 2 * m};
+    int32_t *sums = (int32_t *)scale + m, *groups = layer->group ? sums + 2 * m : NULL;
+    int32_t *next = groups ? groups + m * (layer->k / layer->group) : sums + 2 * m;
+    int16_t *wide = layer->kind == WIDE ? (int16_t *)next : NULL;
+    return (Rows){wide ? (int8_t *)(wide + m * k) : (int8_t *)next, wide, k, scale, sums, sums + m, groups};
 }
 
 // Rows x [m, k] through the layer's factors and a quantiser, into q [m, k], scale, zero and sum [m]. Returns 0, or 1: no memory.
 int affq_rows(const Layer *layer, const void *x, int x_type, int64_t m, int bits, int symmetric, float clip, int threads,
               int8_t *q, float *scale, int32_t *zero, int32_t *sum)
 {
-    Rows rows = {q, NULL, layer->k, scale, zero, sum};
+    Rows rows = {q, NULL, layer->k, scale, zero, sum, NULL};
     float *scratch = malloc(sizeof(float) * 3 * layer->k * threads + 1);
     if (!scratch)
         return 1;
@@ -206,50 +230,58 @@ void affq_epilogue(const float *acc, int64_t m, int64_t n, const float *scale, c
         finish(acc + row * n, n, scale, colsum, row_scale[row], zero ? zero + row : NULL, bias, out, out_type, row * n);
 }
 
+// As many of m rows as stay near while the weights go by.
+static int64_t together(const Layer *layer, int64_t m)
+{
+    int64_t count = 4 * (NEAR / (4 * whole(layer->k) * (layer->kind == WIDE ? 2 : 1)) + 1);
+    return count < m ? count : m;
+}
+
 // The whole layer on x [m, k]: out [m, n]. Returns 0, or 1: no memory.
 int affq_linear(const Layer *layer, const void *x, int x_type, int64_t m, int bits, int symmetric, float clip, int threads,
                 const float *bias, void *out, int out_type)
 {
-    const int64_t alone = 3 * sizeof(float) * layer->k;
-    char *scratch = malloc(rows_size(layer, m) + alone * threads + 64);
+    const int64_t alone = 3 * sizeof(float) * layer->k, count = together(layer, m);
+    char *scratch = malloc(rows_size(layer, count) + alone * threads + 64);
     if (!scratch)
         return 1;
-    Rows rows = rows_in(layer, m, scratch + alone * threads);
+    Rows rows = rows_in(layer, count, scratch + alone * threads);
 #pragma omp parallel num_threads(threads) if (threads > 1)
-    {
+    for (int64_t start = 0; start < m; start += count) {
+        const int64_t here = m - start < count ? m - start : count;
         float *own = (float *)(scratch + alone * omp_get_thread_num());
 #pragma omp for schedule(static)
-        for (int64_t row = 0; row < m; row++)
-            quantise_row(layer, x, x_type, bits, symmetric, clip, rows, row, own);
-        multiply_all(layer, rows, m, bias, out, out_type);
+        for (int64_t row = 0; row < here; row++)
+            quantise_row(layer, at(x, x_type, start * layer->k), x_type, bits, symmetric, clip, rows, row, own);
+#pragma omp for schedule(static)
+        for (int64_t n = 0; n < layer->n; n += 4)
+            multiply(layer, rows, 0, here, n, bias, (char *)at(out, out_type, start * layer->n), out_type);
     }
     free(scratch);
     return 0;
 }
 
-// Whether the arithmetic knows codes other than NIBBLES, and hands out integers.
+// Whether the arithmetic knows codes other than NIBBLES, groups, and hands out integers.
 int affq_multiplies(void) { return MULTIPLIES; }
 
 // The product alone: out int32 [m, n] of q [m, k] and codes of a kind. Returns 0, or 1: no memory.
 int affq_product(const void *codes, int kind, int64_t n, int64_t k, const int8_t *q, int64_t m, int threads, int32_t *out)
 {
-    const Layer layer = {n, k, 0, kind, codes, NULL, NULL, NULL, NULL};
-    char *scratch = malloc(rows_size(&layer, m) + 64);
+    const Layer layer = {n, k, 0, kind, 0, codes, NULL, NULL, NULL, NULL};
+    const int64_t count = together(&layer, m);
+    char *scratch = malloc(rows_size(&layer, count) + 64);
     if (!scratch)
         return 1;
-    Rows rows = rows_in(&layer, m, scratch);
+    Rows rows = rows_in(&layer, count, scratch);
 #pragma omp parallel num_threads(threads) if (threads > 1)
-    {
+    for (int64_t start = 0; start < m; start += count) {
+        const int64_t here = m - start < count ? m - start : count;
 #pragma omp for schedule(static)
-        for (int64_t row = 0; row < m; row++) {
-            int8_t *here = memcpy(rows.q + row * rows.stride, q + row * k, k);
-            memset(here + k, 0, rows.stride - k);
-            rows.sum[row] = rows.zero[row] = 0;
-            for (int64_t i = 0; i < k; i++)
-                rows.sum[row] += here[i];
-            widen(rows, row);
-        }
-        multiply_all(&layer, rows, m, NULL, out, INTEGER);
+        for (int64_t row = 0; row < here; row++)
+            take_row(q + (start + row) * k, k, rows, row);
+#pragma omp for schedule(static)
+        for (int64_t at = 0; at < n; at += 4)
+            multiply(&layer, rows, 0, here, at, NULL, out + start * n, INTEGER);
     }
     free(scratch);
     return 0;

@@ -24,7 +24,7 @@ from torch import Tensor
 from affinequant_kernels import reference
 from affinequant_kernels.cache import check_private, private_folder
 from affinequant_kernels.reference import Rows
-from affinequant_kernels.weight import Weight, prepare_weight
+from affinequant_kernels.weight import Weight, integer_weight, kind_of, prepare_weight, unpack
 
 SOURCE = Path(__file__).with_name("native.c")
 UNITS = {
@@ -51,7 +51,7 @@ class _Factor(ctypes.Structure):
 
 
 class _Layer(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int64) for name in ("n", "k", "factors", "kind")] + [
+    _fields_ = [(name, ctypes.c_int64) for name in ("n", "k", "factors", "kind", "group")] + [
         (name, ctypes.c_void_p) for name in ("codes", "scale", "zero", "colsum", "factor")
     ]
 
@@ -84,20 +84,33 @@ def prepare(weight: Weight, k: int, factors: Sequence[tuple[Tensor, ...]], dtype
         right = second[0] if second else first
         place.right, place.columns = address(right), right.shape[-1]
     pointer = ctypes.addressof(made) if factors else None
-    parts = [None if t is None else t.data_ptr() for t in (weight.qweight, weight.scale, weight.zero, weight.colsum)]
-    kind = NIBBLES if weight.qweight.dtype == torch.uint8 else WIDE
-    layer = _Layer(weight.qweight.shape[0], k, len(factors), kind, *parts, pointer)
-    return Layer(ctypes.addressof(layer), weight.qweight.shape[0], k, (layer, made, *held))
+    codes, scale, zero = _as_read(weight, k)
+    held += [codes, scale, zero]
+    n, kind = weight.qweight.shape[0], NIBBLES if codes.dtype == torch.uint8 else WIDE
+    parts = [None if t is None else t.data_ptr() for t in (codes, scale, zero, weight.colsum)]
+    layer = _Layer(n, k, len(factors), kind, k // scale.shape[0] if scale.ndim == 2 else 0, *parts, pointer)
+    return Layer(ctypes.addressof(layer), n, k, (layer, made, *held))
 
 
-def serves(weight: Weight) -> bool:
-    """Whether the compiled code knows this kind of weight: a scale and at most a zero point per row, and 4 bits or AVX2's."""
-    return (
-        (weight.qweight.dtype == torch.uint8 or multiplies())
-        and weight.scale.ndim == 1
-        and weight.mul is None
-        and (weight.zero is None or weight.zero.ndim == 1)
-    )
+def _as_read(weight: Weight, k: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Codes, scale and zero points, of the same memory but for what lies [groups, n]; with multipliers their products."""
+    codes, scale, zero = (None if t is None else t.detach() for t in weight[:3])
+    assert codes is not None and scale is not None
+    if weight.mul is not None:
+        return integer_weight(unpack(codes, k), zero, weight.mul).to(torch.int8), scale, None
+    if scale.ndim == 2:
+        return codes, scale.t().contiguous(), None if zero is None else zero.t().contiguous()
+    return codes, scale, zero
+
+
+def serves(weight: Weight, k: int) -> bool:
+    """Whether the compiled code knows this kind of weight: 4 bits with a scale and at most a zero point per row; with AVX2
+    also 8 bits, multipliers, and 4 bits with a scale per group of a size that fits its registers."""
+    kind, four = kind_of(weight.scale, weight.mul), weight.qweight.dtype == torch.uint8
+    if kind == "channel":
+        return four or multiplies()
+    size = k // weight.scale.shape[1] if kind == "group" else BLOCK
+    return four and multiplies() and (size in (32, 64) or size % BLOCK == 0)
 
 
 def linear(
@@ -153,7 +166,7 @@ def epilogue(
 
 def multiplies() -> bool:
     """Whether `product` is there: with AVX2, where oneDNN has no instruction of its own for bytes."""
-    return available() is None and bool(_loaded().affq_multiplies())
+    return available() is None and _MULTIPLIES[0]
 
 
 def hold(codes: Tensor) -> tuple[Tensor, ...]:
@@ -206,6 +219,7 @@ def available() -> str | None:
 
 
 _LIBRARY: list[ctypes.CDLL] = []
+_MULTIPLIES: list[bool] = []
 
 
 def _loaded() -> ctypes.CDLL:
@@ -222,7 +236,7 @@ def _load(path: Path) -> None:
     library.affq_epilogue.argtypes = [pointer, size, size, *[pointer] * 5, whole, pointer, whole]
     library.affq_epilogue.restype = None
     library.affq_product.argtypes = [pointer, whole, size, size, pointer, size, whole, pointer]
-    _LIBRARY[:] = [library]
+    _LIBRARY[:], _MULTIPLIES[:] = [library], [bool(library.affq_multiplies())]
 
 
 def _compiled(compiler: str, folder: Path, name: str) -> Path:
@@ -246,7 +260,7 @@ def _compiled(compiler: str, folder: Path, name: str) -> Path:
 def _right() -> bool:
     """Whether extreme codes, ragged sizes and each type come out as the reference's."""
     generator = torch.Generator().manual_seed(0)
-    for bits in (4, 8) if _loaded().affq_multiplies() else (4,):
+    for bits in (4, 8) if _MULTIPLIES[0] else (4,):
         half = 1 << (bits - 1)
         codes, zero = (
             torch.randint(-half, half, shape, dtype=torch.int8, generator=generator) for shape in ((9, 200), (9,))

@@ -31,6 +31,11 @@ static __m128i to_bfloat16(__m256 x)
     return _mm_packus_epi32(_mm256_castsi256_si128(up), _mm256_extracti128_si256(up, 1));
 }
 
+static __m128i to_half(__m256 x, enum type type)
+{
+    return type == BFLOAT16 ? to_bfloat16(x) : _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+
 // The first `count` of eight numbers.
 static void store(void *out, enum type type, int64_t at, int64_t count, __m256 value)
 {
@@ -39,8 +44,7 @@ static void store(void *out, enum type type, int64_t at, int64_t count, __m256 v
     if (type == FLOAT32)
         _mm256_storeu_ps((float *)here, value);
     else
-        _mm_storeu_si128((__m128i *)here, type == BFLOAT16 ? to_bfloat16(value)
-                         : _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+        _mm_storeu_si128((__m128i *)here, to_half(value, type));
     if (count < 8)
         memcpy(to, all, count * (type == FLOAT32 ? 4 : 2));
 }
@@ -61,28 +65,39 @@ static void round_to(float *x, enum type type, int64_t count)
     }
 }
 
-// c [rows, columns] = a [rows, inner] b [inner, columns]: `height` rows and up to 16 columns of it.
+// c [rows, columns] = a [rows, inner] b [inner, columns]: `height` rows and `vectors` times eight columns of it, of which
+// `count` are there.
 static inline __attribute__((always_inline)) void product_tile(
-    int height, int full, const float *a, int64_t a_row, int64_t a_column, const float *b, float *c, int64_t inner,
-    int64_t columns, int64_t at)
+    int height, int vectors, int64_t count, const float *a, int64_t a_row, int64_t a_column, const float *b, float *c,
+    int64_t inner, int64_t columns)
 {
     __m256 sum[4][2], row[2];
     for (int i = 0; i < height; i++)
         sum[i][0] = sum[i][1] = _mm256_setzero_ps();
     for (int64_t j = 0; j < inner; j++) {
-        for (int v = 0; v < 2; v++)
-            row[v] = full ? _mm256_loadu_ps(b + j * columns + at + 8 * v)
-                     : load(b, FLOAT32, j * columns + at + 8 * v, columns - at - 8 * v);
+        for (int v = 0; v < vectors; v++)
+            row[v] = load(b, FLOAT32, j * columns + 8 * v, count - 8 * v);
         for (int i = 0; i < height; i++) {
             __m256 by = _mm256_broadcast_ss(a + i * a_row + j * a_column);
-            for (int v = 0; v < 2; v++)
+            for (int v = 0; v < vectors; v++)
                 sum[i][v] = _mm256_fmadd_ps(by, row[v], sum[i][v]);
         }
     }
     for (int i = 0; i < height; i++)
-        for (int v = 0; v < 2; v++)
-            if (columns - at > 8 * v)
-                store(c, FLOAT32, i * columns + at + 8 * v, columns - at - 8 * v, sum[i][v]);
+        for (int v = 0; v < vectors; v++)
+            store(c, FLOAT32, i * columns + 8 * v, count - 8 * v, sum[i][v]);
+}
+
+static inline __attribute__((always_inline)) void product_rows(int height, const float *a, int64_t a_row, int64_t a_column,
+                                                               const float *b, float *c, int64_t inner, int64_t columns)
+{
+    int64_t at = 0;
+    for (; at + 16 <= columns; at += 16)
+        product_tile(height, 2, 16, a, a_row, a_column, b + at, c + at, inner, columns);
+    for (; at + 8 <= columns; at += 8)
+        product_tile(height, 1, 8, a, a_row, a_column, b + at, c + at, inner, columns);
+    if (at < columns)
+        product_tile(height, 1, columns - at, a, a_row, a_column, b + at, c + at, inner, columns);
 }
 
 static void product(const float *a, int64_t a_row, int64_t a_column, const float *b, float *c, int64_t rows, int64_t inner,
@@ -90,17 +105,9 @@ static void product(const float *a, int64_t a_row, int64_t a_column, const float
 {
     int64_t i = 0;
     for (; i + 4 <= rows; i += 4)
-        for (int64_t at = 0; at < columns; at += 16)
-            if (at + 16 <= columns)
-                product_tile(4, 1, a + i * a_row, a_row, a_column, b, c + i * columns, inner, columns, at);
-            else
-                product_tile(4, 0, a + i * a_row, a_row, a_column, b, c + i * columns, inner, columns, at);
+        product_rows(4, a + i * a_row, a_row, a_column, b, c + i * columns, inner, columns);
     for (; i < rows; i++)
-        for (int64_t at = 0; at < columns; at += 16)
-            if (at + 16 <= columns)
-                product_tile(1, 1, a + i * a_row, a_row, a_column, b, c + i * columns, inner, columns, at);
-            else
-                product_tile(1, 0, a + i * a_row, a_row, a_column, b, c + i * columns, inner, columns, at);
+        product_rows(1, a + i * a_row, a_row, a_column, b, c + i * columns, inner, columns);
 }
 
 // Bits of a float as integers in the order of the numbers: NaNs lie outside of the infinities.
@@ -203,17 +210,21 @@ static inline __attribute__((always_inline)) void add_narrow(int height, const _
     }
 }
 
-// What `count` columns of signed bytes, at most 16, add to `height` sums.
-static inline __attribute__((always_inline)) void add_wide(int height, const int8_t *codes, int64_t count,
-                                                           const int16_t *q, int64_t stride, __m256i *acc, int next)
+// What `count` columns of signed bytes from `b` on, at most 16, add to sums[height][width].
+static inline __attribute__((always_inline)) void add_wide(int height, int width, const char *const codes[], int64_t b,
+                                                           int64_t count, const int16_t *q, int64_t stride, __m256i sum[4][4])
 {
-    int8_t rest[16] = {0};
-    if (count < 16)
-        codes = memcpy(rest, codes, count);
-    __m256i code = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)codes));
-    for (int i = 0; i < height; i++) {
-        __m256i by = _mm256_loadu_si256((const __m256i *)(q + i * stride));
-        acc[i * next] = _mm256_add_epi32(acc[i * next], _mm256_madd_epi16(code, by));
+    __m256i by[4];
+    for (int i = 0; i < height; i++)
+        by[i] = _mm256_loadu_si256((const __m256i *)(q + i * stride + b));
+    for (int r = 0; r < width; r++) {
+        const char *here = codes[r] + b;
+        char rest[16] = {0};
+        if (count < 16)
+            here = memcpy(rest, here, count);
+        __m256i code = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)here));
+        for (int i = 0; i < height; i++)
+            sum[i][r] = _mm256_add_epi32(sum[i][r], _mm256_madd_epi16(code, by[i]));
     }
 }
 
@@ -234,21 +245,18 @@ static inline __attribute__((always_inline)) void add_columns(int height, int wi
             for (int line = 0; line < (kind == NIBBLES ? 1 : 2); line++)
                 _mm_prefetch(there + 64 * line, _MM_HINT_T0);
         }
-        for (int j = 0; j < BLOCK; j += kind == WIDE ? 16 : BLOCK)
-            for (int r = 0; r < width; r++)
-                if (kind == WIDE)
-                    add_wide(height, (const int8_t *)codes[first + r] + b + j, 16,
-                             rows.wide + row * stride + b + j, stride, &sum[0][r], 4);
-                else {
-                    __m256i part[4];
-                    unpack(kind, (const uint8_t *)codes[first + r] + (kind == NIBBLES ? b / 2 : b), part);
-                    add_narrow(height, part, rows.q + row * stride + b, stride, &sum[0][r], 4);
-                }
+        if (kind == WIDE)
+            for (int j = 0; j < BLOCK; j += 16)
+                add_wide(height, width, codes + first, b + j, 16, rows.wide + row * stride, stride, sum);
+        else
+            for (int r = 0; r < width; r++) {
+                __m256i part[4];
+                unpack(kind, (const uint8_t *)codes[first + r] + (kind == NIBBLES ? b / 2 : b), part);
+                add_narrow(height, part, rows.q + row * stride + b, stride, &sum[0][r], 4);
+            }
     }
     for (; kind == WIDE && b < end; b += 16)
-        for (int r = 0; r < width; r++)
-            add_wide(height, (const int8_t *)codes[first + r] + b, end - b, rows.wide + row * stride + b, stride,
-                     &sum[0][r], 4);
+        add_wide(height, width, codes + first, b, end - b, rows.wide + row * stride, stride, sum);
     for (int i = 0; i < height; i++)
         for (int r = 0; r < width; r++)
             acc[i][first + r] = sum[i][r];
@@ -281,23 +289,42 @@ static __m128i mask_of(int64_t left)
 }
 
 // What was added to codes, and their zero points.
-static __m128i offset(const Layer *layer, int64_t at, int64_t left)
+static __m128i offset(const Layer *layer, const int8_t *zero, int64_t at, int64_t left)
 {
     __m128i off = _mm_set1_epi32(layer->kind == NIBBLES ? 8 : layer->kind == SMALL ? 16 : 0);
-    if (layer->zero) {
+    if (zero) {
         int32_t zeros = 0;
-        memcpy(&zeros, layer->zero + at, left);
+        if (left == 4) // a size that is known needs no call
+            memcpy(&zeros, zero + at, 4);
+        else
+            memcpy(&zeros, zero + at, left);
         off = _mm_add_epi32(off, _mm_cvtepi8_epi32(_mm_cvtsi32_si128(zeros)));
     }
     return off;
 }
 
+// y times the row's scale, plus bias, to four places of the output.
+static inline void store_four(__m128 y, const Layer *layer, Rows rows, int64_t row, int64_t at, int64_t left,
+                              const float *bias, void *out, enum type type)
+{
+    y = _mm_mul_ps(y, _mm_set1_ps(rows.scale[row]));
+    if (bias)
+        y = _mm_add_ps(y, _mm_maskload_ps(bias + at, mask_of(left)));
+    at += row * layer->n;
+    if (left == 4 && type == FLOAT32)
+        _mm_storeu_ps((float *)out + at, y);
+    else if (left == 4)
+        _mm_storel_epi64((__m128i *)((uint16_t *)out + at), to_half(_mm256_castps128_ps256(y), type));
+    else
+        store(out, type, at, left, _mm256_castps128_ps256(y));
+}
+
 // Four output features from `at` on, of `height` rows from `row` on.
-static inline __attribute__((always_inline)) void multiply_tile(
+static inline __attribute__((always_inline)) void channel_tile(
     int height, const Layer *layer, Rows rows, int64_t row, int64_t at, const float *bias, void *out, enum type type)
 {
     const int64_t n = layer->n, left = n - at < 4 ? n - at : 4;
-    const __m128i mask = mask_of(left), off = offset(layer, at, left);
+    const __m128i mask = mask_of(left), off = offset(layer, layer->zero, at, left);
     __m128i total[4];
     switch (layer->kind) {
     case NIBBLES: tile_sums(height, NIBBLES, layer, rows, row, at, total); break;
@@ -309,14 +336,89 @@ static inline __attribute__((always_inline)) void multiply_tile(
     for (int i = 0; i < height; i++) {
         __m128i value = _mm_sub_epi32(total[i], _mm_mullo_epi32(off, _mm_set1_epi32(rows.sum[row + i])));
         value = _mm_sub_epi32(value, _mm_mullo_epi32(colsum, _mm_set1_epi32(rows.zero[row + i])));
-        if (type == INTEGER) {
+        if (type == INTEGER)
             _mm_maskstore_epi32((int32_t *)out + (row + i) * n + at, mask, value);
-            continue;
+        else
+            store_four(_mm_mul_ps(_mm_cvtepi32_ps(value), scale), layer, rows, row + i, at, left, bias, out, type);
+    }
+}
+
+// 32 columns from `column` on of a row of NIBBLES, plus 8.
+static inline __m256i piece(const uint8_t *codes, int64_t column)
+{
+    const int64_t part = column % BLOCK / 32;
+    __m256i both = _mm256_loadu_si256((const __m256i *)(codes + column / BLOCK * (BLOCK / 2) + part % 2 * 32));
+    both = _mm256_xor_si256(both, _mm256_set1_epi8((char)0x88));
+    return _mm256_and_si256(part < 2 ? both : _mm256_srli_epi16(both, 4), _mm256_set1_epi8(0x0f));
+}
+
+// The sums of four vectors of int16, each of `step` columns. 17 products of 15 by 128 fit int16: of 64 columns, 16 come
+// together here; of 128 they would be 32, so those go on as int32.
+static inline __attribute__((always_inline)) __m128i sums_of_16(int step, const __m256i v[4])
+{
+    const __m256i one = _mm256_set1_epi16(1);
+    if (step == BLOCK)
+        return sums(_mm256_madd_epi16(v[0], one), _mm256_madd_epi16(v[1], one), _mm256_madd_epi16(v[2], one),
+                    _mm256_madd_epi16(v[3], one));
+    __m256i all = _mm256_hadd_epi16(_mm256_hadd_epi16(v[0], v[1]), _mm256_hadd_epi16(v[2], v[3]));
+    all = _mm256_madd_epi16(all, one);
+    return _mm_add_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
+}
+
+// The same with a scale per group, of NIBBLES; `step` columns of a group at a time, which is all of it up to a block.
+static inline __attribute__((always_inline)) void group_tile(
+    int height, int step, const Layer *layer, Rows rows, int64_t row, int64_t at, const float *bias, void *out, enum type type)
+{
+    const int64_t n = layer->n, left = n - at < 4 ? n - at : 4, stride = rows.stride, groups = layer->k / layer->group;
+    const __m128i mask = mask_of(left);
+    const uint8_t *codes[4];
+    __m128 y[4];
+    for (int r = 0; r < 4; r++)
+        codes[r] = (const uint8_t *)layer->codes + (at + (r < left ? r : left - 1)) * (stride / 2);
+    for (int i = 0; i < height; i++)
+        y[i] = _mm_setzero_ps();
+    for (int64_t g = 0; g < groups; g++) {
+        __m128i total[4];
+        for (int i = 0; i < height; i++)
+            total[i] = _mm_setzero_si128();
+        for (int64_t c = g * layer->group; c < (g + 1) * layer->group; c += step) {
+            __m256i sum[4][4];
+            for (int r = 0; r < 4; r++) {
+                __m256i part[4];
+                for (int s = 0; s < step / 32; s++)
+                    part[s] = piece(codes[r], c + 32 * s);
+                for (int i = 0; i < height; i++) {
+                    const __m256i *q = (const __m256i *)(rows.q + (row + i) * stride + c);
+                    sum[i][r] = _mm256_maddubs_epi16(part[0], _mm256_loadu_si256(q));
+                    for (int s = 1; s < step / 32; s++)
+                        sum[i][r] = _mm256_add_epi16(sum[i][r], _mm256_maddubs_epi16(part[s], _mm256_loadu_si256(q + s)));
+                }
+            }
+            for (int i = 0; i < height; i++)
+                total[i] = _mm_add_epi32(total[i], sums_of_16(step, sum[i]));
         }
-        __m128 y = _mm_mul_ps(_mm_mul_ps(_mm_cvtepi32_ps(value), scale), _mm_set1_ps(rows.scale[row + i]));
-        if (bias)
-            y = _mm_add_ps(y, _mm_maskload_ps(bias + at, mask));
-        store(out, type, (row + i) * n + at, left, _mm256_castps128_ps256(y));
+        __m128i off = offset(layer, layer->zero ? layer->zero + g * n : NULL, at, left);
+        __m128 scale = _mm_maskload_ps(layer->scale + g * n + at, mask);
+        for (int i = 0; i < height; i++) {
+            __m128i lost = _mm_mullo_epi32(off, _mm_set1_epi32(rows.groups[(row + i) * groups + g]));
+            y[i] = _mm_add_ps(y[i], _mm_mul_ps(_mm_cvtepi32_ps(_mm_sub_epi32(total[i], lost)), scale));
+        }
+    }
+    __m128 colsum = _mm_maskload_ps((const float *)layer->colsum + at, mask);
+    for (int i = 0; i < height; i++) {
+        __m128 zero = _mm_set1_ps((float)rows.zero[row + i]);
+        store_four(_mm_sub_ps(y[i], _mm_mul_ps(zero, colsum)), layer, rows, row + i, at, left, bias, out, type);
+    }
+}
+
+static inline __attribute__((always_inline)) void multiply_tile(
+    int height, const Layer *layer, Rows rows, int64_t row, int64_t at, const float *bias, void *out, enum type type)
+{
+    switch (layer->group) {
+    case 0: channel_tile(height, layer, rows, row, at, bias, out, type); break;
+    case 32: group_tile(height, 32, layer, rows, row, at, bias, out, type); break;
+    case 64: group_tile(height, 64, layer, rows, row, at, bias, out, type); break;
+    default: group_tile(height, BLOCK, layer, rows, row, at, bias, out, type);
     }
 }
 
