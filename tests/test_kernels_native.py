@@ -152,6 +152,19 @@ def test_a_layer_in_groups_in_one_call_is_the_references(size: int, with_zero: b
 
 
 @compiled
+@pytest.mark.parametrize("kind", ["channel", "group", "integer"])
+def test_a_layer_does_not_keep_its_weight_alive(kind: str) -> None:
+    for _ in range(4):
+        codes = torch.randint(-8, 8, (N, K), dtype=torch.int8, generator=GENERATOR)
+        zero = torch.randint(-8, 8, (N, 1 if kind == "channel" else 9), dtype=torch.int8, generator=GENERATOR)
+        mul = torch.ones(N, 9, dtype=torch.uint8) if kind == "integer" else None
+        scale = torch.rand(N, 9 if kind == "group" else 1, generator=GENERATOR) + 0.01
+        online_linear(random(1, K), [], prepare_weight(codes, scale, zero, mul=mul))
+    layer.clear_cache(dead_only=True)
+    assert not layer._MADE
+
+
+@compiled
 def test_matrices_that_change_in_place_are_seen() -> None:
     given, blocks, x = weight(), random(9, 64, 64), random(2, K)
     before = online_linear(x, [blocks], given)

@@ -223,7 +223,7 @@ def linear_dyn(
     settings = {"bits": act_bits, "symmetric": act_symmetric, "clip": clip}
     if native.available() is None:
         layer = _native(weight, x, factors)
-        if out_dtype in native.TYPES and native.serves(weight, layer.k) and _at_once(x.shape[0], layer, weight):
+        if layer.served and out_dtype in native.TYPES and _at_once(x.shape[0], layer, weight):
             return native.linear(layer, x, bias, out_dtype=out_dtype, **settings)
         rows = native.rows(layer, x, **settings)
     else:

@@ -63,6 +63,7 @@ class Layer:
     address: int
     n: int
     k: int
+    served: bool  # `serves` of the weight: otherwise `rows` alone may be asked
     held: tuple[object, ...]
 
 
@@ -84,18 +85,18 @@ def prepare(weight: Weight, k: int, factors: Sequence[tuple[Tensor, ...]], dtype
         right = second[0] if second else first
         place.right, place.columns = address(right), right.shape[-1]
     pointer = ctypes.addressof(made) if factors else None
-    codes, scale, zero = _as_read(weight, k)
-    held += [codes, scale, zero]
+    served = serves(weight, k)
+    codes, scale, zero = _as_read(weight, k) if served else weight[:3]
+    held += [t for t in (codes, scale, zero) if not any(t is own for own in weight)]  # the weight's own would never die
     n, kind = weight.qweight.shape[0], NIBBLES if codes.dtype == torch.uint8 else WIDE
     parts = [None if t is None else t.data_ptr() for t in (codes, scale, zero, weight.colsum)]
-    layer = _Layer(n, k, len(factors), kind, k // scale.shape[0] if scale.ndim == 2 else 0, *parts, pointer)
-    return Layer(ctypes.addressof(layer), n, k, (layer, made, *held))
+    layer = _Layer(n, k, len(factors), kind, k // scale.shape[0] if served and scale.ndim == 2 else 0, *parts, pointer)
+    return Layer(ctypes.addressof(layer), n, k, served, (layer, made, *held))
 
 
 def _as_read(weight: Weight, k: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Codes, scale and zero points, of the same memory but for what lies [groups, n]; with multipliers their products."""
-    codes, scale, zero = (None if t is None else t.detach() for t in weight[:3])
-    assert codes is not None and scale is not None
+    """Codes, scale and zero points: with multipliers their products, in groups [groups, n]; else the weight's own memory."""
+    codes, scale, zero = weight.qweight, weight.scale, weight.zero
     if weight.mul is not None:
         return integer_weight(unpack(codes, k), zero, weight.mul).to(torch.int8), scale, None
     if scale.ndim == 2:
@@ -106,11 +107,12 @@ def _as_read(weight: Weight, k: int) -> tuple[Tensor, Tensor, Tensor | None]:
 def serves(weight: Weight, k: int) -> bool:
     """Whether the compiled code knows this kind of weight: 4 bits with a scale and at most a zero point per row; with AVX2
     also 8 bits, multipliers, and 4 bits with a scale per group of a size that fits its registers."""
+    more = _MULTIPLIES == [True]  # of the code that is loaded: `available` asks too, before it says so
     kind, four = kind_of(weight.scale, weight.mul), weight.qweight.dtype == torch.uint8
     if kind == "channel":
-        return four or multiplies()
+        return four or more
     size = k // weight.scale.shape[1] if kind == "group" else BLOCK
-    return four and multiplies() and (size in (32, 64) or size % BLOCK == 0)
+    return four and more and (size in (32, 64) or size % BLOCK == 0)
 
 
 def linear(
