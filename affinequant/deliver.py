@@ -3,7 +3,7 @@
 import functools
 import json
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,10 @@ from affinequant.formats import Contents, find_format
 from affinequant.formats.card import write_card
 from affinequant.formats.shards import write_json, write_text
 from affinequant.learning.network import scored_samples, store_dtype
+from affinequant.learning.work import Work
 from affinequant.models.decoder import Decoder
 from affinequant.plan import Plan
-from affinequant.progress import Progress, Steps, tally
-from affinequant.rounding.job import BlockJob
+from affinequant.progress import Steps, tally
 from affinequant.run.run import Run
 from affinequant.run.workspace import Workspace
 from affinequant.stages import DISTILLED, OUTER, stage_name
@@ -42,15 +42,13 @@ class Result:
     report: Mapping[str, Any]
 
 
-def deliver(
-    made: Plan, run: Run, out: Path, jobs: Sequence[BlockJob], tokens: Tokens, listen: Progress
-) -> dict[str, Any]:
-    """Write the format from the run's stages, read it back, and return the report. `jobs`: one for each block.
+def deliver(work: Work, out: Path) -> dict[str, Any]:
+    """Write the format from the run's stages, read it back, and return the report.
 
     Raises:
         AffineQuantError: exit 4 where what was read back is not what the run has; the folder is kept.
     """
-    decoder = jobs[0].decoder
+    made, run, tokens, decoder, listen, jobs = work.made, work.run, work.tokens, work.decoder, work.listen, work.jobs()
     names = [OUTER, *(stage_name(index) for index in range(made.dims.layers))]
     last, changed = names[-1], {}
     if run.committed(DISTILLED):

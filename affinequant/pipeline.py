@@ -26,7 +26,7 @@ from affinequant.recipe.recipe import Recipe
 from affinequant.recipe.recipe import resolve as resolve_recipe
 from affinequant.recipe.tables import flat
 from affinequant.run.run import Run
-from affinequant.run.workspace import check_disk, empty, expect, open_workspace
+from affinequant.run.workspace import Workspace, check_disk, empty, expect, open_workspace
 from affinequant.runtime.integer_linear import check_engine
 from affinequant.stages import fingerprint_of, run_stages
 from affinequant.version import __version__
@@ -66,42 +66,49 @@ def quantize(
     with open_workspace(
         recipe.output_folder(), made.source.folder, overwrite=overwrite, resume=resume, keep=recipe.data
     ) as workspace:
-        if not workspace.finished:
-            check_disk(workspace.out, made.disk_bytes)
-            check_source(recipe.data)
-        known, made = made.notes, with_weights(made)
-        for note in made.notes:
-            if note not in known:
-                listen.say(f"note: {note}")
-        decoder = _decoder(made)
-        tokens = _tokens(made, listen)
-        content = read_through(made.source, listen.say) | {"files": made.side.content()}
-        fingerprint = _fingerprint(made, tokens, content)
-        if overwrite:
-            empty(workspace)
-        run = Run.open(workspace.run_folder, fingerprint)
+        work, content = _open(made, workspace, listen, overwrite=overwrite)
         if workspace.finished:
-            run.drop_tensors()  # a kill may have come between the report and this
             listen.say(f"{workspace.out} is finished already")
             return Result(path=workspace.out, report=json.loads((workspace.out / "report.json").read_text()))
-        if run.dropped():
-            raise AffineQuantError(
-                "this run was finished and has dropped its tensors, but its report.json is gone",
-                str(workspace.out),
-                "put report.json back; the checkpoint beside it can still be loaded. --overwrite makes it anew",
-            )
-        expect(workspace, made.side.targets)
-        before = spent(run)
-        work = Work(made=made, run=run, tokens=tokens, decoder=decoder, listen=listen)
+        before = spent(work.run)
         make_stages(work)
-        report = deliver(made, run, workspace.out, work.jobs(), tokens, listen)
+        report = deliver(work, workspace.out)
         report |= {
             "seconds": before[0] + time.perf_counter() - began,
-            "peak_bytes": max(before[1], peak_bytes(decoder.device)),
-            "source": {"commit": revision(made.source.folder), "weights": content["weights"]},
+            "peak_bytes": max(before[1], peak_bytes(work.decoder.device)),
+            "source": {"commit": revision(work.made.source.folder), "weights": content["weights"]},
         }
-        publish(workspace, run, report)
+        publish(workspace, work.run, report)
         return Result(path=workspace.out, report=report)
+
+
+def _open(made: Plan, workspace: Workspace, listen: Progress, *, overwrite: bool) -> tuple[Work, Mapping[str, Any]]:
+    """Everything that is read before the first stage, and the run that it fits, new or taken up: what the stages are called
+    with, and the hashes of weights and files."""
+    if not workspace.finished:
+        check_disk(workspace.out, made.disk_bytes)
+        check_source(made.recipe.data)
+    known, made = made.notes, with_weights(made)
+    for note in made.notes:
+        if note not in known:
+            listen.say(f"note: {note}")
+    decoder, tokens = _decoder(made), _tokens(made, listen)
+    content = read_through(made.source, listen.say) | {"files": made.side.content()}
+    fingerprint = _fingerprint(made, tokens, content)
+    if overwrite:
+        empty(workspace)
+    run = Run.open(workspace.run_folder, fingerprint)
+    if workspace.finished:
+        run.drop_tensors()  # a kill may have come between the report and this
+    elif run.dropped():
+        raise AffineQuantError(
+            "this run was finished and has dropped its tensors, but its report.json is gone",
+            str(workspace.out),
+            "put report.json back; the checkpoint beside it can still be loaded. --overwrite makes it anew",
+        )
+    else:
+        expect(workspace, made.side.targets)
+    return Work(made=made, run=run, tokens=tokens, decoder=decoder, listen=listen), content
 
 
 def make_stages(work: Work) -> None:

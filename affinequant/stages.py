@@ -127,6 +127,5 @@ def run_stages(stages: Iterable[Stage], run: "Run", work: Any, carry: Carry | No
         missing = run.pending(stage.needs)
         if missing:
             raise RuntimeError(f"{stage.name} is due, and {', '.join(missing)} is not there")
-        if not run.committed(stage.name):
-            carry = stage.run(work, carry)
+        carry = {} if run.committed(stage.name) else stage.run(work, carry)
     return carry

@@ -2,9 +2,9 @@
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy
 import pytest
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from affinequant.fit import FitConfig, Group, fit
+from affinequant.learning.phases import Phase, fit_durably
 from affinequant.run.run import Run
 
 TARGET = torch.tensor([1.0, -2.0, 3.0])
@@ -375,6 +376,7 @@ class Noisy(Problem):
         self.mean = torch.zeros(3)
 
     def loss(self, batch: Any) -> Tensor:
+        self.calls += 1
         noise = torch.randn(3) + torch.from_numpy(numpy.random.randn(3)).float()
         self.mean = 0.9 * self.mean + 0.1 * noise
         return (self.w * noise - self.mean - batch).square().sum()
@@ -413,6 +415,34 @@ def test_interrupted_and_taken_up_it_gives_the_same_bytes(tmp_path: Path, fields
     (whole, straight), (parts, taken_up) = trained(), trained(pause_after=2)
     assert torch.equal(straight.w, taken_up.w) and torch.equal(straight.mean, taken_up.mean)
     assert whole.series == parts.series and (whole.steps, whole.best) == (parts.steps, parts.best) and parts.steps == 21
+
+
+@pytest.mark.parametrize("call", [1, 5, 8])
+def test_a_durable_fit_goes_on_where_it_was_cut_short(tmp_path: Path, call: int) -> None:
+    """From the last epoch that was whole, to the bytes of one that was not cut short."""
+
+    def phase(stop: int = 0) -> Phase:
+        torch.manual_seed(1)
+        numpy.random.seed(1)
+        problem = Noisy()
+
+        def cut(epoch: int) -> Iterator[int]:
+            for batch in range(3):
+                if epoch * 3 + batch == stop - 1:
+                    raise KeyboardInterrupt
+                yield batch
+
+        return Phase(problem, cut, config(epochs=4, steps_per_epoch=3))
+
+    whole = phase()
+    fit(*whole)
+    with pytest.raises(KeyboardInterrupt):
+        fit_durably(phase(stop=call), Run.open(tmp_path, {}), "training")
+    rest = phase()
+    report = fit_durably(rest, Run.open(tmp_path, {}), "training")
+    problem: Any = rest.objective
+    assert torch.equal(problem.w, cast("Noisy", whole.objective).w) and report.stopped == "done" and report.steps == 12
+    assert problem.calls == 12 - (call - 1) // 3 * 3 + 1  # and once more at the end
 
 
 @pytest.mark.parametrize("name", ["radam", "nadam", "rmsprop", "adagrad"])

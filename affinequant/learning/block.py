@@ -13,9 +13,10 @@ from affinequant.errors import QUALITY, AffineQuantError
 from affinequant.learning.fit import FitConfig, FitReport, fit
 from affinequant.learning.network import block_reader, costs, fit_events
 from affinequant.learning.objective import BlockObjective, folded_exactly
+from affinequant.learning.phases import Phase
 from affinequant.learning.selection import select
 from affinequant.learning.starts import Watch, build_transforms, looks_at_data
-from affinequant.learning.work import Phase, Work
+from affinequant.learning.work import Work
 from affinequant.progress import Steps
 from affinequant.rounding.block import Rounded, round_block
 from affinequant.rounding.job import BlockJob

@@ -5,6 +5,7 @@ quantised model's next-token distribution from the full-precision one, which the
 end-to-end stage as in arXiv 2506.04985, restricted to what costs nothing at run time).
 """
 
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from affinequant.learning.divergence import divergence, mean_loss
 from affinequant.learning.fit import FitConfig, FitReport, fit
 from affinequant.learning.network import scored_samples, whole_report
 from affinequant.learning.optimizers import Group
+from affinequant.learning.phases import Phase, fit_durably
 from affinequant.learning.work import Work
 from affinequant.numbers.activations import fake_quantize_activation
 from affinequant.numbers.weights import dequantize
@@ -214,6 +216,7 @@ def distill(
     full: Float[Tensor, "samples tokens hidden"],
     keep: int,
     say: Callable[[str], None],
+    train: Callable[[Phase], FitReport] = lambda phase: fit(*phase),
 ) -> Distilled:
     """Train what is continuous in the rounded blocks `stages`; the epoch with the least held-out divergence stands, and
     the start counts as an epoch.
@@ -224,6 +227,7 @@ def distill(
         embedded: calibration tokens before block 0.
         full: full-precision hidden states behind the last block.
         keep: for how many samples `after` is wanted.
+        train: does the training.
     """
     recipe = jobs[0].recipe
     dims, device = jobs[0].decoder.dims, jobs[0].decoder.device.type
@@ -235,12 +239,12 @@ def distill(
     ]
     objective = Divergence(blocks, outer, recipe.distill.lr)
     held = max(1, len(full) // HELD_OUT)
-    train = max(1, len(full) - held)
-    told = Steps(say, "finish", recipe.distill.epochs * train)
+    count = max(1, len(full) - held)
+    told = Steps(say, "finish", recipe.distill.epochs * count)
 
     def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         generator = torch.Generator().manual_seed(jobs[0].seed("finish") + 7919 * epoch)
-        for chosen in told.each(torch.randperm(train, generator=generator)):
+        for chosen in told.each(torch.randperm(count, generator=generator)):
             yield embedded[chosen][None], full[chosen][None]
 
     def held_out() -> float:
@@ -248,14 +252,10 @@ def distill(
         say(f"finish  divergence from full precision {mean:.4f} nats per token, on {held} held-out samples")
         return mean
 
-    fitted = fit(
-        objective,
-        batches,
-        FitConfig(
-            epochs=recipe.distill.epochs, steps_per_epoch=train, schedule="cosine", probe_every=1, judge="held-out"
-        ),
-        {"held-out": held_out},
+    config = FitConfig(
+        epochs=recipe.distill.epochs, steps_per_epoch=count, schedule="cosine", probe_every=1, judge="held-out"
     )
+    fitted = train(Phase(objective, batches, config, {"held-out": held_out}))
     tensors = {name: tensor for block in blocks for name, tensor in block.changed().items()}
     tensors[objective.norm] = objective.final_norm().detach().to(outer[objective.norm].dtype)
     after = embedded[:keep]
@@ -265,14 +265,15 @@ def distill(
 
 
 def distill_stage(work: Work, stage: Stage, carry: Carry) -> Carry:
-    """The finish over all blocks, committed."""
+    """The finish over all blocks, committed; how far it is stands on disk after every epoch."""
     run, decoder, jobs = work.run, work.decoder, work.jobs()
     began, outer = time.perf_counter(), run.tensors(OUTER)
     embedded, _ = decoder.embed(work.tokens.ids, outer)
     carry = carry or run.carry(stage.needs[-1])
     full, keep = carry["full"], scored_samples(work.tokens)
     stages = (run.tensors(stage_name(job.index)) for job in jobs)
-    done = distill(jobs, stages, outer, embedded, full, keep, work.listen.say)
+    train = functools.partial(fit_durably, run=run, stage=stage.name)
+    done = distill(jobs, stages, outer, embedded, full, keep, work.listen.say, train)
     report, carry = whole_report(done.fitted, began, decoder.device), {"full": full[:keep], "quantized": done.after}
     run.commit(stage.name, tensors=done.tensors, carry=carry, report=report)
     return carry

@@ -1,15 +1,14 @@
 """What the stages of one run share, made when the first of them asks for it."""
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from affinequant.data.tokens import Tokens
-from affinequant.learning.fit import FitConfig, Objective
 from affinequant.learning.judge import ModelJudge
 from affinequant.learning.network import block_job
 from affinequant.models.decoder import Decoder
@@ -23,15 +22,6 @@ from affinequant.transforms.orthogonal import Fixed, Orthogonal
 
 Starts = Mapping[int, Mapping[str, Tensor]]
 """Index of a block -> site -> the matrices that its transform starts from."""
-
-
-class Phase(NamedTuple):
-    """One training of a stage: `fit(*phase)`."""
-
-    objective: Objective
-    batches: Callable[[int], Iterable[Any]]
-    config: FitConfig
-    probes: Mapping[str, Callable[[], float]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
