@@ -79,7 +79,7 @@ class Plan:
             "schema": 1,
             "model": self.recipe.model,
             "family": self.family.name,
-            "dims": asdict(self.dims),
+            "dims": asdict(self.dims) | {"kinds": [list(kinds) for kinds in self.dims.kinds]},
             "scheme": self.recipe.scheme,
             "tier": self.recipe.tier,
             "preset": self.recipe.preset,
