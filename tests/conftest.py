@@ -37,6 +37,21 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("filterwarnings", line)
 
 
+# Files in the order in which workers take them (tests/run.sh). What forks comes before vLLM has started threads in the
+# process, which a child would wait for; the longest come early, so that no worker is left alone with one; and vLLM, which
+# changes settings of torch for good, comes last.
+FIRST = ("test_resume",)
+LAST = ("test_serve_vllm", "test_vllm", "test_vllm_export")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the files into that order."""
+    place = {name: index - len(FIRST) for index, name in enumerate(FIRST)} | {
+        name: 1 + index for index, name in enumerate(LAST)
+    }
+    items.sort(key=lambda item: place.get(item.path.stem, 0))
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip what this machine cannot run, and say why."""
     if item.get_closest_marker("vllm") and importlib.util.find_spec("vllm") is None:

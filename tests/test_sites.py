@@ -41,7 +41,7 @@ def test_sizes_of_a_grouped_llama() -> None:
     assert set(scopes.values()) == {"block"}
 
 
-@pytest.mark.parametrize("family", FAMILIES.values(), ids=str)
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=list(FAMILIES))
 def test_every_edge_names_a_module_that_the_family_has(family) -> None:
     linears = {linear.name: linear for linear in family.linears}
     norms = {norm for norm, _ in family.fused_norms()}
@@ -54,7 +54,7 @@ def test_every_edge_names_a_module_that_the_family_has(family) -> None:
         assert set(spec.grouped) <= {module for module, _ in (*spec.sources, *spec.sinks)}
 
 
-@pytest.mark.parametrize("family", FAMILIES.values(), ids=str)
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=list(FAMILIES))
 def test_every_linear_reads_exactly_one_quantised_input(family) -> None:
     members = [name for _, group in family.input_groups() for name in group]
     assert sorted(members) == sorted(linear.name for linear in family.linears)
