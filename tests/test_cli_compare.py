@@ -1,19 +1,34 @@
 """Several presets on one model: the table, what is taken as it is, what fails, and published figures beside."""
 
+import io
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import pytest
 from affinequant_evals.harness import Score, exp_mean_score
 
-from affinequant.cli import main
+from affinequant.cli import compare, main
 from affinequant.cli.comparison import Comparison, Entry, ratio
 
 Tiny = Callable[..., Path]
 Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Presets are quantised in this process, which has imported what each child would have to import anew."""
+
+    def run(words: Sequence[str]) -> tuple[int, Mapping[str, Any]]:
+        shown = io.StringIO()
+        with redirect_stdout(shown):
+            code = main(list(words[3:]))
+        return code, json.loads(shown.getvalue())
+
+    monkeypatch.setattr(compare, "_run_child", run)
 
 
 @pytest.fixture
@@ -115,6 +130,7 @@ def test_two_presets_and_what_is_finished_is_kept(
     assert value["text"]["windows"] == 3 and value["env"]["torch"]
 
 
+@pytest.mark.usefixtures("in_process")
 def test_one_that_fails_is_listed_and_the_rest_goes_on(
     words: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -156,6 +172,7 @@ def test_a_process_that_dies(
     assert (tmp_path / "out/compare.json").exists() is (code == 1)
 
 
+@pytest.mark.usefixtures("in_process")
 def test_a_model_that_cannot_be_scored_leaves_the_others_scores(
     words: list[str], tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -42,7 +42,12 @@ def blocks(tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Calla
         monkeypatch.setattr(module, "checkpoint", lambda block, *args, use_reentrant: block(*args))
 
     def call(**fields: Any) -> Run:
-        small = {"model": tiny(tied=True), "samples": 4, "seq_len": 16, "data": tmp_path / "text.txt"}
+        small = {
+            "model": tiny(tied=True, hidden=32, mlp=64),
+            "samples": 4,
+            "seq_len": 16,
+            "data": tmp_path / "text.txt",
+        }
         small |= {"device": "cuda", "dtype": "float32", "out": tmp_path / "out"}
         if PRESETS[fields["preset"]].settings.get("epochs"):
             small["epochs"] = 1

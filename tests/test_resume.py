@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,11 +16,13 @@ import affinequant
 from affinequant.recipe.recipe import Recipe, resolve
 
 TEXT = " ".join(f"{i} green bottles hang on wall {i * 7 % 13}, and {i % 5} fall down" for i in range(1500))
+PRESETS = [("fast", "online"), ("default", "merged")]
 
 
 @pytest.fixture(scope="module")
 def recipe(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Recipe]:
-    text = tmp_path_factory.mktemp("text") / "text.txt"
+    folder = tmp_path_factory.mktemp("text")
+    text = folder / "text.txt"
     text.write_text(TEXT)
 
     def make(out: Path, preset: str, seed: int = 0, **asked: str) -> Recipe:
@@ -27,6 +30,11 @@ def recipe(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) 
         fields = {"preset": preset, "data": str(text), "samples": 4, "seq_len": 32, "seed": seed, "out": str(out)}
         return resolve({"model": str(tiny(tied=True))} | fields | more.get(preset, {}) | asked)
 
+    for (
+        preset,
+        tier,
+    ) in PRESETS:  # what a run imports is then here for a hundred children, each of which would wait for it
+        affinequant.quantize(make(folder / preset, preset, tier=tier))
     return make
 
 
@@ -39,8 +47,9 @@ def final_files(folder: Path) -> dict[str, bytes]:
     }
 
 
-def killed_at(recipe: Recipe, rename: int, after: bool) -> bool:
-    """Run in a child that kills itself before (or after) its n-th rename; False when it had no n-th one."""
+def killed(recipe: Recipe, dies: Callable[[int, str], bool], after: bool) -> bool:
+    """Run in a child that kills itself before (or after) the first rename that `dies` says yes to, given its number and
+    its target; False when it came to the end."""
     child = os.fork()
     if child == 0:
         torch.set_num_threads(1)
@@ -49,10 +58,11 @@ def killed_at(recipe: Recipe, rename: int, after: bool) -> bool:
         def rename_or_die(source: str, target: str) -> None:
             nonlocal count
             count += 1
-            if count == rename and not after:
+            fatal = dies(count, str(target))
+            if fatal and not after:
                 os.kill(os.getpid(), signal.SIGKILL)
             real(source, target)
-            if count == rename:
+            if fatal:
                 os.kill(os.getpid(), signal.SIGKILL)
 
         os.rename = os.replace = rename_or_die
@@ -67,27 +77,44 @@ def killed_at(recipe: Recipe, rename: int, after: bool) -> bool:
     return False
 
 
+def killed_at(recipe: Recipe, rename: int, after: bool) -> bool:
+    """The same at its n-th rename."""
+    return killed(recipe, lambda count, target: count == rename, after)
+
+
+def killed_at_the_next(recipe: Recipe, met: Path, after: bool) -> bool:
+    """The same at the first rename that no child before it has died at: `met` lists those, by target and by which time
+    a child renames to it."""
+    known, times = met.read_text().splitlines() if met.exists() else [], Counter[str]()
+
+    def new(count: int, target: str) -> bool:
+        times[target] += 1
+        if (line := f"{times[target]} {target}") in known:
+            return False
+        with met.open("a") as file:
+            file.write(line + "\n")
+        return True
+
+    return killed(recipe, new, after)
+
+
 def run_in_child(recipe: Recipe) -> None:
     """To the end, in a process of its own, with as many threads as those that are killed."""
     assert not killed_at(recipe, -1, False)
 
 
-@pytest.mark.parametrize(("preset", "tier"), [("fast", "online"), ("default", "merged")])
+@pytest.mark.parametrize(("preset", "tier"), PRESETS)
 def test_killed_at_every_commit_point(preset: str, tier: str, recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     whole = tmp_path / "whole"
     run_in_child(recipe(whole, preset, tier=tier))
     expected = final_files(whole)
     assert {"merged": "model.safetensors", "online": "affinequant.safetensors"}[tier] in expected
-    kills = 0
-    for after in (False, True):
-        for number in range(1, 40):
-            out = tmp_path / f"{after}-{number}"
-            if not killed_at(recipe(out, preset, tier=tier), number, after):
-                break
-            kills += 1
-            run_in_child(recipe(out, preset, tier=tier))
-            assert final_files(out) == expected, f"killed {'after' if after else 'before'} rename {number}"
-    assert kills >= 2 * 6  # fingerprint, outer, two blocks, weights, config, report: before and after each
+    for after in (False, True):  # each child takes up what the one before it has left, and dies at the next commit
+        out, met = tmp_path / f"{after}", tmp_path / f"{after}.met"
+        while killed_at_the_next(recipe(out, preset, tier=tier), met, after):
+            assert len(met.read_text().splitlines()) < 40
+        assert final_files(out) == expected, f"killed {'after' if after else 'before'} each of {met.read_text()}"
+        assert len(met.read_text().splitlines()) >= 6  # fingerprint, outer, two blocks, weights, config, report
 
 
 def test_killed_around_the_learned_rotations(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
