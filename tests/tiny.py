@@ -49,13 +49,14 @@ def tiny_llama(
     bias: bool = False,
     mlp: int = 128,
     family: str = "llama",
+    architecture: Any = None,
     **settings: Any,
 ) -> Path:
     """Write a Llama (or another family) of random weights with its tokenizer; norm gains are far from one, so that folding
     shows. `bias`: for those whose config decides that; `settings`: more of the config."""
     import transformers
 
-    architecture = getattr(transformers, FAMILIES[family].architectures[0])
+    architecture = architecture or getattr(transformers, FAMILIES[family].architectures[0])
     if family == "llama":
         settings |= {"attention_bias": bias, "mlp_bias": bias}
     config = architecture.config_class(

@@ -202,7 +202,7 @@ def run_block(
     known: Mapping[str, Tensor] | None = None,
     scales: Mapping[str, Tensor] | None = None,
 ) -> Float[Tensor, "batch tokens hidden"]:
-    """One block with `tensors` (named within it) as its weights.
+    """One block with `tensors` (named within it) as its weights; `family` is what it is made of.
 
     `on_input(site, x)` is asked once per site and call, whatever the number of linears that read the site;
     `on_attention` gets queries, keys and values after RoPE. `known` holds what some linears give on this `x`: they are
@@ -220,7 +220,7 @@ def run_block(
             tensors[bias] = tensors[bias] / scale
         handles.append(block.get_submodule(member).register_forward_hook(lambda *given, scale=scale: given[-1] * scale))
     asked: list[bool] = []
-    if on_attention is not None:
+    if on_attention is not None and family.attention:
         act = on_attention
 
         def asking(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -237,7 +237,7 @@ def run_block(
     finally:
         for handle in handles:
             handle.remove()
-    if on_attention is not None and not asked:
+    if on_attention is not None and family.attention and not asked:
         raise RuntimeError("the block's attention did not come by")
     return result[0] if isinstance(result, tuple) else result
 
