@@ -55,6 +55,8 @@ def _call(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any])
         return GETTERS[func] if isinstance(args[0], Pretend) else func(*args)
     if func is torch._has_compatible_shallow_copy_type:
         return isinstance(args[0], Pretend) == isinstance(args[1], Pretend)  # a moved Parameter is a new one
+    if func is Tensor.__deepcopy__:  # whose memo holds tensors of every device
+        return args[0].detach().clone()
     tensors = list(_tensors((args, kwargs)))
     here = [tensor for tensor in tensors if isinstance(tensor, Pretend)]
     there = [tensor for tensor in tensors if not isinstance(tensor, Pretend) and tensor.dim()]
