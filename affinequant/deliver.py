@@ -195,7 +195,7 @@ def _report(made: Plan, run: Run, out: Path, tokens: Tokens, names: list[str], u
     import transformers
 
     blocks = [run.report(name) for name in names[1:]]
-    whole = {stage.told: run.report(stage.name) for stage in made.stages if stage.told}
+    whole = {stage.reported: run.report(stage.name) for stage in made.stages if stage.reported}
     copied = {name: made.source.entries[name].size for name in unknown}
     planned = made.output_bytes + sum(copied.values())
     weights = sum(path.stat().st_size for path in out.glob("*.safetensors"))

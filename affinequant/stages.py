@@ -29,7 +29,7 @@ class Stage:
 
     `does`: the `module:attribute` that is called with the run's work, the stage, and what the stage before has handed on;
     it commits, and returns what it hands on. `needs`: the stages that are on disk before it. `fingerprint`: what decides
-    its bytes beside what decides theirs. `told`: its key in report.json, for one that trains the whole network.
+    its bytes beside what decides theirs. `reported`: its key in report.json, for one that trains the whole network.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Stage:
     fingerprint: Mapping[str, Any] = field(default_factory=dict)
     cost: Cost = field(default_factory=Cost)
     block: int | None = None
-    told: str = ""
+    reported: str = ""
 
     def run(self, work: Any, carry: Carry) -> Carry:
         """Do it."""
@@ -54,7 +54,7 @@ class Kind:
     cost: Callable[[Recipe, Dims, int, str], Cost]
     wanted: Callable[[Recipe], bool] = lambda recipe: True
     table: str = ""
-    told: str = ""
+    reported: str = ""
 
 
 _HERE = "affinequant.learning."
@@ -64,7 +64,7 @@ STAGES: dict[str, Kind] = {
         cost=rotation_cost,
         wanted=lambda recipe: recipe.transforms.get("residual") in LEARNED_ROTATIONS,
         table="rotation",
-        told="rotation",
+        reported="rotation",
     ),
     OUTER: Kind(does=_HERE + "outer:outer_stage", cost=outer_cost),
     "block": Kind(does=_HERE + "block:block_stage", cost=block_cost),
@@ -73,7 +73,7 @@ STAGES: dict[str, Kind] = {
         cost=finish_cost,
         wanted=lambda recipe: recipe.distill.loss == "kl",
         table="distill",
-        told="finish",
+        reported="finish",
     ),
 }
 """The kinds that the quantiser has, in the order in which they are done; a `block` is done for each block."""
@@ -107,7 +107,7 @@ def stages_of(recipe: Recipe, dims: Dims, per_block: int, device: str) -> tuple[
                     fingerprint=own,
                     cost=cost,
                     block=index,
-                    told=kind.told,
+                    reported=kind.reported,
                 )
             )
     first = replace(made[0], fingerprint={**rest, **made[0].fingerprint})

@@ -40,7 +40,7 @@ def test_what_a_recipe_asks_for_stands_one_on_the_other(fields: dict[str, Any], 
     assert [stage.name for stage in made] == names
     assert [stage.needs for stage in made] == [(), *((name,) for name in names[:-1])]
     assert [stage.block for stage in made if stage.name in BLOCKS] == [0, 1, 2]
-    assert {stage.name: stage.told for stage in made if stage.told} == {
+    assert {stage.name: stage.reported for stage in made if stage.reported} == {
         name: told for name, told in (("rotation", "rotation"), ("distilled", "finish")) if name in names
     }
 
