@@ -3,7 +3,7 @@
 import importlib.util
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -101,16 +101,17 @@ def tiny_copy(tiny: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
-def smollm2_w4a4(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The embedded model at W4A4 by preset `fast`, merged tier; the folder named in AFFINEQUANT_TEST_SMOLLM2 is used
-    instead."""
-    made = os.environ.get("AFFINEQUANT_TEST_SMOLLM2")
-    if made:
-        yield Path(made)
-        return
+def smollm2_w4a4(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded model at W4A4 by preset `fast`, merged tier, made once for all workers; the folder named in
+    AFFINEQUANT_TEST_SMOLLM2 is used instead."""
+    if made := os.environ.get("AFFINEQUANT_TEST_SMOLLM2"):
+        return Path(made)
+    from filelock import FileLock
+
     import affinequant
 
-    out = tmp_path_factory.mktemp("smollm2") / "w4a4"
-    affinequant.quantize(model="demo", scheme="w4a4", tier="merged", preset="fast", out=str(out))
-    yield out
-    shutil.rmtree(out)
+    base = tmp_path_factory.getbasetemp()
+    out = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "smollm2-w4a4"
+    with FileLock(f"{out}.lock"):  # whoever comes second finds it finished
+        affinequant.quantize(model="demo", scheme="w4a4", tier="merged", preset="fast", samples=4, out=str(out))
+    return out

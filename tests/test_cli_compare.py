@@ -100,7 +100,7 @@ def test_a_folder_that_cannot_be_made(words: list[str], tmp_path: Path, capsys: 
 
 
 def test_two_presets_and_what_is_finished_is_kept(
-    words: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    words: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str], request: pytest.FixtureRequest
 ) -> None:
     out = tmp_path / "out"
     assert main([*words, "--presets", "rtn,quarot"]) == 0
@@ -114,6 +114,7 @@ def test_two_presets_and_what_is_finished_is_kept(
     page = (out / "compare.md").read_text()
     assert "| preset | tier |" in page and "\n| quarot | online |" in page and "- perplexity: 3 windows" in page
 
+    request.getfixturevalue("in_process")
     stamps = [(out / name / "report.json").stat().st_mtime_ns for name in ("rtn", "quarot")]
     assert main([*words, "--presets", "rtn,quarot", "--json"]) == 0
     again = capfd.readouterr()

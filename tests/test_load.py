@@ -135,7 +135,7 @@ def test_the_whole_graph_compiles(tiny: Tiny, write: Callable[..., Path], scheme
 
 @pytest.mark.slow
 def test_inductor_compiles_it(tiny: Tiny, write: Callable[..., Path]) -> None:
-    model: Any = load(write(tiny(), "w4a8"))
+    model: Any = load(write(tiny(layers=1), "w4a8"))
     difference = (logits(torch.compile(model)) - logits(model)).abs().max()
     assert difference < 0.2  # fused norms move a few roundings of the activations by one step
 

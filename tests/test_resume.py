@@ -7,6 +7,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -139,19 +140,23 @@ def test_the_same_seed_gives_the_same_bytes_and_another_does_not(recipe: Callabl
 
 
 def test_where_activations_wait_does_not_change_the_bytes(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
-    from dataclasses import replace
-
     run_in_child(recipe(tmp_path / "memory", "default", tier="merged"))
     run_in_child(replace(recipe(tmp_path / "disk", "default", tier="merged"), offload="disk"))
     assert final_files(tmp_path / "memory")["model.safetensors"] == final_files(tmp_path / "disk")["model.safetensors"]
 
 
-@pytest.mark.slow
-def test_the_demo_killed_once_gives_the_same_bytes(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "affinequant", "quantize", "demo", "--preset", "rtn", "-q", "-o"]
-    subprocess.run([*command, str(tmp_path / "whole")], check=True, stdout=subprocess.DEVNULL)
+def test_killed_from_outside_at_any_moment(
+    recipe: Callable[..., Recipe], tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The command line, whose process is killed somewhere behind its eighth block."""
+    source = str(tiny(layers=24, hidden=128, mlp=512))
+    whole = replace(recipe(tmp_path / "whole", "rtn"), model=source)
+    run_in_child(whole)
     out = tmp_path / "killed"
-    process = subprocess.Popen([*command, str(out)], stdout=subprocess.DEVNULL)
+    (tmp_path / "recipe.toml").write_text(replace(whole, out=str(out)).to_toml())
+    command = [sys.executable, "-m", "affinequant", "quantize", "--config", str(tmp_path / "recipe.toml"), "-q"]
+    alike = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=alike)
     deadline = time.monotonic() + 300
     while not (out / ".run/stages/block.0007").exists():
         assert process.poll() is None and time.monotonic() < deadline
@@ -159,5 +164,5 @@ def test_the_demo_killed_once_gives_the_same_bytes(tmp_path: Path) -> None:
     process.kill()
     process.wait()
     assert not (out / "config.json").exists()
-    subprocess.run([*command, str(out)], check=True, stdout=subprocess.DEVNULL)
+    run_in_child(replace(whole, out=str(out)))
     assert final_files(out) == final_files(tmp_path / "whole")
