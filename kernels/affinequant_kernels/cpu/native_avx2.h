@@ -344,12 +344,12 @@ static inline __attribute__((always_inline)) void channel_tile(
 }
 
 // 32 columns from `column` on of a row of NIBBLES, plus 8.
-static inline __m256i piece(const uint8_t *codes, int64_t column)
+static inline __attribute__((always_inline)) __m256i piece(const uint8_t *codes, int64_t column)
 {
-    const int64_t part = column % BLOCK / 32;
-    __m256i both = _mm256_loadu_si256((const __m256i *)(codes + column / BLOCK * (BLOCK / 2) + part % 2 * 32));
-    both = _mm256_xor_si256(both, _mm256_set1_epi8((char)0x88));
-    return _mm256_and_si256(part < 2 ? both : _mm256_srli_epi16(both, 4), _mm256_set1_epi8(0x0f));
+    const __m128i half = _mm_cvtsi64_si128(column % BLOCK / (BLOCK / 2) * 4); // by how many bits to shift
+    __m256i both = _mm256_loadu_si256((const __m256i *)(codes + column / BLOCK * (BLOCK / 2) + column % (BLOCK / 2)));
+    both = _mm256_srl_epi16(_mm256_xor_si256(both, _mm256_set1_epi8((char)0x88)), half);
+    return _mm256_and_si256(both, _mm256_set1_epi8(0x0f));
 }
 
 // The sums of four vectors of int16, each of `step` columns. 17 products of 15 by 128 fit int16: of 64 columns, 16 come
@@ -385,8 +385,11 @@ static inline __attribute__((always_inline)) void group_tile(
             __m256i sum[4][4];
             for (int r = 0; r < 4; r++) {
                 __m256i part[4];
-                for (int s = 0; s < step / 32; s++)
-                    part[s] = piece(codes[r], c + 32 * s);
+                if (step == BLOCK)
+                    unpack(NIBBLES, codes[r] + c / 2, part);
+                else
+                    for (int s = 0; s < step / 32; s++)
+                        part[s] = piece(codes[r], c + 32 * s);
                 for (int i = 0; i < height; i++) {
                     const __m256i *q = (const __m256i *)(rows.q + (row + i) * stride + c);
                     sum[i][r] = _mm256_maddubs_epi16(part[0], _mm256_loadu_si256(q));
