@@ -51,6 +51,11 @@ class Mixer(nn.Module):
 class Block(nn.Module):
     """An even one has attention, an odd one none."""
 
+    mix_norm_in: nn.Module
+    mix_norm_out: nn.Module
+    norm_in: nn.Module
+    norm_out: nn.Module
+
     def __init__(self, config: Any, index: int) -> None:
         super().__init__()
         norms = ("norm_in", "norm_out") if index % 2 else ("mix_norm_in", "mix_norm_out", "norm_in", "norm_out")

@@ -132,13 +132,24 @@ def test_blocks_are_given_what_the_model_gives_each_of_them(tmp_path: Path) -> N
     the first block's mask everywhere it is not."""
     import transformers
 
-    sizes = {"hidden_size": 64, "intermediate_size": 112, "num_attention_heads": 4, "num_key_value_heads": 2}
-    window = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1, "num_hidden_layers": 3}
-    config = transformers.Qwen2Config(**sizes, **window, vocab_size=320, attn_implementation=register())
+    sizes: dict[str, Any] = {
+        "hidden_size": 64,
+        "intermediate_size": 112,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    window: dict[str, Any] = {
+        "use_sliding_window": True,
+        "sliding_window": 8,
+        "max_window_layers": 1,
+        "num_hidden_layers": 3,
+    }
+    config = transformers.Qwen2Config(**sizes, **window, vocab_size=320)
+    config._attn_implementation = register()
     model = transformers.Qwen2ForCausalLM(config).eval().requires_grad_(False)
     known, dims = resolve(config.to_dict() | {"architectures": ["LlamaForCausalLM"]}, where="")
     decoder = Decoder(model=model, family=known, dims=dims, device=torch.device("cpu"), dtype=torch.float32)
-    state = dict(model.named_parameters())
+    state: dict[str, Tensor] = dict(model.named_parameters())
     embedded, kwargs = decoder.embed(IDS, state)
     assert len(kwargs) == 3 and not any("forward" in vars(decoder.block(index)) for index in range(3))
     expected = model.model(IDS).last_hidden_state

@@ -36,7 +36,12 @@ def block_sites(family: Family, dims: Dims, index: int) -> dict[str, Any]:
 @pytest.mark.parametrize("site", ["attn_in", "qk", "vo", "mlp_in", "mlp_mid"])
 def test_sites_on_parts_of_fused_linears_change_no_logit(site: str) -> None:
     """In fp64, every transform that folds there one after the other, in each block that has the site."""
-    sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 3}
+    sizes: dict[str, Any] = {
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_hidden_layers": 3,
+    }
     config = MadeUpConfig(**sizes, vocab_size=96, architectures=["MadeUpForCausalLM"])
     model = MadeUpForCausalLM(config).double().eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(7)
@@ -45,7 +50,7 @@ def test_sites_on_parts_of_fused_linears_change_no_logit(site: str) -> None:
         parameter.copy_((1.0 if "norm" in name else 0.0) + (0.3 if parameter.ndim == 1 else 0.13) * noise)
     dims = MADE_UP.dims(config.to_dict(), "")
     dims = replace(dims, kinds=tuple(MADE_UP.kinds({}, index) for index in range(3)))  # pyright: ignore[reportOptionalCall]
-    before = dict(model.named_parameters())
+    before: dict[str, Tensor] = dict(model.named_parameters())
     after, moved = dict(before), 0.0
     for index in range(3):
         sites, prefix = block_sites(MADE_UP, dims, index), f"model.layers.{index}."
@@ -133,7 +138,7 @@ def made_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of a made-up model of three blocks, whose family is known while the test runs."""
     monkeypatch.setitem(FAMILIES, "made-up", MADE_UP)
     (tmp_path / "text.txt").write_text(" ".join(f"{i} black crows in tree {i % 17}" for i in range(2500)))
-    sizes = {"layers": 3, "n_ff": 112, "mlp": 8}
+    sizes: dict[str, Any] = {"layers": 3, "n_ff": 112, "mlp": 8}
     return tiny_llama(tmp_path / "model", family="made-up", architecture=MadeUpForCausalLM, **sizes)
 
 

@@ -85,10 +85,10 @@ def _models() -> Listing:
 
 def _transforms() -> Listing:
     from affinequant.models import FAMILIES
-    from affinequant.models.sites import Site, place
+    from affinequant.models.sites import Kind, Site, place
     from affinequant.transforms import TRANSFORMS, structures_of
 
-    kinds = {spec.name: spec.kind for family in FAMILIES.values() for spec in family.sites}
+    kinds: dict[str, Kind] = {spec.name: spec.kind for family in FAMILIES.values() for spec in family.sites}
     sites = [Site(name=name, kind=kind, width=64, sources=(), sinks=()) for name, kind in kinds.items()]
     rows = []
     for name, (structure, _, about) in TRANSFORMS.items():

@@ -162,7 +162,10 @@ class Family:
         sources: list[End] = [(self.embedding, "columns")]
         sinks: list[End] = []
         for layer in self.layers.values():
-            sources += [(layer.post_norm, "gain")] if layer.post_norm else [(name, "rows") for name in layer.writers()]
+            if layer.post_norm:
+                sources.append((layer.post_norm, "gain"))
+            else:
+                sources.extend((name, "rows") for name in layer.writers())
             sinks += [end for spec in layer.sites if spec.kind == "norm" for end in spec.sinks]
         sinks.append((self.head, "columns"))
         return SiteSpec(name="residual", kind="residual", width="hidden", sources=tuple(sources), sinks=tuple(sinks))
