@@ -232,10 +232,17 @@ def test_a_search_that_is_ended_has_written_what_it_found(own_tables: Path, monk
     assert configs.read_table(own_tables) == {key: Config(bn=64)}
 
 
+def test_without_a_gpu_the_command_is_refused() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    done = subprocess.run([sys.executable, "-m", "affinequant_kernels.tune"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == "", done.stderr
+    assert "measures on a CUDA device, and there is none here" in done.stderr
+
+
 @pytest.mark.parametrize(
     "words, message",
     [
-        ([], "measures on a CUDA device, and there is none here"),
         (["--shapes", "64"], "shapes: expected NxK"),
         (["--rows", "a"], "rows: expected whole numbers"),
         (["--rows", "0"], "rows: expected positive numbers"),
@@ -243,9 +250,11 @@ def test_a_search_that_is_ended_has_written_what_it_found(own_tables: Path, monk
         (["--minutes", "0"], "minutes: expected a positive number"),
     ],
 )
-def test_bad_arguments_are_exit_code_2(words: list[str], message: str) -> None:
-    if not words and torch.cuda.is_available():
-        pytest.skip("there is a CUDA device")
-    command = [sys.executable, "-m", "affinequant_kernels.tune", *words]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2 and message in done.stderr and done.stdout == "", done.stderr
+def test_bad_arguments_are_exit_code_2(
+    words: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["tune", *words])
+    with pytest.raises(SystemExit) as ended:
+        search.main()
+    shown = capsys.readouterr()
+    assert ended.value.code == 2 and message in shown.err and shown.out == ""
