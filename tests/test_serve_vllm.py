@@ -125,6 +125,12 @@ def test_the_engine_computes_what_load_computes(case: dict[str, Any], made: Call
         with torch.no_grad():
             fused = {"qkv": block.self_attn.qkv_proj(x)[0], "gate_up": block.mlp.gate_up_proj(x)[0]}
             plain = block.mlp.down_proj(x.repeat(1, 2))[0]
+            # Too small a change to reach another step of a grid of 16, for all but a few values.
+            near, integers = (
+                torch.randn(5, 256, generator=torch.Generator().manual_seed(2)),
+                block.mlp.down_proj.integers,
+            )
+            unmoved = (integers(near) - integers(near + 1e-6)).abs().amax(1) < 1e-6
         got = served(llm)
     model: Any = affinequant.load(folder, device="cpu", dtype="float32")
     attention, mlp = model.model.layers[0].self_attn, model.model.layers[0].mlp
@@ -132,19 +138,9 @@ def test_the_engine_computes_what_load_computes(case: dict[str, Any], made: Call
         assert torch.equal(fused["qkv"], torch.cat([attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)], -1))
         assert torch.equal(fused["gate_up"], torch.cat([mlp.gate_proj(x), mlp.up_proj(x)], -1))
         assert torch.equal(plain, mlp.down_proj(x.repeat(1, 2)))
+    # Activations are quantised for real, which stock vLLM does not do: it leaves them in 16 bits.
+    assert not case["scheme"].startswith("w4a4") or int(unmoved.sum()) >= 4
     assert_same(folder, got)
-
-
-def test_activations_are_quantised_for_real(made: Callable[..., Path]) -> None:
-    """Fails where the engine leaves activations in 16 bits, as stock vLLM does."""
-    folder = made(scheme="w4a4", tier="merged")
-    with engine(folder) as llm:
-        linear = blocks_of(llm)[0].mlp.down_proj.integers
-        x = torch.randn(5, 256)
-        assert linear.activation.bits == 4
-        # Too small a change to reach another step of the grid, for all but a few values.
-        same = (linear(x) - linear(x + 1e-6)).abs().amax(1) < 1e-6
-    assert int(same.sum()) >= 4
 
 
 ADAPTED = ("self_attn.v_proj", "mlp.down_proj")  # one of a fused layer, one that stands alone

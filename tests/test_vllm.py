@@ -12,7 +12,7 @@ import torch
 
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("default")]
 
-WINDOW, WINDOWS = 1024, 10
+WINDOW, WINDOWS = 1024, 4
 stock_needs_avx512 = pytest.mark.xfail(
     torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2"),
     reason="without AVX512, vLLM's CPU build has no W4A16 kernel, and its sums of int8 products saturate",
@@ -133,7 +133,7 @@ def test_the_real_checkpoint_agrees_in_perplexity(smollm2_w4a4: Path, capsys: py
     ids = encode(tokenizer, evaluation_text("demo")[1])
     windows = [ids[index * WINDOW : (index + 1) * WINDOW] for index in range(WINDOWS)]
     served = vllm_losses(smollm2_w4a4, windows, "CompressedTensorsWNA16")
-    assert len(served) >= 10_000
+    assert len(served) >= 4_000
     losses = reference_losses(weight_only(smollm2_w4a4, torch.float32), windows)
     perplexity = [math.exp(sum(one) / len(one)) for one in (served, losses)]
     with capsys.disabled():
