@@ -18,6 +18,7 @@ from affinequant.rounding.gptq import (
     search_activation_clip,
     search_weight_range,
 )
+from affinequant.transforms.site_input import SiteInput
 
 SCHEMES = ["w4a4", "w4a4-sym", "w4a16-g16", "w8a8"]
 
@@ -216,10 +217,10 @@ def test_a_searched_activation_clip_is_never_worse_than_none(rows: int, symmetri
         wrong = (fake_quantize_activation(x, grid, clip) - x) @ weight.mT
         return float((wrong.square().sum(-1) / (x @ weight.mT).square().sum(-1)).mean())
 
-    clip = search_activation_clip(x, weight, grid)
+    clip = search_activation_clip(x, weight, SiteInput(grid=grid))
     assert 0.5 < clip < 1
     assert error(clip) < error(1.0)
-    assert search_activation_clip(torch.zeros(4, 64), weight, grid) == 1.0
+    assert search_activation_clip(torch.zeros(4, 64), weight, SiteInput(grid=grid)) == 1.0
 
 
 def test_following_a_target_is_least_squares() -> None:

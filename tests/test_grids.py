@@ -18,6 +18,7 @@ from affinequant.numbers.activations import fake_quantize_activation
 from affinequant.numbers.weights import codes_of, dequantize, fake_quantize, weight_range
 from affinequant.recipe.scheme import NumberFormat, Scheme
 from affinequant.rounding.gptq import gptq, refine, search_activation_clip, search_weight_range
+from affinequant.transforms.site_input import SiteInput
 from tests.test_distill import finished, make
 from tests.test_gptq import correlated, output_error, random
 from tests.test_objective import make_job
@@ -84,7 +85,7 @@ def test_it_is_rounded_with_second_order_information(fmt: NumberFormat) -> None:
 
 def test_its_activations_are_clipped_by_search() -> None:
     grid, x, weight = grid_of(TOKEN), random(50, 64), random(8, 64, seed=3)
-    clip = search_activation_clip(x, weight, grid)
+    clip = search_activation_clip(x, weight, SiteInput(grid=grid))
     wrong = [float(((fake_quantize_activation(x, grid, ratio) - x) @ weight.mT).norm()) for ratio in (clip, 1.0)]
     assert clip < 1 and wrong[0] < wrong[1]
 

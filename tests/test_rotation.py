@@ -27,6 +27,7 @@ from affinequant.run.run import Run
 from affinequant.stages import ROTATED, run_stages
 from affinequant.transforms import build
 from affinequant.transforms.fold import fold, rotate_block
+from affinequant.transforms.site_input import SiteInput
 
 TEXT = " ".join(f"{i} green bottles hang on wall {i * 7 % 13}, and {i % 5} fall down" for i in range(400))
 SITES = {"residual": "orthogonal", "vo": "orthogonal", "mlp_mid": "hadamard"}
@@ -107,7 +108,7 @@ def test_without_rounding_nothing_changes(
 ) -> None:
     made, batch = objective(case(tiny(**shape), transforms=transforms, start="hadamard"))
     assert float(made.loss(batch).detach()) > 1e-3
-    monkeypatch.setattr(rotation, "fake_quantize_activation", lambda x, grid, slices, through: x)
+    monkeypatch.setattr(SiteInput, "rounded", lambda _, x, *, through: x)
     assert abs(float(made.loss(batch).detach())) < 1e-7
 
 

@@ -12,12 +12,11 @@ from torch import Tensor
 
 from affinequant.formats import Contents
 from affinequant.models import FAMILIES
-from affinequant.numbers.activations import fake_quantize_activation
 from affinequant.recipe.presets import PRESETS
 from affinequant.recipe.scheme import Scheme
 from affinequant.rounding.job import BlockJob
 from affinequant.transforms.fold import Tensors
-from affinequant.transforms.online import apply_online
+from affinequant.transforms.online import acting
 
 LINEARS = (
     *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
@@ -208,13 +207,4 @@ def _save(state: dict[str, Tensor], folder: Path, shards: int) -> None:
 def quantized_input(job: BlockJob, clips: Mapping[str, float], online: Mapping[str, Tensors]):
     """The `on_input` that transforms activations and rounds them with these clip ratios; a site that has no ratio yet is
     not rounded."""
-    grid = job.activation_grid
-
-    def on_input(site: str, x: Tensor) -> Tensor:
-        if site in online:
-            x = apply_online(x, online[site])
-        if grid is None or site not in clips:
-            return x
-        return fake_quantize_activation(x, grid, clips[site], job.sites[site].slices)
-
-    return on_input
+    return lambda site, x: job.site_input(site, acting(online.get(site)), clips.get(site))(x)

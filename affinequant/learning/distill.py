@@ -22,13 +22,12 @@ from affinequant.learning.network import scored_samples, whole_report
 from affinequant.learning.optimizers import Group
 from affinequant.learning.phases import Phase, fit_durably
 from affinequant.learning.work import Work
-from affinequant.numbers.activations import fake_quantize_activation
 from affinequant.numbers.weights import dequantize
 from affinequant.progress import Steps
 from affinequant.rounding.job import HELD_OUT, BlockJob
 from affinequant.stages import OUTER, Carry, Stage, stage_name
 from affinequant.transforms.fold import Tensors
-from affinequant.transforms.online import apply_online, parts_of
+from affinequant.transforms.online import acting, parts_of
 from affinequant.transforms.placements import block_flops
 
 
@@ -107,10 +106,8 @@ class Continuous(nn.Module):
 
     def on_input(self, site: str, x: Tensor) -> Tensor:
         """Transform and round what a site's linears read."""
-        if self.online[site]:
-            x = apply_online(x, self.online[site])
-        grid = self.job.activation_grid
-        return x if grid is None else fake_quantize_activation(x, grid, self._clip(site), self.job.sites[site].slices)
+        clip = None if self.job.activation_grid is None else self._clip(site)
+        return self.job.site_input(site, acting(self.online[site]), clip)(x)
 
     def forward(self, x: Float[Tensor, "batch tokens hidden"]) -> Float[Tensor, "batch tokens hidden"]:
         """The block on a batch."""

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from affinequant.learning.optimizers import Group
-from affinequant.numbers.activations import fake_quantize_activation
 from affinequant.numbers.weights import CLIP_START, LearnedRange, fake_quantize, weight_range
 from affinequant.rounding.job import BlockJob
 from affinequant.transforms import OnlineTransform, Transform
@@ -98,13 +97,8 @@ class BlockObjective:
 
     def on_input(self, site: str, x: Tensor) -> Tensor:
         """Transform and round what a site's linears read."""
-        if site in self.online:
-            x = self.online[site].on_activations(x)
-        grid = self.job.activation_grid
-        if grid is None:
-            return x
-        slices = self.job.sites[site].slices
-        return fake_quantize_activation(x, grid, self.clips[site].sigmoid(), slices)
+        online = self.online[site].on_activations if site in self.online else None
+        return self.job.site_input(site, online, self.clips[site].sigmoid())(x)
 
 
 def folded_exactly(objective: BlockObjective, exact: Tensors) -> Tensors:

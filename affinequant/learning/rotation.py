@@ -23,7 +23,6 @@ from affinequant.learning.optimizers import Group
 from affinequant.learning.starts import build_transforms, sites_that_look
 from affinequant.learning.work import Work
 from affinequant.models.decoder import Decoder
-from affinequant.numbers.activations import fake_quantize_activation
 from affinequant.plan import Plan
 from affinequant.progress import Steps
 from affinequant.rounding.job import HELD_OUT, BlockJob
@@ -91,8 +90,7 @@ class RoundedInputs(nn.Module):
 
     def _round(self, name: str, x: Tensor) -> Tensor:
         assert self.job.activation_grid is not None
-        slices = self.job.sites[name].slices
-        return fake_quantize_activation(x, self.job.activation_grid, slices=slices, through=True)
+        return self.job.site_input(name).rounded(x, through=True)
 
 
 class Rotations:

@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 
 from affinequant.learning.starts import Seen, build_transforms
-from affinequant.models.sites import Site
-from affinequant.numbers.activations import fake_quantize_activation
 from affinequant.numbers.weights import fake_quantize, weight_range
 from affinequant.recipe.recipe import AUTO
 from affinequant.rounding.job import HELD_OUT, BlockJob
@@ -116,13 +114,10 @@ def _measure(job: BlockJob, tensors: Tensors, name: str, at: str, seen: Seen) ->
                 copies = site.sinks[0].copies
                 x, w = transform.on_activations(x, copies), transform.on_weights(w, copies)
     v = fake_quantize(w, *weight_range(w, job.weight_grid), job.weight_grid, job.store)
-    best = min((output_error(rounded @ v.mT, y) for rounded in _rounded(job, site, x)), key=lambda one: one.error)
+    best = min((output_error(rounded @ v.mT, y) for rounded in _rounded(job, at, x)), key=lambda one: one.error)
     return Option(name=name, flops=flops_of(name, site), off=best)
 
 
-def _rounded(job: BlockJob, site: Site, x: Tensor) -> list[Tensor]:
-    grid = job.activation_grid
-    if grid is None:
-        return [x]
-    ratios = CLIPS if job.recipe.activation_clip != "none" else CLIPS[:1]
-    return [fake_quantize_activation(x, grid, ratio, site.slices) for ratio in ratios]
+def _rounded(job: BlockJob, at: str, x: Tensor) -> list[Tensor]:
+    clips = job.activation_grid is not None and job.recipe.activation_clip != "none"
+    return [job.site_input(at, clip=ratio).rounded(x) for ratio in (CLIPS if clips else CLIPS[:1])]

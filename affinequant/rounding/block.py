@@ -129,8 +129,7 @@ def _needs_hessian(job: BlockJob) -> bool:
 def _activation_clip(
     job: BlockJob, work: Tensors, passing: Replay, site: str, members: tuple[str, ...], learned: Learned
 ) -> float:
-    grid = job.activation_grid
-    if grid is None or job.recipe.activation_clip == "none":
+    if job.activation_grid is None or job.recipe.activation_clip == "none":
         return 1.0
     if job.recipe.activation_clip == "learn":
         return float(learned.clips[site].detach().sigmoid())
@@ -138,7 +137,7 @@ def _activation_clip(
     chosen = spread(samples, tokens, SEARCHED_TOKENS, job.seed(f"{site}/clip")).to(job.decoder.device)
     seen = [value[chosen[part]].float() for part, value in passing.values()]
     weight = torch.cat([work[f"{member}.weight"] for member in members])
-    return search_activation_clip(torch.cat(seen), weight, grid, job.sites[site].slices)
+    return search_activation_clip(torch.cat(seen), weight, job.site_input(site))
 
 
 def _grids(

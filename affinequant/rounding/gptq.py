@@ -1,12 +1,14 @@
 """From real weights to codes: GPTQ on the inputs that the layer will see, and ranges found by search."""
 
+from dataclasses import replace
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from affinequant.numbers import Grid
-from affinequant.numbers.activations import fake_quantize_activation
 from affinequant.numbers.weights import dequantize, grouped, weight_range
+from affinequant.transforms.site_input import SiteInput
 
 WEIGHT_RATIOS = tuple(1.0 - 0.05 * step for step in range(1, 10))
 END_RATIOS = (0.8, 0.9, 1.1)
@@ -55,15 +57,15 @@ def search_weight_range(
 
 
 def search_activation_clip(
-    x: Float[Tensor, "tokens columns"], weight: Float[Tensor, "rows columns"], grid: Grid, slices: int = 1
+    x: Float[Tensor, "tokens columns"], weight: Float[Tensor, "rows columns"], site_input: SiteInput
 ) -> float:
-    """The clip ratio that minimises the layer's output error over its power, averaged over tokens; each of `slices`
-    parts of a token has a grid of its own."""
+    """The clip ratio with which `site_input` should round x: it minimises the layer's output error over its power,
+    averaged over tokens."""
     power = (x @ weight.mT).square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
     gram = weight.mT @ weight if len(weight) > weight.shape[1] else None
 
     def error(ratio: float) -> float:
-        wrong = fake_quantize_activation(x, grid, ratio, slices) - x
+        wrong = replace(site_input, clip=ratio).rounded(x) - x
         squared = (wrong @ weight.mT).square() if gram is None else (wrong @ gram) * wrong
         return float((squared.sum(-1) / power).mean())
 

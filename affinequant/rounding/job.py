@@ -1,7 +1,7 @@
 """What is fixed while one block is worked on, and the original block run with whatever tensors it is given."""
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +18,7 @@ from affinequant.numbers import Grid, grid_of
 from affinequant.recipe.recipe import Recipe
 from affinequant.recipe.scheme import Scheme
 from affinequant.transforms.cached_heads import CachedHeads
+from affinequant.transforms.site_input import SiteInput
 
 HELD_OUT = 8
 """Of what there is to learn from, one in so many is kept and tells how good it is: the last ones, and at least one."""
@@ -101,6 +102,14 @@ class BlockJob:
     def cached_heads(self, rotation: Mapping[str, Tensor]) -> OnAttention | None:
         """What acts between RoPE and attention in the quantised stream; None where nothing does."""
         return CachedHeads(self.scheme.kv, rotation) if rotation or self.scheme.kv else None
+
+    def site_input(
+        self, site: str, online: Callable[[Tensor], Tensor] | None = None, clip: Tensor | float | None = 1.0
+    ) -> SiteInput:
+        """What happens to what the linears of `site` read, where `online` acts there; without a `clip` nothing is
+        rounded."""
+        grid = None if clip is None else self.activation_grid
+        return SiteInput(online=online, grid=grid, clip=1.0 if clip is None else clip, slices=self.sites[site].slices)
 
     def seed(self, purpose: str) -> int:
         """A seed of its own for each purpose in each block."""

@@ -9,7 +9,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from affinequant.models.decoder import spread
-from affinequant.numbers.activations import fake_quantize_activation
 from affinequant.rounding.job import HELD_OUT, BlockJob
 from affinequant.rounding.replay import Replay
 
@@ -70,13 +69,12 @@ def gather(job: BlockJob, passing: Replay, full: Replay | None, clip: float) -> 
     Args:
         full: the full-precision pass at the same site; with rounding `auto` or `gptaq`.
     """
-    grid, slices, (samples, tokens, _) = job.activation_grid, job.sites[passing.site].slices, passing.x.shape
+    site_input, (samples, tokens, _) = job.site_input(passing.site, clip=clip), passing.x.shape
     held = max(1, samples // HELD_OUT) if job.recipe.rounding == "auto" else 0
     chosen = spread(held, tokens, HELD_TOKENS, job.seed(f"{passing.site}/held")).flatten().to(job.decoder.device)
     fitted, rest, rows = _Sums(), _Sums(), list[tuple[Tensor, Tensor]]()
     for (part, value), other in zip(passing.values(), full.values() if full else repeat(None), strict=False):
-        x = value.flatten(0, -2).float()
-        x = x if grid is None else fake_quantize_activation(x, grid, clip, slices)
+        x = site_input.rounded(value.flatten(0, -2).float())
         target = None if other is None else other[1].flatten(0, -2).float()
         cut = max(0, samples - held - part.start) * tokens
         fitted.add(x[:cut], None if target is None else target[:cut])

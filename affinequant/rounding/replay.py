@@ -10,10 +10,9 @@ from torch import Tensor
 from affinequant.costs import KEPT_BYTES, replay_bytes
 from affinequant.models.attention import OnAttention
 from affinequant.models.decoder import StopForward, like_on_disk, slices
-from affinequant.numbers.activations import fake_quantize_activation
 from affinequant.rounding.job import BlockJob
 from affinequant.transforms.fold import Tensors
-from affinequant.transforms.online import apply_online
+from affinequant.transforms.online import acting
 
 
 class Replay:
@@ -35,7 +34,8 @@ class Replay:
         on_attention: what acts on queries, keys and values.
         room: in bytes.
         """
-        self.job, self.x, self.online, self.on_attention = job, x, online, on_attention
+        self.job, self.x, self.on_attention = job, x, on_attention
+        self.online = {site: acting(parts) for site, parts in online.items()}
         self.groups = dict(job.family.input_groups())
         self.writers = job.family.writers()
         dims = job.decoder.dims
@@ -47,7 +47,7 @@ class Replay:
     def reach(self, site: str, tensors: Mapping[str, Tensor], clips: Mapping[str, float]) -> None:
         """Go on to `site`, with these weights and clip ratios for everything before it; a site without a ratio is not
         rounded. Sites are taken in the order of the forward pass."""
-        self.tensors, self.clips = tensors, dict(clips)
+        self._set(tensors, clips)
         if self.keeps:
             passed: dict[str, list[Tensor]] = {}
             found: Tensor | None = None
@@ -71,11 +71,15 @@ class Replay:
         self, tensors: Mapping[str, Tensor], clips: Mapping[str, float]
     ) -> Float[Tensor, "samples tokens hidden"]:
         """What the block gives with these weights, where `x` lies."""
-        self.tensors, self.clips = tensors, dict(clips)
+        self._set(tensors, clips)
         result = like_on_disk(self.x, self.job.scratch)
         for part, value in self._run("", {}):
             result[part] = value.to(result)
         return result
+
+    def _set(self, tensors: Mapping[str, Tensor], clips: Mapping[str, float]) -> None:
+        self.tensors = tensors
+        self.inputs = {name: self.job.site_input(name, self.online.get(name), clips.get(name)) for name in self.groups}
 
     def _run(self, site: str, passed: dict[str, list[Tensor]]) -> Iterator[tuple[slice, Tensor]]:
         """The inputs of `site`, or the block's outputs where it is "", a batch at a time. What the last site's linears
@@ -85,22 +89,18 @@ class Replay:
 
     @torch.no_grad()
     def _batch(self, site: str, part: slice, passed: dict[str, list[Tensor]]) -> Tensor:
-        job, grid, reached = self.job, self.job.activation_grid, list[Tensor]()
+        job, reached = self.job, list[Tensor]()
         before = list(self.groups)[: list(self.groups).index(self.site)] if self.input is not None else []
 
         def on_input(name: str, value: Tensor) -> Tensor:
             if name in before:
                 return value
-            if name == self.site and self.input is not None:
-                value = self.input[part]
-            elif name in self.online:
-                value = apply_online(value, self.online[name])
+            kept = self.input[part] if name == self.site and self.input is not None else None
+            value = self.inputs[name].transformed(value) if kept is None else kept
             if name == site:
                 reached.append(value)
                 raise StopForward
-            if grid is None or name not in self.clips:
-                return value
-            return fake_quantize_activation(value, grid, self.clips[name], job.sites[name].slices)
+            return self.inputs[name].rounded(value)
 
         x = self.x[part].to(job.decoder.device)
         known = {member: self._known(member, part, x) for name in before for member in self.groups[name]}

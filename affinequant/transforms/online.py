@@ -9,7 +9,8 @@ on queries and keys after RoPE belongs to no linear and lies beside the attentio
 orthogonal matrix of a head's width, which every query head and every key head is multiplied with.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from jaxtyping import Float
 from torch import Tensor
@@ -35,6 +36,11 @@ def apply_online(x: Float[Tensor, "*batch n"], tensors: Mapping[str, Tensor]) ->
             blocks = part["blocks"].to(x)
             x = from_blocks(to_blocks(x, len(blocks)) @ blocks, x)
     return x
+
+
+def acting(tensors: Mapping[str, Tensor] | None) -> Callable[[Tensor], Tensor] | None:
+    """`apply_online` of these matrices; None where there are none."""
+    return functools.partial(apply_online, tensors=tensors) if tensors else None
 
 
 def in_order(tensors: Mapping[str, Tensor]) -> list[Tensor]:
