@@ -20,10 +20,13 @@ class Steps:
         say: gets the lines; nothing is said of what takes no longer than that.
         what: is being done.
         total: how many times it is called, or the sum of the counts that it is called with.
+        shown: what such a count is in words.
     """
 
-    def __init__(self, say: Callable[[str], None], what: str, total: int) -> None:
-        self.say, self.what, self.total = say, what, total
+    def __init__(
+        self, say: Callable[[str], None], what: str, total: int, shown: Callable[[int], object] = lambda count: count
+    ) -> None:
+        self.say, self.what, self.total, self.shown = say, what, total, shown
         self.done, self.began = 0, time.monotonic()
         self.said = self.began
 
@@ -34,7 +37,7 @@ class Steps:
         if now - self.said >= SAY_EVERY and 0 < self.done < self.total:
             self.said = now
             left = (now - self.began) / self.done * (self.total - self.done)
-            self.say(f"{self.what}: {self.done}/{self.total}, {_left(left)}")
+            self.say(f"{self.what}: {self.shown(self.done)}/{self.shown(self.total)}, {_left(left)}")
 
     def each(self, items: Iterable[T]) -> Iterator[T]:
         """The items, each of which counts as done when the next is asked for."""

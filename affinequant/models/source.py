@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,13 +14,12 @@ from affinequant.data.wheels import Say, quiet
 from affinequant.errors import PREFLIGHT, USAGE, AffineQuantError
 from affinequant.models import Dims, Family
 from affinequant.models.source_files import Entry, broken, check_adapter, check_inside, find_weights, same_bytes
+from affinequant.progress import Steps
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
-SAY_EVERY = 10.0
-"""Seconds between two lines about how far reading is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -193,18 +191,15 @@ def read_through(source: Source, say: Say = quiet) -> dict[str, str]:
     """
     import torch
 
-    whole, done, began, said = sum(entry.size for entry in source.entries.values()), 0, time.monotonic(), 0.0
-    weights = hashlib.sha256()
+    whole, weights = sum(entry.size for entry in source.entries.values()), hashlib.sha256()
+    told = Steps(say, "reading the weights", whole, shown=lambda size: f"{size / 2**30:.1f} GB")
     for name, entry in sorted(source.entries.items()):
         values = source.read([name])[name]
         if entry.dtype in _FLOATS and (wrong := int((~values.isfinite()).sum())):
             raise broken(f"tensor {name} has {wrong} values that are NaN or infinite", source.folder / entry.file)
         weights.update(json.dumps([name, entry.dtype, entry.shape]).encode())
         weights.update(values.contiguous().view(-1).view(torch.uint8).numpy().data)
-        done, spent = done + entry.size, time.monotonic() - began
-        if spent - said >= SAY_EVERY:
-            said, left = spent, spent * (whole - done) / max(done, 1)
-            say(f"reading the weights: {done / 2**30:.1f} of {whole / 2**30:.1f} GB, ~{left:.0f} s left")
+        told(entry.size)
     config = json.dumps(dict(source.config), sort_keys=True, default=str)
     return {"weights": weights.hexdigest()[:32], "config": hashlib.sha256(config.encode()).hexdigest()[:32]}
 
