@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -149,6 +150,22 @@ def test_a_layer_in_groups_in_one_call_is_the_references(size: int, with_zero: b
             got = native.linear(made, x, bias, bits=act_bits, out_dtype=torch.float32, **settings)
             settings = {"act_symmetric": symmetric, "clip": 0.9, "out_dtype": torch.float32}
             assert torch.equal(got, reference.linear_dyn(x, given, bias, act_bits=act_bits, **settings))
+
+
+@pytest.mark.skipif(not native.multiplies(), reason="no AVX2 code here")
+@pytest.mark.parametrize("m", [1, 40])
+def test_a_layer_is_one_call_only_where_that_is_the_fastest(m: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    given, x, right, calls = weight(), random(m, K), native.linear, []
+
+    def linear(*given: Any, **settings: Any) -> Tensor:
+        calls.append(given[1].shape[0])
+        return right(*given, **settings)
+
+    monkeypatch.setattr(native, "linear", linear)
+    wanted = reference.linear_dyn(x, given)
+    for name, expected in (("native", [m]), (engines.ALWAYS, [m])):  # the second adds no call
+        monkeypatch.setattr(engines, "choose", lambda *_, name=name: name)
+        assert torch.equal(online_linear(x, [], given), wanted) and calls == expected
 
 
 @compiled
