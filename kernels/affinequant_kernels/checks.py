@@ -28,12 +28,13 @@ def check_tensor(
     """Check dtype, shape (None: any size), contiguity and, where given, the device."""
     if value.dtype not in dtypes:
         raise fail(argument, " or ".join(str(d) for d in dtypes), value.dtype)
-    fits = value.ndim == len(shape)
+    got = value.shape
+    fits = len(got) == len(shape)
     for axis, want in enumerate(shape if fits else ()):
-        fits &= want is None or value.shape[axis] == want
+        fits &= want is None or got[axis] == want
     if not fits:
         wanted = "[" + ", ".join("any" if s is None else str(s) for s in shape) + "]"
-        raise fail(argument, f"shape {wanted}", list(value.shape))
+        raise fail(argument, f"shape {wanted}", list(got))
     if not value.is_contiguous():
         raise fail(argument, "a contiguous tensor", f"strides {value.stride()}")
     if device is not None and value.device != device:

@@ -52,7 +52,7 @@ _MADE: dict[tuple[object, ...], tuple[object, tuple[StorageWeakRef, ...]]] = {}
 def _identity(tensor: Tensor) -> tuple[object, ...]:
     # Inference tensors do not count their updates: a weight that is changed in place must be an ordinary tensor.
     version = -1 if tensor.is_inference() else tensor._version
-    return tensor.untyped_storage()._cdata, tensor.storage_offset(), tuple(tensor.shape), version
+    return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, version
 
 
 def _made(parts: tuple[Tensor | None, ...], settings: tuple[object, ...], make: Callable[[], T]) -> T:

@@ -32,26 +32,27 @@ def check_rows(x: Tensor, bits: int, clip: float) -> None:
 def check_kron(x: Tensor, left: Tensor, right: Tensor, bits: int, clip: float) -> None:
     """Two square matrices whose sizes multiply to x's width."""
     check_rows(x, bits, clip)
-    _check_square("left", left, x, 2)
-    _check_square("right", right, x, 2)
-    if left.shape[0] * right.shape[0] != x.shape[1]:
-        raise fail("left, right", f"sizes whose product is {x.shape[1]}", (left.shape[0], right.shape[0]))
+    _check_factor(x, left, right)
 
 
 def check_block(x: Tensor, matrices: Tensor, bits: int, clip: float) -> None:
     """Square matrices [blocks, b, b] that fill x's width, or one that divides it."""
     check_rows(x, bits, clip)
-    _check_square("matrices", matrices, x, 3)
-    blocks, size = matrices.shape[0], matrices.shape[1]
-    if x.shape[1] % size or (blocks != 1 and blocks * size != x.shape[1]):
-        raise fail("matrices", f"one matrix, or as many as fill {x.shape[1]} columns", list(matrices.shape))
+    _check_factor(x, matrices)
 
 
-def _check_square(argument: str, matrix: Tensor, x: Tensor, dims: int) -> None:
-    shape = tuple(matrix.shape)
-    check_tensor(argument, matrix, (None,) * dims, FLOATS, x.device)
-    if shape[-1] != shape[-2] or shape[-1] == 0:
-        raise fail(argument, "square matrices", list(shape))
+def _check_factor(x: Tensor, *matrices: Tensor) -> None:
+    """(left, right) of a Kronecker product or (blocks,), for x [..., k]."""
+    k = x.shape[-1]
+    for name, matrix in zip(("left", "right") if len(matrices) == 2 else ("matrices",), matrices, strict=True):
+        check_tensor(name, matrix, (None,) * (4 - len(matrices)), FLOATS, x.device)
+        if matrix.shape[-1] != matrix.shape[-2] or matrix.shape[-1] == 0:
+            raise fail(name, "square matrices", list(matrix.shape))
+    first, size = matrices[0].shape[0], matrices[-1].shape[-1]
+    if len(matrices) == 2 and first * size != k:
+        raise fail("left, right", f"sizes whose product is {k}", (first, size))
+    if len(matrices) == 1 and (k % size or (first != 1 and first * size != k)):
+        raise fail("matrices", f"one matrix, or as many as fill {k} columns", list(matrices[0].shape))
 
 
 def check_norm(x: Tensor, residual: Tensor | None, gain: Tensor, eps: float, bits: int, clip: float) -> None:
@@ -155,18 +156,14 @@ def check_online(
     check_weight_only(x, weight, bias, out_dtype)
     if act_bits != WEIGHT_ONLY:
         check_quant(act_bits, clip)
-    flat = x.view(-1, x.shape[-1])
-    for first, *second in factors(matrices):
-        if second:
-            check_kron(flat, first, second[0], bits=4, clip=1.0)
-        else:
-            check_block(flat, first, bits=4, clip=1.0)
+    for factor in factors(matrices):
+        _check_factor(x, *factor)
 
 
 def _check_input(x: Tensor) -> None:
     if x.ndim == 0:
         raise fail("x", "shape [..., k]", [])
-    check_tensor("x", x, tuple(x.shape), FLOATS)
+    check_tensor("x", x, x.shape, FLOATS)
 
 
 def factors(matrices: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
