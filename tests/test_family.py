@@ -135,10 +135,10 @@ def test_every_expert_has_a_site_of_its_own_and_all_read_one() -> None:
 
 @pytest.fixture
 def made_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of a made-up model of three blocks, whose family is known while the test runs."""
+    """The folder of a made-up model, whose family is known while the test runs."""
     monkeypatch.setitem(FAMILIES, "made-up", MADE_UP)
     (tmp_path / "text.txt").write_text(" ".join(f"{i} black crows in tree {i % 17}" for i in range(2500)))
-    sizes: dict[str, Any] = {"layers": 3, "n_ff": 112, "mlp": 8}
+    sizes: dict[str, Any] = {"layers": 2, "n_ff": 112, "mlp": 8}
     return tiny_llama(tmp_path / "model", family="made-up", architecture=MadeUpForCausalLM, **sizes)
 
 
@@ -152,18 +152,18 @@ RUNS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("run", RUNS)
 def test_blocks_of_different_kinds_from_end_to_end(run: str, made_up: Path, tmp_path: Path) -> None:
-    fields = {"samples": 6, "seq_len": 32, "data": tmp_path / "text.txt", "out": tmp_path / "out", **RUNS[run]}
+    fields = {"samples": 4, "seq_len": 32, "data": tmp_path / "text.txt", "out": tmp_path / "out", **RUNS[run]}
     fields["transforms"] = {"residual": "none"} | fields.get("transforms", {})
     made = affinequant.quantize(made_up, **fields)
     checked = made.report["verified"]
     assert checked["passed"] and checked["hidden"] < 1e-3 and made.report["events"] == []
     mlp = {"gate_up", "down"}
     linears = [set(block["linears"]) for block in made.report["blocks"]]
-    assert linears == [{"mixer.qkv", "mixer.out"} | mlp, mlp, {"mixer.qkv", "mixer.out"} | mlp]
+    assert linears == [{"mixer.qkv", "mixer.out"} | mlp, mlp]
     assert made.report["plan"]["dims"]["mlp"] == 112
     if run == "auto":
         chosen = [set(block["transforms"]) for block in made.report["blocks"]]
-        assert chosen == [{"attn_in", "vo", "mlp_in", "mlp_mid"}, {"mlp_in", "mlp_mid"}, *chosen[:1]]
+        assert chosen == [{"attn_in", "vo", "mlp_in", "mlp_mid"}, {"mlp_in", "mlp_mid"}]
     model: Any = affinequant.load(made.path, device="cpu", dtype="float32")
     with torch.no_grad():
         assert bool(model(torch.arange(2, 30)[None], use_cache=False).logits.isfinite().all())
