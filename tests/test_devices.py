@@ -84,7 +84,8 @@ def test_a_grid_is_the_same_on_every_device(scheme: str) -> None:
     wanted = grid.params(x.amin(1), x.amax(1))
     with pretend():
         there = x.to("cuda")
-        pair = grid.params(*(0.9 * end for end in grid.range(there)))
+        low, high = grid.range(there)
+        pair = grid.params(0.9 * low, 0.9 * high)
         codes, scale, zero = (part.cpu() for part in (grid.nearest(there, *pair), *pair))
         got = [part.cpu() for part in grid.params(there.amin(1), there.amax(1))]
         assert not torch.equal((there.amax(1) / 15).cpu(), x.amax(1) / 15), "the pretence divides as CUDA does"

@@ -97,7 +97,8 @@ def test_training_and_committing_round_alike(scheme: str) -> None:
 
 def token_codes(x: Tensor, grid: Grid, clip: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
     """(codes, scale, zero) of each token."""
-    scale, zero = grid.params(*(end * clip for end in grid.range(x)))
+    low, high = grid.range(x)
+    scale, zero = grid.params(low * clip, high * clip)
     return grid.nearest(x, scale, zero), scale, zero
 
 
