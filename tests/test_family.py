@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import affinequant
@@ -240,3 +241,15 @@ def test_norms_are_asked_what_they_compute(tiny: Callable[..., Path], norm: nn.M
     with pytest.raises(AffineQuantError, match=f"model.layers.1.{words}") as caught:
         check_norms(model, family, dims, "here")
     assert caught.value.exit_code == 3 and "family llama" in caught.value.fix
+
+
+def test_qwen2_has_biases_whatever_its_config_says(tiny_copy: Callable[..., Path]) -> None:
+    """transformers would make up one that is missing."""
+    folder = tiny_copy(family="qwen2", attention_bias=False)
+    stored = load_file(folder / "model.safetensors")
+    assert not any(name.endswith(("o_proj.bias", "up_proj.bias")) for name in stored)
+    stored.pop("model.layers.1.self_attn.k_proj.bias")
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(AffineQuantError, match=r"layers\.1\.self_attn\.k_proj\.bias is missing") as caught:
+        affinequant.plan(folder, data="demo", seq_len=32)
+    assert caught.value.exit_code == 3
