@@ -23,10 +23,10 @@ def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
         return request.param
     if request.param != "native":
         monkeypatch.setattr(native, "available", lambda: "another engine is tested")
-    wrong = engines._inexact(engines.CANDIDATES[request.param], 5, 15)
+    wrong = engines.inexact(engines.CANDIDATES[request.param], 5, 15)
     if wrong:
         pytest.skip(f"{request.param} on this machine: {wrong}")
-    exact = [largest for largest in (15, 128) if not engines._inexact(engines.CANDIDATES[request.param], 5, largest)]
+    exact = [largest for largest in (15, 128) if not engines.inexact(engines.CANDIDATES[request.param], 5, largest)]
 
     def choose(m: int, largest: int, integers: bool) -> str:
         possible = largest <= max(exact) and not (integers and engines.CANDIDATES[request.param].rounds)

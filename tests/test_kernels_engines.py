@@ -181,6 +181,6 @@ def test_what_is_not_worth_keeping_is_not_kept(hindrance: str, tmp_path: Path, m
 @pytest.mark.parametrize("columns", [1000, 9000, 20000])
 def test_float32_is_exact_at_any_width(columns: int) -> None:
     for largest in (15, 128):
-        q, codes = engines._sample(3, 8, columns, largest)
+        q, codes = engines.sample(3, 8, columns, largest)
         wanted = q.double() @ codes.double().t()
         assert torch.equal(BEST.product(q, BEST.prepare(codes), None, None).double(), wanted)

@@ -109,3 +109,40 @@ CANDIDATES: dict[str, Candidate] = {
     "int_mm_columns": Candidate(_columns, functools.partial(_int_mm, False)),
 }
 ALWAYS = "float32"
+
+
+def sample(m: int, n: int, k: int, largest: int) -> tuple[Tensor, Tensor]:
+    """Random integers of the whole range, with rows of the extremes."""
+    make = functools.partial(torch.randint, dtype=torch.int8, device="cpu", generator=torch.Generator().manual_seed(0))
+    high = min(largest, 127)
+    q, codes = make(-128, 128, (m, k)), make(-largest, high + 1, (n, k))
+    for row, value in zip(range(m - 1), (-128, 127), strict=False):
+        q[row] = value
+    codes[0], codes[1], codes[2] = -largest, high, high
+    codes[2, ::2] = -largest
+    return q, codes
+
+
+def inexact(candidate: Candidate, m: int, largest: int) -> str | None:
+    """None where sums up to the largest and above EXACT come out right in all forms, or what is wrong."""
+    q, codes = sample(m, 24, 8192, largest)
+    if m == 1:
+        q[0, :4096] = 127
+    exact = q.double() @ codes.double().t()
+    scale = torch.linspace(0.5, 1.5, 24, dtype=torch.float32, device="cpu")
+    scaled = exact.float() * scale
+    try:
+        held = candidate.prepare(codes)
+        plain = candidate.product(q, held, None, None)
+        once = candidate.product(q, held, scale, None)
+        twice = candidate.product(q, held, scale, scaled.clone())
+    except (AttributeError, RuntimeError, NotImplementedError) as problem:
+        return reason(problem)
+    wanted = exact.float() if candidate.rounds else exact
+    right = torch.equal(plain.to(wanted.dtype), wanted)
+    return None if right and torch.equal(once, scaled) and torch.equal(twice, scaled + scaled) else "not exact"
+
+
+def reason(problem: Exception) -> str:
+    """A build without it, or a version with another signature."""
+    return f"does not work here: {str(problem).strip().splitlines()[0][:120]}"

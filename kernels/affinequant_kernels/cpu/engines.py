@@ -28,7 +28,7 @@ from torch import Tensor
 
 from affinequant_kernels.cache import private_folder, write_whole
 from affinequant_kernels.cpu import native
-from affinequant_kernels.cpu.candidates import ALWAYS, CANDIDATES, Candidate
+from affinequant_kernels.cpu.candidates import ALWAYS, CANDIDATES, inexact, reason, sample
 
 # Classes of sizes, by the most rows, and how many rows stand for the class where it is timed and checked.
 ROWS = {"one row": (1, 1, 1), "few rows": (32, 16, 5), "many rows": (math.inf, 256, 40)}
@@ -89,7 +89,7 @@ def _forced(rows: str, width: str) -> str | None:
         return None
     if name not in CANDIDATES:
         raise ValueError(f"AFFQ_ENGINE: expected one of {', '.join(CANDIDATES)}, got {name}")
-    wrong = _inexact(CANDIDATES[name], ROWS[rows][2], RANGES[width])
+    wrong = inexact(CANDIDATES[name], ROWS[rows][2], RANGES[width])
     if wrong is not None:
         raise ValueError(f"AFFQ_ENGINE: {name} cannot be used on this CPU for {rows} and weights of {width}: {wrong}")
     return name
@@ -201,7 +201,7 @@ def measure(rows: str, width: str) -> dict[str, Outcome]:
         outcomes = _race(m, largest, late)
         seconds = {name: outcome for name, outcome in outcomes.items() if isinstance(outcome, float)}
         for name in sorted(seconds, key=seconds.__getitem__):
-            wrong = LATE if late() and name != ALWAYS else _inexact(CANDIDATES[name], few, largest)
+            wrong = LATE if late() and name != ALWAYS else inexact(CANDIDATES[name], few, largest)
             outcomes[name] = wrong or seconds[name]
     return outcomes
 
@@ -217,7 +217,7 @@ def _race(m: int, largest: int, late: Callable[[], bool]) -> dict[str, Outcome]:
     calls: dict[str, Callable[[], Tensor]] = {}
     running = [name for name in CANDIDATES if name not in _HOPELESS]
     for n, k in LADDER:
-        q, codes = _sample(m, n, k, largest)
+        q, codes = sample(m, n, k, largest)
         calls, best = {}, math.inf
         for name in running:
             outcome = LATE
@@ -251,51 +251,14 @@ def _start(name: str, q: Tensor, codes: Tensor, best: float) -> tuple[Outcome, C
         if again < GIVE_UP_SECONDS / 4:
             again = min(again, _seconds(call))
     except (AttributeError, RuntimeError, NotImplementedError) as problem:
-        _HOPELESS[name] = _reason(problem)
+        _HOPELESS[name] = reason(problem)
         return _HOPELESS[name], None
     if again > max(SLOW * best, SLOW_SECONDS):
         return f"given up: {again * 1e3:.2g} ms for {size}, {again / best:.0f} times the best", None
     return again, call
 
 
-def _reason(problem: Exception) -> str:
-    """A build without it, or a version with another signature."""
-    return f"does not work here: {str(problem).strip().splitlines()[0][:120]}"
-
-
 def _seconds(call: Callable[[], object]) -> float:
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
-
-
-def _sample(m: int, n: int, k: int, largest: int) -> tuple[Tensor, Tensor]:
-    """Random integers of the whole range, with rows of the extremes."""
-    make = functools.partial(torch.randint, dtype=torch.int8, device="cpu", generator=torch.Generator().manual_seed(0))
-    high = min(largest, 127)
-    q, codes = make(-128, 128, (m, k)), make(-largest, high + 1, (n, k))
-    for row, value in zip(range(m - 1), (-128, 127), strict=False):
-        q[row] = value
-    codes[0], codes[1], codes[2] = -largest, high, high
-    codes[2, ::2] = -largest
-    return q, codes
-
-
-def _inexact(candidate: Candidate, m: int, largest: int) -> str | None:
-    """None where sums up to the largest and above EXACT come out right in all forms, or what is wrong."""
-    q, codes = _sample(m, 24, 8192, largest)
-    if m == 1:
-        q[0, :4096] = 127
-    exact = q.double() @ codes.double().t()
-    scale = torch.linspace(0.5, 1.5, 24, dtype=torch.float32, device="cpu")
-    scaled = exact.float() * scale
-    try:
-        held = candidate.prepare(codes)
-        plain = candidate.product(q, held, None, None)
-        once = candidate.product(q, held, scale, None)
-        twice = candidate.product(q, held, scale, scaled.clone())
-    except (AttributeError, RuntimeError, NotImplementedError) as problem:
-        return _reason(problem)
-    wanted = exact.float() if candidate.rounds else exact
-    right = torch.equal(plain.to(wanted.dtype), wanted)
-    return None if right and torch.equal(once, scaled) and torch.equal(twice, scaled + scaled) else "not exact"
