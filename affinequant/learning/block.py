@@ -127,9 +127,8 @@ def _batches(job: BlockJob, values: Tensors, full: Tensor, quantized: Tensor, ta
 def _block_report(
     objective: BlockObjective, fitted: Sequence[FitReport], rounded: Rounded, target: Tensor, events: list[str]
 ) -> dict[str, Any]:
-    pairs = list(
-        zip(rounded.after, target, strict=True)
-    )  # sample by sample: whole streams are too large to have a few more
+    # Sample by sample: whole streams are too large to have a few more.
+    pairs = list(zip(rounded.after, target, strict=True))
     noise = sum(float((one.float() - other.float()).square().sum()) for one, other in pairs)
     power = sum(float(other.float().square().sum()) for _, other in pairs)
     conditions = {name: float(module.condition()) for name, module in objective.transforms.items()}
