@@ -66,8 +66,8 @@ class Decoder:
         name = f"{self.family.embedding}.weight"
         lent = {name: outer[name].to(self.device, self.dtype)}
         hidden, caught = [], list[tuple[Tensor, dict[str, Any]]]()
-        for row, last in zip(ids.to(self.device), [False] * (len(ids) - 1) + [True], strict=True):
-            caught = self._arguments(lent, row[None], self.dims.layers if last else 1)
+        for index, row in enumerate(ids.to(self.device), 1):
+            caught = self._arguments(lent, row[None], self.dims.layers if index == len(ids) else 1)
             hidden.append(caught[0][0].detach())
         given = tuple({key: value for key, value in one.items() if key != "use_cache"} for _, one in caught)
         for key, value in (pair for one in given for pair in one.items()):
