@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from affinequant_evals.harness import Score, exp_mean_score
+from affinequant_evals.scores import Score, exp_mean_score
 
 from affinequant.cli import compare, main
 from affinequant.cli.comparison import Comparison, Entry, ratio

@@ -84,7 +84,7 @@ def test_turns_become_one_result(checkpoint: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_the_plot_is_written(tmp_path: Path) -> None:
-    assert speed.plot(RESULT, tmp_path / "speed.png") is None
+    speed.plot(RESULT, tmp_path / "speed.png")
     assert (tmp_path / "speed.png").read_bytes()[:4] == b"\x89PNG"
 
 

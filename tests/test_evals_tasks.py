@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 import torch
 from affinequant_evals import evaluate, tasks
-from affinequant_evals.harness import Score, Suite
+from affinequant_evals.harness import Suite
 from affinequant_evals.perplexity import LanguageModel
+from affinequant_evals.scores import Score
 from affinequant_evals.suites import Measurements, build_suite
 from affinequant_evals.tasks import TaskOptions, task_batteries
 

@@ -107,7 +107,8 @@ def _checkpoint(args: argparse.Namespace, screen: Screen) -> int:
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / "speed.json").write_text(json.dumps(result, indent=2) + "\n")
-        screen.say(speed.plot(result, args.out / "speed.png") or f"written to {args.out}")
+        speed.plot(result, args.out / "speed.png")
+        screen.say(f"written to {args.out}")
     columns, rows = speed.table(result)
     screen.table(columns, rows, right=(1, 3, 4, 5, 6, 7, 8, 9))
     for line in speed.verdict(result):

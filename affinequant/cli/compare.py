@@ -24,7 +24,7 @@ from affinequant.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
     from affinequant_evals.checkpoint import Ready
-    from affinequant_evals.harness import Score
+    from affinequant_evals.scores import Score
 
 WAIT_SECONDS = 3
 """How long a run that was interrupted with us may take to end by itself."""

@@ -11,7 +11,7 @@ from affinequant.models import FAMILIES, Dims
 from affinequant.recipe.presets import PRESETS
 
 if TYPE_CHECKING:
-    from affinequant_evals.harness import Score
+    from affinequant_evals.scores import Score
 
 SCHEMES = ("w4a4", "w4a4-sym")
 """What the published figures are for."""

@@ -2,15 +2,15 @@
 
 from affinequant_evals.harness import Battery as Battery
 from affinequant_evals.harness import Better as Better
-from affinequant_evals.harness import Delta as Delta
 from affinequant_evals.harness import Metric as Metric
 from affinequant_evals.harness import Row as Row
-from affinequant_evals.harness import Score as Score
 from affinequant_evals.harness import Scorecard as Scorecard
 from affinequant_evals.harness import Suite as Suite
 from affinequant_evals.harness import evaluate as evaluate
-from affinequant_evals.harness import exp_mean_score as exp_mean_score
-from affinequant_evals.harness import mean_score as mean_score
+from affinequant_evals.scores import Delta as Delta
+from affinequant_evals.scores import Score as Score
+from affinequant_evals.scores import exp_mean_score as exp_mean_score
+from affinequant_evals.scores import mean_score as mean_score
 
 __all__ = [
     "Battery",

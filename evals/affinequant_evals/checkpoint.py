@@ -2,7 +2,6 @@
 
 import gc
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from affinequant.models import check_length
 from affinequant.models.source import is_local, locate, open_source
 from affinequant.recipe.recipe import Device, Dtype
 from affinequant_evals.harness import Scorecard, Suite, evaluate
-from affinequant_evals.perplexity import Bos, LanguageModel
+from affinequant_evals.perplexity import LanguageModel
 from affinequant_evals.suites import Measurements, build_suite, measurements
 
 NO_BASELINE = "none"
@@ -35,47 +34,26 @@ class Ready:
 def eval_checkpoint(
     checkpoint: str | Path,
     *,
-    text: str | None = None,
-    tasks: Sequence[str] = (),
-    suite: str | None = None,
-    limit: int | None = None,
-    num_fewshot: int | None = None,
-    seq_len: int | None = None,
-    windows: int | None = None,
-    bos: Bos | None = None,
     baseline: str | Path | None = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     verbose: bool = False,
     say: Say = quiet,
+    **wanted: Any,
 ) -> Scorecard:
     """Score a checkpoint, then its baseline on the same tokens and prompts; the baseline's scorecard stands inside.
 
     Args:
         checkpoint: a checkpoint of this package, any model folder, a hub id or `demo`.
-        text: `demo`, `wikitext2` or a file for perplexity; with `suite`, instead of the suite's texts.
-        tasks: lm-eval task names; with `suite`, instead of the suite's tasks. Without text, tasks and suite: `quick`.
-        limit: documents of each task; None for the suite's number, or all.
         baseline: model to compare with; None for the one that the checkpoint was made from (`find_baseline`), `none` for
             no comparison.
         say: told what is being done; a missing baseline also stands in the scorecard's notes.
+        wanted: what to measure, see `suites.measurements`: `suite`, `text`, `tasks`, and the fields of `Measurements`.
 
     Raises:
         AffineQuantError: anything of the above that is not there or not known (exit 2 or 3), before anything is run.
     """
-    ready = prepare(
-        checkpoint,
-        text=text,
-        tasks=tasks,
-        suite=suite,
-        limit=limit,
-        num_fewshot=num_fewshot,
-        seq_len=seq_len,
-        windows=windows,
-        bos=bos,
-        verbose=verbose,
-        say=say,
-    )
+    ready = prepare(checkpoint, verbose=verbose, say=say, **wanted)
     other, note = find_baseline(ready.folder, baseline, say)
     card = score_folder(str(checkpoint), ready.folder, ready, device=device, dtype=dtype, say=say)
     if other is None:
@@ -85,39 +63,17 @@ def eval_checkpoint(
     return card.against(score_folder(name, place, ready, device=device, dtype=dtype, say=say))
 
 
-def prepare(
-    checkpoint: str | Path,
-    *,
-    text: str | None = None,
-    tasks: Sequence[str] = (),
-    suite: str | None = None,
-    limit: int | None = None,
-    num_fewshot: int | None = None,
-    seq_len: int | None = None,
-    windows: int | None = None,
-    bos: Bos | None = None,
-    verbose: bool = False,
-    say: Say = quiet,
-) -> Ready:
+def prepare(checkpoint: str | Path, *, verbose: bool = False, say: Say = quiet, **wanted: Any) -> Ready:
     """Find a model, read and cut what it will be scored on; no weight is read. Arguments as in `eval_checkpoint`.
 
     Raises:
         AffineQuantError: anything that is not there or not known (exit 2 or 3).
     """
     folder = _locate(str(checkpoint), say)
-    wanted = measurements(
-        suite=suite,
-        text=text,
-        tasks=tasks,
-        limit=limit,
-        num_fewshot=num_fewshot,
-        seq_len=seq_len,
-        windows=windows,
-        bos=bos,
-    )
-    _check_length(folder, wanted)
+    measured = measurements(**wanted)
+    _check_length(folder, measured)
     tokenizer = load_tokenizer(folder, _vocab(folder))
-    built = build_suite(wanted, tokenizer, name=suite or "", verbose=verbose, say=say)
+    built = build_suite(measured, tokenizer, name=wanted.get("suite") or "", verbose=verbose, say=say)
     return Ready(folder=folder, tokenizer=tokenizer, suite=built)
 
 

@@ -11,58 +11,20 @@ import random
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 from affinequant.data.wheels import Say, quiet
 from affinequant.errors import AffineQuantError
+from affinequant_evals.scores import Delta, Score, difference
 
 if TYPE_CHECKING:
     from affinequant.run.run import Run
 
 Better = Literal["lower", "higher"]
 S = TypeVar("S")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Score:
-    """A measured value, its standard error, and over how many observations.
-
-    Attributes:
-        stderr: None where one observation, or the kind of metric, allows no estimate.
-        parts: each observation's part in the value, linearised about it, so that `stderr` is their standard deviation
-            over sqrt(n), and the differences of two scores' parts give the error of the difference.
-        key: names the observations; two scores are paired only where it is the same.
-        about: how it was measured, as plain JSON values.
-    """
-
-    value: float
-    stderr: float | None
-    n: int
-    parts: tuple[float, ...] = ()
-    key: str = ""
-    about: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def dof(self) -> int | None:
-        """Degrees of freedom of `stderr`: how well it is known itself (Student's t; 95 % lie within 2.57 of it at 5)."""
-        return None if self.stderr is None else self.n - 1
-
-
-def mean_score(values: Sequence[float], *, key: str = "", about: Mapping[str, Any] | None = None) -> Score:
-    """The mean of the values, e.g. an accuracy over documents."""
-    values = tuple(float(value) for value in values)
-    mean = math.fsum(values) / len(values)
-    return Score(value=mean, stderr=_stderr(values), n=len(values), parts=values, key=key, about=about or {})
-
-
-def exp_mean_score(values: Sequence[float], *, key: str = "", about: Mapping[str, Any] | None = None) -> Score:
-    """exp(mean of the values), e.g. a perplexity from losses; its error by the delta method."""
-    value = math.exp(math.fsum(values) / len(values))
-    parts = tuple(value * float(item) for item in values)
-    return Score(value=value, stderr=_stderr(parts), n=len(parts), parts=parts, key=key, about=about or {})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,17 +71,6 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Delta:
-    """A score minus the baseline's. `paired`: both saw the same observations, and the error is that of the pairs; else
-    `dof` is that of the score that is known less well."""
-
-    value: float
-    stderr: float | None
-    paired: bool
-    dof: int | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Scorecard:
     """What one subject scored on a suite, and the baseline's scorecard on the same suite where there is one."""
 
@@ -142,7 +93,7 @@ class Scorecard:
     def compare(self, baseline: "Scorecard") -> dict[str, Delta]:
         """This scorecard minus `baseline`, for every metric that both have."""
         pairs = {row.name: (row.score, baseline.score(row.name)) for row in self.rows}
-        return {name: _delta(mine, other) for name, (mine, other) in pairs.items() if mine and other}
+        return {name: difference(mine, other) for name, (mine, other) in pairs.items() if mine and other}
 
     def against(self, baseline: "Scorecard") -> "Scorecard":
         """This scorecard with `baseline` inside."""
@@ -241,26 +192,6 @@ def _row(name: str, better: Better, score: Score) -> Row:
 def _row_from_json(entry: dict[str, Any]) -> Row:
     score = Score(**entry["score"] | {"parts": tuple(entry["score"]["parts"])})
     return Row(name=entry["name"], better=entry["better"], score=score)
-
-
-def _delta(mine: Score, other: Score) -> Delta:
-    value = mine.value - other.value
-    if mine.key and mine.key == other.key and len(mine.parts) == len(other.parts) > 0:
-        parts = [left - right for left, right in zip(mine.parts, other.parts, strict=True)]
-        stderr = _stderr(parts)
-        return Delta(value=value, stderr=stderr, paired=True, dof=None if stderr is None else len(parts) - 1)
-    if mine.stderr is None or other.stderr is None:
-        return Delta(value=value, stderr=None, paired=False)
-    stderr = math.hypot(mine.stderr, other.stderr)
-    return Delta(value=value, stderr=stderr, paired=False, dof=min(mine.n, other.n) - 1)
-
-
-def _stderr(parts: Sequence[float]) -> float | None:
-    count = len(parts)
-    if count < 2:
-        return None
-    mean = math.fsum(parts) / count
-    return math.sqrt(math.fsum((part - mean) ** 2 for part in parts) / (count - 1) / count)
 
 
 def package_version(package: str) -> str | None:

@@ -14,7 +14,8 @@ from affinequant.data.tokens import adds_bos, encode
 from affinequant.data.wheels import Say, quiet
 from affinequant.errors import PREFLIGHT, AffineQuantError
 from affinequant.progress import Steps
-from affinequant_evals.harness import Metric, Score, exp_mean_score
+from affinequant_evals.harness import Metric
+from affinequant_evals.scores import Score, exp_mean_score
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -168,10 +168,8 @@ def verdict(result: Mapping[str, Any]) -> list[str]:
     return lines + [f"not measured: {name}: {why}" for name, why in result["skipped"].items()]
 
 
-def plot(result: Mapping[str, Any], path: Path) -> str | None:
-    """Draw tokens per second over the batch, one panel per engine; None, or why there is no plot."""
-    if not find_spec("matplotlib"):
-        return "no plot: matplotlib is not installed (`pip install '.[plot]'` in a clone of affinequant)"
+def plot(result: Mapping[str, Any], path: Path) -> None:
+    """Draw tokens per second over the batch, one panel per engine."""
     # Not pyplot: it would choose a backend for the whole process.
     from matplotlib.figure import Figure
 
@@ -184,7 +182,6 @@ def plot(result: Mapping[str, Any], path: Path) -> str | None:
         axes.set(title=engine, xlabel="sequences at once", ylabel="tokens/s", xscale="log", yscale="log")
         axes.legend()
     figure.savefig(path)
-    return None
 
 
 def _scheme(folder: Path) -> str:

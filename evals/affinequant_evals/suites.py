@@ -94,27 +94,24 @@ def _windows(text: str, wanted: Measurements, tokenizer: Any, say: Say) -> Any:
 
 
 def measurements(
-    *,
-    suite: str | None,
-    text: str | None,
-    tasks: Sequence[str],
-    limit: int | None,
-    num_fewshot: int | None,
-    seq_len: int | None,
-    windows: int | None,
-    bos: Bos | None,
+    *, suite: str | None = None, text: str | None = None, tasks: Sequence[str] = (), **given: Any
 ) -> Measurements:
-    """A suite with what was given in its place; a text or tasks without a suite are measured alone.
+    """A suite with what was given in its place; a text or tasks without a suite are measured alone, and nothing at all is
+    the suite `quick`.
+
+    Args:
+        text: instead of the suite's texts.
+        tasks: instead of the suite's tasks.
+        given: other fields of `Measurements`; None leaves the suite's.
 
     Raises:
         AffineQuantError: unknown suite, or a policy for BOS that is not one.
     """
-    if bos not in (None, *get_args(Bos)):
-        raise unknown_name("BOS policy", str(bos), get_args(Bos), where="--bos")
+    if given.get("bos") not in (None, *get_args(Bos)):
+        raise unknown_name("BOS policy", str(given["bos"]), get_args(Bos), where="--bos")
     if suite is None and (text or tasks):
         start = Measurements(texts=(text,) if text else (), tasks=tuple(tasks))
     else:
         start = find_suite(suite or "quick")
-    given: dict[str, Any] = {"limit": limit, "num_fewshot": num_fewshot, "seq_len": seq_len, "windows": windows}
-    given |= {"bos": bos, "texts": (text,) if text else None, "tasks": tuple(tasks) or None}
+    given |= {"texts": (text,) if text else None, "tasks": tuple(tasks) or None}
     return replace(start, **{name: value for name, value in given.items() if value is not None})

