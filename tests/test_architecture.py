@@ -27,7 +27,8 @@ LAYERS = [
     {"verify", "fit"},
     {"deliver"},
     {"pipeline", "export"},
-    {"cli", "report"},
+    {"report"},
+    {"cli"},
 ]
 KERNEL_LAYERS = [
     {"checks", "cache"},
