@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 from affinequant.data.wheels import Say, quiet
@@ -29,11 +29,18 @@ S = TypeVar("S")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Metric(Generic[S]):
-    """One number of a subject."""
+    """One number of a subject.
+
+    Attributes:
+        fingerprint: all that decides the number beside the subject and the versions of packages (the data's hash, the
+            protocol, what else is read, such as a reference), as plain JSON: scores are kept under it. Empty where that
+            is not known: then they are measured each time.
+    """
 
     name: str
     better: Better
     function: Callable[[S], Score]
+    fingerprint: Mapping[str, Any] = field(default_factory=dict)
 
     def __call__(self, subject: S) -> Score:
         """Measure."""
@@ -42,10 +49,12 @@ class Metric(Generic[S]):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Battery(Generic[S]):
-    """Several numbers that come out of one pass over a subject, each with the direction that is better."""
+    """Several numbers that come out of one pass over a subject, each with the direction that is better; `fingerprint` as
+    a `Metric`'s."""
 
     name: str
     function: Callable[[S], Mapping[str, tuple[Better, Score]]]
+    fingerprint: Mapping[str, Any] = field(default_factory=dict)
 
     def __call__(self, subject: S) -> Mapping[str, tuple[Better, Score]]:
         """Measure."""
