@@ -4,7 +4,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from affinequant.cli.arguments import Parser, choice, whole
-from affinequant.cli.output import Screen, freedom, minutes, with_error
+from affinequant.cli.output import Screen, between, freedom, minutes, with_error
 from affinequant.errors import AffineQuantError
 from affinequant.recipe.recipe import Device, Dtype
 
@@ -17,7 +17,8 @@ USAGE = "CKPT [--text FILE|demo] [--tasks A,B] [--suite quick|paper] ..."
 EPILOG = f"""
 Without options: perplexity on {DEFAULT_WINDOWS} windows of the demo's held-out text. The baseline (the model that the
 checkpoint was made from, or --baseline) sees the same tokens and prompts; +- is one standard error, of the
-pairwise differences where it stands at the difference, with one degree of freedom less than there are windows.
+pairwise differences where it stands at the difference, with one degree of freedom less than there are windows;
+in brackets 95 % by Student's t. Better or worse is said only where they hold no 0.
 
 examples:
   affinequant eval my-llama-w4a4
@@ -100,20 +101,22 @@ def print_card(card: "Scorecard", screen: Screen) -> None:
     rows = []
     for row in card.rows:
         if row.score is None:
-            rows.append([row.name, f"failed: {row.error}", "", "", ""])
+            rows.append([row.name, f"failed: {row.error}", "", "", "", ""])
             continue
         other = card.baseline.score(row.name) if card.baseline else None
         delta = deltas.get(row.name)
+        verdict = delta.verdict(row.better) if delta and row.better else ""
         rows.append(
             [
                 row.name,
                 with_error(row.score.value, row.score.stderr),
                 with_error(other.value, other.stderr) if other else _missing(card, row.name),
                 with_error(delta.value, delta.stderr, sign=True) if delta else "",
-                f"{row.better} is better",
+                between(delta.interval, sign=True) if delta else between(row.score.interval),
+                f"{verdict}; {row.better} is better" if verdict else f"{row.better} is better",
             ]
         )
-    screen.table(["metric", "value", "baseline", "difference", ""], rows)
+    screen.table(["metric", "value", "baseline", "difference", "95 %", ""], rows)
     screen.print()
     baseline = card.baseline.subject if card.baseline else "none"
     seconds = card.seconds + (card.baseline.seconds if card.baseline else 0)
@@ -136,6 +139,7 @@ def _how(row: "Row") -> str:
     return (
         f"{row.name}: {about['windows']} windows of {about['seq_len']} tokens of {about['text']}, "
         f"BOS: {about['bos']}, {about['tokens_scored']:,} tokens scored; {freedom(row.score.dof if row.score else None)}"
+        + (f"; 95 % {between(row.score.interval)}" if row.score and row.score.interval else "")
     )
 
 

@@ -137,3 +137,9 @@ def with_error(value: float, stderr: float | None, *, sign: bool = False) -> str
     """`12.34 +- 0.56`."""
     text = f"{value:+.4g}" if sign else f"{value:.4g}"
     return text if stderr is None else f"{text} +- {stderr:.2g}"
+
+
+def between(interval: tuple[float, float] | None, *, sign: bool = False) -> str:
+    """`[11.2, 13.5]`; nothing where there is none."""
+    kind = "+.4g" if sign else ".4g"
+    return f"[{interval[0]:{kind}}, {interval[1]:{kind}}]" if interval else ""

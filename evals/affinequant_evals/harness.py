@@ -14,16 +14,15 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from affinequant.data.wheels import Say, quiet
 from affinequant.errors import AffineQuantError
-from affinequant_evals.scores import Delta, Score, difference
+from affinequant_evals.scores import Better, Delta, Score, difference
 
 if TYPE_CHECKING:
     from affinequant.run.run import Run
 
-Better = Literal["lower", "higher"]
 S = TypeVar("S")
 
 
@@ -81,7 +80,11 @@ class Row:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scorecard:
-    """What one subject scored on a suite, and the baseline's scorecard on the same suite where there is one."""
+    """What one subject scored on a suite, and the baseline's scorecard on the same suite where there is one.
+
+    Attributes:
+        more: what else was found out, as plain JSON values; each key stands beside `metrics` in the JSON.
+    """
 
     subject: str
     rows: tuple[Row, ...]
@@ -89,6 +92,7 @@ class Scorecard:
     seconds: float
     baseline: "Scorecard | None" = None
     notes: tuple[str, ...] = ()
+    more: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def failed(self) -> tuple[Row, ...]:
@@ -121,7 +125,7 @@ class Scorecard:
             "env": dict(self.env),
             "notes": list(self.notes),
             "seconds": self.seconds,
-        }
+        } | dict(self.more)
 
     def _entry(self, row: Row, delta: Delta | None) -> dict[str, Any]:
         score = row.score
@@ -130,11 +134,12 @@ class Scorecard:
             "value": score.value if score else None,
             "stderr": score.stderr if score else None,
             "dof": score.dof if score else None,
+            "interval": list(score.interval) if score and score.interval else None,
             "n": score.n if score else 0,
             "better": row.better,
             "baseline": other.value if other else None,
             "baseline_stderr": other.stderr if other else None,
-            "delta": asdict(delta) if delta else None,
+            "delta": delta.to_json() if delta else None,
             "about": dict(score.about) if score else {},
         }
         return entry | ({"error": row.error} if row.error else {})

@@ -1,9 +1,17 @@
-"""A measured value and how well it is known: standard errors, degrees of freedom, differences over pairs."""
+"""A measured value and how well it is known: standard errors, degrees of freedom, intervals, differences over pairs."""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
+
+Better = Literal["lower", "higher"]
+Interval = tuple[float, float]
+LEVEL = 0.95
+"""How often an interval holds the value that endlessly many observations would give."""
+FEW_ALIKE = 6
+"""From so many pairs on, differences that are all the same tell a direction: fewer agree by chance more often than once in
+twenty (the sign test, 2 / 2^n), whatever their standard error of 0 says."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,6 +24,7 @@ class Score:
             over sqrt(n), and the differences of two scores' parts give the error of the difference.
         key: names the observations; two scores are paired only where it is the same.
         about: how it was measured, as plain JSON values.
+        log: the value is exp of a mean, and its interval that of the mean.
     """
 
     value: float
@@ -24,11 +33,21 @@ class Score:
     parts: tuple[float, ...] = ()
     key: str = ""
     about: Mapping[str, Any] = field(default_factory=dict)
+    log: bool = False
 
     @property
     def dof(self) -> int | None:
         """Degrees of freedom of `stderr`: how well it is known itself (Student's t; 95 % lie within 2.57 of it at 5)."""
         return None if self.stderr is None else self.n - 1
+
+    @property
+    def interval(self) -> Interval | None:
+        """95 % by Student's t. Of exp(mean) it is exp of the mean's: a mean of losses is nearer to normal than its exp, and
+        of few windows value - t stderr may lie below 0, where no perplexity is."""
+        if not self.log:
+            return _interval(self.value, self.stderr, self.dof)
+        inside = _interval(math.log(self.value), None if self.stderr is None else self.stderr / self.value, self.dof)
+        return inside and (math.exp(inside[0]), math.exp(inside[1]))
 
 
 def mean_score(values: Sequence[float], *, key: str = "", about: Mapping[str, Any] | None = None) -> Score:
@@ -42,18 +61,48 @@ def exp_mean_score(values: Sequence[float], *, key: str = "", about: Mapping[str
     """exp(mean of the values), e.g. a perplexity from losses; its error by the delta method."""
     value = math.exp(math.fsum(values) / len(values))
     parts = tuple(value * float(item) for item in values)
-    return Score(value=value, stderr=_stderr(parts), n=len(parts), parts=parts, key=key, about=about or {})
+    return Score(value=value, stderr=_stderr(parts), n=len(parts), parts=parts, key=key, about=about or {}, log=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Delta:
-    """A score minus the baseline's. `paired`: both saw the same observations, and the error is that of the pairs; else
-    `dof` is that of the score that is known less well."""
+    """A score minus the baseline's.
+
+    Attributes:
+        paired: both saw the same observations, `n` of them, and the error is that of the pairs.
+        dof: of `stderr`: pairs less one, or Welch's and Satterthwaite's, which is no whole number.
+    """
 
     value: float
     stderr: float | None
     paired: bool
-    dof: int | None = None
+    dof: float | None = None
+    n: int = 0
+
+    @property
+    def interval(self) -> Interval | None:
+        """95 % by Student's t; None where there is no standard error."""
+        return _interval(self.value, self.stderr, self.dof)
+
+    def verdict(self, better: Better) -> str:
+        """`worse` or `better` where the pairs' interval excludes 0, `no difference seen` where it does not, which is not
+        to say that there is none; nothing where nothing is paired."""
+        if not self.paired or self.interval is None:
+            return ""
+        low, high = self.interval
+        if low <= 0 <= high or (low == high and self.n < FEW_ALIKE):
+            return "no difference seen"
+        return "better" if (low > 0) == (better == "higher") else "worse"
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {
+            "value": self.value,
+            "stderr": self.stderr,
+            "paired": self.paired,
+            "dof": self.dof,
+            "interval": self.interval and list(self.interval),
+        }
 
 
 def difference(mine: Score, other: Score) -> Delta:
@@ -62,11 +111,29 @@ def difference(mine: Score, other: Score) -> Delta:
     if mine.key and mine.key == other.key and len(mine.parts) == len(other.parts) > 0:
         parts = [left - right for left, right in zip(mine.parts, other.parts, strict=True)]
         stderr = _stderr(parts)
-        return Delta(value=value, stderr=stderr, paired=True, dof=None if stderr is None else len(parts) - 1)
+        dof = None if stderr is None else len(parts) - 1
+        return Delta(value=value, stderr=stderr, paired=True, dof=dof, n=len(parts))
     if mine.stderr is None or other.stderr is None:
         return Delta(value=value, stderr=None, paired=False)
     stderr = math.hypot(mine.stderr, other.stderr)
-    return Delta(value=value, stderr=stderr, paired=False, dof=min(mine.n, other.n) - 1)
+    return Delta(value=value, stderr=stderr, paired=False, dof=_welch(mine, other))
+
+
+def _welch(mine: Score, other: Score) -> float:
+    """Degrees of freedom of a difference of two means whose variances differ (Welch 1947; scipy's `ttest_ind` has it only
+    together with the observations, which a score need not hold)."""
+    squares = [((score.stderr or 0.0) ** 2, score.n - 1) for score in (mine, other)]
+    below = sum(square**2 / dof for square, dof in squares)
+    return sum(square for square, _ in squares) ** 2 / below if below > 0 else mine.n + other.n - 2
+
+
+def _interval(value: float, stderr: float | None, dof: float | None) -> Interval | None:
+    if stderr is None or dof is None or dof <= 0:
+        return None
+    from scipy.special import stdtrit  # the quantile behind scipy.stats.t, without the second that its import takes
+
+    reach = float(stdtrit(dof, (1 + LEVEL) / 2)) * stderr
+    return value - reach, value + reach
 
 
 def _stderr(parts: Sequence[float]) -> float | None:
