@@ -51,6 +51,9 @@ COMMANDS: dict[str, Command] = {
     "bench": Command(
         module="affinequant.cli.bench", about="time a checkpoint next to its model, or the integer kernels"
     ),
+    "research": Command(
+        module="affinequant.cli.research", about="other papers' methods on the same harness", resumes=True
+    ),
     "list": Command(
         module="affinequant.cli.lists", about="schemes, models, transforms, formats, presets, data, metrics"
     ),

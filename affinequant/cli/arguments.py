@@ -206,3 +206,20 @@ def _unexpected_word(parser: Parser, word: str) -> AffineQuantError:
     near = difflib.get_close_matches(flag, known, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}? " if near else ""
     return AffineQuantError(f"unknown option {flag}", parser.prog, hint + shown)
+
+
+def seeds_of(text: str) -> tuple[int, ...]:
+    """`0`, `0-2` or `0,1,5` -> the seeds.
+
+    Raises:
+        AffineQuantError: anything else, or one twice (exit 2).
+    """
+    seeds: list[int] = []
+    for part in text.split(","):
+        found = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        if not found or (found[2] and int(found[2]) < int(found[1])):
+            raise AffineQuantError(f"{text!r} names no seeds", "--seeds", "write it like 0-2 or 0,1,5")
+        seeds += range(int(found[1]), int(found[2] or found[1]) + 1)
+    if len(set(seeds)) < len(seeds):
+        raise AffineQuantError(f"{text!r} names a seed twice", "--seeds", "name each once")
+    return tuple(seeds)

@@ -1,0 +1,95 @@
+"""What the seeds of a method's experiments say together: tables, claims, figures, as the report page reads them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from affinequant_evals import mean_score
+
+from affinequant_research.experiment import Experiment, Method
+from affinequant_research.running import found
+
+Results = Sequence[Mapping[str, Any]]
+
+
+def summary(method: Method, preset: str, done: Sequence[tuple[Experiment, Any, Results]]) -> dict[str, Any]:
+    """The report of a method's run as plain JSON.
+
+    Args:
+        done: each experiment with its settings and the results of its seeds.
+    """
+    claims = [claim for _, _, results in done for claim in _claims(results)]
+    held = sum(claim["pass"] for claim in claims)
+    seeds = sorted({result["seed"] for _, _, results in done for result in results})
+    said = f"{held} of {len(claims)} claims hold" if claims else "nothing is claimed of this preset"
+    figures = [figure.to_json() for one, config, results in done for figure in one.figures(found(config, results))]
+    return {
+        "schema": 1,
+        "kind": "research",
+        "title": f"{method.name}: {method.about}",
+        "verdict": f"{said}, each on {'every one of seeds' if len(seeds) > 1 else 'seed'} {', '.join(map(str, seeds))}.",
+        "facts": {
+            "method": method.name,
+            "source": method.source,
+            "preset": preset,
+            "time": f"{sum(result['seconds'] for _, _, results in done for result in results):.0f} s",
+            **{name: str(value) for name, value in (done[0][2][0]["env"] if done else {}).items()},
+        },
+        "tables": [table for one, _, results in done for table in _tables(one, results)],
+        "figures": figures,
+        "claims": claims,
+        "passed": held == len(claims),
+        "results": [dict(result) for _, _, results in done for result in results],
+    }
+
+
+def _tables(experiment: Experiment, results: Results) -> list[dict[str, Any]]:
+    names = {name: tuple(name.rsplit("/", 1)) for result in results for name in result["metrics"]}
+    columns = experiment.shown or tuple(dict.fromkeys(column for _, column in names.values()))
+    rows = [[stage, *(_shown(results, f"{stage}/{column}") for column in columns)] for stage in _stages(names.values())]
+    tables = [{"title": f"{experiment.name}: {experiment.about}", "columns": ["", *columns], "rows": rows}]
+    if claims := _claims(results):
+        cells = [
+            [
+                claim["claim"],
+                "; ".join(map(_number, claim["values"])),
+                claim["source"],
+                "pass" if claim["pass"] else "FAIL",
+            ]
+            for claim in claims
+        ]
+        tables.append(
+            {"title": f"{experiment.name}: claims", "columns": ["claim", "measured", "source", ""], "rows": cells}
+        )
+    return tables
+
+
+def _stages(pairs: Any) -> list[str]:
+    return list(dict.fromkeys(stage for stage, _ in pairs))
+
+
+def _shown(results: Results, name: str) -> str:
+    """The mean over seeds and its standard error; `>` before what was cut off by the budget on any of them."""
+    scores = [result["metrics"][name] for result in results if name in result["metrics"]]
+    if not scores:
+        return ""
+    score = mean_score([one["value"] for one in scores])
+    cut = "> " if any(one["about"].get("censored") for one in scores) else ""
+    return cut + _number(score.value) + ("" if score.stderr is None else f" +- {score.stderr:.2g}")
+
+
+def _claims(results: Results) -> list[dict[str, Any]]:
+    """Each claim with what every seed measured; it passes where it does on all."""
+    merged: dict[str, dict[str, Any]] = {}
+    for result in results:
+        for claim in result["expect"]:
+            kept = ("claim", "metric", "op", "source")
+            one = merged.setdefault(claim["claim"], {name: claim[name] for name in kept} | {"values": [], "limits": []})
+            one["values"].append(claim["value"])
+            one["limits"].append(claim["limit"])
+            one["pass"] = one.get("pass", True) and claim["pass"]
+            one["experiment"] = result["experiment"]
+    return list(merged.values())
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
