@@ -68,13 +68,14 @@ def _stages(pairs: Any) -> list[str]:
 
 
 def _shown(results: Results, name: str) -> str:
-    """The mean over seeds and its standard error; `>` before what was cut off by the budget on any of them."""
+    """The mean over seeds and its 95 % interval; `>` before what was cut off by the budget on any of them."""
     scores = [result["metrics"][name] for result in results if name in result["metrics"]]
     if not scores:
         return ""
     score = mean_score([one["value"] for one in scores])
     cut = "> " if any(one["about"].get("censored") for one in scores) else ""
-    return cut + _number(score.value) + ("" if score.stderr is None else f" +- {score.stderr:.2g}")
+    interval = score.interval
+    return cut + _number(score.value) + (f" [{_number(interval[0])}, {_number(interval[1])}]" if interval else "")
 
 
 def _claims(results: Results) -> list[dict[str, Any]]:
