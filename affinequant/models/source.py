@@ -182,12 +182,12 @@ def check_tensors(source: Source, family: Family, dims: Dims) -> None:
             )
 
 
-def read_through(source: Source, say: Say = quiet) -> dict[str, str]:
-    """Read every weight once: refuse NaN or infinity, and return what tells this source's content from another's, for a
-    fingerprint: a hash of all tensors (names, types, shapes and bytes, however they lie in files) and one of the config.
+def read_through(source: Source, say: Say = quiet, *, finite: bool = True) -> dict[str, str]:
+    """Read every weight once, and return what tells this source's content from another's, for a fingerprint: a hash of
+    all tensors (names, types, shapes and bytes, however they lie in files) and one of the config.
 
     Raises:
-        AffineQuantError: naming the tensor and how many of its values are not finite.
+        AffineQuantError: with `finite`, a tensor holds NaN or infinity: which, and how many of its values.
     """
     import torch
 
@@ -195,7 +195,7 @@ def read_through(source: Source, say: Say = quiet) -> dict[str, str]:
     told = Steps(say, "reading the weights", whole, shown=lambda size: f"{size / 2**30:.1f} GB")
     for name, entry in sorted(source.entries.items()):
         values = source.read([name])[name]
-        if entry.dtype in _FLOATS and (wrong := int((~values.isfinite()).sum())):
+        if finite and entry.dtype in _FLOATS and (wrong := int((~values.isfinite()).sum())):
             raise broken(f"tensor {name} has {wrong} values that are NaN or infinite", source.folder / entry.file)
         weights.update(json.dumps([name, entry.dtype, entry.shape]).encode())
         weights.update(values.contiguous().view(-1).view(torch.uint8).numpy().data)

@@ -108,6 +108,15 @@ class Run:
             if old.parent.name != name:
                 old.unlink()
 
+    def forget(self, name: str) -> None:
+        """Let go of a stage, committed or begun: it is to be done again."""
+        self._kept(name).unlink(missing_ok=True)
+        if (self.stages / name).exists():
+            leaving = self.stages / f"{name}.tmp"
+            shutil.rmtree(leaving, ignore_errors=True)
+            os.rename(self.stages / name, leaving)
+            shutil.rmtree(leaving)
+
     def keep(self, name: str, state: Mapping[str, Any]) -> None:
         """Put on disk how far a stage is that is not committed yet: tensors and plain values, as a report of `fit` gives
         them when it was paused. The stage's commit lets go of it."""

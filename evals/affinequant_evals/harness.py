@@ -3,21 +3,21 @@
 Nothing here knows language models: a subject is whatever a suite's metrics take.
 """
 
-import importlib.metadata
+import datetime
+import hashlib
+import json
 import math
-import os
-import platform
-import random
 import re
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from affinequant.data.wheels import Say, quiet
 from affinequant.errors import AffineQuantError
+from affinequant_evals.environment import environment, fixed_seeds
+from affinequant_evals.environment import package_version as package_version
+from affinequant_evals.part import Part
 from affinequant_evals.scores import Better, Delta, Score, difference
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ class Metric(Generic[S]):
     """One number of a subject.
 
     Attributes:
+        resumes: the function takes a `Part` after the subject, and notes in it how far it is.
         fingerprint: all that decides the number beside the subject and the versions of packages (the data's hash, the
             protocol, what else is read, such as a reference), as plain JSON: scores are kept under it. Empty where that
             is not known: then they are measured each time.
@@ -38,26 +39,28 @@ class Metric(Generic[S]):
 
     name: str
     better: Better
-    function: Callable[[S], Score]
+    function: Callable[..., Score]
     fingerprint: Mapping[str, Any] = field(default_factory=dict)
+    resumes: bool = False
 
-    def __call__(self, subject: S) -> Score:
+    def __call__(self, subject: S, part: Part | None = None) -> Score:
         """Measure."""
-        return self.function(subject)
+        return self.function(subject, part or Part()) if self.resumes else self.function(subject)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Battery(Generic[S]):
-    """Several numbers that come out of one pass over a subject, each with the direction that is better; `fingerprint` as
-    a `Metric`'s."""
+    """Several numbers that come out of one pass over a subject, each with the direction that is better; `fingerprint`
+    and `resumes` as a `Metric`'s."""
 
     name: str
-    function: Callable[[S], Mapping[str, tuple[Better, Score]]]
+    function: Callable[..., Mapping[str, tuple[Better, Score]]]
     fingerprint: Mapping[str, Any] = field(default_factory=dict)
+    resumes: bool = False
 
-    def __call__(self, subject: S) -> Mapping[str, tuple[Better, Score]]:
+    def __call__(self, subject: S, part: Part | None = None) -> Mapping[str, tuple[Better, Score]]:
         """Measure."""
-        return self.function(subject)
+        return self.function(subject, part or Part()) if self.resumes else self.function(subject)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,12 +73,13 @@ class Suite(Generic[S]):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One line of a scorecard: a score, or why there is none."""
+    """One line of a scorecard: a score, or why there is none. `kept`: when it was measured, where that was not now."""
 
     name: str
     better: Better | None
     score: Score | None
     error: str | None = None
+    kept: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,55 +145,97 @@ class Scorecard:
             "baseline_stderr": other.stderr if other else None,
             "delta": delta.to_json() if delta else None,
             "about": dict(score.about) if score else {},
+            "kept": row.kept or None,
         }
         return entry | ({"error": row.error} if row.error else {})
 
 
-def evaluate(subject: S, suite: Suite[S], *, run: "Run | None" = None, say: Say = quiet) -> Scorecard:
+def evaluate(
+    subject: S, suite: Suite[S], *, run: "Run | None" = None, nameless: bool = True, say: Say = quiet
+) -> Scorecard:
     """Measure every metric of a suite; one that fails becomes a row with its error, and the rest still run.
 
     Args:
         subject: what the metrics take; its `name`, if it has one, stands in the scorecard.
-        run: keeps each metric's rows as they are done, so that the same evaluation started again goes on from there.
+        run: keeps each metric's rows as they are done, so that the same evaluation started again goes on from there. A
+            disk that cannot take them costs no score.
+        nameless: keep also the metrics whose `fingerprint` is empty, since the run's own says what they are measured on.
         say: told what is being measured.
     """
-    started = time.monotonic()
     rows: list[Row] = []
+    seconds = 0.0
     for index, metric in enumerate(suite.metrics, start=1):
-        stage = f"score.{re.sub(r'[^A-Za-z0-9._-]+', '_', metric.name)}"
-        if run and run.committed(stage):
-            rows += [_row_from_json(entry) for entry in run.report(stage)["rows"]]
-            continue
-        say(f"{index}/{len(suite.metrics)} {metric.name}")
-        new = _measure(metric, subject)
-        if run and not any(row.error for row in new):
-            run.commit(stage, report={"rows": [asdict(row) for row in new]})
+        place = run if run and (nameless or metric.fingerprint) else None
+        new, took = recalled(metric, place) or ([], 0.0)
+        if not new:
+            say(f"{index}/{len(suite.metrics)} {metric.name}")
+            started = time.monotonic()
+            new = _measure(metric, subject, Part(place, stage_of(metric)))
+            took = time.monotonic() - started
+            _keep(metric, new, took, place, say)
         rows += new
-    return Scorecard(
-        subject=str(getattr(subject, "name", type(subject).__name__)),
-        rows=tuple(rows),
-        env=environment(),
-        seconds=round(time.monotonic() - started, 1),
-    )
+        seconds += took
+    name = str(getattr(subject, "name", type(subject).__name__))
+    return Scorecard(subject=name, rows=tuple(rows), env=environment(), seconds=round(seconds, 1))
 
 
-def environment() -> dict[str, Any]:
-    """Versions and machine, as they belong to every result."""
-    packages = ("affinequant", "torch", "transformers", "compressed-tensors", "datasets", "lm_eval")
-    versions = {name: version for name in packages if (version := package_version(name))}
-    return versions | {
-        "python": platform.python_version(),
-        "platform": f"{platform.system()} {platform.machine()}",
-        "cpus": os.cpu_count(),
-    }
+def recall(name: str, suite: Suite[Any], run: "Run") -> Scorecard | None:
+    """The scorecard that `evaluate` would give without measuring anything; None where it would measure."""
+    found = [recalled(metric, run) for metric in suite.metrics]
+    known = [one for one in found if one]
+    if len(known) < len(found):
+        return None
+    rows = tuple(row for rows, _ in known for row in rows)
+    return Scorecard(subject=name, rows=rows, env=environment(), seconds=round(sum(took for _, took in known), 1))
 
 
-def _measure(metric: Metric[S] | Battery[S], subject: S) -> list[Row]:
+def recalled(metric: Metric[Any] | Battery[Any], run: "Run | None") -> tuple[list[Row], float] | None:
+    """A metric's rows as they are kept, and the seconds that they took; None where they are not, or cannot be read."""
+    stage = stage_of(metric)
+    if not run or not run.committed(stage):
+        return None
     try:
-        with _fixed_seeds():
+        report = run.report(stage)
+        return [_row_from_json(entry, report.get("measured", "")) for entry in report["rows"]], report.get(
+            "seconds", 0.0
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def stage_of(metric: Metric[Any] | Battery[Any]) -> str:
+    """The name under which a run keeps it: one name measured in two ways is two stages."""
+    name = f"score.{re.sub(r'[^A-Za-z0-9._-]+', '_', metric.name)}"
+    if not metric.fingerprint:
+        return name
+    return f"{name[:100]}.{fingerprint_hash({'name': metric.name, **metric.fingerprint})[:16]}"
+
+
+def fingerprint_hash(fields: Mapping[str, Any]) -> str:
+    """Of plain JSON values, in any order."""
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _keep(metric: Metric[Any] | Battery[Any], rows: list[Row], seconds: float, run: "Run | None", say: Say) -> None:
+    if not run or any(row.error for row in rows):
+        return
+    measured = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    try:
+        run.forget(stage_of(metric))  # what was there could not be read
+        run.commit(
+            stage_of(metric),
+            report={"rows": [asdict(row) for row in rows], "measured": measured, "seconds": round(seconds, 3)},
+        )
+    except OSError as problem:
+        say(f"{metric.name} could not be kept: {problem}")
+
+
+def _measure(metric: Metric[S] | Battery[S], subject: S, part: Part) -> list[Row]:
+    try:
+        with fixed_seeds(), part.saved():
             if isinstance(metric, Metric):
-                return [_row(metric.name, metric.better, metric(subject))]
-            return [_row(name, better, score) for name, (better, score) in metric(subject).items()]
+                return [_row(metric.name, metric.better, metric(subject, part))]
+            return [_row(name, better, score) for name, (better, score) in metric(subject, part).items()]
     except AffineQuantError as problem:
         reason = f"{problem.what}; {problem.fix}"
     except Exception as problem:
@@ -203,34 +249,6 @@ def _row(name: str, better: Better, score: Score) -> Row:
     return Row(name=name, better=better, score=score)
 
 
-def _row_from_json(entry: dict[str, Any]) -> Row:
+def _row_from_json(entry: dict[str, Any], measured: str) -> Row:
     score = Score(**entry["score"] | {"parts": tuple(entry["score"]["parts"])})
-    return Row(name=entry["name"], better=entry["better"], score=score)
-
-
-def package_version(package: str) -> str | None:
-    """Of an installed package; None where it is not."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-@contextmanager
-def _fixed_seeds(seed: int = 0) -> Iterator[None]:
-    """Every metric starts from the same random state, and leaves the caller's as it was."""
-    numpy, torch = sys.modules.get("numpy"), sys.modules.get("torch")
-    state = random.getstate(), numpy and numpy.random.get_state(), torch and torch.random.get_rng_state()
-    random.seed(seed)
-    if numpy:
-        numpy.random.seed(seed)
-    if torch:
-        torch.manual_seed(seed)
-    try:
-        yield
-    finally:
-        random.setstate(state[0])
-        if numpy:
-            numpy.random.set_state(state[1])
-        if torch:
-            torch.random.set_rng_state(state[2])
+    return Row(name=entry["name"], better=entry["better"], score=score, kept=measured)
