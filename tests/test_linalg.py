@@ -1,5 +1,7 @@
 """Orthogonal matrices of any size, their factors, maps onto rotations, blocks, and the gradual mask."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -12,6 +14,7 @@ from affinequant.transforms.linalg import (
     kronecker_apply,
     masked_band,
     orthogonal_factors,
+    polar,
     to_blocks,
 )
 
@@ -113,11 +116,51 @@ def test_gram_schmidt_of_two_columns_ends_with_their_cross_product() -> None:
     torch.testing.assert_close(made[..., 2], torch.linalg.cross(made[..., 0], made[..., 1]))
 
 
-@pytest.mark.parametrize("map_", [cayley, gram_schmidt], ids=["cayley", "gram-schmidt"])
+@pytest.mark.parametrize(
+    "map_",
+    [cayley, gram_schmidt, polar, partial(polar, proper=True)],
+    ids=["cayley", "gram-schmidt", "polar", "proper-polar"],
+)
 def test_gradients_of_the_maps_onto_rotations(map_) -> None:
     assert torch.autograd.gradcheck(map_, (random(2, 4, 4).requires_grad_(),))
     if map_ is gram_schmidt:
         assert torch.autograd.gradcheck(map_, (random(2, 4, 3).requires_grad_(),))
+
+
+@pytest.mark.parametrize("proper", [False, True])
+def test_no_orthogonal_matrix_is_nearer_than_the_polar_factor(proper: bool) -> None:
+    matrix = random(40, 3, 3)
+    nearest = polar(matrix, proper=proper)
+    torch.testing.assert_close(nearest @ nearest.mT, torch.eye(3).double().expand(40, 3, 3), rtol=0, atol=1e-12)
+    sign = torch.linalg.det(matrix).sign()
+    torch.testing.assert_close(torch.linalg.det(nearest), sign.abs() if proper else sign)
+    away = (matrix - nearest).norm(dim=(-2, -1))
+    for seed in range(20):
+        other = cayley(random(40, 3, 3, seed=seed) * 0.3**seed) @ nearest
+        assert bool(((matrix - other).norm(dim=(-2, -1)) >= away - 1e-12).all())
+
+
+def test_the_polar_factor_has_a_slope_where_singular_values_are_equal() -> None:
+    """The start of learning: an orthogonal matrix, where derivatives of U and V by themselves do not exist."""
+    rotation = cayley(random(2, 4, 4)).requires_grad_()
+    assert torch.autograd.gradcheck(polar, (rotation,))
+    polar(torch.zeros(2, 3, 3, dtype=torch.float64, requires_grad=True)).sum().backward()
+
+
+@pytest.mark.parametrize("columns", [[[0, 0, 0], [0, 1, 0]], [[1, 0, 0], [2, 0, 0]], [[0, 0, 0], [0, 0, 0]]], ids=str)
+def test_gram_schmidt_of_dependent_columns_is_a_rotation_with_finite_gradients(columns: list[list[int]]) -> None:
+    matrix = torch.tensor(columns).double().mT.contiguous().requires_grad_()
+    made = gram_schmidt(matrix)
+    torch.testing.assert_close(made @ made.mT, torch.eye(3).double())
+    torch.testing.assert_close(torch.linalg.det(made), torch.ones(()).double())
+    (made * random(3, 3)).sum().backward()
+    assert matrix.grad is not None and bool(matrix.grad.isfinite().all())
+
+
+def test_qr_is_gram_schmidt_but_for_signs_of_columns() -> None:
+    """Which quantisation to symmetric ranges does not see: QR-Orth (arXiv 2511.04063) is this chart."""
+    matrix = random(5, 8, 8)
+    torch.testing.assert_close(torch.linalg.qr(matrix).Q.abs(), gram_schmidt(matrix).abs())
 
 
 def test_gram_schmidt_undoes_nothing_on_a_rotation() -> None:

@@ -25,7 +25,7 @@ from affinequant.recipe.recipe import resolve
 from affinequant.rounding.job import BlockJob
 from affinequant.run.run import Run
 from affinequant.stages import ROTATED, run_stages
-from affinequant.transforms import build
+from affinequant.transforms import LEARNED_ROTATIONS, build
 from affinequant.transforms.fold import fold, rotate_block
 from affinequant.transforms.site_input import SiteInput
 
@@ -148,7 +148,7 @@ def test_every_rotation_gets_a_gradient(case: Callable[..., Case]) -> None:
         assert parameter.grad is not None and bool(parameter.grad.abs().sum() > 0)
 
 
-@pytest.mark.parametrize("name", ["orthogonal", "gram-schmidt"])
+@pytest.mark.parametrize("name", LEARNED_ROTATIONS)
 def test_the_rate_is_the_angle_of_the_first_steps(case: Callable[..., Case], name: str) -> None:
     here = case(transforms={"residual": name, "vo": name})
     blocks = [RoundedInputs(here.job(index), here.load) for index in range(2)]
@@ -159,7 +159,7 @@ def test_the_rate_is_the_angle_of_the_first_steps(case: Callable[..., Case], nam
         start = module.blocks().detach()
         skew = random_signs(*module.params.shape)
         with torch.no_grad():
-            module.params.add_(group.lr * (start @ skew if name == "gram-schmidt" else skew))
+            module.params.add_(group.lr * (skew if name == "orthogonal" else start @ skew))
         angle = (module.blocks().detach() - start).norm(dim=-1).mean()
         assert float(angle) == pytest.approx(0.1, rel=0.15)
 
@@ -208,7 +208,7 @@ class Lines(Silent):
         self.lines.append(text)
 
 
-@pytest.mark.parametrize("name", ["orthogonal", "gram-schmidt"])
+@pytest.mark.parametrize("name", LEARNED_ROTATIONS)
 def test_it_learns_where_the_fixed_rotation_is_poor(
     tiny: Tiny, case: Callable[..., Case], tmp_path: Path, name: str
 ) -> None:

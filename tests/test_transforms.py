@@ -9,7 +9,7 @@ from torch import Tensor
 
 from affinequant.errors import AffineQuantError
 from affinequant.models.sites import Edge, Kind, Site
-from affinequant.transforms import TRANSFORMS, build, structures_of
+from affinequant.transforms import LEARNED_ROTATIONS, TRANSFORMS, build, structures_of
 from affinequant.transforms.banded import Banded
 from affinequant.transforms.svd import LIMIT
 
@@ -152,7 +152,7 @@ def test_a_hadamard_rotation_of_any_width_is_orthogonal_and_follows_its_seed(wid
     assert width == 2 or not torch.equal(first, other)
 
 
-@pytest.mark.parametrize("name", ["orthogonal", "gram-schmidt"])
+@pytest.mark.parametrize("name", LEARNED_ROTATIONS)
 @pytest.mark.parametrize("kind", ["heads", "linear", "residual"])
 def test_a_learned_rotation_is_orthogonal_wherever_it_is_and_starts_as_a_fixed_one(name: str, kind: Kind) -> None:
     where = site(3 if kind == "heads" else 1, 24 if kind == "heads" else 96, kind=kind)
@@ -168,7 +168,7 @@ def test_a_learned_rotation_is_orthogonal_wherever_it_is_and_starts_as_a_fixed_o
     assert float((moved - start).abs().max()) > 0.1
 
 
-@pytest.mark.parametrize("name", ["orthogonal", "gram-schmidt"])
+@pytest.mark.parametrize("name", LEARNED_ROTATIONS)
 def test_a_learned_rotation_starts_from_given_blocks(name: str) -> None:
     start = torch.linalg.qr(random(3, 8, 8)).Q
     made_of = made(name, 3, 8, noise=0.0, start=start)

@@ -71,10 +71,11 @@ TRANSFORMS: dict[str, tuple[str, str, str]] = {
         _HERE + "orthogonal:Orthogonal",
         "learned rotation per head or block, or whole, by Cayley",
     ),
-    "gram-schmidt": ("orthogonal", _HERE + "orthogonal:by_gram_schmidt", "the same by Gram-Schmidt"),
+    "gram-schmidt": ("orthogonal", _HERE + "orthogonal:by_gram_schmidt", "the same by Gram-Schmidt (QR)"),
+    "polar": ("orthogonal", _HERE + "orthogonal:by_polar", "the same by the nearest orthogonal matrix (SVD)"),
 }
 """name -> (structure, where it is, what it is)."""
-LEARNED_ROTATIONS = ("orthogonal", "gram-schmidt")
+LEARNED_ROTATIONS = ("orthogonal", "gram-schmidt", "polar")
 """Those that end-to-end training of the residual stream's rotation can move."""
 
 

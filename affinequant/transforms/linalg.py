@@ -1,10 +1,12 @@
 """Small exact algebra: orthogonal matrices of any size, applied in factors."""
 
 import math
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def hadamard(n: int) -> Float[Tensor, "n n"]:
@@ -82,18 +84,78 @@ def gram_schmidt(matrix: Float[Tensor, "*batch n k"]) -> Float[Tensor, "*batch n
     """The orthogonal matrix whose leading columns Gram-Schmidt makes of those of `matrix`, for k = n or k = n - 1.
 
     With k = n - 1 the last column is the one that makes the determinant 1: a continuous map onto all rotations, whose
-    right inverse is continuous too (arXiv 1812.07035, where n = 3 is the six-dimensional representation). With
-    k = n the determinant has the sign of the argument's. Differentiable while the columns are independent.
+    right inverse is continuous too (arXiv 1812.07035, where n = 3 is the six-dimensional representation); gradients are
+    finite everywhere, and nothing but the first derivative is there. With k = n the determinant has the sign of the
+    argument's, and it is differentiable while the columns are independent.
     """
     n, k = matrix.shape[-2:]
     assert k in (n, n - 1), (n, k)
     if k < n:
-        with torch.no_grad():
-            last = torch.linalg.qr(matrix, mode="complete").Q[..., -1:]
-            sign = torch.linalg.slogdet(torch.cat([matrix, last], -1)).sign
-            last = last * torch.where(sign < 0, -1.0, 1.0)[..., None, None].to(last)
-        # Any column outside the span of the others leads to the same result, so this one is a constant.
-        matrix = torch.cat([matrix, last], -1)
+        return _Completed.apply(matrix)  # pyright: ignore[reportReturnType]
     q, r = torch.linalg.qr(matrix)
-    # Gram-Schmidt is the QR decomposition with a positive diagonal; LAPACK's sign depends on the entries.
-    return q * torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0)[..., None, :].to(q)
+    return q * _signs(r)[..., None, :]
+
+
+def polar(matrix: Float[Tensor, "*batch n n"], *, proper: bool = False) -> Float[Tensor, "*batch n n"]:
+    """The orthogonal matrix nearest to `matrix`, from its singular value decomposition U S V^T: U V^T. Of rotations alone
+    (`proper`) the nearest is U diag(1, ..., det U V^T) V^T (Levinson et al. 2020, arXiv 2006.14616).
+
+    Gradients are finite everywhere, equal singular values included, where those of U and V by themselves are not; nothing
+    but the first derivative is there.
+    """
+    return _Polar.apply(matrix, proper)  # pyright: ignore[reportReturnType]
+
+
+_LEAST = 1e-8
+"""What gradients divide by is no smaller: columns that vanish or fall together have a direction, but no slope."""
+
+
+def _signs(r: Float[Tensor, "*batch k k"]) -> Float[Tensor, "*batch k"]:
+    """Gram-Schmidt is the QR decomposition with a positive diagonal; LAPACK's sign depends on the entries."""
+    return torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(r)
+
+
+class _Completed(torch.autograd.Function):
+    """Gram-Schmidt on n - 1 columns, and the column that makes it a rotation. From Z = QR follows dQ = Q (L - L^T) with L
+    the part of Q^T dZ R^-1 below the diagonal."""
+
+    @staticmethod
+    def forward(ctx: Any, matrix: Tensor) -> Tensor:
+        q, r = torch.linalg.qr(matrix, mode="complete")
+        r = r[..., :-1, :]
+        signs = _signs(r)
+        last = torch.linalg.det(q) * signs.prod(-1)
+        r = r * signs[..., None]
+        r.diagonal(dim1=-2, dim2=-1).clamp_(min=_LEAST)
+        q = q * torch.cat([signs, last.sign()[..., None]], -1)[..., None, :]
+        ctx.save_for_backward(q, r)
+        return q
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        q, r = ctx.saved_tensors
+        below = q.mT @ grads[0]
+        below = (below - below.mT).tril(-1)[..., :-1]
+        return torch.linalg.solve_triangular(r.mT, q @ below, upper=False, left=False)
+
+
+class _Polar(torch.autograd.Function):
+    """The polar factor. From Z = U S V^T follows dQ = U W V^T, where W_ij = (M_ij - M_ji) / (s_i + s_j), M = U^T dZ V."""
+
+    @staticmethod
+    def forward(ctx: Any, matrix: Tensor, proper: bool) -> Tensor:
+        u, s, vh = torch.linalg.svd(matrix)
+        if proper:
+            sign = torch.linalg.det(u @ vh).sign()[..., None]
+            u = torch.cat([u[..., :-1], u[..., -1:] * sign[..., None]], -1)
+            s = torch.cat([s[..., :-1], s[..., -1:] * sign], -1)
+        ctx.save_for_backward(u, s, vh)
+        return u @ vh
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        u, s, vh = ctx.saved_tensors
+        inner = u.mT @ grads[0] @ vh.mT
+        return u @ ((inner - inner.mT) / (s[..., None] + s[..., None, :]).clamp_min(_LEAST)) @ vh, None

@@ -1,4 +1,4 @@
-"""Learned rotations: a Hadamard-like start, then orthogonal blocks by the Cayley map or by Gram-Schmidt."""
+"""Learned rotations: a Hadamard-like start, then orthogonal blocks in one of three charts."""
 
 from typing import Literal
 
@@ -8,18 +8,19 @@ from torch import Tensor, nn
 
 from affinequant.models.sites import Site, block_width
 from affinequant.transforms.hadamard import Hadamard
-from affinequant.transforms.linalg import cayley, from_blocks, gram_schmidt, orthogonal_factors, to_blocks
+from affinequant.transforms.linalg import cayley, from_blocks, gram_schmidt, orthogonal_factors, polar, to_blocks
 
-Chart = Literal["cayley", "gram-schmidt"]
+Chart = Literal["cayley", "gram-schmidt", "polar"]
 
 
 class Orthogonal(nn.Module):
     """P = F diag(Q1, Q2, ...): learned orthogonal blocks, after a fixed rotation F on the residual stream.
 
-    By Cayley, Q = Q0 (I - A)(I + A)^-1; by Gram-Schmidt, Q is made of the columns of Q0 + A (arXiv 1812.07035). Q0 is a
-    Hadamard matrix with random signs. On the residual stream F is the very rotation of the transform `hadamard`, and
-    there is one block of full width that starts as the identity: a step of the whole network costs far more than the
-    one system of that width.
+    By Cayley, Q = Q0 (I - A)(I + A)^-1; by Gram-Schmidt, Q is made of the columns of Q0 + A (arXiv 1812.07035), which is
+    its QR decomposition (arXiv 2511.04063) but for signs; by the polar factor, Q is the orthogonal matrix nearest to
+    Q0 + A (arXiv 2006.14616). Q0 is a Hadamard matrix with random signs. On the residual stream F is the very rotation of
+    the transform `hadamard`, and there is one block of full width that starts as the identity: a step of the whole
+    network costs far more than the one system of that width.
     """
 
     start: Tensor
@@ -61,7 +62,9 @@ class Orthogonal(nn.Module):
     def blocks(self) -> Float[Tensor, "count n n"]:
         """Q, in the parameters' dtype."""
         start = self.start.to(self.params)
-        return start @ cayley(self.params) if self.chart == "cayley" else gram_schmidt(start + self.params)
+        if self.chart == "cayley":
+            return start @ cayley(self.params)
+        return (polar if self.chart == "polar" else gram_schmidt)(start + self.params)
 
     def on_activations(self, x: Float[Tensor, "*b n"], copies: int = 1) -> Float[Tensor, "*b n"]:
         """x P."""
@@ -123,3 +126,8 @@ class Fixed(nn.Module):
 def by_gram_schmidt(site: Site, *, seed: int, alpha: float, start: Tensor | None = None) -> Orthogonal:
     """`Orthogonal` in the other chart, from which no rotation is out of reach (Cayley misses half turns)."""
     return Orthogonal(site, seed=seed, alpha=alpha, start=start, chart="gram-schmidt")
+
+
+def by_polar(site: Site, *, seed: int, alpha: float, start: Tensor | None = None) -> Orthogonal:
+    """`Orthogonal` in the chart that prefers no column."""
+    return Orthogonal(site, seed=seed, alpha=alpha, start=start, chart="polar")
