@@ -3,7 +3,7 @@
 import functools
 import json
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,13 @@ from affinequant.data.tokens import Tokens
 from affinequant.errors import QUALITY, AffineQuantError
 from affinequant.formats import Contents, find_format
 from affinequant.formats.card import write_card
-from affinequant.formats.shards import write_json, write_text
-from affinequant.learning.network import scored_samples, store_dtype
+from affinequant.formats.shards import write_text
+from affinequant.learning.network import Laps, scored_samples, store_dtype
 from affinequant.learning.work import Work
 from affinequant.models.decoder import Decoder
 from affinequant.plan import Plan
 from affinequant.progress import Steps, tally
+from affinequant.run.durable import json_text
 from affinequant.run.run import Run
 from affinequant.run.workspace import Workspace
 from affinequant.stages import DISTILLED, OUTER, stage_name
@@ -42,8 +43,8 @@ class Result:
     report: Mapping[str, Any]
 
 
-def deliver(work: Work, out: Path) -> dict[str, Any]:
-    """Write the format from the run's stages, read it back, and return the report.
+def deliver(work: Work, out: Path, laps: Laps) -> dict[str, Any]:
+    """Write the format from the run's stages, read it back, and return the report; `laps` hears of each step's end.
 
     Raises:
         AffineQuantError: exit 4 where what was read back is not what the run has; the folder is kept.
@@ -60,6 +61,7 @@ def deliver(work: Work, out: Path) -> dict[str, Any]:
     telling = replace(contents, stages=lambda: told.each(contents.stages()))
     files = find_format(made.recipe.format, made.placements).write(telling, out)
     files.append(write_text(out / "recipe.toml", made.recipe.to_toml()))
+    laps("writing")
     listen.say("verifying what was written by reading it again")
     committed = Committed(
         outer=_current(run.tensors(OUTER), changed),
@@ -68,7 +70,9 @@ def deliver(work: Work, out: Path) -> dict[str, Any]:
     )
     told = Steps(listen.say, "verifying block by block", len(jobs))
     checked = verify(out, contents, committed, jobs, tokens.ids, told, dense=made.recipe.format == "dense")
+    laps("verifying")
     losses = _stream_losses(run, decoder, tokens, last, committed.outer)
+    laps("measuring losses")
     report = _report(made, run, out, tokens, names, unknown)
     report |= {
         "calibration_perplexity": {name: float(loss.mean().exp()) for name, loss in losses.items()}
@@ -77,7 +81,7 @@ def deliver(work: Work, out: Path) -> dict[str, Any]:
         **_listing(files, out),
     }
     if not checked["passed"]:
-        write_json(out / "report.failed.json", report)
+        write_text(out / "report.failed.json", json_text(report))
         more = f" (and {len(checked['wrong']) - 1} more)" if len(checked["wrong"]) > 1 else ""
         raise AffineQuantError(
             f"what was written differs from the run: {checked['wrong'][0]}{more}",
@@ -91,7 +95,7 @@ def deliver(work: Work, out: Path) -> dict[str, Any]:
 
 def publish(workspace: Workspace, run: Run, report: Mapping[str, Any]) -> None:
     """Put report.json in place, which marks the folder as finished, and forget the run's tensors."""
-    write_json(workspace.out / "report.json", report)
+    write_text(workspace.out / "report.json", json_text(report))
     run.drop_tensors()
 
 
@@ -99,6 +103,35 @@ def spent(run: Run) -> tuple[float, int]:
     """(seconds, peak bytes) of the stages that are on disk: what processes before this one have put into a run."""
     stages = [run.report(path.parent.name) for path in run.stages.glob("*/report.json")]
     return sum(stage.get("seconds", 0.0) for stage in stages), max((s.get("peak_bytes", 0) for s in stages), default=0)
+
+
+def phases(made: Plan, run: Run, laps: Sequence[Mapping[str, Any]], before: float) -> list[dict[str, Any]]:
+    """Where a run's time went, in order, over all processes that took part: each step's `seconds`, and the most memory
+    that a process has held up to its end, `peak_bytes`.
+
+    Args:
+        laps: this process's, all stages as the one `stages`.
+        before: seconds of the stages that earlier processes have put on disk.
+    """
+    found = dict[str, dict[str, Any]]()
+
+    def add(name: str, seconds: float, peak: int) -> None:
+        old = found.setdefault(name, {"name": name, "seconds": 0.0, "peak_bytes": 0})
+        old |= {"seconds": old["seconds"] + seconds, "peak_bytes": max(old["peak_bytes"], peak)}
+
+    for lap in laps:
+        name, left = lap["name"], lap["seconds"]
+        if name == "stages":
+            name, left = "keeping progress", left + before
+            for stage in made.stages:
+                report, kind = run.report(stage.name), stage.reported or stage.name
+                left -= report["seconds"]
+                rest = report["seconds"] - sum(part["seconds"] for part in report.get("phases", ()))
+                for part in report.get("phases", ()):
+                    add(f"blocks: {part['name']}", part["seconds"], part["peak_bytes"])
+                add("blocks: recording" if stage.block is not None else kind, rest, report["peak_bytes"])
+        add(name, left, lap["peak_bytes"])
+    return list(found.values())
 
 
 def token_losses(

@@ -12,9 +12,9 @@ import torch
 from affinequant.data.text import check_source
 from affinequant.data.tokenizer import load_tokenizer
 from affinequant.data.tokens import Tokens, calibration_tokens
-from affinequant.deliver import Result, deliver, publish, spent
+from affinequant.deliver import Result, deliver, phases, publish, spent
 from affinequant.errors import AffineQuantError
-from affinequant.learning.network import peak_bytes
+from affinequant.learning.network import Laps, peak_bytes
 from affinequant.learning.work import Work
 from affinequant.models.decoder import Decoder, check_device, compute_dtype, open_decoder
 from affinequant.models.source import read_through
@@ -62,6 +62,7 @@ def quantize(
         demo_model(listen.say)
     made = make_plan(recipe)
     check_device(made.device)
+    laps = Laps(torch.device(made.device), began)
     check_engine()
     with open_workspace(
         recipe.output_folder(), made.source.folder, overwrite=overwrite, resume=resume, keep=recipe.data
@@ -71,11 +72,15 @@ def quantize(
             listen.say(f"{workspace.out} is finished already")
             return Result(path=workspace.out, report=json.loads((workspace.out / "report.json").read_text()))
         before = spent(work.run)
+        laps("reading")
         make_stages(work)
-        report = deliver(work, workspace.out)
+        laps("stages")
+        report = deliver(work, workspace.out, laps)
+        laps("writing")
         report |= {
-            "seconds": before[0] + time.perf_counter() - began,
+            "seconds": before[0] + laps.last - began,
             "peak_bytes": max(before[1], peak_bytes(work.decoder.device)),
+            "phases": phases(work.made, work.run, laps.phases, before[0]),
             "source": {"commit": revision(work.made.source.folder), "weights": content["weights"]},
         }
         publish(workspace, work.run, report)

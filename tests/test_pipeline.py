@@ -188,7 +188,34 @@ def test_a_report_counts_what_earlier_processes_took_and_where(
         quantize(preset="rtn", progress=Heard(stop=1))
     report = quantize(preset="rtn").report
     assert 2000 < report["seconds"] < 3000 and report["peak_bytes"] == 2**50
+    times = {phase["name"]: phase["seconds"] for phase in report["phases"]}
+    assert sum(times.values()) == pytest.approx(report["seconds"], rel=1e-12)
+    assert times.pop("outer") == 1000 < sum(times[name] for name in times if name.startswith("blocks: ")) < 1100
+    assert max(phase["peak_bytes"] for phase in report["phases"]) == report["peak_bytes"]
     assert report["devices"] == ["cpu", "cuda"] and report["events"] == ["worked on cpu and cuda, finished on cpu"]
+
+
+def test_a_report_says_what_took_how_long(quantize: Callable[..., affinequant.Result]) -> None:
+    fields = {"finish": "kl", "finish_epochs": 1, "rotation_steps": 2, "transforms": {"residual": "orthogonal"}}
+    report = quantize(preset="fast", tier="merged", **fields).report
+    blocks = [f"blocks: {name}" for name in ("loading", "learning", "rounding", "recording")]
+    ends = ["finish", "keeping progress", "writing", "verifying", "measuring losses"]
+    assert [phase["name"] for phase in report["phases"]] == ["reading", "rotation", "outer", *blocks, *ends]
+    assert all(phase["seconds"] > 0 and phase["peak_bytes"] > 0 for phase in report["phases"])
+    assert sum(phase["seconds"] for phase in report["phases"]) == pytest.approx(report["seconds"], rel=1e-12)
+    for name in ("rotation", "finish"):
+        assert len(report[name]["curve"]) == 1 and report[name]["divergence"][0] == report[name]["divergence_first"]
+
+
+def test_curves_are_the_losses_of_all_epochs(quantize: Callable[..., affinequant.Result]) -> None:
+    for block in quantize(preset="paper", aux_loss=True, judge="kl", epochs=3).report["blocks"]:
+        assert len(block["curve"]) == 3 and len(block["divergence"]) == 4
+        assert block["curve"][0] == block["loss_first"] and block["curve"][-1] == block["loss_last"]
+        terms = block["series"]
+        assert [sum(both) for both in zip(terms["block"], terms["auxiliary"], strict=True)] == pytest.approx(
+            block["curve"]
+        )
+        assert terms["band"] == [1, 8, 16]
 
 
 def test_tables_are_rotated_some_rows_at_a_time(tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

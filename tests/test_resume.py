@@ -1,5 +1,6 @@
 """Killed at any point and started again: the same bytes. Real processes, killed by the kernel."""
 
+import json
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -46,6 +48,19 @@ def final_files(folder: Path) -> dict[str, bytes]:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and ".run" not in path.parts and path.name != "report.json"
     }
+
+
+def figures(folder: Path) -> str:
+    """What the report has recorded, but for what it took and the size of files that name the folder."""
+    other = ("seconds", "peak_bytes", "files", "bytes")
+
+    def timeless(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: timeless(one) for name, one in value.items() if name not in other}
+        return [timeless(one) for one in value] if isinstance(value, list) else value
+
+    report = json.loads((folder / "report.json").read_text())
+    return json.dumps(timeless(report)).replace(str(folder), "OUT")
 
 
 def killed(recipe: Recipe, dies: Callable[[int, str], bool], after: bool) -> bool:
@@ -115,6 +130,7 @@ def test_killed_at_every_commit_point(preset: str, tier: str, recipe: Callable[.
         while killed_at_the_next(recipe(out, preset, tier=tier), met, after):
             assert len(met.read_text().splitlines()) < 40
         assert final_files(out) == expected, f"killed {'after' if after else 'before'} each of {met.read_text()}"
+        assert figures(out) == figures(whole)
         assert len(met.read_text().splitlines()) >= 6  # fingerprint, outer, two blocks, weights, config, report
 
 

@@ -2,20 +2,22 @@
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from affinequant.errors import QUALITY, AffineQuantError
 from affinequant.learning.fit import FitConfig, FitReport, fit
-from affinequant.learning.network import block_reader, costs, fit_events
+from affinequant.learning.network import Laps, block_reader, costs, fit_events
 from affinequant.learning.objective import BlockObjective, folded_exactly
 from affinequant.learning.phases import Phase
+from affinequant.learning.record import ROWS, Bands, Noise, pictured, plain, portrait
 from affinequant.learning.selection import select
-from affinequant.learning.starts import Watch, build_transforms, looks_at_data
+from affinequant.learning.starts import ROWS as START_ROWS
+from affinequant.learning.starts import Seen, Watch, build_transforms, looks_at_data
 from affinequant.learning.work import Work
 from affinequant.progress import Steps
 from affinequant.rounding.block import Rounded, round_block
@@ -26,39 +28,54 @@ from affinequant.transforms.chain import Chain
 from affinequant.transforms.fold import Tensors, rotate_block
 
 
+class _Made(NamedTuple):
+    """A block that has been rounded: the real weights that were, and what was noted on the way."""
+
+    rounded: Rounded
+    folded: Tensors
+    noise: Noise
+
+
 def block_stage(work: Work, stage: Stage, carry: Carry) -> Carry:
     """Load, learn in one phase after the other, round, commit; hands on both streams after the block."""
     assert stage.block is not None
-    began, listen = time.perf_counter(), work.listen
+    began, listen, device = time.perf_counter(), work.listen, work.decoder.device
+    laps, drawn = Laps(device, began), pictured(stage.block, work.made.dims.layers)
     carry = carry or work.run.carry(stage.needs[-1])
     full, quantized = carry["full"], carry.get("quantized", carry["full"])
     job, exact = _load(work, stage.block)
     values = {name: tensor.float() for name, tensor in exact.items()}
-    watch = Watch(full.shape[0], full.shape[1], job.seed("rows"))
-    target = job.run_all(values, full, watch if looks_at_data(job) else None)
-    job, chosen = select(job, values, watch.seen())
-    objective = BlockObjective(job, values, *build_transforms(job, values, watch.seen()))
+    laps("loading")
+    target, seen = _target(job, values, full, drawn)
+    start = seen if looks_at_data(job) else {}
+    job, chosen = select(job, values, start)
+    objective = BlockObjective(job, values, *build_transforms(job, values, start))
+    bands = Bands(objective) if drawn else None
     told = Steps(listen.say, f"block {job.index + 1}, learning", job.recipe.epochs * len(full))
-    fitted = [fit(*phase) for phase in _phases(job, objective, values, full, quantized, target, told)]
+    fitted = [fit(*phase) for phase in _phases(job, objective, values, full, quantized, target, told, bands)]
+    laps("learning")
     told = Steps(listen.say, f"block {job.index + 1}, rounding", len(job.family.linears))
-    rounded = round_block(job, folded_exactly(objective, exact), quantized, objective, full, told)
+    made = _round(job, exact, quantized, objective, full, told)
     events = [event for one in fitted for event in fit_events(one)]
-    if any(one.steps for one in fitted) and not bool(rounded.after.isfinite().all()):
+    if any(one.steps for one in fitted) and not bool(made.rounded.after.isfinite().all()):
         events.append("what was learned gave non-finite outputs: the closed-form start was taken instead")
-        objective = BlockObjective(job, values, *build_transforms(job, values, watch.seen()))
-        rounded = round_block(job, folded_exactly(objective, exact), quantized, objective, full)
-    if not bool(rounded.after.isfinite().all()):
+        objective, bands = BlockObjective(job, values, *build_transforms(job, values, start)), None
+        made = _round(job, exact, quantized, objective, full)
+    if not bool(made.rounded.after.isfinite().all()):
         raise AffineQuantError(
             f"block {job.index} gives non-finite outputs even unlearned",
             stage.name,
             "try --dtype float32, or another calibration text",
             exit_code=QUALITY,
         )
-    report = _block_report(objective, fitted, rounded, target, events)
+    laps("rounding")
+    report = _block_report(objective, fitted, made.rounded, target, events)
     report |= {"transforms": chosen} if chosen else {}
-    report |= costs(began, job.decoder.device)
-    prefix, carry = f"{job.family.blocks}.{job.index}.", {"full": target, "quantized": rounded.after}
-    stored = {prefix + name: tensor for name, tensor in rounded.stored.items()}
+    report |= _seen(work, objective, made, seen if drawn else None, bands)
+    laps("recording")
+    report |= {"phases": laps.phases, **costs(began, device)}
+    prefix, carry = f"{job.family.blocks}.{job.index}.", {"full": target, "quantized": made.rounded.after}
+    stored = {prefix + name: tensor for name, tensor in made.rounded.stored.items()}
     work.run.commit(stage.name, tensors=stored, carry=carry, report=report)
     listen.block(job.index, report)
     return carry
@@ -77,6 +94,14 @@ def _load(work: Work, index: int) -> tuple[BlockJob, Tensors]:
     return job, tensors
 
 
+def _target(job: BlockJob, values: Tensors, full: Tensor, drawn: bool) -> tuple[Tensor, dict[str, Seen]]:
+    """What the full-precision block gives, and what reaches its sites meanwhile: as much as its transforms start from, or
+    as is pictured."""
+    looks = looks_at_data(job)
+    watch = Watch(full.shape[0], full.shape[1], job.seed("rows"), START_ROWS if looks else ROWS)
+    return job.run_all(values, full, watch if looks or drawn else None), watch.seen()
+
+
 def _phases(
     job: BlockJob,
     objective: BlockObjective,
@@ -85,6 +110,7 @@ def _phases(
     quantized: Tensor,
     target: Tensor,
     told: Steps,
+    bands: Bands | None,
 ) -> Iterator[Phase]:
     """What is trained, in order: transforms and clips, together. Where there is a judge, on all samples but those that it
     judges by."""
@@ -95,6 +121,7 @@ def _phases(
         steps_per_epoch=math.ceil(train / recipe.batch_size),
         schedule=recipe.schedule,
         judge="held-out" if judge else "",
+        probe_every=1 if bands and any(bands.modules()) else 0,
     )
 
     def held_out() -> float:
@@ -105,7 +132,8 @@ def _phases(
         return judge(job.index, after)
 
     batches = _batches(job, values, full[:train], quantized[:train], target[:train], told)
-    yield Phase(objective, batches, config, {"held-out": held_out} if judge else None)
+    probes: dict[str, Callable[[], float]] = {"held-out": held_out} if judge else {}
+    yield Phase(objective, batches, config, probes | ({"band": bands} if bands and config.probe_every else {}))
 
 
 def _batches(job: BlockJob, values: Tensors, full: Tensor, quantized: Tensor, target: Tensor, told: Steps):
@@ -124,6 +152,40 @@ def _batches(job: BlockJob, values: Tensors, full: Tensor, quantized: Tensor, ta
     return batches
 
 
+def _round(
+    job: BlockJob,
+    exact: Tensors,
+    quantized: Tensor,
+    objective: BlockObjective,
+    full: Tensor,
+    told: Callable[[int], None] = lambda linears: None,
+) -> _Made:
+    samples, tokens, _ = quantized.shape
+    folded, noise = folded_exactly(objective, exact), Noise(samples, tokens, job.seed("noise"))
+    return _Made(round_block(job, folded, quantized, objective, full, told, noise), folded, noise)
+
+
+def _seen(
+    work: Work, objective: BlockObjective, made: _Made, seen: Mapping[str, Seen] | None, bands: Bands | None
+) -> dict[str, Any]:
+    """What quantised activations lost, and of a block that is pictured all that there is to see."""
+    job, sqnr = objective.job, made.noise.sqnr() if objective.job.activation_grid else {}
+    report: dict[str, Any] = {"inputs": {site: {"sqnr": value} for site, value in sqnr.items()}}
+    if seen is None:
+        return report
+    prefix = f"{job.family.blocks}.{job.index}."
+
+    def source(name: str) -> Tensor:
+        return work.made.source.read([prefix + name])[prefix + name].to(job.decoder.device)
+
+    rows = {site: one.rows for site, one in seen.items()}
+    drawn = portrait(job, objective, rows, made.folded, source, work.rotations[0])
+    drawn["inputs"] = {site: report["inputs"].get(site, {}) | both for site, both in drawn["inputs"].items()}
+    for name, epochs in (bands.epochs() if bands else {}).items():
+        drawn["pictures"][name]["epochs"] = epochs
+    return drawn
+
+
 def _block_report(
     objective: BlockObjective, fitted: Sequence[FitReport], rounded: Rounded, target: Tensor, events: list[str]
 ) -> dict[str, Any]:
@@ -137,9 +199,9 @@ def _block_report(
         name: module.dominance() for name, module in objective.transforms.items() if isinstance(module, Banded | Chain)
     }
     return {
-        "loss_first": fitted[0].first if fitted[0].steps else None,
-        "loss_last": fitted[-1].last if fitted[-1].steps else None,
-        **({"divergence": judged} if (judged := fitted[-1].series.get("held-out")) else {}),
+        "loss_first": plain(fitted[0].first) if fitted[0].steps else None,
+        "loss_last": plain(fitted[-1].last) if fitted[-1].steps else None,
+        **_curves(fitted),
         "steps": sum(one.steps for one in fitted),
         "non_finite": sum(one.non_finite for one in fitted),
         "stopped": fitted[-1].stopped,
@@ -151,3 +213,16 @@ def _block_report(
         **({"roundings": dict(rounded.roundings)} if objective.job.recipe.rounding == "auto" else {}),
         "events": [*events, *rounded.events],
     }
+
+
+def _curves(fitted: Sequence[FitReport]) -> dict[str, Any]:
+    """`curve`: mean loss of each epoch; `divergence`: of held-out samples, at the start and after each; in `series` what
+    else was logged, terms of the loss where it has more than one."""
+    series = dict[str, list[float | None]]()
+    for one in fitted:
+        for name, values in one.series.items():
+            series.setdefault(name, []).extend(map(plain, values))
+    found = {key: series.pop(name, []) for key, name in (("curve", "loss"), ("divergence", "held-out"))}
+    if "auxiliary" not in series:
+        series.pop("block", None)
+    return {key: values for key, values in (found | {"series": series}).items() if values}

@@ -70,16 +70,36 @@ def read_outer(made: Plan, decoder: Decoder) -> Tensors:
 
 
 def whole_report(fitted: FitReport, began: float, device: torch.device) -> dict[str, Any]:
-    """What is reported of a training of the whole network, judged by the divergence on held-out text."""
+    """What is reported of a training of the whole network, judged by the divergence on held-out text: at the start and
+    after each epoch."""
     return {
         "divergence_first": fitted.series["held-out"][0],
         "divergence_last": fitted.best,
+        "divergence": fitted.series["held-out"],
+        "curve": fitted.series["loss"],
         "steps": fitted.steps,
         "non_finite": fitted.non_finite,
         "stopped": fitted.stopped,
         "events": fit_events(fitted),
         **costs(began, device),
     }
+
+
+class Laps:
+    """Consecutive parts of some work: how long each took, and the peak memory up to its end."""
+
+    def __init__(self, device: torch.device, began: float) -> None:
+        """Args:
+        began: when, by `time.perf_counter`.
+        """
+        self.device, self.last = device, began
+        self.phases: list[dict[str, Any]] = []
+
+    def __call__(self, name: str) -> None:
+        """All since the part before has been `name`."""
+        now = time.perf_counter()
+        self.phases.append({"name": name, "seconds": now - self.last, "peak_bytes": peak_bytes(self.device)})
+        self.last = now
 
 
 def costs(began: float, device: torch.device) -> dict[str, Any]:

@@ -31,12 +31,12 @@ class Seen:
 class Watch:
     """An `OnInput` that changes nothing and remembers what closed forms need of one pass over all samples in order."""
 
-    def __init__(self, samples: int, tokens: int, seed: int) -> None:
+    def __init__(self, samples: int, tokens: int, seed: int, rows: int = ROWS) -> None:
         """Args:
         samples: how many will come by, each of so many `tokens`.
-        seed: decides which of their tokens are kept.
+        seed: decides which of their tokens are kept: about `rows`.
         """
-        self.chosen = spread(samples, tokens, ROWS, seed)
+        self.chosen = spread(samples, tokens, rows, seed)
         self.passed: dict[str, int] = {}
         self.largest: dict[str, Tensor] = {}
         self.rows: dict[str, list[Tensor]] = {}

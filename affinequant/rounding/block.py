@@ -14,7 +14,7 @@ from affinequant.numbers.weights import LearnedRange, dequantize, to_integers, w
 from affinequant.rounding.gptq import GPTQFailure, search_activation_clip, search_weight_range
 from affinequant.rounding.job import BlockJob
 from affinequant.rounding.moments import Inputs, gather
-from affinequant.rounding.replay import Replay
+from affinequant.rounding.replay import Noted, Replay
 from affinequant.rounding.ways import Way, choose, round_by
 from affinequant.transforms import OnlineTransform
 from affinequant.transforms.fold import Tensors
@@ -63,6 +63,7 @@ def round_block(
     learned: Learned,
     full: Float[Tensor, "samples tokens hidden"] | None = None,
     told: Callable[[int], None] = lambda linears: None,
+    noted: Noted = lambda site, part, x, rounded: None,
 ) -> Rounded:
     """Quantise the folded block `tensors` on the inputs `x` that it will see.
 
@@ -70,6 +71,7 @@ def round_block(
         learned: holds ranges found in training, if any.
         full: what the full-precision block sees; for rounding `auto` and `gptaq`.
         told: hears of each group that is done, how many linears it has.
+        noted: hears of what each site's linears read, before and after it is rounded; perhaps more than once.
     """
     weights = {f"{linear.name}.weight" for linear in job.family.linears}
     stored = {name: tensor.to(job.store) for name, tensor in tensors.items() if name not in weights}
@@ -78,7 +80,7 @@ def round_block(
     online = {site: _plain(module.online()) for site, module in learned.online.items()}
     rotation = learned.after_rope()
     stored |= {stored_name(job.family.attention, part): tensor for part, tensor in rotation.items()}
-    real, passing = dict(work), Replay(job, x, online, learned.on_attention)
+    real, passing = dict(work), Replay(job, x, online, learned.on_attention, noted=noted)
     beside = None
     if job.recipe.rounding in ("gptaq", "auto"):
         assert full is not None, "a target on full-precision inputs needs them"

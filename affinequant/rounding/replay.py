@@ -1,6 +1,6 @@
 """A block's pass over all samples, stopped at the input of one site after another while the weights behind them change."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +13,9 @@ from affinequant.models.decoder import StopForward, like_on_disk, slices
 from affinequant.rounding.job import BlockJob
 from affinequant.transforms.fold import Tensors
 from affinequant.transforms.online import acting
+
+Noted = Callable[[str, slice, Tensor, Tensor], None]
+"""(site, which samples, what reaches its linears, the same rounded)."""
 
 
 class Replay:
@@ -28,13 +31,15 @@ class Replay:
         online: Mapping[str, Tensors],
         on_attention: OnAttention | None = None,
         room: int = KEPT_BYTES,
+        noted: Noted = lambda site, part, x, rounded: None,
     ) -> None:
         """Args:
         online: by site, the matrices that act on activations before they are rounded.
         on_attention: what acts on queries, keys and values.
         room: in bytes.
+        noted: hears of what the linears of a site read, before and after it is rounded, whenever that is computed.
         """
-        self.job, self.x, self.on_attention = job, x, on_attention
+        self.job, self.x, self.on_attention, self.noted = job, x, on_attention, noted
         self.online = {site: acting(parts) for site, parts in online.items()}
         self.groups = dict(job.family.input_groups())
         self.writers = job.family.writers()
@@ -100,7 +105,9 @@ class Replay:
             if name == site:
                 reached.append(value)
                 raise StopForward
-            return self.inputs[name].rounded(value)
+            rounded = self.inputs[name].rounded(value)
+            self.noted(name, part, value, rounded)
+            return rounded
 
         x = self.x[part].to(job.decoder.device)
         known = {member: self._known(member, part, x) for name in before for member in self.groups[name]}

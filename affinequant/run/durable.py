@@ -1,7 +1,12 @@
 """The one way to write: nothing has its name before it is whole and on the disk."""
 
+import json
 import os
+import re
 from pathlib import Path
+from typing import Any
+
+_FLAT = re.compile(r"\[[^\[\]{}\"]*\]")  # a list of plain values, of which no string can hold a line break
 
 
 def install(temporary: Path, final: Path) -> Path:
@@ -17,6 +22,12 @@ def write_text(path: Path, text: str) -> Path:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
     return install(temporary, path)
+
+
+def json_text(value: Any) -> str:
+    """JSON for people too: an entry a line, but a list of numbers on one."""
+    text = json.dumps(value, indent=1, ensure_ascii=False)
+    return _FLAT.sub(lambda found: re.sub(r"\n *", "", found[0]), text) + "\n"
 
 
 def sync(path: Path) -> None:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from affinequant.errors import AffineQuantError
-from affinequant.run.durable import install, sync, write_text
+from affinequant.run.durable import install, json_text, sync, write_text
 
 FINGERPRINT = "fingerprint.json"
 
@@ -97,7 +97,7 @@ class Run:
                 save_file(
                     {key: value.contiguous().cpu() for key, value in content.items()}, temporary / f"{file}.safetensors"
                 )
-        (temporary / "report.json").write_text(json.dumps(report or {}, indent=1))
+        (temporary / "report.json").write_text(json_text(report or {}), encoding="utf-8")
         for path in temporary.iterdir():
             sync(path)
         sync(temporary)
