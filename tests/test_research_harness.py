@@ -13,6 +13,7 @@ from affinequant_evals import Metric, Score, Suite
 from affinequant_research import experiment as experiments
 from affinequant_research.experiment import Claim, Experiment, Found, Method, Trial, arms, find_experiments
 from affinequant_research.running import run_experiment
+from affinequant_research.series import first_update, value_at
 from torch import Tensor
 
 from affinequant.cli import main
@@ -56,7 +57,14 @@ def build(config: Settings, seed: int, arm: str) -> Trial:
 
     suite = Suite(name="toy", metrics=(Metric(name="error", better="lower", function=error),))
     phase = Phase(objective, batches, FitConfig(epochs=config.epochs, steps_per_epoch=2), None)
-    return Trial(phase=phase, subject=objective, suite=suite, tensors=lambda: {"w": objective.w.detach()})
+    return Trial(
+        phase=phase,
+        subject=objective,
+        suite=suite,
+        outcome=lambda fitted, series: {"near": first_update(series["loss"], "<=", 2.0)},
+        pictures=lambda: {"w": [[float(objective.w.detach())]]},
+        tensors=lambda: {"w": objective.w.detach()},
+    )
 
 
 TOY = Experiment(
@@ -85,8 +93,19 @@ def test_results_hold_what_was_run_and_what_came_of_it(tmp_path: Path) -> None:
     updates, losses = first["series"]["quick/loss"]
     assert updates == list(range(2, 101, 2)) and losses[-1] < losses[0]
     assert first["metrics"]["quick/error"]["value"] < first["metrics"]["slow/error"]["value"]
+    near = first["metrics"]["quick/near"]
+    assert losses[updates.index(near["value"])] <= 2 < losses[updates.index(near["value"]) - 1]
+    assert near["about"] == {} and first["metrics"]["slow/near"]["about"] == {"censored": True}
+    assert abs(first["pictures"]["quick/w"][0][0] - 5) == first["metrics"]["quick/error"]["value"]
     assert [claim["pass"] for claim in first["expect"]] == [True]
     assert first["metrics"] != results[1]["metrics"]
+
+
+def test_a_series_says_when_and_what() -> None:
+    series = ([2, 4, 6], [0.5, 0.9, 0.7])
+    assert first_update(series, ">=", 0.9, per_update=0.5).value == 2
+    assert first_update(series, ">=", 1.0).value == 6 and first_update(series, ">=", 1.0).about["censored"]
+    assert [value_at(series, at).value for at in (1, 2, 5, 99)] == [0.5, 0.5, 0.9, 0.7]
 
 
 def test_what_was_cut_short_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
@@ -102,7 +121,7 @@ def test_what_was_cut_short_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
                 raise KeyboardInterrupt
             yield from trial.phase.batches(epoch)
 
-        return Trial(phase=trial.phase._replace(batches=batches), subject=trial.subject, suite=trial.suite)
+        return dataclasses.replace(trial, phase=trial.phase._replace(batches=batches))
 
     with pytest.raises(KeyboardInterrupt):
         run_experiment("toy", dataclasses.replace(TOY, build=dies), Settings(epochs=4), (0,), "ci", tmp_path / "cut")
@@ -163,7 +182,9 @@ def test_the_command_lists_runs_and_judges(
     assert main(words) == 0
     report = json.loads(capsys.readouterr().out)["report"]
     assert report["passed"] and report["verdict"].startswith("1 of 1 claims hold") and len(report["results"]) == 3
-    assert report["tables"][0]["columns"] == ["", "error"] and [row[0] for row in report["tables"][0]["rows"]] == [
+    assert report["tables"][0]["columns"] == ["", "error", "near"] and [
+        row[0] for row in report["tables"][0]["rows"]
+    ] == [
         "slow",
         "quick",
     ]

@@ -17,13 +17,16 @@ from affinequant.stages import Stage
 if TYPE_CHECKING:
     from affinequant_evals import Score, Suite
 
+    from affinequant.learning.fit import FitReport
     from affinequant.learning.phases import Phase
     from affinequant.report.figure import Figure
 
 Op = Literal["<=", ">="]
 Series = tuple[Sequence[float], Sequence[float]]
 """Updates, and what was measured after them."""
-_OPS = {"<=": operator.le, ">=": operator.ge}
+Picture = Sequence[Sequence[float]]
+"""A matrix to look at, the first row on top."""
+OPS = {"<=": operator.le, ">=": operator.ge}
 PRESETS = ("smoke", "ci", "bench", "paper")
 """Seconds; a minute or two; what the acceptance figures are for; the settings of the authors."""
 TRIAL = "affinequant_research.running:trial_stage"
@@ -57,27 +60,36 @@ class Claim:
     def holds(self, values: Mapping[str, float]) -> bool:
         """Whether it does for what one seed measured; what was not measured does not hold."""
         limit, value = self.limit(values), values.get(self.metric)
-        return limit is not None and value is not None and _OPS[self.op](value, limit)
+        return limit is not None and value is not None and OPS[self.op](value, limit)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trial:
-    """One training, and what is measured of the `subject` that it leaves. `tensors` are kept with it."""
+    """One training, and what is measured of the `subject` that it leaves.
+
+    Attributes:
+        outcome: what the training itself says, out of its report and its series: how long it took to get somewhere.
+        pictures: matrices that figures draw, asked for when it is over.
+        tensors: kept with it.
+    """
 
     phase: "Phase"
     subject: Any
     suite: "Suite[Any]"
+    outcome: "Callable[[FitReport, Mapping[str, Series]], Mapping[str, Score]]" = lambda fitted, series: {}
+    pictures: Callable[[], Mapping[str, Picture]] = dict
     tensors: Callable[[], Mapping[str, Any]] = dict
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
-    """What the seeds of one experiment have given: per seed `STAGE/NAME` -> score, and `STAGE/NAME` -> series."""
+    """What the seeds of one experiment have given: per seed `STAGE/NAME` -> score, series, picture."""
 
     config: Any
     seeds: tuple[int, ...]
     scores: tuple[Mapping[str, "Score"], ...]
     series: tuple[Mapping[str, Series], ...]
+    pictures: tuple[Mapping[str, Picture], ...] = ()
 
     def values(self, name: str) -> list[float]:
         """A metric's value of each seed that has it."""
@@ -136,7 +148,7 @@ class Method:
     experiments: tuple[Experiment, ...]
 
 
-METHODS: dict[str, str] = {}
+METHODS: dict[str, str] = {"grokalign": "affinequant_research.grokalign:METHOD"}
 """Name -> `module:attribute` of a `Method`. A new method is a folder and a line here."""
 
 

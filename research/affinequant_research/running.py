@@ -23,7 +23,7 @@ from affinequant.run.durable import write_text
 from affinequant.run.run import Run
 from affinequant.stages import Carry, Stage, run_stages
 from affinequant.version import __version__
-from affinequant_research.experiment import Experiment, Found, Series
+from affinequant_research.experiment import Experiment, Found, Picture, Series
 
 RESULT = "result.json"
 
@@ -85,7 +85,9 @@ def trial_stage(work: Work, stage: Stage, carry: Carry) -> Carry:
         raise RuntimeError(f"{stage.name}: {row.name} could not be measured: {row.error}")
     scores = {row.name: row.score for row in card.rows if row.score}
     fit, series = fit_report(fitted, trial.phase.config), series_of(fitted, trial.phase.config)
-    commit(work, stage, began, scores, tensors=trial.tensors(), fit=fit, series=series)
+    scores |= trial.outcome(fitted, series)
+    pictures = trial.pictures()
+    commit(work, stage, began, scores, tensors=trial.tensors(), fit=fit, series=series, pictures=pictures)
     return {}
 
 
@@ -99,11 +101,13 @@ def commit(
     carry: Mapping[str, Tensor] | None = None,
     fit: Mapping[str, Any] | None = None,
     series: Mapping[str, Series] | None = None,
+    pictures: Mapping[str, Picture] | None = None,
 ) -> None:
     """Put a stage on disk with the report that the results are made from. `began`: by `time.perf_counter`."""
     report = {
         "fit": fit,
         "series": series or {},
+        "pictures": pictures or {},
         "scores": {name: dataclasses.asdict(score) | {"parts": []} for name, score in scores.items()},
         "seconds": time.perf_counter() - began,
     }
@@ -135,6 +139,7 @@ def found(config: Any, results: Sequence[Mapping[str, Any]]) -> Found:
         seeds=tuple(result["seed"] for result in results),
         scores=tuple({name: Score(**_score(entry)) for name, entry in one["metrics"].items()} for one in results),
         series=tuple({name: (x, y) for name, (x, y) in one["series"].items()} for one in results),
+        pictures=tuple(one["pictures"] for one in results),
     )
 
 
@@ -173,6 +178,7 @@ def _result(
         "fit": [{"stage": name, **one["fit"]} for name, one in reports.items() if one["fit"]],
         "seconds": sum(one["seconds"] for one in reports.values()),
         "series": {f"{name}/{key}": pair for name, one in reports.items() for key, pair in one["series"].items()},
+        "pictures": {f"{name}/{key}": cells for name, one in reports.items() for key, cells in one["pictures"].items()},
         "metrics": metrics,
         "expect": [
             {
