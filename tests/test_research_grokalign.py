@@ -1,9 +1,18 @@
 """GrokAlign: identities of Jacobians that hold exactly, its experiments in seconds, and trainings that resume."""
 
+import dataclasses
+import gzip
+import importlib.util
+import itertools
 import math
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from affinequant_research.experiment import Experiment, Trial
+from affinequant_research.grokalign import METHOD, training
+from affinequant_research.grokalign.data import digits
 from affinequant_research.grokalign.jacobian import (
     centroid_alignment,
     frobenius,
@@ -12,14 +21,26 @@ from affinequant_research.grokalign.jacobian import (
     leading_share,
     row_alignment,
 )
+from affinequant_research.grokalign.training import (
+    Aligned,
+    Grokfast,
+    Penalty,
+    geometry_probes,
+    rounded,
+    squared_error,
+)
+from affinequant_research.grokalign.xor import boundaries
+from affinequant_research.running import run_experiment
+from affinequant_research.summary import summary
 from torch import Tensor, nn
 
 from affinequant.errors import AffineQuantError
+from affinequant.fit import Group
 
 
 def net(*widths: int, bias: bool = False, seed: int = 0) -> nn.Sequential:
     generator = torch.Generator().manual_seed(seed)
-    layers = [nn.Linear(a, b, bias=bias, dtype=torch.float64) for a, b in zip(widths[:-1], widths[1:], strict=True)]
+    layers = [nn.Linear(a, b, bias=bias, dtype=torch.float64) for a, b in itertools.pairwise(widths)]
     with torch.no_grad():
         for layer in layers:
             layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator, dtype=torch.float64))
@@ -117,3 +138,133 @@ def test_the_penalty_has_the_gradient_of_finite_differences(estimator: str) -> N
     expected = (values[0] - values[1]) / (2 * step)
     inner = sum(float((g * d).sum()) for g, d in zip(gradients, along, strict=True))
     assert inner == pytest.approx(expected, rel=1e-6)
+
+
+def test_grokfast_filters_gradients_as_published() -> None:
+    network, x = net(3, 4, 2), points(5, 3)
+    parameters = list(network.parameters())
+    objective = Aligned(
+        network=network,
+        group=Group(name="network", parameters=parameters, lr=0.01),
+        grokfast=Grokfast(parameters=parameters, decay=0.8, gain=0.5),
+    )
+    labels, means = torch.tensor([0, 1, 0, 1, 1]), list[Tensor]()
+    for _ in range(3):
+        plain = torch.autograd.grad(squared_error(network(x), labels), parameters)
+        means = [0.8 * mean + 0.2 * g for mean, g in zip(means or plain, plain, strict=True)]
+        expected = [g + 0.5 * mean for g, mean in zip(plain, means, strict=True)]
+        for names, terms in objective.loss((x, labels)):
+            assert list(names) == ["network"] and list(terms) == ["task"]
+            terms["task"].backward(inputs=parameters)
+        for parameter, value in zip(parameters, expected, strict=True):
+            torch.testing.assert_close(parameter.grad, value)
+            parameter.grad = None
+        with torch.no_grad():
+            parameters[0].mul_(0.9)
+
+
+def test_a_level_holds_the_norm_from_both_sides() -> None:
+    inputs = torch.ones(3, 4, dtype=torch.float64, requires_grad=True)
+    outputs = 2 * inputs  # |J| = 2 * 2
+    for level, value in ((None, 0.4), (5.0, 0.1), (1.0, 0.3)):
+        penalty = Penalty(weight=0.1, level=level, estimator="exact")
+        assert float(penalty(outputs, inputs).detach()) == pytest.approx(value)
+
+
+def test_probes_of_one_moment_share_their_jacobians(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(training, "jacobians", lambda network, x: asked.append(1) or jacobians(network, x))
+    network, x = net(3, 4, 2), points(5, 3)
+    probes = geometry_probes(network, x)
+    before = {name: probe() for name, probe in probes.items()}
+    with torch.no_grad():
+        next(iter(network.parameters())).mul_(2)
+    after = {name: probe() for name, probe in probes.items()}
+    assert len(asked) == 2 and after["jac_fro"] == pytest.approx(2 * before["jac_fro"])
+
+
+def test_rounding_is_the_quantisers() -> None:
+    network, x = net(6, 8, 3), points(40, 6)
+    errors = [float((rounded(network, bits)(x) - network(x)).detach().norm()) for bits in (8, 4, 3, 2)]
+    assert errors == sorted(errors) and errors[0] > 0
+    first = next(iter(network.parameters())).detach()
+    with torch.no_grad():
+        first[0] = torch.tensor([0.0, 1, 2, 3, 3, 1])  # lies on a grid of two bits
+        kept = rounded(network, 2)(x)
+        first[0] = torch.tensor([0.0, 1.1, 2, 3, 3, 0.9])  # and this is next to it
+    torch.testing.assert_close(rounded(network, 2)(x), kept)
+
+
+def test_mnist_is_read_from_a_folder(tmp_path: Path) -> None:
+    for name, count in (("train", 3), ("t10k", 2)):
+        pixels = bytes(range(count)) * 784
+        (tmp_path / f"{name}-images-idx3-ubyte").write_bytes(bytes(16) + pixels)
+        (tmp_path / f"{name}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(bytes(8) + bytes(range(count))))
+    (x, y), (x_test, y_test) = digits(str(tmp_path), 2, 9, 0, torch.float64)
+    assert x.shape == (2, 784) and y.tolist() == [0, 1] and x_test.shape == (2, 784) and y_test.tolist() == [0, 1]
+    assert float(x[0, 1]) == pytest.approx((1 / 255 - 0.1307) / 0.3081)
+    (tmp_path / "t10k-images-idx3-ubyte").unlink()
+    with pytest.raises(AffineQuantError, match="t10k-images-idx3-ubyte is not in") as caught:
+        digits(str(tmp_path), 2, 2, 0, torch.float64)
+    assert caught.value.exit_code == 2
+
+
+def test_digits_without_scikit_learn_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(AffineQuantError, match=r"affinequant\[research\]") as caught:
+        digits("", 2, 2, 0, torch.float32)
+    assert caught.value.exit_code == 3
+
+
+def test_the_picture_counts_units_that_switch() -> None:
+    network = nn.Sequential(nn.Linear(3, 2, bias=False), nn.ReLU(), nn.Linear(2, 1, bias=False))
+    with torch.no_grad():  # one unit turns at s1 = 0.5, one at s2 = -1.5
+        network[0].weight.copy_(torch.tensor([[2.0, 0.0, -1.0], [0.0, 2.0, 3.0]]))
+    picture = torch.tensor(boundaries(network, torch.ones(3)))
+    rows, columns = picture.sum(1), picture.sum(0)
+    assert picture.shape == (48, 48) and int(picture.sum()) == 2 * 48
+    assert columns.argmax() == 30 and rows.argmax() == 41  # 0.5 lies behind cell 30 from the left, -1.5 below row 41
+
+
+def _plain(results: list[dict[str, Any]]) -> list[Any]:
+    """All but what a clock says."""
+    clocks = ("seconds", "ms_per_update")
+    return [
+        ({name: one for name, one in result["metrics"].items() if not name.endswith(clocks)}, result["series"])
+        for result in results
+    ]
+
+
+@pytest.mark.parametrize("experiment", METHOD.experiments, ids=lambda one: one.name)
+def test_smoke(experiment: Experiment, tmp_path: Path) -> None:
+    """Each experiment runs, draws itself, and gives the same again where it was cut short."""
+    config = experiment.presets["smoke"]
+    results = run_experiment("grokalign", experiment, config, (0,), "smoke", tmp_path / "whole")
+    report = summary(METHOD, "smoke", [(experiment, config, results)])
+    assert report["passed"] and report["figures"]
+    assert {row[0] for row in report["tables"][0]["rows"]} >= set(getattr(config, "arms", ()))
+    if experiment.build is None:
+        return
+    seen = 0
+
+    def dies(config: Any, seed: int, arm: str) -> Trial:
+        trial = experiment.build(config, seed, arm)  # type: ignore[misc]
+
+        def batches(epoch: int) -> Any:
+            nonlocal seen
+            seen += 1
+            if arm == config.arms[-1] and epoch == 3 and seen < 100:
+                seen = 100
+                raise KeyboardInterrupt
+            return trial.phase.batches(epoch)
+
+        config_of_fit = dataclasses.replace(trial.phase.config, pause_after=1)
+        return dataclasses.replace(trial, phase=trial.phase._replace(batches=batches, config=config_of_fit))
+
+    cut = dataclasses.replace(experiment, build=dies)
+    with pytest.raises(KeyboardInterrupt):
+        run_experiment("grokalign", cut, config, (0,), "smoke", tmp_path / "cut")
+    again = run_experiment("grokalign", cut, config, (0,), "smoke", tmp_path / "cut")
+    assert _plain(again) == _plain(results)
+    kept = [(tmp_path / one / f"seed-0/stages/{config.arms[-1]}/tensors.safetensors") for one in ("whole", "cut")]
+    assert kept[0].read_bytes() == kept[1].read_bytes()

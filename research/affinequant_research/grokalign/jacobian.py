@@ -52,9 +52,7 @@ def jacobians(network: Callable[[Tensor], Tensor], x: Float[Tensor, "n *d"]) -> 
     with torch.enable_grad():
         inputs = x.detach().clone().requires_grad_()
         outputs = network(inputs)
-        rows = [
-            torch.autograd.grad(outputs, inputs, v, retain_graph=True)[0].flatten(1) for v in _each_output(outputs)
-        ]
+        rows = [torch.autograd.grad(outputs, inputs, v, retain_graph=True)[0].flatten(1) for v in _each_output(outputs)]
     return torch.stack(rows, dim=1)
 
 
