@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import shutil
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,14 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
         report.outcome = "failed"
         report.longrepr = f"skipped although AFFINEQUANT_REQUIRE_VLLM=1: {call.excinfo}"
     return report
+
+
+@pytest.fixture(autouse=True)
+def scores(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where this test's scores are kept: not among the user's, and nothing is there yet."""
+    folder = tmp_path_factory.getbasetemp() / "scores" / uuid.uuid4().hex
+    monkeypatch.setenv("AFFINEQUANT_SCORES", str(folder))
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -25,24 +25,33 @@ UNEXPECTED, INTERRUPTED = 1, 130
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Command:
-    """A module with `add_arguments(parser)` and `run(args, screen)`, and a line about it."""
+    """A module with `add_arguments(parser)` and `run(args, screen)`, and a line about it. `saves`: what an interrupted run
+    has saved, if the same words go on with it."""
 
     module: str
     about: str
-    resumes: bool = False
+    saves: str = ""
 
 
 COMMANDS: dict[str, Command] = {
     "demo": Command(
-        module="affinequant.cli.demo", about="a real 135M model to W4A4, scored; nothing to prepare", resumes=True
+        module="affinequant.cli.demo",
+        about="a real 135M model to W4A4, scored; nothing to prepare",
+        saves="every finished block",
     ),
-    "quantize": Command(module="affinequant.cli.quantize", about="make a checkpoint of a model", resumes=True),
+    "quantize": Command(
+        module="affinequant.cli.quantize", about="make a checkpoint of a model", saves="every finished block"
+    ),
     "plan": Command(module="affinequant.cli.plan", about="what a run would do and cost; no weights are loaded"),
-    "eval": Command(module="affinequant.cli.evaluate", about="score a checkpoint next to the model it was made from"),
+    "eval": Command(
+        module="affinequant.cli.evaluate",
+        about="score a checkpoint next to the model it was made from",
+        saves="every finished score",
+    ),
     "compare": Command(
         module="affinequant.cli.compare",
         about="one model by several presets: quality, time, memory, cost",
-        resumes=True,
+        saves="every finished block",
     ),
     "inspect": Command(module="affinequant.cli.inspect", about="bits, sizes and errors per layer; the recipe"),
     "export": Command(
@@ -52,7 +61,9 @@ COMMANDS: dict[str, Command] = {
         module="affinequant.cli.bench", about="time a checkpoint next to its model, or the integer kernels"
     ),
     "research": Command(
-        module="affinequant.cli.research", about="other papers' methods on the same harness", resumes=True
+        module="affinequant.cli.research",
+        about="other papers' methods on the same harness",
+        saves="every finished part",
     ),
     "list": Command(
         module="affinequant.cli.lists", about="schemes, models, transforms, formats, presets, data, metrics"
@@ -150,11 +161,11 @@ def _overview() -> str:
 
 
 def _interrupted(typed: list[str]) -> AffineQuantError:
-    # --overwrite again would throw away what was saved.
-    again = shlex.join(["affinequant", *(word for word in typed if word != "--overwrite")])
+    # --overwrite or --again would throw away what was saved.
+    again = shlex.join(["affinequant", *(word for word in typed if word not in ("--overwrite", "--again"))])
     command = COMMANDS.get(typed[0]) if typed else None
-    if command is not None and command.resumes:
-        return AffineQuantError("interrupted; every finished block is saved", "Ctrl-C", f"to go on: {again}")
+    if command is not None and command.saves:
+        return AffineQuantError(f"interrupted; {command.saves} is saved", "Ctrl-C", f"to go on: {again}")
     return AffineQuantError("interrupted", "Ctrl-C", f"to start again: {again}")
 
 

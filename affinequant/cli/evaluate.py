@@ -20,6 +20,9 @@ checkpoint was made from, or --baseline) sees the same tokens and prompts; +- is
 pairwise differences where it stands at the difference, with one degree of freedom less than there are windows;
 in brackets 95 % by Student's t. Better or worse is said only where they hold no 0.
 
+Scores are kept, by the content of weights, tokens and settings and by versions: the same command prints them again, a
+baseline is scored once for all its checkpoints, and after Ctrl-C the same command goes on.
+
 examples:
   affinequant eval my-llama-w4a4
   affinequant eval my-llama-w4a4 --text my-text.txt --seq-len 2048 --windows 20
@@ -46,6 +49,7 @@ def add_arguments(parser: Parser) -> None:
     group.add_argument(
         "--baseline", metavar="MODEL|none", help="what to compare with (default: the checkpoint's source)"
     )
+    group.add_argument("--again", action="store_true", help="measure anew what is kept from an earlier time")
     group = parser.add_argument_group("machine")
     group.add_argument("--device", metavar="auto|cpu|cuda", default="auto", help="where to compute (default: auto)")
     group.add_argument(
@@ -90,6 +94,8 @@ def score(args: argparse.Namespace, screen: Screen) -> "Scorecard":
         baseline=args.baseline,
         device=device,
         dtype=dtype,
+        keep=True,
+        again=args.again,
         verbose=screen.verbose,
         say=screen.say,
     )
@@ -125,6 +131,19 @@ def print_card(card: "Scorecard", screen: Screen) -> None:
     for line in (*(_how(row) for row in card.rows if row.score), *(f"note: {note}" for note in card.notes)):
         if line:
             screen.print(line)
+    if since := _kept_since(card):
+        screen.print(f"kept: {since}; --again measures anew")
+
+
+def _kept_since(card: "Scorecard") -> str:
+    """Which of the scores were not measured now, and when."""
+    parts = []
+    for whose, one in (("checkpoint", card), ("baseline", card.baseline)):
+        times = sorted(row.kept for row in one.rows if row.kept) if one else []
+        if one and times:
+            share = "all" if len(times) == len(one.rows) else f"{len(times)} of {len(one.rows)}"
+            parts.append(f"{share} scores of the {whose} were measured {times[0].replace('+00:00', ' UTC')}")
+    return "; ".join(parts)
 
 
 def _missing(card: "Scorecard", name: str) -> str:

@@ -15,7 +15,9 @@ from affinequant.errors import AffineQuantError
 from affinequant.models import check_length
 from affinequant.models.source import is_local, locate, open_source
 from affinequant.recipe.recipe import Device, Dtype
-from affinequant_evals.harness import Scorecard, Suite, evaluate
+from affinequant.run.run import Run
+from affinequant_evals.harness import Scorecard, Suite, evaluate, recall, stage_of
+from affinequant_evals.kept import context_of, keep_card, open_scores
 from affinequant_evals.perplexity import LanguageModel
 from affinequant_evals.suites import Measurements, build_suite, measurements
 
@@ -37,6 +39,8 @@ def eval_checkpoint(
     baseline: str | Path | None = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    keep: bool = False,
+    again: bool = False,
     verbose: bool = False,
     say: Say = quiet,
     **wanted: Any,
@@ -47,6 +51,8 @@ def eval_checkpoint(
         checkpoint: a checkpoint of this package, any model folder, a hub id or `demo`.
         baseline: model to compare with; None for the one that the checkpoint was made from (`find_baseline`), `none` for
             no comparison.
+        keep: scores are kept among this user's cached files, and what is kept is not measured once more (`kept`).
+        again: measure, whatever is kept; what comes out takes its place.
         say: told what is being done; a missing baseline also stands in the scorecard's notes.
         wanted: what to measure, see `suites.measurements`: `suite`, `text`, `tasks`, and the fields of `Measurements`.
 
@@ -55,12 +61,17 @@ def eval_checkpoint(
     """
     ready = prepare(checkpoint, verbose=verbose, say=say, **wanted)
     other, note = find_baseline(ready.folder, baseline, say)
-    card = score_folder(str(checkpoint), ready.folder, ready, device=device, dtype=dtype, say=say)
+    options: dict[str, Any] = {"device": device, "dtype": dtype, "keep": keep, "again": again, "say": say}
+    card = score_folder(str(checkpoint), ready.folder, ready, **options)
     if other is None:
         say(note)
-        return replace(card, notes=(*card.notes, note))
-    name, place = other
-    return card.against(score_folder(name, place, ready, device=device, dtype=dtype, say=say))
+        card = replace(card, notes=(*card.notes, note))
+    else:
+        name, place = other
+        card = card.against(score_folder(name, place, ready, **options))
+    if keep:
+        keep_card(ready.folder, card)
+    return card
 
 
 def prepare(checkpoint: str | Path, *, verbose: bool = False, say: Say = quiet, **wanted: Any) -> Ready:
@@ -78,14 +89,39 @@ def prepare(checkpoint: str | Path, *, verbose: bool = False, say: Say = quiet, 
 
 
 def score_folder(
-    name: str, folder: Path, ready: Ready, *, device: Device = "auto", dtype: Dtype = "auto", say: Say = quiet
+    name: str,
+    folder: Path,
+    ready: Ready,
+    *,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    keep: bool = False,
+    again: bool = False,
+    say: Say = quiet,
 ) -> Scorecard:
-    """Load the model in a folder, score it on what is ready, and let go of it."""
+    """Load the model in a folder, score it on what is ready, and let go of it; where all scores are kept nothing is
+    loaded. `keep` and `again` as in `eval_checkpoint`."""
     say(f"scoring {name}")
+    if not keep:
+        return _scored(name, folder, ready, device, dtype, None, say)
+    context = context_of(folder, ready.folder, device=device, dtype=dtype, say=say)
+    with open_scores(context, say) as run:
+        if run and again:
+            for metric in ready.suite.metrics:
+                run.forget(stage_of(metric))
+        if run and (card := recall(name, ready.suite, run)):
+            return replace(card, env={**card.env, "device": context["device"], "dtype": context["dtype"]})
+        return _scored(name, folder, ready, device, dtype, run, say)
+
+
+def _scored(
+    name: str, folder: Path, ready: Ready, device: Device, dtype: Dtype, run: Run | None, say: Say
+) -> Scorecard:
     model = affinequant.load(folder, device=device, dtype=dtype, say=say)
-    card = evaluate(LanguageModel(model=model, tokenizer=ready.tokenizer, name=name, say=say), ready.suite, say=say)
+    subject = LanguageModel(model=model, tokenizer=ready.tokenizer, name=name, say=say)
+    card = evaluate(subject, ready.suite, run=run, nameless=False, say=say)
     placed = {"device": str(model.device), "dtype": str(model.dtype).removeprefix("torch.")}
-    del model
+    del model, subject
     gc.collect()
     return replace(card, env={**card.env, **placed})
 

@@ -145,7 +145,7 @@ def perplexity(windows: Windows) -> Metric[LanguageModel]:
         losses = window_losses(subject.model, windows.ids, Steps(subject.say, "windows", count))
         return exp_mean_score(losses.tolist(), key=about["sha256"], about=about)
 
-    return Metric(name=f"perplexity@{windows.text},seq{seq_len}", better="lower", function=measure)
+    return Metric(name=f"perplexity@{windows.text},seq{seq_len}", better="lower", function=measure, fingerprint=about)
 
 
 @torch.inference_mode()
