@@ -343,7 +343,7 @@ def test_inspect(made: Path, capsys: Capture) -> None:
     assert [row[1] for row in rows if row[:1] in (["0"], ["1"])] == ["4.28", "4.28"]
     assert main(["inspect", str(made), "-v"]) == 0
     verbose = capsys.readouterr().out
-    assert verbose.count("self_attn.q_proj") == 2 and 'rounding = "gptq"' in verbose
+    assert verbose.count("self_attn.q_proj") == verbose.count("input mlp_mid") == 2 and 'rounding = "gptq"' in verbose
 
 
 def test_inspect_json(made: Path, capsys: Capture) -> None:

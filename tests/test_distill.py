@@ -16,7 +16,9 @@ from affinequant.costs import blocks_kept
 from affinequant.learning import distill as distillation
 from affinequant.learning.distill import Continuous, Distilled, Divergence, distill
 from affinequant.learning.divergence import divergence
+from affinequant.learning.fit import FitReport, fit
 from affinequant.learning.objective import BlockObjective, folded_exactly
+from affinequant.learning.phases import Phase
 from affinequant.models.source import open_source
 from affinequant.recipe.scheme import Scheme
 from affinequant.rounding.block import Rounded, round_block
@@ -27,6 +29,7 @@ from tests.test_objective import make_job, started
 from tests.tiny import quantized_input
 
 Tiny = Callable[..., Path]
+Train = Callable[[Phase], FitReport]
 
 
 class Case(NamedTuple):
@@ -66,9 +69,9 @@ def make(folder: Path, numbers: Scheme | None = None, **fields: Any) -> Case:
     return Case(jobs, rounded, stages, outer, embedded, full)
 
 
-def finished(case: Case, **fields: Any) -> Distilled:
-    jobs = [replace(job, recipe=replace(job.recipe, **fields)) for job in case.jobs]
-    return distill(jobs, iter(case.stages), case.outer, case.embedded, case.full, len(case.full), lambda text: None)
+def finished(case: Case, train: Train = lambda phase: fit(*phase), **fields: Any) -> Distilled:
+    jobs, count = [replace(job, recipe=replace(job.recipe, **fields)) for job in case.jobs], len(case.full)
+    return distill(jobs, iter(case.stages), case.outer, case.embedded, case.full, count, lambda text: None, train)
 
 
 @pytest.mark.parametrize(
@@ -206,6 +209,24 @@ def test_full_ranges_stay_full_where_clipping_was_refused(tiny: Tiny) -> None:
     done = finished(make(tiny(), activation_clip="none"), finish_lr=1e-2)
     clips = [float(tensor) for name, tensor in done.tensors.items() if name.endswith("input_clip")]
     assert clips and set(clips) == {1.0}
+
+
+def test_its_trace_is_of_every_step_in_one_go_or_two(tiny: Tiny) -> None:
+    case, state = make(tiny()), dict[str, Any]()
+    fields = {"finish_epochs": 3, "finish_lr": 1e-2}
+    whole = finished(case, **fields)
+    steps = len(case.full) - 1
+    assert len(whole.trace) == 3 * steps
+    for epoch, mean in enumerate(whole.fitted.series["loss"]):
+        assert sum(whole.trace[epoch * steps :][:steps]) / steps == pytest.approx(mean)  # pyright: ignore[reportArgumentType]
+
+    def stops(phase: Phase) -> FitReport:
+        state.update(fit(*phase._replace(config=replace(phase.config, pause_after=1))).state or {})
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        finished(case, stops, **fields)
+    assert finished(case, lambda phase: fit(*phase, state=state), **fields).trace == whole.trace
 
 
 @pytest.mark.parametrize(

@@ -284,6 +284,7 @@ def test_the_blocks_go_on_from_it_and_the_report_tells(tiny: Tiny, tmp_path: Pat
         out=tmp_path / "out",
     )
     told = done.report["rotation"]
+    assert len(told["trace"]) == 6 and sum(told["trace"]) / 6 == pytest.approx(told["curve"][0])
     assert told["steps"] == 6 and told["seconds"] > 0 and told["divergence_last"] <= told["divergence_first"]
     assert done.report["verified"]["passed"] and done.report["non_finite"] == 0
     assert done.report["plan"]["sites"][0]["transform"] == "orthogonal"

@@ -25,7 +25,8 @@ USAGE = "CKPT [-v] [--json]"
 EPILOG = """
 Per block: bits and size, how well its output survived (SQNR in dB, on the calibration text, errors of earlier blocks
 included; higher is better), the loss before and after learning, and the largest condition number of its transforms.
--v adds every linear and the whole recipe. On a folder whose run has not finished: how far it is, and how to go on.
+-v adds every linear, its inputs as they are rounded, and the whole recipe. On a folder whose run has not finished: how far
+it is, and how to go on.
 """
 State = Literal["finished", "unfinished", "failed", "checkpoint only"]
 _RUN, _REPORT, _FAILED = ".run/fingerprint.json", "report.json", "report.failed.json"
@@ -172,6 +173,8 @@ def _print_blocks(found: Found, sizes: Mapping[str, int], screen: Screen) -> Non
                 [f"  {name}", "", "", f"{one['sqnr']:.1f}", "", f"input clip {one['clip']:.2f}", "", ""]
                 for name, one in block["linears"].items()
             ]
+            inputs = {site: one["sqnr"] for site, one in block.get("inputs", {}).items() if one.get("sqnr")}
+            rows += [[f"  input {site}", "", "", f"{sqnr:.1f}", "", "", "", ""] for site, sqnr in inputs.items()]
     if "outside" in sizes:
         rows.append(["outside", "16", size(sizes["outside"]), "", "", "embedding, final norm, head", "", ""])
     columns = ["block", "bits", "size", "SQNR dB", "condition", "loss", "s", "events"]
@@ -193,10 +196,7 @@ def _print_recipe(found: Found, screen: Screen) -> None:
 
 def _as_json(found: Found, sizes: Mapping[str, int]) -> dict[str, Any]:
     report = {name: value for name, value in found.report.items() if name not in ("schema", "blocks", "plan", "files")}
-    blocks = [
-        {"bytes": sizes.get(str(index)), **{name: value for name, value in block.items()}}
-        for index, block in enumerate(found.blocks)
-    ]
+    blocks = [{"bytes": sizes.get(str(index)), **block} for index, block in enumerate(found.blocks)]
     return {
         "schema": 1,
         "path": found.folder.absolute(),

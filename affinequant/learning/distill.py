@@ -7,7 +7,7 @@ end-to-end stage as in arXiv 2506.04985, restricted to what costs nothing at run
 
 import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,7 @@ from affinequant.learning.fit import FitConfig, FitReport, fit
 from affinequant.learning.network import scored_samples, whole_report
 from affinequant.learning.optimizers import Group
 from affinequant.learning.phases import Phase, fit_durably
+from affinequant.learning.record import Trace
 from affinequant.learning.work import Work
 from affinequant.numbers.weights import dequantize
 from affinequant.progress import Steps
@@ -40,6 +41,8 @@ class Distilled:
     after: Float[Tensor, "samples tokens hidden"]
     fitted: FitReport
     """Its series `held-out`: mean divergence on the held-out samples at the start and after each epoch."""
+    trace: Sequence[float | None] = ()
+    """Mean loss over equal parts of the training."""
 
 
 class Continuous(nn.Module):
@@ -177,6 +180,7 @@ class Divergence:
         self.head = self.decoder.head(outer)
         self.norm = f"{self.decoder.family.norm}.weight"
         self.log_gain = nn.Parameter(torch.zeros(outer[self.norm].shape, device=self.decoder.device))
+        self.trace = Trace()
 
     def groups(self) -> Sequence[Group]:
         """Everything at one rate: every parameter is the logarithm of a factor."""
@@ -185,14 +189,25 @@ class Divergence:
 
     def progress(self, t: float) -> Sequence[nn.Parameter]:
         """Nothing is released over training."""
+        self.trace.t = t
         return ()
+
+    def state(self) -> dict[str, dict[float, float]]:
+        """The losses so far."""
+        return {"losses": self.trace.losses}
+
+    def load(self, state: Mapping[str, dict[float, float]]) -> None:
+        """Go on behind them."""
+        self.trace.losses = dict(state.get("losses", {}))
 
     def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Nats per token. `batch`: embedded tokens, and the full-precision hidden states behind the last block."""
         x, teacher = (part.to(self.decoder.device, self.decoder.dtype) for part in batch)
         for block in self.blocks:
             x = block(x)
-        return divergence(self.decoder, teacher, self.head, x, self._student, [self.log_gain])
+        loss = divergence(self.decoder, teacher, self.head, x, self._student, [self.log_gain])
+        self.trace.note(loss)
+        return loss
 
     def final_norm(self) -> Tensor:
         """The trained gain of the last norm."""
@@ -258,7 +273,7 @@ def distill(
     after = embedded[:keep]
     for block in blocks:
         after = block.run_all(after)
-    return Distilled(tensors=tensors, after=after, fitted=fitted)
+    return Distilled(tensors=tensors, after=after, fitted=fitted, trace=objective.trace.means())
 
 
 def distill_stage(work: Work, stage: Stage, carry: Carry) -> Carry:
@@ -271,7 +286,10 @@ def distill_stage(work: Work, stage: Stage, carry: Carry) -> Carry:
     stages = (run.tensors(stage_name(job.index)) for job in jobs)
     train = functools.partial(fit_durably, run=run, stage=stage.name)
     done = distill(jobs, stages, outer, embedded, full, keep, work.listen.say, train)
-    report, carry = whole_report(done.fitted, began, decoder.device), {"full": full[:keep], "quantized": done.after}
+    report, carry = (
+        whole_report(done.fitted, done.trace, began, decoder.device),
+        {"full": full[:keep], "quantized": done.after},
+    )
     run.commit(stage.name, tensors=done.tensors, carry=carry, report=report)
     return carry
 

@@ -69,14 +69,17 @@ def read_outer(made: Plan, decoder: Decoder) -> Tensors:
     return made.source.read(name for name in names if name not in unknown)
 
 
-def whole_report(fitted: FitReport, began: float, device: torch.device) -> dict[str, Any]:
+def whole_report(
+    fitted: FitReport, trace: Sequence[float | None], began: float, device: torch.device
+) -> dict[str, Any]:
     """What is reported of a training of the whole network, judged by the divergence on held-out text: at the start and
-    after each epoch."""
+    after each epoch. `curve` is the mean loss of each epoch, `trace` that of shorter parts of equal length."""
     return {
         "divergence_first": fitted.series["held-out"][0],
         "divergence_last": fitted.best,
         "divergence": fitted.series["held-out"],
         "curve": fitted.series["loss"],
+        "trace": trace,
         "steps": fitted.steps,
         "non_finite": fitted.non_finite,
         "stopped": fitted.stopped,

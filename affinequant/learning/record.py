@@ -32,6 +32,8 @@ FAINT = 1e-6
 """Of the largest magnitude of a matrix: what is below counts as nothing."""
 BANDS = 8
 """Epochs of which a band is kept, at most."""
+PARTS = 40
+"""Points of a training's trace, at most."""
 _PART = 1 << 20  # values that are widened to fp64 at once
 
 
@@ -111,6 +113,27 @@ def pictures(transforms: Mapping[str, Transform]) -> dict[str, dict[str, Any]]:
         for name, transform in transforms.items()
         for part, matrix in matrices(transform).items()
     }
+
+
+class Trace:
+    """The loss of every update of a training, for a curve finer than epochs: what is done again counts as it came out."""
+
+    def __init__(self) -> None:
+        self.t = 0.0
+        self.losses: dict[float, float] = {}
+
+    def note(self, loss: Float[Tensor, ""]) -> None:
+        """Of the update at `t`, how far training is; what is only measured does not count."""
+        if loss.requires_grad:
+            self.losses[self.t] = float(loss.detach())
+
+    def means(self) -> list[float | None]:
+        """Over `PARTS` equal parts of the training, or as many as there are updates."""
+        losses = [self.losses[t] for t in sorted(self.losses)]
+        parts = min(PARTS, len(losses))
+        ends = [len(losses) * part // parts for part in range(1, parts + 1)]
+        pairs = zip([0, *ends], ends, strict=False)
+        return [plain(sum(losses[first:end]) / (end - first)) for first, end in pairs]
 
 
 class Noise:

@@ -20,6 +20,7 @@ from affinequant.learning.divergence import divergence, mean_loss
 from affinequant.learning.fit import FitConfig, FitReport, fit
 from affinequant.learning.network import block_job, block_reader, read_outer, whole_report
 from affinequant.learning.optimizers import Group
+from affinequant.learning.record import Trace
 from affinequant.learning.starts import build_transforms, sites_that_look
 from affinequant.learning.work import Work
 from affinequant.models.decoder import Decoder
@@ -104,6 +105,7 @@ class Rotations:
         self.blocks, self.residual, self.angle = blocks, residual, angle
         self.decoder = blocks[0].job.decoder
         self.head = self.decoder.head(outer)
+        self.trace = Trace()
 
     def groups(self) -> Sequence[Group]:
         """The residual stream's rotation, and those of the values."""
@@ -121,6 +123,7 @@ class Rotations:
 
     def progress(self, t: float) -> Sequence[nn.Parameter]:
         """Nothing is released over training."""
+        self.trace.t = t
         return ()
 
     def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -129,7 +132,9 @@ class Rotations:
         rotation = self.residual.on_activations(torch.eye(x.shape[-1], device=x.device))
         for block in self.blocks:
             x = checkpoint(block, x, rotation, use_reentrant=False)  # pyright: ignore[reportAssignmentType]
-        return divergence(self.decoder, teacher, self.head, x, lambda hidden: self.decoder.logits(hidden, self.head))
+        loss = divergence(self.decoder, teacher, self.head, x, lambda hidden: self.decoder.logits(hidden, self.head))
+        self.trace.note(loss)
+        return loss
 
 
 def rotation_stage(work: Work, stage: Stage, carry: Carry) -> Carry:
@@ -158,7 +163,7 @@ def rotation_stage(work: Work, stage: Stage, carry: Carry) -> Carry:
         if block.values:
             site = next(name for name, site in made.sites.items() if site.kind == "heads")
             learned[f"{block.job.index}.{site}"] = block.values.double().blocks().detach()
-    work.run.commit(stage.name, tensors=learned, report=_report(fitted, began, decoder))
+    work.run.commit(stage.name, tensors=learned, report=_report(fitted, objective.trace, began, decoder))
     return {}
 
 
@@ -208,8 +213,8 @@ def _pieces(ids: Int[Tensor, "samples tokens"], made: Plan) -> tuple[Int[Tensor,
     return pieces[order[torch.arange(train + held).clamp_max(len(pieces) - 1)]], held
 
 
-def _report(fitted: FitReport, began: float, decoder: Decoder) -> Mapping[str, object]:
-    report = whole_report(fitted, began, decoder.device)
+def _report(fitted: FitReport, trace: Trace, began: float, decoder: Decoder) -> Mapping[str, object]:
+    report = whole_report(fitted, trace.means(), began, decoder.device)
     first, last = report["divergence_first"], report["divergence_last"]
     if not last < first:
         report["events"].append("learning left the held-out divergence no lower: the rotation stays where it starts")
