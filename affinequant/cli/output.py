@@ -83,9 +83,13 @@ class Screen:
         if self.json:
             print(json.dumps(plain_json(value), indent=2, ensure_ascii=False))
 
+    def warn(self, problem: AffineQuantError) -> None:
+        """Three parts on stderr, beside a result."""
+        print(f"affinequant: {problem}", file=sys.stderr, flush=True)
+
     def error(self, problem: AffineQuantError) -> None:
         """Three parts on stderr; with --json also the object on stdout."""
-        print(f"affinequant: {problem}", file=sys.stderr, flush=True)
+        self.warn(problem)
         self.result({"schema": 1, "error": {"what": problem.what, "where": problem.where, "fix": problem.fix}})
         sys.stdout.flush()
 
