@@ -44,7 +44,7 @@ class Xor:
     Attributes:
         noise: of the coordinates that mean nothing. With `width` it fixes the length of a point.
         jacobian: weight of the penalty in the arm `grokalign`.
-        shake: amplitude of what is added to every coordinate to see what the network bears.
+        shake: what `noise` is for points that show how much noise the network bears.
     """
 
     arms: tuple[str, ...] = ("decay", "grokalign")
@@ -81,8 +81,7 @@ def build(config: Xor, seed: int, arm: str) -> Trial:
     """The training of one arm, from the same weights and points as the others of its seed."""
     generator = torch.Generator().manual_seed(seed)
     train, test = points(config, config.train, generator), points(config, config.test, generator)
-    shaken = config.shake * (torch.randint(0, 2, test[0].shape, generator=generator) * 2 - 1).to(test[0])
-    noisy = test[0] + shaken, test[1]
+    noisy = torch.cat([test[0][:, :2], test[0][:, 2:] * (config.shake / config.noise)], 1), test[1]
     network = mlp([config.width, config.hidden, 1], 1.0, test[0].dtype)
     before = boundaries(network, test[0][0])
     group = Group(name="network", parameters=list(network.parameters()), lr=config.rate, weight_decay=config.decay)

@@ -1,0 +1,187 @@
+"""Addition modulo p by a transformer of one layer, the Jacobian taken with respect to the embeddings.
+
+A sequence is `a b =`; what is asked for is (a + b) mod p in the logits of its last token. One layer of attention and MLP,
+without normalisation, as the paper's; a plain softmax, since fused attention has no second derivative.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from affinequant_evals import Score, Suite
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from affinequant.fit import FitConfig, FitReport, Group
+from affinequant.learning.phases import Phase
+from affinequant.report.figure import Figure
+from affinequant_research.experiment import Claim, Experiment, Found, Series, Trial, arms
+from affinequant_research.grokalign.drawing import over
+from affinequant_research.grokalign.training import (
+    Aligned,
+    Batch,
+    Penalty,
+    accuracy,
+    geometry,
+    hits,
+    measured,
+    one,
+)
+from affinequant_research.series import first_update
+
+TOKENS = 3
+PROBED = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Modular:
+    """Settings; every update takes the whole training half.
+
+    Attributes:
+        share: of all p^2 sums, how many are trained on.
+        reach: test accuracy at which training ends.
+    """
+
+    arms: tuple[str, ...] = ("decay", "grokalign")
+    p: int = 31
+    share: float = 0.5
+    width: int = 64
+    heads: int = 4
+    mlp: int = 256
+    jacobian: float = 1e-3
+    rate: float = 1e-3
+    decay: float = 1.0
+    updates: int = 4000
+    probe_every: int = 25
+    reach: float = 0.95
+    device: str = "cpu"
+
+
+class Adder(nn.Module):
+    """Embeddings [n, 3, width] -> logits of the last token [n, p]; `embed` makes them of tokens."""
+
+    def __init__(self, config: Modular) -> None:
+        super().__init__()
+        width, self.heads = config.width, config.heads
+        self.tokens = nn.Parameter(torch.randn(config.p + 1, width) / width**0.5)
+        self.places = nn.Parameter(torch.randn(TOKENS, width) / width**0.5)
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+        self.up = nn.Linear(width, config.mlp)
+        self.down = nn.Linear(config.mlp, width)
+        self.head = nn.Linear(width, config.p, bias=False)
+
+    def embed(self, tokens: Int[Tensor, "n 3"]) -> Float[Tensor, "n 3 width"]:
+        """What the Jacobian is taken with respect to."""
+        return self.tokens[tokens] + self.places
+
+    def forward(self, x: Float[Tensor, "n 3 width"]) -> Float[Tensor, "n p"]:
+        """The last token alone asks: attention is over all three."""
+        query, key, value = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)
+        scores = torch.einsum("nhd,nthd->nht", query[:, -1], key) / key.shape[-1] ** 0.5
+        mixed = torch.einsum("nht,nthd->nhd", scores.softmax(-1), value).flatten(1)
+        last = x[:, -1] + self.out(mixed)
+        return self.head(last + self.down(torch.relu(self.up(last))))
+
+
+def sums(config: Modular, seed: int) -> tuple[Batch, Batch]:
+    """(train, test): all pairs, split at random by the seed."""
+    pairs = torch.cartesian_prod(torch.arange(config.p), torch.arange(config.p))
+    tokens = torch.cat([pairs, torch.full((len(pairs), 1), config.p)], 1).to(config.device)
+    labels = pairs.sum(1).remainder(config.p).to(config.device)
+    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed))
+    count = round(config.share * len(pairs))
+    return tuple((tokens[part], labels[part]) for part in (order[:count], order[count:]))  # type: ignore[return-value]
+
+
+def build(config: Modular, seed: int, arm: str) -> Trial:
+    """The training of one arm, from the same weights and sums as the others of its seed."""
+    network = Adder(config).to(config.device)
+    train, test = sums(config, seed)
+    group = Group(
+        name="network",
+        parameters=list(network.parameters()),
+        lr=config.rate,
+        weight_decay=config.decay,
+        options={"betas": (0.9, 0.98)},
+    )
+    objective = Aligned(
+        network=network,
+        group=group,
+        task=nn.functional.cross_entropy,
+        penalty=Penalty(weight=config.jacobian * (arm == "grokalign")),
+        enter=network.embed,
+    )
+    fit = FitConfig(
+        epochs=config.updates,
+        steps_per_epoch=1,
+        probe_every=config.probe_every,
+        stop_when=("test_acc", ">", config.reach),
+        pause_after=20 * config.probe_every,
+        double_backward=True,
+    )
+
+    def tell(tokens: Tensor) -> Tensor:
+        return network(network.embed(tokens))
+
+    def norms(count: int) -> Tensor:
+        return geometry(network, network.embed(test[0][:count]).detach())["jac_fro"].cpu()
+
+    def outcome(fitted: FitReport, series: Mapping[str, Series]) -> dict[str, Score]:
+        rate = fitted.seconds / fitted.steps
+        return {
+            "updates": first_update(series["test_acc"], ">=", config.reach + 1e-9),
+            "seconds": first_update(series["test_acc"], ">=", config.reach + 1e-9, rate),
+            "updates_to_train": first_update(series["train_acc"], ">=", 0.99),
+            "ms_per_update": one(1000 * rate),
+        }
+
+    metrics = (
+        measured("train_acc", "higher", lambda subject: hits(tell, train).cpu()),
+        measured("test_acc", "higher", lambda subject: hits(tell, test).cpu()),
+        measured("jac_fro", "lower", lambda subject: norms(256)),
+    )
+    probes = {
+        "train_acc": lambda: accuracy(tell, train),
+        "test_acc": lambda: accuracy(tell, test),
+        "jac_fro": lambda: float(norms(PROBED).mean()),
+    }
+    return Trial(
+        phase=Phase(objective, lambda epoch: [train], fit, probes),
+        subject=network,
+        suite=Suite(name="modular", metrics=metrics),
+        outcome=outcome,
+        tensors=lambda: {name: tensor.cpu() for name, tensor in network.state_dict().items()},
+    )
+
+
+def figures(found: Found) -> list[Figure]:
+    """Accuracy and Jacobians over updates."""
+    ends = f"A line ends where its training has reached {found.config.reach:g}, or with its budget."
+    return [
+        over(found, "modular", "test_acc", ends),
+        over(found, "modular", "jac_fro", "Of the last token's logits, with respect to the three embeddings."),
+    ]
+
+
+BENCH = Modular()
+EXPERIMENT = Experiment(
+    name="modular",
+    about="updates until a transformer adds numbers modulo p that it has not seen",
+    source="arXiv 2506.12284",
+    presets={
+        "smoke": dataclasses.replace(BENCH, p=7, width=16, heads=2, mlp=16, updates=6, probe_every=2),
+        "ci": dataclasses.replace(BENCH, updates=400),
+        "bench": BENCH,
+        "paper": dataclasses.replace(
+            BENCH, p=113, share=0.3, width=128, mlp=512, updates=48_000, probe_every=100, device="cuda"
+        ),
+    },
+    stages=lambda config: arms(config.arms),
+    build=build,
+    claims={
+        "bench": (Claim(metric="grokalign/updates", op="<=", than="decay/updates", source="arXiv 2506.12284, in kind"),)
+    },
+    figures=figures,
+)
