@@ -12,6 +12,7 @@ import pytest
 import torch
 from affinequant_research.experiment import Experiment, Trial
 from affinequant_research.grokalign import METHOD, training
+from affinequant_research.grokalign.blocks import MEASURED, correlations
 from affinequant_research.grokalign.data import digits
 from affinequant_research.grokalign.jacobian import (
     centroid_alignment,
@@ -20,7 +21,9 @@ from affinequant_research.grokalign.jacobian import (
     jacobians,
     leading_share,
     row_alignment,
+    spectrum,
 )
+from affinequant_research.grokalign.robust import attacked
 from affinequant_research.grokalign.training import (
     Aligned,
     Grokfast,
@@ -110,6 +113,15 @@ def test_all_estimates_agree_on_a_network() -> None:
     assert (roots < truth).all()  # the mean of 16 under the root is nearly without the bias of one
     with pytest.raises(AffineQuantError, match="did you mean 'exact'"):
         jacobian_norms(outputs, inputs, "exakt")  # type: ignore[arg-type]
+
+
+def test_the_spectrum_of_a_jacobian_that_is_not_written_down() -> None:
+    torch.manual_seed(0)
+    network, x = net(6, 16, 4), points(5, 6)
+    values = torch.linalg.svdvals(torch.block_diag(*jacobians(network, x)))  # of all samples as one input
+    squared, largest = spectrum(network, x, draws=3000, rounds=400)
+    assert float(squared) == pytest.approx(float(values.square().sum()), rel=0.05)
+    assert float(largest) == pytest.approx(float(values[0].square()), rel=1e-3)
 
 
 @pytest.mark.parametrize("estimator", ["projected", "squared", "exact"])
@@ -224,6 +236,28 @@ def test_the_picture_counts_units_that_switch() -> None:
     rows, columns = picture.sum(1), picture.sum(0)
     assert picture.shape == (48, 48) and int(picture.sum()) == 2 * 48
     assert columns.argmax() == 30 and rows.argmax() == 41  # 0.5 lies behind cell 30 from the left, -1.5 below row 41
+
+
+def test_correlations_are_of_ranks() -> None:
+    columns = {name: [1.0, 2.0, 4.0, 3.0] for name in MEASURED} | {
+        "kl": [0.1, 0.2, 9.0, 0.3],
+        "jac_pc1": [4.0, 3.0, 1.0, 2.0],
+    }
+    found = correlations(columns)
+    assert found["spearman(jac_fro)"].value == pytest.approx(1) and found["spearman(jac_pc1)"].value == pytest.approx(
+        -1
+    )
+    assert 0 <= found["p(jac_fro)"].value < 0.01 and "spearman(kl)" not in found
+
+
+def test_an_attack_stays_in_reach_and_finds_errors() -> None:
+    torch.manual_seed(0)
+    network, x = net(4, 8, 2), points(60, 4)
+    labels = network(x).argmax(-1)
+    shifted, _ = attacked(network, (x, labels), 0.5)
+    assert float((shifted - x).abs().max()) <= 0.5 + 1e-12
+    by_chance = x + 0.5 * torch.randn_like(x).sign()
+    assert training.accuracy(network, (shifted, labels)) < training.accuracy(network, (by_chance, labels)) < 1
 
 
 def _plain(results: list[dict[str, Any]]) -> list[Any]:

@@ -88,3 +88,27 @@ def _squares(outputs: Tensor, inputs: Tensor, cotangents: Float[Tensor, "K n C"]
 def _each_output(outputs: Float[Tensor, "n C"]) -> Float[Tensor, "C n C"]:
     """Every output of every sample as a cotangent."""
     return torch.eye(outputs.shape[-1]).to(outputs)[:, None].expand(-1, len(outputs), -1)
+
+
+def spectrum(
+    function: Callable[[Tensor], Tensor], x: Tensor, draws: int, rounds: int
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """(|J|^2, s_1^2) of a function whose Jacobian is too large to write down, all of x taken as one input.
+
+    The first is the mean over `draws` Gaussian v of |J^T v|^2, without bias; the second comes out of `rounds` of power
+    iteration on J^T J, from below.
+    """
+    with torch.enable_grad():
+        inputs = x.detach().clone().requires_grad_()
+        outputs = function(inputs)
+        zero = torch.zeros_like(outputs, requires_grad=True)
+        (pulled,) = torch.autograd.grad(outputs, inputs, zero, create_graph=True)  # J^T v, linear in v
+
+        def pull(v: Tensor) -> Tensor:
+            return torch.autograd.grad(outputs, inputs, v, retain_graph=True)[0]
+
+        total = sum(pull(torch.randn_like(outputs)).square().sum() for _ in range(draws))
+        along = torch.randn_like(inputs)
+        for _ in range(rounds):  # J w is the gradient of <J^T v, w> with respect to v
+            along = pull(torch.autograd.grad(pulled, zero, along / along.norm(), retain_graph=True)[0])
+    return torch.as_tensor(total) / draws, along.norm()
