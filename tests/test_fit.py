@@ -481,13 +481,21 @@ def test_a_group_has_its_own_options() -> None:
             run(problem, optimizer=name)
 
 
-def test_the_exponential_falls_to_its_last_rate() -> None:
+@pytest.mark.parametrize(
+    ("how", "expected"),
+    [
+        ({"schedule": "exponential", "last_rate": 1e-4}, [1.0, 0.1, 0.01, 0.001]),
+        ({"schedule": "step", "last_rate": 0.1, "step_at": 0.5}, [1.0, 1.0, 0.1, 0.1]),
+    ],
+    ids=["exponential", "step"],
+)
+def test_rates_fall_to_the_last_one(how: dict[str, Any], expected: list[float]) -> None:
     steps: list[float] = []
 
     def slope(w: Tensor, batch: Any) -> Tensor:
         steps.append(float(w.detach()[0]))
         return -w[0]
 
-    run(Problem(slope, lr=1.0), 2, epochs=2, schedule="exponential", last_rate=1e-4)
+    run(Problem(slope, lr=1.0), 2, epochs=2, **how)
     moves = [after - before for before, after in itertools.pairwise(steps)]
-    assert moves == pytest.approx([1.0, 0.1, 0.01, 0.001], rel=1e-3)
+    assert moves == pytest.approx(expected, rel=1e-3)

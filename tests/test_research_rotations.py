@@ -1,11 +1,18 @@
 """Representations of rotations: exact round trips, the libraries' conventions, where they jump, slopes everywhere; and the
 experiments through the harness."""
 
+import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from affinequant_research.experiment import Experiment, Method, find_experiments
+from affinequant_research.rotations.ik import SKELETON, Body
+from affinequant_research.rotations.learner import in_blocks, perceptron, rounded
+from affinequant_research.rotations.pointcloud import make_shapes
 from affinequant_research.rotations.representations import (
     REPRESENTATIONS,
     Representation,
@@ -21,8 +28,14 @@ from affinequant_research.rotations.representations import (
     steepest,
     turning,
 )
+from affinequant_research.running import run_experiment
+from affinequant_research.summary import summary
 from scipy.spatial.transform import Rotation
 from torch import Tensor
+
+from affinequant.errors import AffineQuantError
+from affinequant.learning.phases import fit_durably
+from affinequant.run.run import Run
 
 EXACT = 1e-13
 SIZES = (2, 3, 4, 8)
@@ -48,7 +61,7 @@ def orthogonal(count: int, n: int, *, proper: bool) -> Tensor:
 
 
 def off(a: Tensor, b: Tensor) -> float:
-    return float((a - b).abs().max())
+    return float((a - b).detach().abs().max())
 
 
 @pytest.mark.parametrize("name", OF_SO_N)
@@ -194,3 +207,101 @@ def test_random_rotations_are_all_equally_likely() -> None:
     mean = float(angle_between(rotations, torch.eye(3).double()).mean())
     assert mean == pytest.approx(math.pi / 2 + 2 / math.pi, abs=0.02)
     assert float(rotations.mean(0).abs().max()) < 0.02
+
+
+TRAININGS = ("sanity", "pointcloud", "ik")
+
+
+def smoke(name: str) -> tuple[Method, Experiment, Any]:
+    method, (one,) = find_experiments(f"rotations.{name}")
+    return method, one, one.presets["smoke"]
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+def test_smoke_presets_measure_and_draw(name: str, tmp_path: Path) -> None:
+    method, one, config = smoke(name)
+    results = run_experiment(method.name, one, config, (0,), "smoke", tmp_path)
+    report = summary(method, "smoke", [(one, config, results)])
+    table = report["tables"][0]
+    assert [row[0] for row in table["rows"]] == list(config.representations) and len(report["figures"]) >= 3
+    assert all(cell for row in table["rows"] for cell in row)
+    assert all(math.isfinite(entry["loss"]["last"]) for entry in results[0]["fit"])
+    measured = {metric.split("/")[1] for metric in results[0]["metrics"]}
+    for claim in (claim for claims in one.claims.values() for claim in claims):
+        named = [claim.metric, *([claim.than] if isinstance(claim.than, str) else [])]
+        assert {metric.split("/")[1] for metric in named} <= measured
+        assert {metric.split("/")[0] for metric in named} <= set(one.presets["bench"].representations)
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+def test_training_that_was_cut_short_goes_on_to_the_same_bytes(name: str, tmp_path: Path) -> None:
+    _, one, config = smoke(name)
+    config = dataclasses.replace(config, updates=200)
+
+    def trained(folder: Path, stops_at: int | None) -> dict[str, Tensor]:
+        assert one.build is not None
+        torch.manual_seed(0)
+        trial = one.build(config, 0, "6d")
+
+        def batches(epoch: int) -> Iterable[Any]:
+            if epoch == stops_at:
+                raise KeyboardInterrupt
+            return trial.phase.batches(epoch)
+
+        often = dataclasses.replace(trial.phase.config, pause_after=1)
+        fit_durably(trial.phase._replace(batches=batches, config=often), Run.open(folder, {}), "6d")
+        return dict(trial.tensors())
+
+    whole = trained(tmp_path / "whole", None)
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path / "cut", 1)
+    again = trained(tmp_path / "cut", None)
+    assert all(torch.equal(again[key], whole[key]) for key in whole)
+
+
+def test_rounded_networks_keep_what_has_bits_enough() -> None:
+    torch.manual_seed(0)
+    net = perceptron(4, 8, 3)
+    fine, rough = rounded(net, 12), rounded(net, 2)
+    x = torch.randn(20, 4)
+    torch.testing.assert_close(fine(x), net(x), rtol=0, atol=1e-2)
+    assert off(rough(x), net(x)) > 0.05
+    assert all(len(row.unique()) <= 4 for row in rough[0].weight)
+
+
+@pytest.mark.parametrize("updates", [0, -100, 150])
+def test_updates_are_whole_blocks(updates: int) -> None:
+    with pytest.raises(AffineQuantError, match="updates is"):
+        in_blocks(updates)
+
+
+def test_shapes_have_no_symmetry() -> None:
+    """No rotation but the identity brings a shape near itself, which is what a network is asked to see."""
+    shapes = make_shapes(3, 160, torch.Generator().manual_seed(0))
+    assert shapes.shape == (3, 160, 3)
+    torch.testing.assert_close(shapes.norm(dim=-1).amax(-1), torch.ones(3))
+    turns = random_rotations(300, torch.Generator().manual_seed(1))
+    far = turns[angle_between(turns, torch.eye(3)) > 0.6]
+    for shape in shapes:
+        nearest = torch.cdist(shape @ far.mT, shape.expand(len(far), -1, -1)).amin(-1).mean(-1)
+        assert float(nearest.min()) > 0.08
+
+
+def test_forward_kinematics_are_the_recursion() -> None:
+    body = Body()
+    turns = random_rotations(2 * len(body.names), torch.Generator().manual_seed(0)).unflatten(0, (2, -1))
+    made = body.positions(turns)
+    assert made.shape == (2, len(SKELETON), 3) and len(SKELETON) == 21
+    place = {name: index for index, name in enumerate(body.names)}
+
+    def recursion(name: str) -> tuple[Tensor, Tensor]:
+        parent, offset, _ = SKELETON[name]
+        if not parent:
+            return torch.zeros(2, 3), turns[:, place[name]]
+        there, frame = recursion(parent)
+        return there + frame @ (torch.tensor(offset) / 100), frame @ turns[:, place[name]]
+
+    for name in body.names:
+        torch.testing.assert_close(made[:, place[name]], recursion(name)[0], rtol=0, atol=1e-5)
+    lengths = (body.poses(5, torch.Generator().manual_seed(0))[:, place["left knee"]] - 0).norm(dim=-1)
+    assert bool((lengths < 0.6).all())

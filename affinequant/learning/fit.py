@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from affinequant.learning.optimizers import Group, new_optimizer
+from affinequant.learning.optimizers import SCHEDULES, Group, new_optimizer
 from affinequant.run.generators import generator_states, set_generators
 
 Loss = Tensor | Mapping[str, Tensor]  # named scalars are summed, and logged apart
@@ -43,19 +43,20 @@ class Objective(Protocol):
 class FitConfig:
     """How to minimise. `steps_per_epoch` is the number of batches that `batches(epoch)` gives.
 
-    `optimizer` is a class of torch.optim in lower case. The exponential schedule ends at `last_rate` times the rates.
-    `keep_best` puts back the parameters of the epoch with the least loss over its batches. `judge` names a probe that
-    judges instead, after every epoch; then the start is judged as well, and what trains worse than nothing is undone.
-    `stop_when` ends training once a probe has reached a value: `("accuracy", ">", 0.85)`. After `pause_after` epochs
-    `fit` comes back with a state to go on from. `double_backward` is for losses that hold derivatives: gradients stay on
-    where they are only measured, and fused attention, which has no second derivative, is not used.
+    `optimizer` is a class of torch.optim in lower case. The exponential schedule ends at `last_rate` times the rates, the
+    step is there from `step_at` of training on. `keep_best` puts back the parameters of the epoch with the least loss over
+    its batches. `judge` names a probe that judges instead, after every epoch; then the start is judged as well, and what
+    trains worse than nothing is undone. `stop_when` ends training once a probe has reached a value: `("accuracy", ">", 1)`.
+    After `pause_after` epochs `fit` comes back with a state to go on from. `double_backward` is for losses that hold
+    derivatives: gradients stay on where they are only measured, and fused attention, which has none twice, is not used.
     """
 
     epochs: int
     steps_per_epoch: int
     optimizer: str = "adamw"
-    schedule: Literal["constant", "cosine", "exponential"] = "constant"
+    schedule: Literal["constant", "cosine", "exponential", "step"] = "constant"
     last_rate: float = 0.01
+    step_at: float = 0.5
     clip_norm: float | None = None
     accumulate: int = 1
     keep_best: bool = False
@@ -197,8 +198,7 @@ class _State:
             return False
         if self.config.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm)
-        schedules = {"cosine": 0.5 * (1 + math.cos(math.pi * t)), "exponential": self.config.last_rate**t}
-        factor = self.rate * schedules.get(self.config.schedule, 1.0)
+        factor = self.rate * SCHEDULES[self.config.schedule](t, self.config.last_rate, self.config.step_at)
         for entry, group in zip(self.optimizer.param_groups, self.groups, strict=True):
             entry["lr"] = group.lr * factor
         self.optimizer.step()

@@ -1,11 +1,20 @@
-"""Optimizers: torch's own, by name, each group of parameters with its own options."""
+"""Optimizers: torch's own, by name, each group of parameters with its own options; and how their rates fall."""
 
 import inspect
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
+SCHEDULES: dict[str, Callable[[float, float, float], float]] = {
+    "constant": lambda t, last, at: 1.0,
+    "cosine": lambda t, last, at: 0.5 * (1 + math.cos(math.pi * t)),
+    "exponential": lambda t, last, at: last**t,
+    "step": lambda t, last, at: last if t >= at else 1.0,
+}
+"""(How far training is, 0 to 1; `FitConfig.last_rate`; `FitConfig.step_at`) -> what the rates are multiplied with."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

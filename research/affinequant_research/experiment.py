@@ -148,7 +148,10 @@ class Method:
     experiments: tuple[Experiment, ...]
 
 
-METHODS: dict[str, str] = {"grokalign": "affinequant_research.grokalign:METHOD"}
+METHODS: dict[str, str] = {
+    "rotations": "affinequant_research.rotations:METHOD",
+    "grokalign": "affinequant_research.grokalign:METHOD",
+}
 """Name -> `module:attribute` of a `Method`. A new method is a folder and a line here."""
 
 
