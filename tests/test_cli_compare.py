@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
@@ -9,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from affinequant_evals.scores import Score, exp_mean_score
+from affinequant_evals.scores import Score, exp_mean_score, mean_score
 
 from affinequant.cli import compare, main
 from affinequant.cli.comparison import Comparison, Entry, ratio
+from affinequant.cli.entry import over_seeds
 
 Tiny = Callable[..., Path]
 Capture = pytest.CaptureFixture[str]
@@ -48,6 +50,8 @@ def test_help_teaches(capsys: Capture) -> None:
         "--presets A,B,C",
         "--window-len",
         "--bos",
+        "--seeds 0-2",
+        "noise floor",
         "--tier",
         "--samples",
         "examples:",
@@ -191,6 +195,125 @@ def test_a_model_that_cannot_be_scored_leaves_the_others_scores(
     assert "rtn failed: MemoryError: no room" in capsys.readouterr().out
     first, second = json.loads((tmp_path / "out/compare.json").read_text())["presets"]
     assert first["bytes"] and first["perplexity"] is None and second["perplexity"] > 1
+
+
+# Seeds.
+
+
+@pytest.mark.usefixtures("in_process")
+def test_presets_over_seeds(words: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    asked = [*words, "--presets", "smoothquant,rtn", "--seeds", "0-1"]
+    assert main(asked) == 0
+    shown = capfd.readouterr()
+    lines = shown.out.splitlines()
+    assert lines[0].startswith("noise floor of x full precision, seeds 0, 1: a preset moves by ")
+    assert "of smoothquant; 1 degree of freedom" in lines[0] and "from smoothquant that is told apart" in lines[1]
+    rows = {line.split("  ")[0]: line for line in lines}
+    assert "sd over seeds  verdict" in rows["preset"]
+    assert "preset 2/4: smoothquant, seed 1" in shown.err and "scoring rtn with seed 1" in shown.err
+    assert shown.err.count("scoring") == 5  # full precision once
+    assert {path.name for path in out.glob("*-seed?")} == {
+        f"{p}-seed{n}" for p in ("rtn", "smoothquant") for n in (0, 1)
+    }
+    page = (out / "compare.md").read_text()
+    assert page.index("noise floor") < page.index("| preset |") and "each is the mean over seeds" in page
+
+    value = json.loads((out / "compare.json").read_text())
+    smooth, plain = value["presets"]
+    assert [one["seed"] for one in smooth["seeds"]] == value["noise"]["seeds"] == [0, 1]
+    assert smooth["ratio"] == pytest.approx(sum(one["ratio"] for one in smooth["seeds"]) / 2)
+    assert smooth["spread"] == value["noise"]["ratio"]["deviation"] > 0 == plain["spread"]
+    assert len({one["perplexity"] for one in plain["seeds"]}) == 1  # draws nothing
+    assert plain["stderr"] == pytest.approx(plain["seeds"][0]["stderr"]) and "seeds" not in plain["seeds"][0]
+    assert value["noise"]["ratio"]["reference"] == "smoothquant" and "kl" not in value["noise"]
+
+    stamps = [path.stat().st_mtime_ns for path in sorted(out.glob("*-seed?/report.json"))]
+    assert main([*asked, "-q"]) == 0
+    assert stamps == [path.stat().st_mtime_ns for path in sorted(out.glob("*-seed?/report.json"))]
+
+
+@pytest.mark.parametrize(
+    ("more", "what"),
+    [
+        (["--seeds", "2-0"], "'2-0' names no seeds"),
+        (["--seeds", "0,0"], "names a seed twice"),
+        (["--seeds", "0-1", "--seed", "3"], "--seed and --seeds cannot go together"),
+    ],
+)
+def test_seeds_that_are_none(words: list[str], tmp_path: Path, capsys: Capture, more: list[str], what: str) -> None:
+    assert main([*words, "--presets", "rtn", *more]) == 2
+    assert what in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def made(preset: str, seed: int, value: float | None, kl: float | None = None) -> Entry:
+    known = exp_mean_score([math.log(value)] * 2, key="k", about=score(1).about) if value else None
+    error = {} if value else {"what": "killed", "where": "there", "fix": "again"}
+    divergence = mean_score([kl] * 2, key="k") if kl is not None else None
+    path = Path(f"{preset}-seed{seed}")
+    return Entry(preset=preset, tier="online", path=path, score=known, kl=divergence, seed=seed, error=error)
+
+
+def seeded(values: Mapping[str, Sequence[float | None]], kl: Mapping[str, Sequence[float]] | None = None) -> Comparison:
+    entries = [
+        over_seeds([made(name, seed, one, kl[name][seed] if kl else None) for seed, one in enumerate(found)])
+        for name, found in values.items()
+    ]
+    full = exp_mean_score([math.log(10)] * 2, key="k", about=score(1).about)
+    seeds = range(len(next(iter(values.values()))))
+    return Comparison(model="m", scheme="w4a4", entries=entries, full=full, seeds=tuple(seeds))
+
+
+def cells(found: Comparison) -> dict[str, dict[str, str]]:
+    columns, rows = found.table()
+    return {row[0]: dict(zip(columns, row, strict=True)) for row in rows}
+
+
+def test_words_only_where_the_difference_exceeds_the_noise() -> None:
+    found = seeded({"fast": [12.8, 13.0, 12.7], "default": [11.8, 11.7, 11.9], "best": [12.9, 12.5, 12.6]})
+    rows = cells(found)
+    assert rows["default"]["verdict"] == "better than fast by 0.1 x" and rows["default"]["sd over seeds"] == "0.01"
+    assert rows["best"]["verdict"] == "not told apart from fast" and rows["fast"]["verdict"] == ""
+    assert rows["default"]["x full precision"] == "1.18 +- 0" and rows["full precision"]["verdict"] == ""
+    first, second = found.floor()
+    assert "moves by 0.016 x" in first and "6 degrees of freedom" in first
+    assert "default 0.04 x, best 0.055 x" in second and "KL" not in rows["fast"]
+    assert found.to_json()["presets"][1]["verdicts"] == {"ratio": "better than fast by 0.1 x"}
+
+
+def test_perplexity_and_divergence_may_disagree() -> None:
+    kl = {"fast": [0.20, 0.21, 0.20], "default": [0.40, 0.41, 0.42]}
+    found = seeded({"fast": [12.8, 13.0, 12.7], "default": [11.8, 11.7, 11.9]}, kl)
+    row = cells(found)["default"]
+    assert row["verdict"] == "better than fast by 0.1 x" and row["verdict by KL"] == "worse than fast by 0.21 nats"
+    assert row["KL"] == "0.41 +- 0" and row["sd over seeds by KL"] == "0.01"
+    assert "default: better than fast by perplexity, worse by KL: the two disagree" in found.notes()
+    assert [line.split(",")[0] for line in found.floor()[::2]] == [
+        "noise floor of x full precision",
+        "noise floor of KL",
+    ]
+    value = found.to_json()
+    assert value["noise"]["kl"]["verdicts"]["default"]["said"] == "worse" and value["presets"][0]["kl"] > 0
+
+
+def test_a_seed_that_fails_is_listed_and_the_others_stand() -> None:
+    found = seeded({"fast": [12.8, None, 12.7], "default": [None, None, None]})
+    assert found.failed and len([note for note in found.notes() if "failed: killed" in note]) == 4
+    assert "fast with seed 1 failed" in "".join(found.notes())
+    rows = cells(found)
+    assert rows["fast"]["x full precision"].startswith("1.275") and rows["default"]["perplexity"] == "failed"
+    assert found.noise["ratio"].spreads["fast"].n == 2 and "default" not in found.noise["ratio"].spreads
+    fast, default = found.to_json()["presets"]
+    assert fast["error"] is None and fast["seeds"][1]["error"]["what"] == "killed" and default["error"]
+
+
+def test_one_seed_shows_no_noise() -> None:
+    found = seeded({"fast": [12.8], "default": [11.8]})
+    assert found.floor() == ["noise floor of x full precision: one seed shows none; name more, e.g. --seeds 0-2"]
+    assert cells(found)["default"]["verdict"] == "" and found.to_json()["noise"]["ratio"]["deviation"] is None
+    still = seeded({"rtn": [700, 700], "smoothquant": [900, 900]})
+    assert still.floor() == ["noise floor of x full precision: no preset moves from seed to seed"]
+    assert cells(still)["smoothquant"]["verdict"] == "worse than rtn by 20 x"
 
 
 # Published figures.

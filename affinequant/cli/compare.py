@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from affinequant.cli import INTERRUPTED
-from affinequant.cli.arguments import Parser, add_recipe, recipe_of, whole
-from affinequant.cli.comparison import Comparison, Entry
+from affinequant.cli.arguments import Parser, add_recipe, recipe_of, seeds_of, whole
+from affinequant.cli.comparison import RIGHT, Comparison
+from affinequant.cli.entry import Entry, over_seeds
 from affinequant.cli.evaluate import BOS_TEXT, DEFAULT_WINDOWS
 from affinequant.cli.output import Screen, plain_json
 from affinequant.cli.plan import model_help
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 WAIT_SECONDS = 3
 """How long a run that was interrupted with us may take to end by itself."""
-USAGE = "MODEL --presets A,B,C [-o DIR] [--text FILE] ..."
+USAGE = "MODEL --presets A,B,C [--seeds 0-2] [-o DIR] [--text FILE] ..."
 EPILOG = f"""
 {PRESETS_TEXT}
 
@@ -38,11 +39,19 @@ and is listed with the reason. Perplexity is that of the same windows for all, f
 goes into DIR/compare.md and DIR/compare.json.
 Typed again, what is finished is taken as it is, and what is not goes on. Exit code 1 where any preset failed.
 
-Where a figure was published for the method and the model (LLaMA-2-7B and 13B, by name), it stands beside, with pass or
-FAIL if the text and the windows are the same; below the table stands where the protocols differ.
+With --seeds each preset is made once for each seed, from another draw of calibration text, into DIR/PRESET-seedN. Above
+the table then stands the noise floor: how far a preset's result moves from seed to seed, and the smallest difference from
+the first preset that this noise does not make (Welch's t-test over seeds, 95 % for all comparisons of the table together).
+A row says better or worse only where its difference is larger: with three seeds, about three times as large as what a
+seed changes.
+
+Where a figure was published for the method and the model (LLaMA and Qwen models, by name; `affinequant list published`),
+it stands beside, with pass or FAIL if the text and the windows are the same; below the table stands where the protocols
+differ.
 
 examples:
   affinequant compare demo --presets rtn,fast,default
+  affinequant compare demo --presets fast,default --seeds 0-2
   affinequant compare ./my-llama --presets fast,default --tier merged --text my-text.txt --windows 20 -o tiers-merged
   affinequant compare meta-llama/Llama-2-7b-hf --presets affinequant-paper,quarot,flatquant,best \\
       --text wikitext2 --bos first -o llama-2-7b-presets
@@ -54,6 +63,7 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("model", metavar="MODEL", nargs="?", help=model_help())
     group = parser.add_argument_group("what to compare")
     group.add_argument("--presets", metavar="A,B,C", help="names of presets, in the order of the table")
+    group.add_argument("--seeds", metavar="0-2", help="make each preset with each of these, like 0-2 or 0,1,5")
     group.add_argument("-o", "--out", metavar="DIR", help="folder to write (default: ./MODEL-SCHEME-presets)")
     group.add_argument("--overwrite", action="store_true", help="make every checkpoint anew, finished or not")
     group = parser.add_argument_group("what to score on")
@@ -71,9 +81,10 @@ def add_arguments(parser: Parser) -> None:
 def run(args: argparse.Namespace, screen: Screen) -> int:
     """Quantise with each preset, score each, print and write the table; 1 where one failed."""
     names = preset_names(args.presets)
+    seeds = _seeds(args)
     first = recipe_of(args, {"preset": names[0]})
     out = Path(args.out or f"{Path(os.path.abspath(first.model)).name}-{first.scheme}-presets")
-    recipes = [recipe_of(args, {"preset": name, "out": str(out / name)}) for name in names]
+    recipes = [_recipe(args, name, seed, out) for name in names for seed in seeds or (None,)]
     from affinequant_evals.checkpoint import prepare
 
     # What is wrong with the model or the text shows now, not after hours of quantising.
@@ -83,20 +94,58 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
     _make_folder(out)
     entries = []
     for number, recipe in enumerate(recipes, start=1):
-        screen.say(f"preset {number}/{len(recipes)}: {recipe.preset}, into {recipe.out}")
-        entries.append(quantize_apart(recipe, out, overwrite=args.overwrite, screen=screen))
+        seed = recipe.seed if seeds else None
+        which = recipe.preset if seed is None else f"{recipe.preset}, seed {seed}"
+        screen.say(f"preset {number}/{len(recipes)}: {which}, into {recipe.out}")
+        entry = quantize_apart(recipe, out, overwrite=args.overwrite, screen=screen)
+        entries.append(replace(entry, seed=seed))
     found = _score_all(first, entries, ready, all_windows=windows is None, screen=screen)
+    if seeds:
+        found = replace(found, entries=_by_preset(names, found.entries), seeds=seeds)
+    _report(found, out, screen)
+    return 1 if found.failed else 0
+
+
+def _report(found: Comparison, out: Path, screen: Screen) -> None:
+    """Write what was found, and print it."""
     value = found.to_json() | {"path": out.absolute()}
     (out / "compare.json").write_text(json.dumps(plain_json(value), indent=2, ensure_ascii=False) + "\n")
     (out / "compare.md").write_text(found.markdown())
+    for line in found.floor():
+        screen.print(line)
+    if found.seeds:
+        screen.print()
     columns, rows = found.table()
-    screen.table(columns, rows, right=(6, 7, 8))
+    screen.table(columns, rows, right=[columns.index(name) for name in RIGHT])
     screen.print()
     for line in found.notes():
         screen.print(line)
     screen.print(f"written to {out / 'compare.md'} and {out / 'compare.json'}")
     screen.result(value)
-    return 1 if found.failed else 0
+
+
+def _seeds(args: argparse.Namespace) -> tuple[int, ...]:
+    """The seeds that were asked for; none where each preset is made once.
+
+    Raises:
+        AffineQuantError: no seeds, or one seed for all beside them.
+    """
+    if args.seeds is None:
+        return ()
+    if vars(args).get("seed") is not None:
+        raise AffineQuantError("--seed and --seeds cannot go together", "--seeds", "leave --seed out")
+    return seeds_of(args.seeds)
+
+
+def _recipe(args: argparse.Namespace, preset: str, seed: int | None, out: Path) -> Recipe:
+    """A preset's recipe, into a folder of its own."""
+    if seed is None:
+        return recipe_of(args, {"preset": preset, "out": str(out / preset)})
+    return recipe_of(args, {"preset": preset, "out": str(out / f"{preset}-seed{seed}"), "seed": seed})
+
+
+def _by_preset(names: Sequence[str], entries: Sequence[Entry]) -> list[Entry]:
+    return [over_seeds([entry for entry in entries if entry.preset == name]) for name in names]
 
 
 def preset_names(typed: str | None) -> list[str]:
@@ -126,7 +175,7 @@ def quantize_apart(recipe: Recipe, out: Path, *, overwrite: bool, screen: Screen
     Raises:
         KeyboardInterrupt: it, or this process, was interrupted.
     """
-    file = out / f"{recipe.preset}.toml"
+    file = out / f"{Path(recipe.out).name}.toml"
     file.write_text(recipe.to_toml())
     words = [sys.executable, "-m", "affinequant", "quantize", "--config", str(file), "--json"]
     flags = {"--overwrite": overwrite, "-q": screen.quiet, "-v": screen.verbose}
@@ -178,7 +227,7 @@ def _score_all(
     scored: list[Entry] = []
     for entry in entries:
         if entry in done:
-            score, error, _ = _score(entry.preset, entry.path, recipe, ready, screen)
+            score, error, _ = _score(entry.name, entry.path, recipe, ready, screen)
             entry = replace(entry, score=score, error=error)
         scored.append(entry)
     return Comparison(

@@ -1,6 +1,5 @@
 """Named settings, a TOML file each: data that anyone can read, copy and change. Nothing but recipe options."""
 
-import os
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,15 +14,13 @@ from affinequant.recipe.tables import flat
 class Preset:
     """`settings`: recipe options by their flat names, which any flag overrides. `online`: what differs in the online
     tier. `kv`: which transforms the online tier adds where the scheme quantises the KV cache. `demo`: what differs on the
-    embedded model, sized for two CPU cores. `expect`: published perplexities by model and text with their source and
-    protocol, where there are any; `tolerance` is the share by which a rerun may exceed them."""
+    embedded model, sized for two CPU cores."""
 
     about: str
     settings: Mapping[str, Any]
     online: Mapping[str, Any] = field(default_factory=dict)
     kv: Mapping[str, str] = field(default_factory=dict)
     demo: Mapping[str, Any] = field(default_factory=dict)
-    expect: Mapping[str, Any] = field(default_factory=dict)
 
     def fields(self, tier: str, *, kv: bool, demo: bool = False) -> dict[str, Any]:
         """The recipe fields of a tier; `kv` where the scheme quantises the cache."""
@@ -32,12 +29,6 @@ class Preset:
         if tier == "online" and kv:
             chosen["transforms"] = dict(chosen.get("transforms", {})) | dict(self.kv)
         return chosen
-
-    def published(self, model: str) -> Mapping[str, float]:
-        """text -> published perplexity of this method on the model of that name (a folder's or a hub id's last part);
-        nothing where none is known."""
-        name = Path(os.path.abspath(model)).name.lower().removesuffix("-hf")
-        return self.expect.get("perplexity", {}).get(name, {})
 
 
 ORDER = ("rtn", "smoothquant", "omniquant", "paper", "quarot", "spinquant", "flatquant", "fast", "default", "best")
