@@ -384,7 +384,7 @@ def test_eval(made: Path, text: Path, tiny: Tiny, capsys: Capture) -> None:
 def test_eval_where_a_metric_fails_is_1(made: Path, text: Path, capsys: Capture, monkeypatch: Patch) -> None:
     from affinequant_evals import perplexity
 
-    monkeypatch.setattr(perplexity, "window_losses", fails(RuntimeError("no luck")))
+    monkeypatch.setattr(perplexity, "read", fails(RuntimeError("no luck")))
     argv = ["eval", str(made), "--text", str(text), "--seq-len", "32", "--windows", "1", "--baseline", "none"]
     assert main(argv) == 1
     assert "failed: RuntimeError: no luck" in capsys.readouterr().out

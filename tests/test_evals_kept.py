@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from affinequant_evals import Metric, Score, Suite, evaluate, mean_score
+from affinequant_evals import Metric, Score, Suite, checkpoint, evaluate, mean_score
 from affinequant_evals import kept as module
 from affinequant_evals.checkpoint import eval_checkpoint
 from affinequant_evals.kept import content_of, context_of, kept_cards, open_scores
@@ -48,9 +48,9 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return seen
 
 
-def scored(checkpoint: Path, text: str, **options: Any) -> dict[str, Any]:
+def scored(folder: Path, text: str, **options: Any) -> dict[str, Any]:
     chosen: dict[str, Any] = {"seq_len": 32, "windows": 3, "keep": True, "baseline": "none"}
-    return eval_checkpoint(checkpoint, text=text, **chosen | options).to_json()
+    return eval_checkpoint(folder, text=text, **chosen | options).to_json()
 
 
 def bare(value: dict[str, Any]) -> dict[str, Any]:
@@ -75,8 +75,26 @@ def test_the_same_again_is_told_without_loading(tiny: Tiny, text: str, loads: li
 
 def test_a_baseline_is_scored_once_for_all(tiny: Tiny, text: str, loads: list[str]) -> None:
     for seed in (1, 2):
-        scored(tiny(seed=seed), text, baseline=tiny())
+        scored(tiny(seed=seed), text, baseline=tiny(), kl=False)
     assert loads == [tiny(seed=1).name, tiny().name, tiny(seed=2).name]
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_a_divergence_is_kept_beside_what_it_is_from(
+    tiny: Tiny, text: str, loads: list[str], monkeypatch: pytest.MonkeyPatch, fits: bool
+) -> None:
+    monkeypatch.setattr(checkpoint, "fit_together", lambda folders, **options: fits)
+    name, found = "kl@heron.txt,seq32", []
+    for seed in (1, 2, 1, 2):
+        found.append(scored(tiny(), text, baseline=tiny(seed=seed)))
+    values = [card["metrics"][name]["value"] for card in found]
+    assert len(loads) == 4 and values[:2] == values[2:] and 0 < values[0] != values[1] > 0
+    assert [card["metrics"][name]["kept"] is None for card in found] == [True, True, False, False]
+    # A baseline whose own scores are kept is read again where another checkpoint is compared with it, and only there.
+    other = scored(tiny(seed=3), text, baseline=tiny(seed=1))
+    assert len(loads) == 6 and other["metrics"][name]["value"] not in (None, *values)
+    scored(tiny(seed=3), text, baseline=tiny(seed=1))
+    assert len(loads) == 6
 
 
 @pytest.mark.parametrize("other", [{"windows": 2}, {"seq_len": 16}, {"bos": "yes"}, {"dtype": "bfloat16"}])
@@ -266,14 +284,14 @@ SLOW = """
 import sys, time
 from affinequant.cli import main
 from affinequant_evals import perplexity
-measure, calls = perplexity.window_losses, []
+measure, calls = perplexity.read, []
 def slow(*given):
     calls.append(given)
     if len(calls) == 2:
         print("the baseline", flush=True)
         time.sleep(60)
     return measure(*given)
-perplexity.window_losses = slow
+perplexity.read = slow
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -282,7 +300,7 @@ def test_ctrl_c_is_130_and_the_printed_command_goes_on(
     tiny: Tiny, text: str, loads: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     argv = ["eval", str(tiny(seed=1)), "--text", text, "--seq-len", "32", "--windows", "3"]
-    argv += ["--baseline", str(tiny()), "-q"]
+    argv += ["--baseline", str(tiny()), "--no-kl", "-q"]
     command = [sys.executable, "-c", SLOW, *argv, "--again"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout and process.stdout.readline() == "the baseline\n"

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from affinequant_evals import evaluate, perplexity
+from affinequant_evals import evaluate, logits, perplexity
 from affinequant_evals.harness import Suite
-from affinequant_evals.perplexity import LanguageModel, c4_windows, cut_windows, window_losses
+from affinequant_evals.perplexity import LanguageModel, window_losses
+from affinequant_evals.windows import c4_windows, cut_windows
 
 from affinequant import progress
 from affinequant.data.tokens import encode
@@ -67,7 +68,7 @@ def test_losses_are_those_of_a_plain_loop(subject: LanguageModel, monkeypatch: p
     expected = losses_by_hand(subject.model, windows.ids)
     assert window_losses(subject.model, windows.ids).tolist() == pytest.approx(expected, rel=1e-5)
     # Seven rows of logits at a time.
-    monkeypatch.setattr(perplexity, "CHUNK_BYTES", 4 * 320 * 7)
+    monkeypatch.setattr(logits, "BUDGET", 4 * 4 * 320 * 7)
     assert window_losses(subject.model, windows.ids).tolist() == pytest.approx(expected, rel=1e-5)
 
 
@@ -110,7 +111,7 @@ def test_a_model_that_scales_its_logits() -> None:
     )
     model = GraniteForCausalLM(config).eval()
     ids = torch.randint(320, (3, 24))
-    assert not perplexity._head_is_plain(model, ids[:1, :8])
+    assert logits.open_logits(model, ids[0]).piecewise
     assert window_losses(model, ids).tolist() == pytest.approx(losses_by_hand(model, ids), rel=1e-5)
 
 

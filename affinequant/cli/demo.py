@@ -124,6 +124,9 @@ def _print_table(done: "Result", card: "Scorecard", screen: Screen) -> None:
     rows.append(["bits per weight", "16", f"{report['bits_per_weight']:.2f}", f"{report['bits_per_weight'] / 16:.2f}x"])
     for row in card.rows:
         full = card.baseline.score(row.name) if card.baseline else None
+        if row.score and "reference" in row.score.about:  # a comparison with full precision
+            rows.append([row.name, "", with_error(row.score.value, row.score.stderr), ""])
+            continue
         if row.score is None or full is None:
             rows.append([row.name, "", f"failed: {row.error}", ""])
             continue

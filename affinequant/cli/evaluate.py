@@ -1,7 +1,8 @@
 """`affinequant eval`: perplexity and tasks, next to the model that the checkpoint was made from."""
 
 import argparse
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from affinequant.cli.arguments import Parser, choice, whole
 from affinequant.cli.output import Screen, between, freedom, minutes, with_error
@@ -41,6 +42,15 @@ def add_arguments(parser: Parser) -> None:
     group = parser.add_argument_group("how")
     group.add_argument("--seq-len", type=whole, metavar="N", help="tokens per window of text (default: 2048)")
     group.add_argument("--windows", type=whole, metavar="N", help="windows of text (default: all that are whole)")
+    group.add_argument(
+        "--stride",
+        type=whole,
+        metavar="N",
+        help="sliding windows: one every N tokens, each token scored once (default: side by side)",
+    )
+    group.add_argument(
+        "--no-kl", action="store_true", help="do not compare next-token distributions with the baseline's"
+    )
     group.add_argument("--limit", type=whole, metavar="N", help="documents per task (default: all, or the suite's)")
     group.add_argument(
         "--num-fewshot", type=whole, metavar="N", help="solved examples per prompt (default: the task's)"
@@ -90,6 +100,8 @@ def score(args: argparse.Namespace, screen: Screen) -> "Scorecard":
         num_fewshot=args.num_fewshot,
         seq_len=args.seq_len,
         windows=windows,
+        stride=args.stride,
+        kl=False if args.no_kl else None,
         bos=args.bos,
         baseline=args.baseline,
         device=device,
@@ -155,10 +167,24 @@ def _how(row: "Row") -> str:
     about = row.score.about if row.score else {}
     if "windows" not in about:
         return ""
+    score = row.score
+    interval = f"; 95 % {between(score.interval)}" if score and score.interval else ""
+    if "reference" in about:
+        return f"{row.name}: the same tokens, {_beside(about)}{interval}"
+    sliding = f", one every {about['stride']}" if "stride" in about else ""
     return (
-        f"{row.name}: {about['windows']} windows of {about['seq_len']} tokens of {about['text']}, "
-        f"BOS: {about['bos']}, {about['tokens_scored']:,} tokens scored; {freedom(row.score.dof if row.score else None)}"
-        + (f"; 95 % {between(row.score.interval)}" if row.score and row.score.interval else "")
+        f"{row.name}: {about['windows']} windows of {about['seq_len']} tokens of {about['text']}{sliding}, "
+        f"BOS: {about['bos']}, {about['tokens_scored']:,} tokens scored; {freedom(score.dof if score else None)}{interval}"
+    )
+
+
+def _beside(about: Mapping[str, Any]) -> str:
+    """What next-token distributions were compared with."""
+    if "outside" not in about:
+        return f"beside the baseline ({about['reference']})"
+    return (
+        f"by the baseline's {about['top_k']} largest logits of each: a lower bound, "
+        f"{100 * about['outside']:.2g} % of its probability lies outside"
     )
 
 
@@ -166,6 +192,6 @@ def _check_applies(args: argparse.Namespace, *, texts: bool, tasks: bool) -> Non
     for flag, value in (("--limit", args.limit), ("--num-fewshot", args.num_fewshot)):
         if value is not None and not tasks:
             raise AffineQuantError(f"{flag} is about tasks, and none is asked for", flag, "add --tasks or --suite")
-    for flag, value in (("--seq-len", args.seq_len), ("--windows", args.windows)):
+    for flag, value in (("--seq-len", args.seq_len), ("--windows", args.windows), ("--stride", args.stride)):
         if value is not None and not texts:
             raise AffineQuantError(f"{flag} is about text, and none is asked for", flag, "add --text or --suite")

@@ -91,7 +91,7 @@ def evaluation_text(source: str, *, most: int = MOST_CHARACTERS, say: Say = quie
     """
     if source == "demo":
         return "demo", "\n\n".join(demo_passages(say)[1])
-    if source == "c4":
+    if source in ("c4", "c4-new"):
         raise AffineQuantError(
             "C4 is evaluated on fixed crops, not on a text", "--text", "add --bos first, or use --suite paper"
         )

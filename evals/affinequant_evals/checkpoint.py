@@ -1,36 +1,43 @@
-"""A checkpoint next to the model it was made from: the same windows and prompts, one model in memory at a time."""
+"""A checkpoint next to the model it was made from: the same windows and prompts, token by token where both are read.
 
+Both are in memory where they fit together; else one at a time, and what the baseline says of each token waits on disk.
+"""
+
+import functools
 import gc
-import json
+import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import affinequant
-from affinequant.data.demo import demo_model
-from affinequant.data.offline import offline_setting
 from affinequant.data.tokenizer import load_tokenizer
 from affinequant.data.wheels import Say, quiet
-from affinequant.errors import AffineQuantError
 from affinequant.models import check_length
-from affinequant.models.source import is_local, locate, open_source
+from affinequant.models.source import open_source
 from affinequant.recipe.recipe import Device, Dtype
 from affinequant.run.run import Run
+from affinequant_evals.baseline import NO_BASELINE as NO_BASELINE
+from affinequant_evals.baseline import find_baseline, locate_said
 from affinequant_evals.harness import Scorecard, Suite, evaluate, recall, stage_of
-from affinequant_evals.kept import context_of, keep_card, open_scores
-from affinequant_evals.perplexity import LanguageModel
+from affinequant_evals.kept import content_of, context_of, keep_card, open_scores
+from affinequant_evals.memory import fit_together
+from affinequant_evals.perplexity import LanguageModel, OnText
+from affinequant_evals.reference import Kept, Live, Reference, check_disk
 from affinequant_evals.suites import Measurements, build_suite, measurements
-
-NO_BASELINE = "none"
+from affinequant_evals.windows import Windows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ready:
-    """A model's folder, and what any model is scored on next to it: all see the tokens of this one tokenizer."""
+    """A model's folder, and what any model is scored on next to it: all see the tokens of this one tokenizer. `compared`:
+    the texts on which next-token distributions are compared with a baseline's."""
 
     folder: Path
     tokenizer: Any
     suite: Suite[LanguageModel]
+    compared: tuple[Windows, ...] = ()
 
 
 def eval_checkpoint(
@@ -62,16 +69,42 @@ def eval_checkpoint(
     ready = prepare(checkpoint, verbose=verbose, say=say, **wanted)
     other, note = find_baseline(ready.folder, baseline, say)
     options: dict[str, Any] = {"device": device, "dtype": dtype, "keep": keep, "again": again, "say": say}
-    card = score_folder(str(checkpoint), ready.folder, ready, **options)
-    if other is None:
+    mine = (str(checkpoint), ready.folder)
+    if other and ready.compared:
+        note = _vocabularies_differ(ready.folder, other[1])
+    if note:
         say(note)
-        card = replace(card, notes=(*card.notes, note))
+    if other is None:
+        card = score_folder(*mine, ready, **options)
+    elif note or not ready.compared:
+        card = score_folder(*mine, ready, **options).against(score_folder(*other, ready, **options))
     else:
-        name, place = other
-        card = card.against(score_folder(name, place, ready, **options))
+        card = _score_both(mine, other, ready, **options)
+    card = replace(card, notes=(*card.notes, note)) if note else card
     if keep:
         keep_card(ready.folder, card)
     return card
+
+
+def _score_both(mine: tuple[str, Path], other: tuple[str, Path], ready: Ready, **options: Any) -> Scorecard:
+    """A checkpoint and its baseline, whose next-token distributions are compared."""
+    machine = {name: options[name] for name in ("device", "dtype")}
+    content = content_of(other[1], options["say"]) if options["keep"] else {}
+    if fit_together((mine[1], other[1]), **machine):
+        load = functools.partial(affinequant.load, other[1], **machine, say=options["say"])
+        live = Live(load=functools.cache(load), content=content)
+        card = score_folder(*mine, ready, reference=live, **options)
+        return card.against(score_folder(*other, ready, read=live, **options))
+    with tempfile.TemporaryDirectory(prefix="affinequant-") as folder:
+        kept = Kept(folder=Path(folder), content=content)
+        if options["keep"] and not options["again"] and (card := _recall(*mine, ready, reference=kept, **options)):
+            return card.against(score_folder(*other, ready, **options))
+        check_disk(kept.folder, kept.bytes_for(ready.compared))
+        options["say"](
+            "the two models do not fit into memory together: the baseline's logits are kept on disk meanwhile"
+        )
+        full = score_folder(*other, ready, record=kept, **options)
+        return score_folder(*mine, ready, reference=kept, **options).against(full)
 
 
 def prepare(checkpoint: str | Path, *, verbose: bool = False, say: Say = quiet, **wanted: Any) -> Ready:
@@ -80,12 +113,13 @@ def prepare(checkpoint: str | Path, *, verbose: bool = False, say: Say = quiet, 
     Raises:
         AffineQuantError: anything that is not there or not known (exit 2 or 3).
     """
-    folder = _locate(str(checkpoint), say)
+    folder = locate_said(str(checkpoint), say)
     measured = measurements(**wanted)
     _check_length(folder, measured)
     tokenizer = load_tokenizer(folder, _vocab(folder))
     built = build_suite(measured, tokenizer, name=wanted.get("suite") or "", verbose=verbose, say=say)
-    return Ready(folder=folder, tokenizer=tokenizer, suite=built)
+    texts = tuple(metric.windows for metric in built.metrics if isinstance(metric, OnText))
+    return Ready(folder=folder, tokenizer=tokenizer, suite=built, compared=texts if measured.kl else ())
 
 
 def score_folder(
@@ -98,128 +132,83 @@ def score_folder(
     keep: bool = False,
     again: bool = False,
     say: Say = quiet,
+    reference: Reference | None = None,
+    record: Kept | None = None,
+    read: Live | None = None,
 ) -> Scorecard:
     """Load the model in a folder, score it on what is ready, and let go of it; where all scores are kept nothing is
-    loaded. `keep` and `again` as in `eval_checkpoint`."""
+    loaded. `keep` and `again` as in `eval_checkpoint`.
+
+    Args:
+        reference: what its next-token distributions are compared with.
+        record: where its own are kept, to be another model's reference.
+        read: itself as it was another model's reference: it is in memory, and reads no text twice.
+    """
     say(f"scoring {name}")
+    suite = _beside(ready.suite, reference)
+
+    def score(run: Run | None) -> Scorecard:
+        model = read.load() if read else affinequant.load(folder, device=device, dtype=dtype, say=say)
+        beside: dict[str, Any] = {"reference": reference, "record": record, "losses": read.losses if read else {}}
+        subject = LanguageModel(model=model, tokenizer=ready.tokenizer, name=name, say=say, **beside)
+        card = evaluate(subject, suite, run=run, nameless=False, say=say)
+        placed = {"device": str(model.device), "dtype": str(model.dtype).removeprefix("torch.")}
+        del model, subject
+        gc.collect()
+        return replace(card, env={**card.env, **placed})
+
     if not keep:
-        return _scored(name, folder, ready, device, dtype, None, say)
+        return score(None)
     context = context_of(folder, ready.folder, device=device, dtype=dtype, say=say)
     with open_scores(context, say) as run:
-        if run and again:
-            for metric in ready.suite.metrics:
-                run.forget(stage_of(metric))
-        if run and (card := recall(name, ready.suite, run)):
-            return replace(card, env={**card.env, "device": context["device"], "dtype": context["dtype"]})
-        return _scored(name, folder, ready, device, dtype, run, say)
+        if run:
+            for metric in suite.metrics:
+                unread = record and isinstance(metric, OnText) and not record.holds(metric.windows)
+                if again or unread:
+                    run.forget(stage_of(metric))
+            if card := _recalled(name, suite, context, run):
+                return card
+        return score(run)
 
 
-def _scored(
-    name: str, folder: Path, ready: Ready, device: Device, dtype: Dtype, run: Run | None, say: Say
-) -> Scorecard:
-    model = affinequant.load(folder, device=device, dtype=dtype, say=say)
-    subject = LanguageModel(model=model, tokenizer=ready.tokenizer, name=name, say=say)
-    card = evaluate(subject, ready.suite, run=run, nameless=False, say=say)
-    placed = {"device": str(model.device), "dtype": str(model.dtype).removeprefix("torch.")}
-    del model, subject
-    gc.collect()
-    return replace(card, env={**card.env, **placed})
+def _recall(
+    name: str,
+    folder: Path,
+    ready: Ready,
+    *,
+    reference: Reference,
+    device: Device,
+    dtype: Dtype,
+    say: Say,
+    **_: Any,
+) -> Scorecard | None:
+    """What `score_folder` would give without loading anything."""
+    context = context_of(folder, ready.folder, device=device, dtype=dtype, say=say)
+    with open_scores(context, say) as run:
+        return _recalled(name, _beside(ready.suite, reference), context, run) if run else None
 
 
-def _locate(model: str, say: Say) -> Path:
-    """As `locate`, but a demo that has to be fetched first is said, and a folder that holds no model is refused now and
-    not after another model has been scored."""
-    folder = demo_model(say) if model == "demo" else locate(model)
-    open_source(folder)
-    return folder
+def _recalled(name: str, suite: Suite[LanguageModel], context: Mapping[str, Any], run: Run) -> Scorecard | None:
+    card = recall(name, suite, run)
+    return card and replace(card, env={**card.env, "device": context["device"], "dtype": context["dtype"]})
 
 
-def find_baseline(folder: Path, baseline: str | Path | None, say: Say) -> tuple[tuple[str, Path] | None, str]:
-    """Name and folder of the baseline, or None and why there is none. One that was named must exist.
-
-    Whoever wrote the folder chose the name in its report: what would be fetched for it is said first, and with offline
-    settings nothing is fetched.
-    """
-    if baseline is not None:
-        if str(baseline) == NO_BASELINE:
-            return None, "no baseline: --baseline none"
-        return (str(baseline), _locate(str(baseline), say)), ""
-    report = folder / "report.json"
-    try:
-        model = json.loads(report.read_text()).get("model")
-    except (OSError, ValueError, AttributeError):
-        model = None
-    if not isinstance(model, str):
-        return None, f"no baseline: {report} names no model; give --baseline MODEL to compare"
-    try:
-        if not is_local(model) and not _in_cache(model):
-            _announce(model, report, say)
-        place = _locate(model, say)
-        _check_same_shape(folder, place, model)
-        return (model, place), ""
-    except AffineQuantError as problem:
-        return None, f"no baseline: {problem.what}; give --baseline MODEL to compare"
-
-
-def _in_cache(model: str) -> bool:
-    """Whether a model of the hub needs no fetching: all that its index, or the lack of one, asks for is here."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-    try:
-        open_source(Path(snapshot_download(model, local_files_only=True)))
-    except (AffineQuantError, HFValidationError, LocalEntryNotFoundError):
-        return False
-    return True
-
-
-def _announce(model: str, report: Path, say: Say) -> None:
-    """Say what will be fetched, and why.
-
-    Raises:
-        AffineQuantError: it is no name of the hub's, or nothing may be fetched.
-    """
-    parts = model.split("/")
-    if len(parts) != 2 or not all(parts) or model.startswith((".", "~", "/")):
-        raise AffineQuantError(f"{report} names {model}, which is not here", str(report), "give --baseline MODEL")
-    if setting := offline_setting():
-        raise AffineQuantError(
-            f"{report} names {model}, which is neither a folder here nor in the cache, and {setting} is set",
-            str(report),
-            "give --baseline MODEL",
-        )
-    say(
-        f"the baseline {model} is fetched from the hub{_hub_size(model)}, because {report} names it as the model that this "
-        "checkpoint was made from (--baseline MODEL compares with another, --baseline none with none)"
+def _beside(suite: Suite[LanguageModel], reference: Reference | None) -> Suite[LanguageModel]:
+    """The suite, in which the scores of texts are kept as those beside this reference."""
+    if not reference:
+        return suite
+    known = {"reference": {**reference.about, **reference.content}}
+    metrics = (
+        replace(one, fingerprint={**one.fingerprint, **known}) if isinstance(one, OnText) else one
+        for one in suite.metrics
     )
+    return replace(suite, metrics=tuple(metrics))
 
 
-def _hub_size(model: str) -> str:
-    from huggingface_hub import HfApi
-
-    try:
-        files = HfApi().model_info(model, files_metadata=True, timeout=5).siblings or []
-    except Exception:  # whatever it is, fetching says it
-        return ""
-    size = sum(file.size or 0 for file in files if file.rfilename.endswith(".safetensors"))
-    return f" ({size / 1e9:.1f} GB of weights)" if size else ""
-
-
-def _check_same_shape(folder: Path, other: Path, name: str) -> None:
-    """A relative path names another model in another place.
-
-    Raises:
-        AffineQuantError: the two cannot be one model before and after.
-    """
-    mine, theirs = (open_source(place, weights=False).config for place in (folder, other))
-    keys = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
-    differ = [f"{key} {theirs.get(key)} for {mine.get(key)}" for key in keys if mine.get(key) != theirs.get(key)]
-    if differ:
-        raise AffineQuantError(
-            f"{name} here is not the model that this checkpoint was made from ({', '.join(differ)})",
-            str(other),
-            "give --baseline MODEL",
-        )
+def _vocabularies_differ(folder: Path, other: Path) -> str:
+    """Why two models' next-token distributions cannot be compared, or nothing."""
+    mine, theirs = _vocab(folder), _vocab(other)
+    return "" if mine == theirs else f"no KL: the baseline has a vocabulary of {theirs}, this model of {mine}"
 
 
 def _vocab(folder: Path) -> int | None:

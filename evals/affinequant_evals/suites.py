@@ -7,13 +7,17 @@ from typing import Any, get_args
 from affinequant.data.text import MOST_CHARACTERS
 from affinequant.data.tokens import evaluation_text
 from affinequant.data.wheels import Say, quiet
-from affinequant.errors import unknown_name
+from affinequant.errors import AffineQuantError, unknown_name
 from affinequant_evals.harness import Suite
-from affinequant_evals.perplexity import Bos, LanguageModel, c4_windows, check_bos, cut_windows, perplexity
+from affinequant_evals.perplexity import LanguageModel, on_text
 from affinequant_evals.tasks import TaskOptions, task_batteries
+from affinequant_evals.windows import C4, PAPER_WINDOWS, Bos, Windows, check_bos, cut_windows
 
 METRICS: dict[str, str] = {
     "perplexity@TEXT,seqN": "exp of the mean next-token loss over windows of N tokens; lower is better",
+    "kl@TEXT,seqN": "mean divergence of the next-token distribution from the baseline's, in nats; lower is better",
+    "agreement@TEXT,seqN": "share of tokens before which both hold the same token most likely; higher is better",
+    "flips@TEXT,seqN": "share of tokens that exactly one of the two predicts right; lower is better",
     "TASK,acc": "share of an lm-eval task's documents answered right; higher is better",
     "TASK,acc_norm": "the same with each answer's likelihood divided by its length; higher is better",
     "lambada_openai,perplexity": "perplexity of the last word; lower is better",
@@ -23,7 +27,9 @@ METRICS: dict[str, str] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measurements:
-    """What is measured: perplexity of texts, and tasks. None means all windows, all documents, lm-eval's own shots."""
+    """What is measured: perplexity of texts, and tasks. None means all windows, all documents, lm-eval's own shots, windows
+    side by side (else they start every `stride` tokens). `kl`: next-token distributions are compared with the baseline's
+    where there is one."""
 
     about: str = "as asked"
     texts: tuple[str, ...] = ()
@@ -33,6 +39,8 @@ class Measurements:
     num_fewshot: int | None = None
     seq_len: int = 2048
     bos: Bos = "auto"
+    stride: int | None = None
+    kl: bool = True
 
 
 SUITES: dict[str, Measurements] = {
@@ -82,15 +90,19 @@ def build_suite(
     )
     batteries = task_batteries(wanted.tasks, options, say)
     windows = [_windows(text, wanted, tokenizer, say) for text in wanted.texts]
-    return Suite(name=name, metrics=(*map(perplexity, windows), *batteries))
+    return Suite(name=name, metrics=(*map(on_text, windows), *batteries))
 
 
-def _windows(text: str, wanted: Measurements, tokenizer: Any, say: Say) -> Any:
-    if text == "c4" and wanted.bos == "first":
-        return c4_windows(tokenizer, seq_len=wanted.seq_len, count=wanted.windows or 256)
+def _windows(text: str, wanted: Measurements, tokenizer: Any, say: Say) -> Windows:
+    size: dict[str, Any] = {"seq_len": wanted.seq_len}
+    if text in C4 and wanted.bos == "first":
+        if wanted.stride is not None:
+            fix = f"leave it out, or {text}: its windows are those of the papers"
+            raise AffineQuantError(f"{text} has no sliding windows", "--stride", fix)
+        return C4[text](tokenizer, **size, count=wanted.windows or PAPER_WINDOWS)
     most = max(MOST_CHARACTERS, 8 * (wanted.windows or 0) * wanted.seq_len)  # as for calibration
     name, content = evaluation_text(text, most=most, say=say)
-    return cut_windows(name, content, tokenizer, seq_len=wanted.seq_len, windows=wanted.windows, bos=wanted.bos)
+    return cut_windows(name, content, tokenizer, **size, windows=wanted.windows, bos=wanted.bos, stride=wanted.stride)
 
 
 def measurements(
