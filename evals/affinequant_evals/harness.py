@@ -9,12 +9,13 @@ import json
 import math
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from affinequant.data.wheels import Say, quiet
 from affinequant.errors import AffineQuantError
+from affinequant_evals.derived import Derived, flipped
 from affinequant_evals.environment import environment, fixed_seeds
 from affinequant_evals.environment import package_version as package_version
 from affinequant_evals.part import Part
@@ -65,10 +66,11 @@ class Battery(Generic[S]):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Suite(Generic[S]):
-    """Metrics in the order in which they run."""
+    """Metrics in the order in which they run, and what is made of their scores then."""
 
     name: str
     metrics: tuple[Metric[S] | Battery[S], ...]
+    derived: tuple[Derived, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,8 +115,10 @@ class Scorecard:
         return {name: difference(mine, other) for name, (mine, other) in pairs.items() if mine and other}
 
     def against(self, baseline: "Scorecard") -> "Scorecard":
-        """This scorecard with `baseline` inside."""
-        return replace(self, baseline=baseline)
+        """This scorecard with `baseline` inside, and rows `TASK,flips` of the answers that one of the two alone has right."""
+        mine, other = _scores(self.rows), _scores(baseline.rows)
+        new = [Row(name=name, better="lower", score=score) for name, score in flipped(mine, other).items()]
+        return replace(self, rows=(*self.rows, *(row for row in new if row.name not in mine)), baseline=baseline)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; `baseline` is null where there is none."""
@@ -176,7 +180,7 @@ def evaluate(
         rows += new
         seconds += took
     name = str(getattr(subject, "name", type(subject).__name__))
-    return Scorecard(subject=name, rows=tuple(rows), env=environment(), seconds=round(seconds, 1))
+    return Scorecard(subject=name, rows=_with_derived(rows, suite), env=environment(), seconds=round(seconds, 1))
 
 
 def recall(name: str, suite: Suite[Any], run: "Run") -> Scorecard | None:
@@ -185,8 +189,21 @@ def recall(name: str, suite: Suite[Any], run: "Run") -> Scorecard | None:
     known = [one for one in found if one]
     if len(known) < len(found):
         return None
-    rows = tuple(row for rows, _ in known for row in rows)
+    rows = _with_derived([row for rows, _ in known for row in rows], suite)
     return Scorecard(subject=name, rows=rows, env=environment(), seconds=round(sum(took for _, took in known), 1))
+
+
+def _with_derived(rows: Sequence[Row], suite: Suite[Any]) -> tuple[Row, ...]:
+    scores = _scores(rows)
+    made = [
+        _tried(one.name, one.better, lambda one=one: {one.name: (one.better, one.function(scores))})
+        for one in suite.derived
+    ]
+    return (*rows, *(row for each in made for row in each))
+
+
+def _scores(rows: Sequence[Row]) -> dict[str, Score]:
+    return {row.name: row.score for row in rows if row.score}
 
 
 def recalled(metric: Metric[Any] | Battery[Any], run: "Run | None") -> tuple[list[Row], float] | None:
@@ -231,16 +248,24 @@ def _keep(metric: Metric[Any] | Battery[Any], rows: list[Row], seconds: float, r
 
 
 def _measure(metric: Metric[S] | Battery[S], subject: S, part: Part) -> list[Row]:
-    try:
+    def scores() -> Mapping[str, tuple[Better, Score]]:
         with fixed_seeds(), part.saved():
             if isinstance(metric, Metric):
-                return [_row(metric.name, metric.better, metric(subject, part))]
-            return [_row(name, better, score) for name, (better, score) in metric(subject, part).items()]
+                return {metric.name: (metric.better, metric(subject, part))}
+            return metric(subject, part)
+
+    return _tried(metric.name, getattr(metric, "better", None), scores)
+
+
+def _tried(name: str, better: Better | None, measure: Callable[[], Mapping[str, tuple[Better, Score]]]) -> list[Row]:
+    """A row for each score, or one that says why there is none."""
+    try:
+        return [_row(one, way, score) for one, (way, score) in measure().items()]
     except AffineQuantError as problem:
         reason = f"{problem.what}; {problem.fix}"
     except Exception as problem:
         reason = f"{type(problem).__name__}: {problem}"
-    return [Row(name=metric.name, better=getattr(metric, "better", None), score=None, error=reason)]
+    return [Row(name=name, better=better, score=None, error=reason)]
 
 
 def _row(name: str, better: Better, score: Score) -> Row:
@@ -250,5 +275,6 @@ def _row(name: str, better: Better, score: Score) -> Row:
 
 
 def _row_from_json(entry: dict[str, Any], measured: str) -> Row:
-    score = Score(**entry["score"] | {"parts": tuple(entry["score"]["parts"])})
+    value = entry["score"]
+    score = Score(**value | {name: tuple(value.get(name, ())) for name in ("parts", "groups")})
     return Row(name=entry["name"], better=entry["better"], score=score, kept=measured)

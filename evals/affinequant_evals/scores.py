@@ -1,5 +1,6 @@
 """A measured value and how well it is known: standard errors, degrees of freedom, intervals, differences over pairs."""
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,8 @@ class Score:
         key: names the observations; two scores are paired only where it is the same.
         about: how it was measured, as plain JSON values.
         log: the value is exp of a mean, and its interval that of the mean.
+        groups: where the observations are drawn apart (a suite's tasks), how many of the parts lie in each group, in order;
+            the value is then the sum of the groups' means.
     """
 
     value: float
@@ -34,11 +37,15 @@ class Score:
     key: str = ""
     about: Mapping[str, Any] = field(default_factory=dict)
     log: bool = False
+    groups: tuple[int, ...] = ()
 
     @property
-    def dof(self) -> int | None:
-        """Degrees of freedom of `stderr`: how well it is known itself (Student's t; 95 % lie within 2.57 of it at 5)."""
-        return None if self.stderr is None else self.n - 1
+    def dof(self) -> float | None:
+        """Degrees of freedom of `stderr`: how well it is known itself (Student's t; 95 % lie within 2.57 of it at 5). Of
+        several groups Satterthwaite's, which is no whole number."""
+        if self.stderr is None or not self.groups:
+            return None if self.stderr is None else self.n - 1
+        return _spread(self.parts, self.groups)[1]
 
     @property
     def interval(self) -> Interval | None:
@@ -62,6 +69,40 @@ def exp_mean_score(values: Sequence[float], *, key: str = "", about: Mapping[str
     value = math.exp(math.fsum(values) / len(values))
     parts = tuple(value * float(item) for item in values)
     return Score(value=value, stderr=_stderr(parts), n=len(parts), parts=parts, key=key, about=about or {}, log=True)
+
+
+def mean_of(scores: Sequence[Score], *, about: Mapping[str, Any] | None = None) -> Score:
+    """The mean of scores of different observations, e.g. of a suite's tasks; its error adds theirs in squares."""
+    value = math.fsum(score.value for score in scores) / len(scores)
+    parts = tuple(part / len(scores) for score in scores for part in score.parts)
+    groups = tuple(len(score.parts) for score in scores)
+    stderr = _spread(parts, groups)[0] if all(groups) else None
+    known = stderr is not None and all(score.key for score in scores)
+    return Score(
+        value=value,
+        stderr=stderr,
+        n=sum(score.n for score in scores),
+        parts=parts if stderr is not None else (),
+        key=" ".join(score.key for score in scores) if known else "",
+        about=about or {},
+        groups=groups if stderr is not None else (),
+    )
+
+
+def flips(mine: Score, other: Score) -> Score | None:
+    """The share of observations, each right (1) or wrong (0), that exactly one of the two has right: two scores can be
+    equal over very different answers. None where they are no pairs of such."""
+    if (
+        not mine.key
+        or mine.key != other.key
+        or not mine.parts
+        or mine.groups
+        or not {*mine.parts, *other.parts} <= {0, 1}
+    ):
+        return None
+    pairs = list(zip(mine.parts, other.parts, strict=True))
+    about = {"lost": sum(left < right for left, right in pairs), "won": sum(left > right for left, right in pairs)}
+    return mean_score([abs(left - right) for left, right in pairs], key=mine.key, about=about)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,8 +151,7 @@ def difference(mine: Score, other: Score) -> Delta:
     value = mine.value - other.value
     if mine.key and mine.key == other.key and len(mine.parts) == len(other.parts) > 0:
         parts = [left - right for left, right in zip(mine.parts, other.parts, strict=True)]
-        stderr = _stderr(parts)
-        dof = None if stderr is None else len(parts) - 1
+        stderr, dof = _spread(parts, mine.groups)
         return Delta(value=value, stderr=stderr, paired=True, dof=dof, n=len(parts))
     if mine.stderr is None or other.stderr is None:
         return Delta(value=value, stderr=None, paired=False)
@@ -122,7 +162,7 @@ def difference(mine: Score, other: Score) -> Delta:
 def _welch(mine: Score, other: Score) -> float:
     """Degrees of freedom of a difference of two means whose variances differ (Welch 1947; scipy's `ttest_ind` has it only
     together with the observations, which a score need not hold)."""
-    squares = [((score.stderr or 0.0) ** 2, score.n - 1) for score in (mine, other)]
+    squares = [((score.stderr or 0.0) ** 2, score.dof or score.n - 1) for score in (mine, other)]
     below = sum(square**2 / dof for square, dof in squares)
     return sum(square for square, _ in squares) ** 2 / below if below > 0 else mine.n + other.n - 2
 
@@ -142,3 +182,17 @@ def _stderr(parts: Sequence[float]) -> float | None:
         return None
     mean = math.fsum(parts) / count
     return math.sqrt(math.fsum((part - mean) ** 2 for part in parts) / (count - 1) / count)
+
+
+def _spread(parts: Sequence[float], groups: Sequence[int]) -> tuple[float | None, float | None]:
+    """Standard error of the sum of the groups' means, and its degrees of freedom (Satterthwaite 1946)."""
+    if len(groups) < 2:
+        stderr = _stderr(parts)
+        return stderr, None if stderr is None else len(parts) - 1
+    ends = list(itertools.accumulate(groups))
+    errors = [_stderr(parts[end - count : end]) for end, count in zip(ends, groups, strict=True)]
+    if any(error is None for error in errors):
+        return None, None
+    squares = [(error or 0.0) ** 2 for error in errors]
+    below = sum(square**2 / (count - 1) for square, count in zip(squares, groups, strict=True))
+    return math.sqrt(sum(squares)), sum(squares) ** 2 / below if below > 0 else len(parts) - len(groups)

@@ -8,9 +8,10 @@ from affinequant.data.text import MOST_CHARACTERS
 from affinequant.data.tokens import evaluation_text
 from affinequant.data.wheels import Say, quiet
 from affinequant.errors import AffineQuantError, unknown_name
+from affinequant_evals.derived import task_mean
 from affinequant_evals.harness import Suite
 from affinequant_evals.perplexity import LanguageModel, on_text
-from affinequant_evals.tasks import TaskOptions, task_batteries
+from affinequant_evals.tasks import TaskOptions, task_batteries, tokenizer_hash
 from affinequant_evals.windows import C4, PAPER_WINDOWS, Bos, Windows, check_bos, cut_windows
 
 METRICS: dict[str, str] = {
@@ -21,6 +22,8 @@ METRICS: dict[str, str] = {
     "TASK,acc": "share of an lm-eval task's documents answered right; higher is better",
     "TASK,acc_norm": "the same with each answer's likelihood divided by its length; higher is better",
     "lambada_openai,perplexity": "perplexity of the last word; lower is better",
+    "TASK,flips": "share of documents that exactly one of checkpoint and baseline has right; lower is better",
+    "mean@SUITE": "mean over the suite's tasks of acc_norm, or acc where a task has no other; higher is better",
 }
 """What `affinequant list metrics` shows. An lm-eval task brings whatever other metrics it has."""
 
@@ -28,8 +31,12 @@ METRICS: dict[str, str] = {
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measurements:
     """What is measured: perplexity of texts, and tasks. None means all windows, all documents, lm-eval's own shots, windows
-    side by side (else they start every `stride` tokens). `kl`: next-token distributions are compared with the baseline's
-    where there is one."""
+    side by side (else they start every `stride` tokens).
+
+    Attributes:
+        kl: next-token distributions are compared with the baseline's where there is one.
+        mean: the suite of whose tasks the mean is a row too; "" for none.
+    """
 
     about: str = "as asked"
     texts: tuple[str, ...] = ()
@@ -41,7 +48,11 @@ class Measurements:
     bos: Bos = "auto"
     stride: int | None = None
     kl: bool = True
+    mean: str = ""
 
+
+AFFINEQUANT_TASKS = ("piqa", "arc_easy", "arc_challenge", "boolq", "hellaswag", "winogrande")
+FLATQUANT_TASKS = ("piqa", "hellaswag", "arc_easy", "arc_challenge", "winogrande", "lambada_openai")
 
 SUITES: dict[str, Measurements] = {
     "quick": Measurements(
@@ -50,13 +61,37 @@ SUITES: dict[str, Measurements] = {
         tasks=("piqa", "arc_easy", "hellaswag", "lambada_openai"),
         windows=6,
         limit=100,
+        mean="quick",
     ),
     "paper": Measurements(
         about="as AffineQuant was evaluated: WikiText-2 test, the older C4, six tasks without shots; needs a hub",
         texts=("wikitext2", "c4"),
-        tasks=("piqa", "arc_easy", "arc_challenge", "boolq", "hellaswag", "winogrande"),
+        tasks=AFFINEQUANT_TASKS,
         num_fewshot=0,
         bos="first",
+        mean="paper",
+    ),
+    "paper-tasks": Measurements(
+        about=f"the tasks of paper alone, which need no hub: {', '.join(AFFINEQUANT_TASKS)}",
+        tasks=AFFINEQUANT_TASKS,
+        num_fewshot=0,
+        bos="no",
+        mean="paper-tasks",
+    ),
+    "flatquant": Measurements(
+        about="as FlatQuant was evaluated: WikiText-2 test, the newer C4, six tasks without shots; needs a hub",
+        texts=("wikitext2", "c4-new"),
+        tasks=FLATQUANT_TASKS,
+        num_fewshot=0,
+        bos="first",
+        mean="flatquant",
+    ),
+    "flatquant-tasks": Measurements(
+        about=f"the tasks of flatquant alone, which need no hub: {', '.join(FLATQUANT_TASKS)}",
+        tasks=FLATQUANT_TASKS,
+        num_fewshot=0,
+        bos="no",
+        mean="flatquant-tasks",
     ),
 }
 
@@ -86,11 +121,13 @@ def build_suite(
         limit=wanted.limit,
         num_fewshot=wanted.num_fewshot,
         bos="no" if wanted.bos == "first" else wanted.bos,
+        tokenizer=tokenizer_hash(tokenizer) if wanted.tasks else "",
         verbose=verbose,
     )
     batteries = task_batteries(wanted.tasks, options, say)
     windows = [_windows(text, wanted, tokenizer, say) for text in wanted.texts]
-    return Suite(name=name, metrics=(*map(on_text, windows), *batteries))
+    derived = (task_mean(wanted.mean, wanted.tasks),) if wanted.mean else ()
+    return Suite(name=name, metrics=(*map(on_text, windows), *batteries), derived=derived)
 
 
 def _windows(text: str, wanted: Measurements, tokenizer: Any, say: Say) -> Windows:
@@ -113,7 +150,7 @@ def measurements(
 
     Args:
         text: instead of the suite's texts.
-        tasks: instead of the suite's tasks.
+        tasks: instead of the suite's tasks; their mean is then no row.
         given: other fields of `Measurements`; None leaves the suite's.
 
     Raises:
@@ -125,5 +162,5 @@ def measurements(
         start = Measurements(texts=(text,) if text else (), tasks=tuple(tasks))
     else:
         start = find_suite(suite or "quick")
-    given |= {"texts": (text,) if text else None, "tasks": tuple(tasks) or None}
+    given |= {"texts": (text,) if text else None, "tasks": tuple(tasks) or None, "mean": "" if tasks else None}
     return replace(start, **{name: value for name, value in given.items() if value is not None})
