@@ -119,8 +119,8 @@ def test_the_spectrum_of_a_jacobian_that_is_not_written_down() -> None:
     torch.manual_seed(0)
     network, x = net(6, 16, 4), points(5, 6)
     values = torch.linalg.svdvals(torch.block_diag(*jacobians(network, x)))  # of all samples as one input
-    squared, largest = spectrum(network, x, draws=3000, rounds=400)
-    assert float(squared) == pytest.approx(float(values.square().sum()), rel=0.05)
+    squared, largest = spectrum(network, x, draws=1000, rounds=400)
+    assert float(squared) == pytest.approx(float(values.square().sum()), rel=0.1)
     assert float(largest) == pytest.approx(float(values[0].square()), rel=1e-3)
 
 
@@ -223,7 +223,7 @@ def test_mnist_is_read_from_a_folder(tmp_path: Path) -> None:
 
 def test_digits_without_scikit_learn_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(AffineQuantError, match=r"affinequant\[research\]") as caught:
+    with pytest.raises(AffineQuantError, match=r"pip install '\.\[research\]'") as caught:
         digits("", 2, 2, 0, torch.float32)
     assert caught.value.exit_code == 3
 

@@ -172,7 +172,7 @@ def _result(
         "env": {
             **fingerprint["versions"],
             "python": platform.python_version(),
-            "device": "cpu",
+            "device": fingerprint["config"].get("device", "cpu"),
             "threads": torch.get_num_threads(),
         },
         "fit": [{"stage": name, **one["fit"]} for name, one in reports.items() if one["fit"]],

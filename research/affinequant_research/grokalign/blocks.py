@@ -189,8 +189,15 @@ def _tiny(folder: Path) -> Path:
     """A Llama of random weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
-    made = LlamaConfig(vocab_size=64, num_hidden_layers=6, architectures=["LlamaForCausalLM"], **sizes)
+    made = LlamaConfig(
+        architectures=["LlamaForCausalLM"],
+        vocab_size=64,
+        num_hidden_layers=6,
+        hidden_size=32,
+        intermediate_size=64,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
     model = LlamaForCausalLM(made)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -186,43 +186,53 @@ def _bits(found: Found) -> Figure:
     )
 
 
-def claims(faster: float, sooner: float) -> tuple[Claim, ...]:
-    """By which factors the penalty gets there before weight decay, in updates and in seconds."""
-    source = "issue's figure; prototype on this stand-in: > 5.9x in updates; the paper's, on MNIST, is not comparable"
-
-    def claim(metric: str, op: Any, than: float | str, factor: float, source: str) -> Claim:
-        return Claim(metric=metric, op=op, than=than, factor=factor, source=source)
-
+def claims(config: Digits, *, faster: float, sooner: float, smaller: float, straighter: float) -> tuple[Claim, ...]:
+    """By which factors the penalty gets there before weight decay, in updates and in seconds, and what its Jacobians are
+    at one update. Weight decay that has not come there counts with its budget, which makes the claim harder to hold."""
+    figure = "target for this stand-in; the paper's figure, on MNIST, is not comparable"
     prototype = "measured: a prototype on the same digits"
+    norm, cosine = f"jac_fro@u{config.compare_at}", f"centroid_cos@u{config.compare_at}"
     return (
-        claim("decay/test_acc_at_train", "<=", 0.45, 1, prototype + "; there is a delay"),
-        claim("grokalign/updates", "<=", "decay/updates", 1 / faster, source),
-        claim("grokalign/seconds", "<=", "decay/seconds", 1 / sooner, source),
-        claim("grokalign/jac_fro@u1400", "<=", "decay/jac_fro@u1400", 0.4, prototype),
-        claim("grokalign/centroid_cos@u1400", ">=", "decay/centroid_cos@u1400", 3, prototype),
+        Claim(metric="grokalign/test_acc", op=">=", than=config.reach, source=figure),
+        Claim(metric="decay/test_acc_at_train", op="<=", than=0.45, source=f"{prototype}: there is a delay"),
+        Claim(metric="grokalign/updates", op="<=", than="decay/updates", factor=1 / faster, source=figure),
+        Claim(metric="grokalign/seconds", op="<=", than="decay/seconds", factor=1 / sooner, source=figure),
+        Claim(metric=f"grokalign/{norm}", op="<=", than=f"decay/{norm}", factor=smaller, source=prototype),
+        Claim(metric=f"grokalign/{cosine}", op=">=", than=f"decay/{cosine}", factor=straighter, source=prototype),
     )
 
 
-def _presets() -> dict[str, Digits]:
-    bench = Digits()
-    smoke = dataclasses.replace(
-        bench, train=64, test=64, hidden=16, epochs=6, aligned_epochs=6, probe_every=2, batch=32
-    )
-    paper = dataclasses.replace(
-        bench, train=1024, test=1024, scale=8.0, dtype="float64", jacobian=1e-4, epochs=50_000, aligned_epochs=50_000,
+BENCH = Digits()
+CI = dataclasses.replace(BENCH, arms=("decay", "grokalign"), epochs=1500, aligned_epochs=750, reach=0.6, compare_at=800)
+PRESETS = {
+    "smoke": dataclasses.replace(
+        BENCH, train=64, test=64, hidden=16, epochs=6, aligned_epochs=6, probe_every=2, batch=32
+    ),
+    "ci": CI,
+    "bench": BENCH,
+    "paper": dataclasses.replace(
+        BENCH,
+        train=1024,
+        test=1024,
+        scale=8.0,
+        dtype="float64",
+        jacobian=1e-4,
+        epochs=50_000,
+        aligned_epochs=50_000,
         probe_every=10,
-    )  # fmt: skip
-    return {"smoke": smoke, "ci": bench, "bench": bench, "paper": paper}
-
-
+    ),
+}
 EXPERIMENT = Experiment(
     name="digits",
     about="updates and seconds until digits that were not trained on are told",
     source="arXiv 2506.12284, section 4.3",
-    presets=_presets(),
+    presets=PRESETS,
     stages=lambda config: arms(config.arms),
     build=build,
-    claims={"bench": (Claim(metric="grokalign/test_acc", op=">=", than=0.85, source="issue's figure"), *claims(5, 2.5))},
+    claims={
+        "ci": claims(CI, faster=2.5, sooner=1.2, smaller=0.6, straighter=1.5),
+        "bench": claims(BENCH, faster=5, sooner=2.5, smaller=0.4, straighter=3),
+    },
     figures=figures,
     shown=(
         "updates", "seconds", "ms_per_update", "updates_to_train", "test_acc_at_train", "test_acc", "jac_fro", "jac_pc1",

@@ -17,7 +17,7 @@ from affinequant.fit import FitConfig, FitReport, Group
 from affinequant.learning.phases import Phase
 from affinequant.report.figure import Axis, Figure
 from affinequant.report.figure import Series as Line
-from affinequant_research.experiment import Claim, Experiment, Found, Picture, Series, Trial, arms
+from affinequant_research.experiment import Claim, Experiment, Found, Op, Picture, Series, Trial, arms
 from affinequant_research.grokalign.drawing import over
 from affinequant_research.grokalign.training import (
     Aligned,
@@ -175,7 +175,7 @@ def figures(found: Found) -> list[Figure]:
 
 
 def _claims() -> tuple[Claim, ...]:
-    rows = (
+    rows: tuple[tuple[str, Op, float], ...] = (
         ("grokalign/updates", "<=", 110.0),
         ("decay/updates", ">=", 140.0),
         ("grokalign/noise_acc@u150", ">=", 0.8),
