@@ -39,7 +39,7 @@ FIGURES = {
         series=(Series(cells=((1.0, 2.0, None),)),),
         x=Axis(names=("q", "k", "v")),
         y=Axis(names=("0",)),
-        value=Axis(label="SQNR", unit="dB"),
+        value=Axis(label="SQNR", unit="dB", better="higher"),
     ),
     "matrix": Figure(
         kind="matrix",
@@ -73,6 +73,7 @@ def test_panels() -> None:
 BROKEN: dict[str, tuple[str, dict[str, Any], str]] = {
     "an unknown kind": ("line", {"kind": "lines"}, "did you mean 'line'"),
     "no series": ("line", {"series": []}, "no series"),
+    "no direction": ("line", {"y": {"better": "higer"}}, "did you mean 'higher'"),
     "a missing series": ("line", {"series": None}, "cannot be read"),
     "a word for a number": ("line", {"series": [{"y": ["1"]}]}, "'1' is not a number"),
     "a value without a place": ("bars", {"series": [{"y": [1.0]}]}, "1 values where 2 belong"),

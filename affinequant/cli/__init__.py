@@ -53,6 +53,9 @@ COMMANDS: dict[str, Command] = {
         about="one model by several presets: quality, time, memory, cost",
         saves="every finished block",
     ),
+    "report": Command(
+        module="affinequant.cli.report", about="one page, HTML and Markdown, of a run, scores, a comparison"
+    ),
     "inspect": Command(module="affinequant.cli.inspect", about="bits, sizes and errors per layer; the recipe"),
     "export": Command(
         module="affinequant.cli.export", about="another format out of a finished folder, nothing retrained"
@@ -77,6 +80,7 @@ start here:
   affinequant plan MODEL --w4a4                 what it would do to your model, in seconds
   affinequant quantize MODEL --w4a4 -o DIR      do it; Ctrl-C and the same command again goes on
   affinequant eval DIR                          what it cost in quality
+  affinequant report DIR                        all that is known of it on one page
 
 MODEL is a local folder, a hub id (org/name) or `demo`. `affinequant COMMAND --help` explains a command.
 exit codes: 0 done, 1 unexpected, 2 usage, 3 refused before any work, 4 quality gate failed, 130 interrupted

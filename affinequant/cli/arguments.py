@@ -154,7 +154,7 @@ def _add_option(group: argparse._ArgumentGroup, name: str, entry: "Field[Any]", 
         flags.insert(0, "-o")
     options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": _help(name, entry)}
     if hint is bool:
-        group.add_argument(*flags, action=_Switch, **options)
+        group.add_argument(*flags, action=Switch, **options)
         return
     if get_origin(hint) is Literal:
         options["metavar"] = "|".join(get_args(hint))
@@ -165,7 +165,7 @@ def _add_option(group: argparse._ArgumentGroup, name: str, entry: "Field[Any]", 
     group.add_argument(*flags, **options)
 
 
-class _Switch(argparse.BooleanOptionalAction):
+class Switch(argparse.BooleanOptionalAction):
     """--flag and --no-flag, without argparse's own remark about the default."""
 
     def __init__(self, option_strings: Sequence[str], dest: str, help: str, default: Any) -> None:

@@ -19,6 +19,7 @@ from affinequant.cli.evaluate import BOS_TEXT, DEFAULT_WINDOWS
 from affinequant.cli.output import Screen, plain_json
 from affinequant.cli.plan import model_help
 from affinequant.cli.quantize import PRESETS_TEXT
+from affinequant.cli.report import add_report, check_report, report_on
 from affinequant.errors import AffineQuantError, unknown_name
 from affinequant.recipe.presets import ALIASES, PRESETS
 from affinequant.recipe.recipe import Recipe
@@ -75,6 +76,7 @@ def add_arguments(parser: Parser) -> None:
     group.add_argument("--windows", type=whole, metavar="N", help="windows of text (default: all that are whole)")
     group.add_argument("--window-len", type=whole, metavar="N", help="tokens per window of text (default: 2048)")
     group.add_argument("--bos", metavar="auto|yes|no|first", help=BOS_TEXT)
+    add_report(group)
     add_recipe(parser, without=("preset", "out"))
 
 
@@ -92,6 +94,7 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
     text = args.text or "demo"
     ready = prepare(first.model, text=text, seq_len=args.window_len, windows=windows, bos=args.bos, say=screen.say)
     _make_folder(out)
+    check_report(args.report, out)
     entries = []
     for number, recipe in enumerate(recipes, start=1):
         seed = recipe.seed if seeds else None
@@ -121,6 +124,8 @@ def _report(found: Comparison, out: Path, screen: Screen) -> None:
     for line in found.notes():
         screen.print(line)
     screen.print(f"written to {out / 'compare.md'} and {out / 'compare.json'}")
+    if args.report is not None:
+        report_on(out, screen, out=args.report)
     screen.result(value)
 
 

@@ -9,6 +9,7 @@ from affinequant.cli.evaluate import DEFAULT_WINDOWS
 from affinequant.cli.output import Screen, freedom, minutes, size, with_error
 from affinequant.cli.plan import print_plan
 from affinequant.cli.quantize import PRESETS_TEXT, add_run, next_commands, prepare, print_next, quantize
+from affinequant.cli.report import report_on
 from affinequant.progress import Steps
 from affinequant.recipe.recipe import Recipe
 from affinequant.recipe.scheme import Scheme
@@ -39,7 +40,7 @@ examples:
 def add_arguments(parser: Parser) -> None:
     """The recipe's flags but the model, and those of the run."""
     add_recipe(parser)
-    add_run(parser)
+    add_run(parser, report=True)
 
 
 def run(args: argparse.Namespace, screen: Screen) -> int:
@@ -58,6 +59,8 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
         screen.print(f"  {prompt} ...")
         for text in texts:
             screen.print(f"    | {text!r}")
+    if args.report:
+        report_on(done.path, screen, card=card.to_json())
     following = next_commands(done)
     print_next(following, screen)
     greedy = [{"prompt": prompt, "full": full, "quantized": short} for prompt, (full, short) in samples.items()]

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from affinequant.cli.arguments import Parser, choice, whole
 from affinequant.cli.output import Screen, between, freedom, minutes, with_error
+from affinequant.cli.report import add_report, check_report, report_on
 from affinequant.errors import AffineQuantError
 from affinequant.recipe.recipe import Device, Dtype
 
@@ -60,6 +61,7 @@ def add_arguments(parser: Parser) -> None:
         "--baseline", metavar="MODEL|none", help="what to compare with (default: the checkpoint's source)"
     )
     group.add_argument("--again", action="store_true", help="measure anew what is kept from an earlier time")
+    add_report(group)
     group = parser.add_argument_group("machine")
     group.add_argument("--device", metavar="auto|cpu|cuda", default="auto", help="where to compute (default: auto)")
     group.add_argument(
@@ -69,8 +71,11 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace, screen: Screen) -> int:
     """Score, print the table; 1 where a metric failed."""
+    check_report(args.report, args.checkpoint)
     card = score(args, screen)
     print_card(card, screen)
+    if args.report is not None:
+        report_on(args.checkpoint, screen, out=args.report, card=card.to_json())
     screen.result(card.to_json())
     return 1 if card.failed or (card.baseline and card.baseline.failed) else 0
 

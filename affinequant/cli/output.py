@@ -11,6 +11,8 @@ from typing import IO, TYPE_CHECKING, Any
 
 from affinequant.errors import AffineQuantError
 from affinequant.progress import Console, Silent
+from affinequant.report.words import minutes as minutes
+from affinequant.report.words import size as size
 
 if TYPE_CHECKING:
     from rich.console import Console as Rich
@@ -111,18 +113,6 @@ def plain_json(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [plain_json(item) for item in value]
     return str(value) if isinstance(value, Path) else value
-
-
-def size(count: float) -> str:
-    """Bytes for people: `269 MB`, `1.34 GB`."""
-    return f"{count / 2**30:.2f} GB" if count >= 2**30 else f"{count / 2**20:.{0 if count >= 2**24 else 2}f} MB"
-
-
-def minutes(value: float) -> str:
-    """Minutes for people: `40 s`, `3.5 min`, `6 h 20 min`."""
-    if value < 1.5:
-        return f"{max(value * 60, 1):.0f} s"
-    return f"{value:.1f} min" if value < 90 else f"{value // 60:.0f} h {value % 60:.0f} min"
 
 
 def spoken(path: str | Path) -> str:

@@ -4,9 +4,10 @@ import argparse
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from affinequant.cli.arguments import Parser, add_recipe, recipe_of
+from affinequant.cli.arguments import Parser, Switch, add_recipe, recipe_of
 from affinequant.cli.output import Screen, minutes, size, spoken
 from affinequant.cli.plan import fetch_demo, header, model_help, print_plan
+from affinequant.cli.report import report_on
 from affinequant.recipe.presets import PRESETS
 from affinequant.recipe.recipe import Recipe
 
@@ -38,14 +39,16 @@ def add_arguments(parser: Parser) -> None:
     add_run(parser)
 
 
-def add_run(parser: Parser) -> None:
-    """Flags about the run itself."""
+def add_run(parser: Parser, *, report: bool = False) -> None:
+    """Flags about the run itself; `report`: whether a page is written where nothing is said about it."""
     group = parser.add_argument_group("run")
     group.add_argument("--dry-run", action="store_true", help="print the plan and stop; no weights are loaded")
     group.add_argument("--resume", action="store_true", help="insist on a run to take up in the output folder")
     group.add_argument(
         "--overwrite", action="store_true", help="remove an earlier run or export from the output folder first"
     )
+    text = f"write report.html and report.md into the folder (default: {'yes' if report else 'no'})"
+    group.add_argument("--report", action=Switch, default=report, help=text)
 
 
 def run(args: argparse.Namespace, screen: Screen) -> int:
@@ -58,6 +61,8 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
     done = quantize(made, args, screen)
     following = next_commands(done)
     screen.facts(outcome(done))
+    if args.report:
+        report_on(done.path, screen)
     print_next(following, screen)
     screen.result({"schema": 1, "path": done.path.absolute(), "report": done.report, "next": following})
     return 0

@@ -83,11 +83,13 @@ def write_card(out: Path, source: Path, report: Mapping[str, Any], config: Mappi
     carried = source_metadata(source)
     scheme = Scheme.parse(report["scheme"])
     data, copied = report["calibration"], report["unknown_tensors"]
-    name = f"{_base(report['model'], short=True)}-{scheme.name}"  # not the folder's: the same run gives the same bytes
+    name = (
+        f"{base_name(report['model'], short=True)}-{scheme.name}"  # not the folder's: the same run gives the same bytes
+    )
     values = {
         "name": name,
-        "base": _base(report["model"], short=False),
-        "numbers": _numbers(scheme),
+        "base": base_name(report["model"], short=False),
+        "numbers": numbers(scheme),
         "version": report["env"]["affinequant"],
         "preset": report["preset"],
         "tier": report["tier"],
@@ -97,7 +99,7 @@ def write_card(out: Path, source: Path, report: Mapping[str, Any], config: Mappi
         "tokens": report["calibration_perplexity"]["tokens"],
         "full": report["calibration_perplexity"]["full"],
         "quantized": report["calibration_perplexity"]["quantized"],
-        "engines": _engines(scheme, config),
+        "engines": engines(scheme, config),
         "with_unknown": f" and the {len(copied)} tensors that were copied unchanged" if copied else "",
         "source_card": "`SOURCE_README.md` is the card of the original model.\n" if (source / CARD).is_file() else "",
         "license_note": _license_note(carried),
@@ -188,7 +190,8 @@ def _results(report: Mapping[str, Any]) -> "list[EvalResult]":
     ]
 
 
-def _engines(scheme: Scheme, config: Mapping[str, Any]) -> str:
+def engines(scheme: Scheme, config: Mapping[str, Any]) -> str:
+    """Which engines compute what with a checkpoint, by its config."""
     declared = config.get("quantization_config")
     if declared is None:
         kind = "dense"
@@ -203,7 +206,8 @@ def _engines(scheme: Scheme, config: Mapping[str, Any]) -> str:
     return ENGINES[kind].format(activations=activations, weights=_grid(scheme.weight, "weights"))
 
 
-def _numbers(scheme: Scheme) -> str:
+def numbers(scheme: Scheme) -> str:
+    """The scheme in words."""
     activations = _grid(scheme.activation, "activations") if scheme.activation else "16-bit activations"
     return f"{_grid(scheme.weight, 'weights')} and {activations} (`{scheme.name}`)"
 
@@ -212,7 +216,7 @@ def _grid(grid: NumberFormat, what: str) -> str:
     return f"{grid.bits}-bit {'' if grid.symmetric else 'asymmetric '}integer {what}"
 
 
-def _base(model: str, *, short: bool) -> str:
+def base_name(model: str, *, short: bool) -> str:
     """The original model in words; of a local folder only its name, not where on someone's disk it lies."""
     from affinequant.data.demo import MODEL_FOLDER, MODEL_NOTE
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from affinequant.errors import PREFLIGHT, AffineQuantError
 from affinequant.models.source_files import is_inside
 from affinequant.run.durable import install
+from affinequant.run.pages import is_page
 
 WEIGHTS = (
     *(
@@ -144,7 +145,7 @@ def _walk(source: Path, skip: Path, left: list[str]) -> Iterator[Path]:
                 wanted.append(name)
         folders[:] = wanted
         for name in sorted(names):
-            if not (name.startswith(".") or (here == source and name in OWN)):
+            if not (name.startswith(".") or (here == source and (name in OWN or is_page(here / name)))):
                 yield here / name
 
 

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 from affinequant.errors import AffineQuantError, unknown_name
 
 Kind = Literal["line", "bars", "interval", "heat", "matrix", "histogram"]
+Better = Literal["", "lower", "higher"]
 Numbers = tuple[float | None, ...]
 """None where nothing was measured: a gap in a line, an empty cell."""
 
@@ -24,12 +25,14 @@ class Axis:
         unit: of its numbers, e.g. `dB`; "" for none.
         log: whether the scale is logarithmic. Values must be positive then.
         names: of the categories that stand there in place of numbers, in order.
+        better: which end of it is the good one, if any: it is said, and what is bad gets the colour in a heat map.
     """
 
     label: str = ""
     unit: str = ""
     log: bool = False
     names: tuple[str, ...] = ()
+    better: Better = ""
 
     @property
     def text(self) -> str:
@@ -99,6 +102,9 @@ class Figure:
             raise self._wrong("it has no series", "give at least one")
         if not all(letter.isalnum() or letter in "-_" for letter in self.key):
             raise self._wrong(f"its key is {self.key!r}", "use letters, digits, - and _")
+        for axis in (self.x, self.y, self.value):
+            if axis.better not in get_args(Better):
+                raise unknown_name("better", axis.better, get_args(Better)[1:], where=f"figure {self.title!r}")
         for one in self.series:
             self._check(one)
 
@@ -143,8 +149,10 @@ class Figure:
 
     def _check(self, one: Series) -> None:
         self._check_lengths(one)
-        for axis, numbers in ((self.x, one.x), (self._along, (*one.y, *one.low, *one.high))):
-            self._check_numbers(numbers, axis.log)
+        self._check_numbers(one.x, self.x.log)
+        # An empty bin is nothing to take a logarithm of: it stays empty.
+        values = [v for v in one.y if v != 0] if self.kind == "histogram" else (*one.y, *one.low, *one.high)
+        self._check_numbers(values, self._along.log)
         for row in one.cells:
             self._check_numbers(row, self.value.log)
 
@@ -191,8 +199,13 @@ def _lists(part: Any) -> Any:
 
 def _axis(value: Mapping[str, Any]) -> Axis:
     names = tuple(str(name) for name in value.get("names", ()))
-    log = bool(value.get("log", False))
-    return Axis(label=str(value.get("label", "")), unit=str(value.get("unit", "")), log=log, names=names)
+    return Axis(
+        label=str(value.get("label", "")),
+        unit=str(value.get("unit", "")),
+        log=bool(value.get("log", False)),
+        names=names,
+        better=value.get("better", ""),
+    )
 
 
 def _series(value: Mapping[str, Any]) -> Series:

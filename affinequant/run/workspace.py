@@ -13,6 +13,7 @@ from pathlib import Path
 
 from affinequant.errors import PREFLIGHT, AffineQuantError, disk_full
 from affinequant.run.durable import write_text
+from affinequant.run.pages import is_page
 from affinequant.run.run import FINGERPRINT, Run
 
 RUN_FOLDER = ".run"
@@ -23,9 +24,10 @@ COPIED = "copied.json"
 """In the run's folder: the files that are copied from the source, by their names in the output."""
 _WRITTEN = re.compile(
     r"((model|affinequant)(-\d{5}(-of-\d{5})?)?\.safetensors(\.index\.json)?|model\.gguf|README\.md|config\.json"
-    r"|recipe\.toml|report(\.failed)?\.json|report\.html)(\.tmp)?"
+    r"|recipe\.toml|report(\.failed)?\.json)(\.tmp)?"
 )
 """What a run itself writes."""
+_PAGE = re.compile(r"report\.(html|md)(\.tmp)?")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,7 +162,10 @@ def _check_ours(out: Path, files: list[str]) -> None:
             known |= {str(name) for name in (said["files"] if isinstance(said, dict) and "schema" in said else said)}
     ours = bool(known) or Run.exists(out / RUN_FOLDER)
     foreign = [
-        name for name in files if not (ours and (name.removesuffix(".tmp") in known or _WRITTEN.fullmatch(name)))
+        name
+        for name in files
+        if not (ours and (name.removesuffix(".tmp") in known or _WRITTEN.fullmatch(name)))
+        and not (ours and _PAGE.fullmatch(name) and is_page(out / name))
     ]
     if (out / RUN_FOLDER).is_dir():
         inside = (
