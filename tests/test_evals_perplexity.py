@@ -2,7 +2,6 @@
 
 import math
 import random
-import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,11 +12,11 @@ import torch
 from affinequant_evals import evaluate, logits, perplexity
 from affinequant_evals.harness import Suite
 from affinequant_evals.perplexity import LanguageModel, window_losses
-from affinequant_evals.windows import c4_windows, cut_windows
+from affinequant_evals.suites import Measurements, build_suite
+from affinequant_evals.windows import cut_windows
 
 from affinequant import progress
 from affinequant.data.tokens import encode
-from affinequant.errors import PREFLIGHT, USAGE, AffineQuantError
 
 TEXT = " ".join(random.Random(0).choices(["heron", "reed", "the", "an", "over", "bridge", "water", "in"], k=900))
 
@@ -30,17 +29,6 @@ def subject(tiny: Callable[..., Path]) -> LanguageModel:
     folder = tiny()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     return LanguageModel(model=model, tokenizer=AutoTokenizer.from_pretrained(folder), name="tiny")
-
-
-@pytest.fixture(scope="module")
-def bos_tokenizer(tiny: Callable[..., Path]) -> Any:
-    """A tokenizer that starts each text with its BOS."""
-    from tokenizers.processors import TemplateProcessing
-    from transformers import AutoTokenizer
-
-    made: Any = AutoTokenizer.from_pretrained(tiny())
-    made.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    return made
 
 
 def test_scoring_says_how_far_it_is(subject: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,6 +58,50 @@ def test_losses_are_those_of_a_plain_loop(subject: LanguageModel, monkeypatch: p
     # Seven rows of logits at a time.
     monkeypatch.setattr(logits, "BUDGET", 4 * 4 * 320 * 7)
     assert window_losses(subject.model, windows.ids).tolist() == pytest.approx(expected, rel=1e-5)
+
+
+@torch.no_grad()
+def perplexity_by_hand(model: Any, tokenizer: Any, text: str, seq_len: int, stride: int) -> float:
+    """As one would write it down: token by token from whole logits in float64, each scored once."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    total, scored, begin = 0.0, 0, 0
+    while begin + seq_len <= len(ids):
+        window = torch.tensor([ids[begin : begin + seq_len]])
+        logs = model(input_ids=window).logits[0].double().log_softmax(-1)
+        fresh = seq_len - 1 if begin == 0 or stride == seq_len else stride
+        for place in range(seq_len - 1 - fresh, seq_len - 1):
+            total -= logs[place, window[0, place + 1]].item()
+            scored += 1
+        begin += stride
+    return math.exp(total / scored)
+
+
+@pytest.mark.parametrize("stride", [None, 5, 16, 47])
+def test_perplexity_of_a_file_is_that_of_a_plain_loop(
+    subject: LanguageModel, tmp_path: Path, stride: int | None
+) -> None:
+    (tmp_path / "birds.txt").write_text(TEXT[:1500])
+    wanted = Measurements(texts=(str(tmp_path / "birds.txt"),), seq_len=48, stride=stride)
+    suite = build_suite(wanted, subject.tokenizer)
+    card = evaluate(subject, suite)
+    name = "perplexity@birds.txt,seq48" + (f",stride{stride}" if stride else "")
+    assert [row.name for row in card.rows] == [name] and not card.failed
+    score = card.score(name)
+    expected = perplexity_by_hand(subject.model, subject.tokenizer, TEXT[:1500], 48, stride or 48)
+    assert score and score.value == pytest.approx(expected, rel=1e-5) and score.about.get("stride") == stride
+
+
+def test_the_error_of_windows_that_count_differently_many(subject: LanguageModel) -> None:
+    windows = cut_windows("text", TEXT, subject.tokenizer, seq_len=48, windows=9, stride=12)
+    sums = perplexity.read(subject, windows)["loss"]
+    score = perplexity.perplexity(windows)(subject)
+    counts = torch.tensor([47.0] + 8 * [12.0], dtype=torch.float64)
+    mean = sums.sum() / counts.sum()
+    assert score.value == pytest.approx(mean.exp().item(), rel=1e-12) and score.n == 9
+    # The error of a ratio of two sums over 9 windows, as textbooks have it, and that of its exponential.
+    spread = ((sums - mean * counts) ** 2).sum() / 8
+    expected = (mean.exp() * spread.sqrt() / counts.mean() / 3).item()
+    assert score.stderr == pytest.approx(expected, rel=1e-9)
 
 
 def test_perplexity_and_its_error(subject: LanguageModel) -> None:
@@ -124,69 +156,6 @@ def test_bfloat16_is_scored_in_float32(subject: LanguageModel, tiny: Callable[..
     assert window_losses(model, windows.ids).tolist() == pytest.approx(expected, rel=1e-3)
 
 
-def test_windows_lie_side_by_side(subject: LanguageModel) -> None:
-    ids = encode(subject.tokenizer, TEXT)
-    windows = cut_windows("text", TEXT, subject.tokenizer, seq_len=30, windows=4)
-    assert windows.ids.flatten().tolist() == ids[:120]
-    assert cut_windows("text", TEXT, subject.tokenizer, seq_len=30).ids.shape[0] == len(ids) // 30
-
-
-@pytest.mark.parametrize(
-    ("bos", "adds", "expected"),
-    [
-        ("auto", False, "none"),
-        ("auto", True, "each window"),
-        ("yes", False, "each window"),
-        ("yes", True, "each window"),
-        ("no", True, "none"),
-        ("first", True, "start of the text"),
-        ("first", False, "none"),
-    ],
-)
-def test_bos_policies(subject: LanguageModel, bos_tokenizer: Any, bos: Any, adds: bool, expected: str) -> None:
-    tokenizer = bos_tokenizer if adds else subject.tokenizer
-    ids = encode(subject.tokenizer, TEXT)
-    windows = cut_windows("text", TEXT, tokenizer, seq_len=30, windows=3, bos=bos)
-    assert windows.bos == expected and windows.ids.shape == (3, 30)
-    text = {
-        "none": [ids[:30], ids[30:60], ids[60:90]],
-        "each window": [[0, *ids[:29]], [0, *ids[29:58]], [0, *ids[58:87]]],
-        "start of the text": [[0, *ids[:29]], ids[29:59], ids[59:89]],
-    }
-    assert windows.ids.tolist() == text[expected]
-
-
-def test_bos_without_a_bos_token(subject: LanguageModel, tiny: Callable[..., Path]) -> None:
-    from transformers import AutoTokenizer
-
-    tokenizer: Any = AutoTokenizer.from_pretrained(tiny())
-    tokenizer.bos_token = None
-    with pytest.raises(AffineQuantError, match="no BOS token") as caught:
-        cut_windows("text", TEXT, tokenizer, seq_len=30, bos="yes")
-    assert caught.value.exit_code == USAGE
-    assert cut_windows("text", TEXT, tokenizer, seq_len=30, bos="auto").bos == "none"
-
-
-def test_too_little_text_says_what_would_fit(subject: LanguageModel) -> None:
-    with pytest.raises(AffineQuantError) as caught:
-        cut_windows("text", TEXT, subject.tokenizer, seq_len=100, windows=1000)
-    assert caught.value.exit_code == PREFLIGHT
-    fits = int(re.findall(r"--windows (\d+)", caught.value.fix)[0])
-    assert cut_windows("text", TEXT, subject.tokenizer, seq_len=100, windows=fits).ids.shape == (fits, 100)
-    with pytest.raises(AffineQuantError):
-        cut_windows("text", TEXT, subject.tokenizer, seq_len=100, windows=fits + 1)
-    with pytest.raises(AffineQuantError) as caught:
-        cut_windows("text", "short", subject.tokenizer, seq_len=100)
-    assert "--seq-len" in caught.value.fix
-
-
-@pytest.mark.parametrize(("seq_len", "count"), [(1, 4), (8, 0)])
-def test_no_windows_are_refused(subject: LanguageModel, seq_len: int, count: int) -> None:
-    with pytest.raises(AffineQuantError) as caught:
-        cut_windows("text", TEXT, subject.tokenizer, seq_len=seq_len, windows=count)
-    assert caught.value.exit_code == USAGE
-
-
 def test_nan_is_a_row(subject: LanguageModel, tiny: Callable[..., Path]) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -197,25 +166,3 @@ def test_nan_is_a_row(subject: LanguageModel, tiny: Callable[..., Path]) -> None
     broken = LanguageModel(model=model, tokenizer=subject.tokenizer, name="broken")
     card = evaluate(broken, Suite(name="", metrics=(perplexity.perplexity(windows),)))
     assert [row.error for row in card.rows] == ["the value is nan"]
-
-
-def test_c4_draws_as_the_papers_do(bos_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from affinequant.data import text
-
-    draws = random.Random(7)
-    rows = [{"text": "".join(draws.choices("abcdefgh", k=draws.randrange(10, 120)))} for _ in range(50)]
-    monkeypatch.setattr(text, "hub_rows", lambda repo, config, **options: rows)
-    windows = c4_windows(bos_tokenizer, seq_len=32, count=20)
-    # Python's global generator, seeded with 0, as in the published loaders.
-    random.seed(0)
-    expected = []
-    for _ in range(20):
-        while True:
-            ids = bos_tokenizer(rows[random.randint(0, len(rows) - 1)]["text"])["input_ids"]
-            if len(ids) >= 32:
-                break
-        start = random.randint(0, len(ids) - 32 - 1)
-        expected.append(ids[start : start + 32])
-    assert windows.ids.tolist() == expected
-    with pytest.raises(AffineQuantError, match="too little text"):
-        c4_windows(bos_tokenizer, seq_len=200, count=1)

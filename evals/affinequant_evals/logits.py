@@ -43,6 +43,11 @@ class Logits:
     model: Any
     piecewise: bool
 
+    @property
+    def rows(self) -> int:
+        """Tokens whose logits are made at once."""
+        return rows_at_once(self.model.config.get_text_config().vocab_size, self.model.device)
+
     def read(self, ids: Int64[Tensor, " tokens"]) -> Callable[[slice], Float[Tensor, "rows vocabulary"]]:
         """One pass over a window; behind it the logits at those of its places that are asked for, in float32, to be
         overwritten as one likes."""

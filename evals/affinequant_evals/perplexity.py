@@ -1,7 +1,7 @@
 """Perplexity of a text, and in the same pass how far the model's distributions are from a reference's."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -13,8 +13,9 @@ from torch import Tensor
 from affinequant.data.wheels import Say, quiet
 from affinequant.progress import Steps
 from affinequant_evals.harness import Battery, Better, Metric
-from affinequant_evals.logits import open_logits, rows_at_once, weigh
-from affinequant_evals.reference import Kept, Live, Reference
+from affinequant_evals.logits import Logits, Piece, open_logits, weigh
+from affinequant_evals.part import Part
+from affinequant_evals.reference import Compare, Kept, Live, Reference
 from affinequant_evals.scores import Score, exp_mean_score, mean_score
 from affinequant_evals.windows import Bos as Bos
 from affinequant_evals.windows import Windows
@@ -68,11 +69,11 @@ def on_text(windows: Windows) -> OnText:
     """
     name = f"perplexity@{windows.label}"
 
-    def measure(subject: LanguageModel) -> dict[str, tuple[Better, Score]]:
+    def measure(subject: LanguageModel, part: Part) -> dict[str, tuple[Better, Score]]:
         losses = subject.losses.get(windows.key)
         if losses is None and subject.record:
             losses = subject.record.losses(windows)
-        sums = read(subject, windows) if losses is None else {"loss": losses}
+        sums = read(subject, windows, part) if losses is None else {"loss": losses}
         rows: dict[str, tuple[Better, Score]] = {name: ("lower", _perplexity(sums, windows))}
         if subject.reference and "kl" in sums:
             about = windows.about | subject.reference.about
@@ -82,7 +83,7 @@ def on_text(windows: Windows) -> OnText:
                 rows[f"{what}@{windows.label}"] = (better, score)
         return rows
 
-    return OnText(name=name, function=measure, fingerprint=windows.about, windows=windows)
+    return OnText(name=name, function=measure, fingerprint=windows.about, resumes=True, windows=windows)
 
 
 def perplexity(windows: Windows) -> Metric[LanguageModel]:
@@ -95,32 +96,52 @@ def perplexity(windows: Windows) -> Metric[LanguageModel]:
 
 
 @torch.inference_mode()
-def read(subject: LanguageModel, windows: Windows) -> Sums:
+def read(subject: LanguageModel, windows: Windows, part: Part | None = None) -> Sums:
     """One pass over a text: `loss`, in nats, and beside a reference what it says. Logits are made a piece at a time, of
-    both models where two are there. What the subject
-    says is recorded where that is wanted, and what a live reference has lost is told it."""
+    both models where two are there. What the subject says is recorded where that is wanted, and what a live reference has
+    lost is told it.
+
+    Args:
+        part: notes the windows that are done, and those that it has are not read again, unless they are to be recorded.
+    """
     logits = open_logits(subject.model, windows.ids[0])
-    rows = rows_at_once(subject.model.config.get_text_config().vocab_size, subject.model.device)
     compared = subject.reference.open(windows) if subject.reference else None
-    told, sums = Steps(subject.say, "windows", len(windows.ids)), defaultdict(list)
+    kept = part.there() if part and not subject.record else {}
+    sums = {name: values.tolist() for name, values in kept.items()}
+    begin = len(sums.get("loss", ()))
+    told = Steps(subject.say, "windows", len(windows.ids) - begin)
     with subject.record.writing(windows) if subject.record else nullcontext() as record:
-        for index, ids in enumerate(told.each(windows.ids)):
-            piece, compare = logits.read(ids), compared(index) if compared else None
-            found = defaultdict[str, Any](float)
-            for places in _pieces(windows.places(index), rows):
-                targets = ids[places.start + 1 : places.stop + 1].to(subject.model.device)
-                mine = weigh(piece(slice(places.start, places.stop)), targets)[0]
-                if record:
-                    record(mine)
-                parts = {"loss": mine.loss} | (compare(places, mine) if compare else {})
-                for name, part in parts.items():
-                    found[name] += part.sum()
+        for index in told.each(range(begin, len(windows.ids))):
+            found = _read_window(logits, windows, index, compared(index) if compared else None, record)
             for name, total in found.items():
-                sums[name].append(float(total))
-    whole = {name: torch.tensor(parts, dtype=torch.float64) for name, parts in sums.items()}
+                sums.setdefault(name, []).append(total)
+            if part and not record:
+                part.note(_tensors(sums))
+    whole = _tensors(sums)
     if isinstance(subject.reference, Live):
         subject.reference.losses[windows.key] = whole.pop("reference")
     return whole
+
+
+def _read_window(
+    logits: Logits, windows: Windows, index: int, compare: Compare | None, record: Callable[[Piece], None] | None
+) -> dict[str, float]:
+    """The sums over one window's tokens."""
+    ids, found = windows.ids[index], defaultdict[str, Any](float)
+    places, piece = windows.places(index), logits.read(ids)
+    for start in range(0, len(places), logits.rows):
+        some = places[start : start + logits.rows]
+        targets = ids[some.start + 1 : some.stop + 1].to(logits.model.device)
+        mine = weigh(piece(slice(some.start, some.stop)), targets)[0]
+        if record:
+            record(mine)
+        for name, values in ({"loss": mine.loss} | (compare(some, mine) if compare else {})).items():
+            found[name] += values.sum()
+    return {name: float(total) for name, total in found.items()}
+
+
+def _tensors(sums: Mapping[str, list[float]]) -> dict[str, Tensor]:
+    return {name: torch.tensor(values, dtype=torch.float64) for name, values in sums.items()}
 
 
 def window_losses(model: "PreTrainedModel", ids: Int64[Tensor, "windows seq_len"]) -> Float64[Tensor, " windows"]:
@@ -134,10 +155,6 @@ def _bound(sums: Sums, windows: Windows) -> dict[str, Any]:
     if "outside" not in sums:
         return {}
     return {"bound": "lower", "outside": float(sums["outside"].sum()) / sum(windows.counts)}
-
-
-def _pieces(places: range, rows: int) -> Iterator[range]:
-    return (places[start : start + rows] for start in range(0, len(places), rows))
 
 
 def _perplexity(sums: Sums, windows: Windows) -> Score:
