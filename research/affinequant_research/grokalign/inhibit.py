@@ -35,7 +35,7 @@ class Inhibit:
     scale: float = 4.0
     dtype: str = "float32"
     jacobian: float = 0.2
-    level: float = 12.0
+    level: float = 16.0
     rate: float = 1e-3
     decay: float = 0.01
     batch: int = 256
@@ -94,7 +94,7 @@ EXPERIMENT = Experiment(
     source="arXiv 2506.12284",
     presets={
         "smoke": dataclasses.replace(BENCH, train=64, test=64, hidden=16, epochs=6, probe_every=2, batch=32),
-        "ci": dataclasses.replace(BENCH, epochs=400),
+        "ci": dataclasses.replace(BENCH, epochs=200),
         "bench": BENCH,
         "paper": dataclasses.replace(
             BENCH, train=1024, test=1024, scale=8.0, dtype="float64", jacobian=1e-3, level=5.0, batch=196, epochs=32_000
