@@ -157,9 +157,9 @@ def scores(checkpoint: str = "out", **more: Any) -> dict[str, Any]:
             "boolq,acc": metric(0.5523, 0.5745, "higher"),
             "piqa,flips": metric(0.0712, None),
         },
-        "samples": [{"prompt": "Once", "baseline": "upon a time", "text": "upon a mat", "suspicious": False}],
+        "samples": [{"prompt": "Once", "baseline": "upon a time", "text": "upon a mat", "suspicious": ""}],
         "gates": [{"metric": "kl@demo,seq2048", "value": 0.20317, "limit": 0.3001, "passed": True}],
-        "published": [{"method": "FlatQuant", "figure": 5.79, "verdict": "not comparable"}],
+        "published": [{"method": "FlatQuant", "value": 5.79, "ours": 21.75367, "verdict": "not comparable"}],
         "env": {"affinequant": "0.1.0", "cpus": 2},
         "notes": [],
         "seconds": 51.4,
@@ -175,21 +175,45 @@ def comparison(**more: Any) -> dict[str, Any]:
         "stderr": 1.3111,
         "dof": 5,
         "ratio": 1.2803,
+        "kl": 0.25123,
         "minutes": 2.7654,
         "peak_bytes": 1_651_313_152,
         "percent_of_block": 6.2231,
         "bytes": 110_165_227,
         "error": None,
     }
+    other = preset | {"preset": "default", "perplexity": 21.7537, "ratio": 1.1845, "stderr": 1.2355, "kl": 0.20317}
     return {
         "schema": 1,
         "model": "/home/someone/demo",
         "scheme": "w4a4",
         "full_precision": {"perplexity": 18.3649, "stderr": 1.0755, "dof": 5, "n": 6},
-        "presets": [preset, preset | {"preset": "default", "perplexity": 21.7537, "ratio": 1.1845, "stderr": 1.2355}],
+        "presets": [preset, other],
         "text": {"text": "demo", "windows": 6, "seq_len": 2048, "bos": "none"},
         "env": {"affinequant": "0.1.0"},
     } | more
+
+
+def with_seeds() -> dict[str, Any]:
+    """compare.json of presets that were made with two seeds each."""
+    found = comparison()
+    ratios = {"fast": (1.2755, 1.2851), "default": (1.1811, 1.1879)}
+    for one in found["presets"]:
+        one["seeds"] = [{"seed": n, "perplexity": 18.3 * v, "ratio": v} for n, v in enumerate(ratios[one["preset"]])]
+    spreads = {
+        "fast": {"mean": 1.2803, "deviation": 0.0067, "n": 2},
+        "default": {"mean": 1.1845, "deviation": 0.0048, "n": 2},
+    }
+    verdicts = {"default": {"difference": -0.0958, "floor": 0.0412, "dof": 1.7, "said": "better"}}
+    ratio = {
+        "reference": "fast",
+        "deviation": 0.0059,
+        "dof": 2,
+        "spreads": spreads,
+        "verdicts": verdicts,
+        "level": 0.95,
+    }
+    return found | {"noise": {"seeds": [0, 1], "ratio": ratio}}
 
 
 class Seen(HTMLParser):

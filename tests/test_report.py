@@ -20,7 +20,7 @@ from affinequant.report.html import to_html
 from affinequant.report.markdown import to_markdown
 from affinequant.report.reading import Made, Sources, read_sources
 from affinequant.report.words import plain
-from tests.reports import LINEARS, SITES, Seen, comparison, leaves, made_report, metric, reads_as, scores
+from tests.reports import LINEARS, SITES, Seen, comparison, leaves, made_report, metric, reads_as, scores, with_seeds
 
 Capture = pytest.CaptureFixture[str]
 RECIPE = 'model = "tiny"\nscheme = "w4a4"\n'
@@ -250,7 +250,7 @@ def test_hostile_names_are_text() -> None:
     report["blocks"][0]["linears"][HOSTILE] = {"sqnr": 3.3}
     report["plan"]["sites"][0]["reason"] = HOSTILE
     report["phases"][0]["name"] = HOSTILE
-    card = scores(samples=[{"prompt": HOSTILE, "baseline": None, "text": HOSTILE, "suspicious": True}])
+    card = scores(samples=[{"prompt": HOSTILE, "baseline": None, "text": HOSTILE, "suspicious": "one token"}])
     card["metrics"][HOSTILE] = metric(1.0, 2.0)
     built = build_page(sources(report, card))
     html, markdown = to_html(built), to_markdown(built)
@@ -320,7 +320,6 @@ def test_a_metric_that_failed_is_told() -> None:
 def test_presets_side_by_side() -> None:
     found = comparison()
     found["presets"].append({"preset": "rtn", "error": {"what": "died", "where": "there", "fix": "again"}})
-    found["presets"][0]["seeds"] = [{"seed": 0, "perplexity": 23.4111, "ratio": 1.2755}]
     built = build_page(Sources(place=Path(), comparison=found))
     seen = Seen(to_html(built))
     half = student.ppf(0.975, 5)
@@ -329,7 +328,18 @@ def test_presets_side_by_side() -> None:
     assert close(series["low"], [18.3649 - half * 1.0755, 23.5123 - half * 1.3111, 21.7537 - half * 1.2355])
     known = [*leaves(found), 60 * 2.7654, *leaves(series)]
     assert all(any(math.isclose(value, one) for one in known) and reads_as(text, value) for value, text in seen.numbers)
-    assert built.bad and "rtn: died; there; again" in "".join(seen.text) and "23.41" in "".join(seen.text)
+    assert built.bad and "rtn: died; there; again" in "".join(seen.text)
+
+
+def test_presets_over_seeds_have_their_noise() -> None:
+    found = with_seeds()
+    built = build_page(Sources(place=Path(), comparison=found))
+    seen = Seen(to_html(built))
+    series = seen.figures["seeds"]["series"]
+    assert series == [{"name": "seed 0", "y": [1.2755, 1.1811]}, {"name": "seed 1", "y": [1.2851, 1.1879]}]
+    values = [value for value, _ in seen.numbers]
+    assert {-0.0958, 0.0412, 0.0067, 0.0048, 1.2803} <= set(values) and "better" in seen.text
+    assert all(reads_as(text, value) for value, text in seen.numbers)
 
 
 def test_research_draws_its_own_figures() -> None:

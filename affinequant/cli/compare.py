@@ -105,11 +105,11 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
     found = _score_all(first, entries, ready, all_windows=windows is None, screen=screen)
     if seeds:
         found = replace(found, entries=_by_preset(names, found.entries), seeds=seeds)
-    _report(found, out, screen)
+    _report(found, out, screen, args.report)
     return 1 if found.failed else 0
 
 
-def _report(found: Comparison, out: Path, screen: Screen) -> None:
+def _report(found: Comparison, out: Path, screen: Screen, page: str | None) -> None:
     """Write what was found, and print it."""
     value = found.to_json() | {"path": out.absolute()}
     (out / "compare.json").write_text(json.dumps(plain_json(value), indent=2, ensure_ascii=False) + "\n")
@@ -124,8 +124,8 @@ def _report(found: Comparison, out: Path, screen: Screen) -> None:
     for line in found.notes():
         screen.print(line)
     screen.print(f"written to {out / 'compare.md'} and {out / 'compare.json'}")
-    if args.report is not None:
-        report_on(out, screen, out=args.report)
+    if page is not None:
+        report_on(out, screen, out=page)
     screen.result(value)
 
 

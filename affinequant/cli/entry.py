@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from affinequant.models import FAMILIES, Dims
+from affinequant.report.made import online_cost as online_cost
 
 if TYPE_CHECKING:
     from affinequant_evals.scores import Score
@@ -78,18 +78,6 @@ def ratio(mine: "Score", full: "Score") -> tuple[float, float | None]:
         return value, None
     parts = [value * (a / mine.value - b / full.value) for a, b in zip(mine.parts, full.parts, strict=True)]
     return value, statistics.stdev(parts) / len(parts) ** 0.5
-
-
-def online_cost(report: Mapping[str, Any]) -> tuple[int, int]:
-    """Floating-point operations per token of one block: of its online transforms (where blocks choose, on
-    average), and of its linears."""
-    plan = report["plan"]
-    from affinequant.transforms.placements import block_flops
-
-    block = block_flops(FAMILIES[plan["family"]], Dims(**plan["dims"]))
-    chosen = [{site: one["flops"] for site, one in found.get("transforms", {}).items()} for found in report["blocks"]]
-    fixed = sum(site["flops_per_token"] for site in plan["sites"] if not any(site["site"] in row for row in chosen))
-    return fixed + round(statistics.mean(sum(row.values()) for row in chosen)), block
 
 
 def report_json(report: Mapping[str, Any]) -> dict[str, Any]:

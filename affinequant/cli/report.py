@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from affinequant.errors import AffineQuantError
 USAGE = "RUN|EVAL... [-o FILE.html] [--json]"
 EPILOG = """
 RUN is an output folder of `quantize`, `demo`, `compare` or a research run, or its report.json or compare.json; EVAL is
-what `affinequant eval --json` printed. A run and its scores go onto one page. The page is one HTML file without script or
+what `affinequant eval --json` printed. A run and its scores go onto one page: those that are given, else all that were
+kept when the checkpoint was evaluated. The page is one HTML file without script or
 network, light and dark, readable on a phone; beside it the same is written as Markdown, for a pull request. Both go into
 RUN, or beside EVAL where no run is given, as report.html and report.md; a page that is there already is made anew.
 
@@ -38,9 +40,13 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
         raise AffineQuantError("nothing is named to make a page of", "RUN|EVAL", fix)
     from affinequant.report.reading import read_sources
     from affinequant.report.words import plain
-    from affinequant.report.writing import write_report
+    from affinequant.report.writing import target, write_report
 
-    written = write_report(read_sources(args.sources), args.out)
+    sources = read_sources(args.sources)
+    target(sources, args.out)
+    if sources.made and not sources.scores:
+        sources = replace(sources, scores=_kept(sources.made.folder))
+    written = write_report(sources, args.out)
     page = written.page
     screen.print(f"{page.title}: {plain(page.verdict)}")
     screen.print(f"written to {written.html} ({size(written.html.stat().st_size)}) and {written.markdown}")
@@ -92,7 +98,9 @@ def report_on(path: str | Path, screen: Screen, *, out: str = "", **scores: Any)
     folder = Path(path).expanduser()
     try:
         if folder.is_dir() and (not cards or (folder / REPORT).is_file()):
-            sources = replace(read_sources([folder]), scores=cards)
+            sources = read_sources([folder])
+            if sources.made:
+                sources = replace(sources, scores=(*_kept(folder), *cards))
         else:
             sources = Sources(place=_place(path), scores=cards)
         written = write_report(sources, out).html
@@ -101,6 +109,18 @@ def report_on(path: str | Path, screen: Screen, *, out: str = "", **scores: Any)
         return None
     screen.print(f"report: {written}")
     return written
+
+
+def _kept(folder: Path) -> tuple[Mapping[str, Any], ...]:
+    """The scores of a checkpoint that were kept when it was evaluated, the newest last."""
+    if not any(folder.glob("*.safetensors")):
+        return ()
+    from affinequant_evals.kept import kept_cards
+
+    try:
+        return tuple(reversed(kept_cards(folder)))
+    except AffineQuantError:  # its files are no model that can be told from others
+        return ()
 
 
 def _place(about: str | Path) -> Path:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from affinequant.cli.arguments import Parser, seeds_of
 from affinequant.cli.output import Screen, minutes
+from affinequant.cli.report import report_on
 from affinequant.errors import QUALITY, AffineQuantError, unknown_name
 
 if TYPE_CHECKING:
@@ -138,6 +139,7 @@ def _do(method: "Method", settings: list[Any], seeds: tuple[int, ...], preset: s
     screen.print(f"\n{report['verdict']}")
     seconds = sum(result["seconds"] for result in report["results"])
     screen.print(f"{minutes(seconds / 60)} in all; written to {out}")
+    report_on(out, screen)
     screen.result({"schema": 1, "path": out.absolute(), "report": report})
     return 0 if report["passed"] else QUALITY
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from affinequant.report.figure import Axis, Figure
+from affinequant.report.figure import Axis, Figure, Series
 from affinequant.report.measured import interval_of, series_of
 from affinequant.report.origin import facts
 from affinequant.report.page import Page, Section, Table, Text, section
@@ -46,13 +46,14 @@ def _verdict(found: Object, presets: list[Object], failed: list[str]) -> Words:
 def _table(found: Object, presets: list[Object]) -> Table:
     full = found["full_precision"]
     rows: list[tuple[Words, ...]] = [
-        ("full precision", "", _scored(full), "", "", "", "", ""),
+        ("full precision", "", _scored(full), "", "", "", "", "", ""),
         *(
             (
                 str(one.get("preset", "?")),
                 str(one.get("tier", "")),
                 "failed" if one.get("error") else _scored(one),
                 _if(one, "ratio", lambda value: fixed(value, 3)),
+                _if(one, "kl", lambda value: number(value, 3)),
                 _if(one, "minutes", lambda value: lasting(60 * value)),
                 _if(one, "peak_bytes", stored),
                 _if(one, "percent_of_block", lambda value: (fixed(value, 2), " %")),
@@ -61,8 +62,8 @@ def _table(found: Object, presets: list[Object]) -> Table:
             for one in presets
         ),
     ]
-    columns = ("preset", "tier", "perplexity", "x full precision", "time", "peak memory", "online cost", "size")
-    return Table(columns=columns, rows=tuple(rows), right=(2, 3, 4, 5, 6, 7))
+    columns = ("preset", "tier", "perplexity", "x full precision", "KL", "time", "peak memory", "online cost", "size")
+    return Table(columns=columns, rows=tuple(rows), right=tuple(range(2, 9)))
 
 
 def _scored(one: Object) -> Words:
@@ -113,31 +114,57 @@ def _about(found: Object) -> list[Text]:
 
 
 def _noise(found: Object) -> tuple[Section, ...]:
-    """Presets repeated over draws of calibration text, and how far apart the same preset lies."""
-    rows: list[tuple[Words, ...]] = []
-    for one in found["presets"]:
-        for seed in one.get("seeds") or ():
-            if isinstance(seed, Mapping):
-                shown = [_if(seed, key, number) for key in ("seed", "perplexity", "ratio")]
-                rows.append((str(one.get("preset", "?")), *shown))
-    table = Table(columns=("preset", "seed", "perplexity", "x full precision"), rows=tuple(rows), right=(1, 2, 3))
+    """Presets repeated over draws of calibration text: what each draw gave, and how far apart draws of a preset lie."""
     noise = found.get("noise")
-    said = (
-        [(str(key).replace("_", " "), _words(value)) for key, value in noise.items()]
-        if isinstance(noise, Mapping)
-        else []
+    kinds = {kind: one for kind, one in noise.items() if isinstance(one, Mapping)} if isinstance(noise, Mapping) else {}
+    return section(
+        "Seeds",
+        _each_seed(found),
+        *(_floor(kind, one) for kind, one in kinds.items()),
+        about="The same preset on several draws of calibration text: a difference of presets below the floor says nothing.",
     )
-    floor = Table(title="Noise floor", columns=("", ""), rows=tuple(said)) if said else None
-    about = "The same preset over several draws of calibration text: differences below this floor say nothing."
-    return section("Seeds", floor, table if rows else None, about=about)
 
 
-def _words(value: Any) -> Words:
-    if numeric(value):
-        return number(value)
-    if isinstance(value, list) and all(map(numeric, value)):
-        return joined(map(number, value), ", ")
-    return "" if value is None else str(value)
+def _each_seed(found: Object) -> Figure | None:
+    presets = [one for one in found["presets"] if isinstance(one.get("seeds"), list)]
+    by_seed: dict[Any, dict[str, float]] = {}
+    for one in presets:
+        for seed in one["seeds"]:
+            if numeric(seed.get("ratio")):
+                by_seed.setdefault(seed.get("seed"), {})[str(one.get("preset"))] = seed["ratio"]
+    names = tuple(str(one.get("preset")) for one in presets)
+    series = tuple(
+        Series(name=f"seed {seed}", y=tuple(row.get(name) for name in names)) for seed, row in by_seed.items()
+    )
+    if not series:
+        return None
+    return Figure(
+        kind="interval",
+        title="Each preset on each draw",
+        series=series,
+        x=Axis(label="perplexity, times full precision", better="lower"),
+        y=Axis(names=names),
+        caption="The spread of a row is what chance alone makes of a preset.",
+        key="seeds",
+    )
+
+
+def _floor(kind: str, noise: Object) -> Table:
+    """One kind of number: mean and deviation of each preset over seeds, and what sets it apart from the first."""
+    verdicts = noise.get("verdicts") or {}
+    rows: list[tuple[Words, ...]] = []
+    for preset, spread in (noise.get("spreads") or {}).items():
+        verdict = verdicts.get(preset) or {}
+        cells = [_if(spread, "mean", number), _if(spread, "deviation", lambda value: number(value, 2))]
+        cells += [_if(verdict, "difference", _plus), _if(verdict, "floor", lambda value: number(value, 2))]
+        rows.append((str(preset), *cells, str(verdict.get("said") or "")))
+    columns = ("preset", "mean", "deviation over seeds", f"from {noise.get('reference', 'the first')}", "floor", "")
+    title = {"ratio": "Perplexity, times full precision", "kl": "KL divergence [nats per token]"}.get(kind, kind)
+    return Table(title=title, columns=columns, rows=tuple(rows), right=(1, 2, 3, 4))
+
+
+def _plus(value: float) -> Words:
+    return number(value, 3, sign=True)
 
 
 def _failure(one: Object) -> Text:

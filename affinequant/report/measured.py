@@ -114,20 +114,15 @@ def score_sections(scores: Sequence[Object]) -> tuple[Section, ...]:
         ),
         *section("Gates", _gates(scores), about="What the command was told to hold."),
         *section("Does it still speak?", *_samples(scores), about="The most likely next token, again and again."),
-        *section("Against what was published", _published(scores)),
+        *section("Against what was published", *_published(scores)),
     )
 
 
 def failures(scores: Sequence[Object]) -> list[str]:
     """What was checked and failed, in words: gates, metrics, suspicious text."""
-    failed = [
-        f"{gate.get('metric', '?')} is over its limit"
-        for card in scores
-        for gate in _rows(card, "gates")
-        if not gate["passed"]
-    ]
+    failed = [f"{gate.get('metric', '?')} is over its limit" for gate in _rows(scores, "gates") if not gate["passed"]]
     failed += [f"{name} could not be measured" for name, one in gather(scores).items() if one.get("error")]
-    suspicious = [one for card in scores for one in _rows(card, "samples") if one.get("suspicious")]
+    suspicious = [one for one in _rows(scores, "samples") if one.get("suspicious")]
     return failed + ([f"{len(suspicious)} greedy texts look broken"] if suspicious else [])
 
 
@@ -230,9 +225,15 @@ def _how(scores: Sequence[Object]) -> list[Words]:
     return said + [f"{note[0].upper()}{note[1:]}." for card in scores for note in card.get("notes") or () if note]
 
 
-def _rows(card: Object, name: str) -> list[Object]:
-    found = card.get(name)
-    return [one for one in found if isinstance(one, Mapping)] if isinstance(found, list) else []
+def _rows(scores: Sequence[Object], name: str) -> list[Object]:
+    """The rows of a part of all scores, each once."""
+    found: list[Object] = []
+    for card in scores:
+        rows = card.get(name)
+        found += (
+            [one for one in rows if isinstance(one, Mapping) and one not in found] if isinstance(rows, list) else []
+        )
+    return found
 
 
 def _gates(scores: Sequence[Object]) -> Table | None:
@@ -243,34 +244,37 @@ def _gates(scores: Sequence[Object]) -> Table | None:
             number(gate["limit"]) if numeric(gate.get("limit")) else "",
             "pass" if gate.get("passed") else "FAIL",
         )
-        for card in scores
-        for gate in _rows(card, "gates")
+        for gate in _rows(scores, "gates")
     ]
     return Table(columns=("metric", "value", "limit", ""), rows=tuple(rows), right=(1, 2)) if rows else None
 
 
 def _samples(scores: Sequence[Object]) -> list[Table | Text]:
-    samples = [one for card in scores for one in _rows(card, "samples")]
+    samples = _rows(scores, "samples")
     if not samples:
         return []
     rows = tuple(
         (str(one.get("prompt", "")), str(one.get("baseline") or ""), str(one.get("text", ""))) for one in samples
     )
-    bad = [str(one.get("prompt", "")) for one in samples if one.get("suspicious")]
+    bad = [f"{one.get('prompt', '')} ({why})" for one in samples if (why := one.get("suspicious"))]
     warning = [Text(words=f"Looks broken after: {'; '.join(bad)}.", warns=True)] if bad else []
     return [*warning, Table(columns=("prompt", FULL, SHORT), rows=rows)]
 
 
-def _published(scores: Sequence[Object]) -> Table | None:
-    """The rows of the reproduction table, whatever they hold: its keys are the columns."""
-    rows = [one for card in scores for one in _rows(card, "published")]
-    columns = list(
-        dict.fromkeys(key for one in rows for key, value in one.items() if not isinstance(value, dict | list))
+def _published(scores: Sequence[Object]) -> list[Table]:
+    """The reproduction table: what others published, beside what was measured here."""
+    rows = tuple(
+        (
+            str(one.get("method", "")),
+            str(one.get("scheme", "")),
+            str(one.get("measured", "")),
+            number(one["value"]) if numeric(one.get("value")) else "",
+            number(one["ours"]) if numeric(one.get("ours")) else "",
+            str(one.get("verdict", "")),
+            str(one.get("reason") or "; ".join(map(str, one.get("differs") or ()))),
+            str(one.get("source", "")),
+        )
+        for one in _rows(scores, "published")
     )
-    cells = tuple(tuple(_cell(one.get(key)) for key in columns) for one in rows)
-    right = tuple(place for place, key in enumerate(columns) if any(numeric(one.get(key)) for one in rows))
-    return Table(columns=tuple(name.replace("_", " ") for name in columns), rows=cells, right=right) if rows else None
-
-
-def _cell(value: Any) -> Words:
-    return number(value) if numeric(value) else "" if value is None else str(value)
+    columns = ("method", "numbers", "measured", "published", "here", "", "why", "source")
+    return [Table(columns=columns, rows=rows, right=(3, 4))] if rows else []
