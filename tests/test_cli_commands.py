@@ -381,6 +381,27 @@ def test_eval(made: Path, text: Path, tiny: Tiny, capsys: Capture) -> None:
     assert value["metrics"]["perplexity@text.txt,seq32"]["about"]["bos"] == "each window"
 
 
+@pytest.mark.parametrize("fits", [True, False])
+def test_eval_beside_a_baseline(made: Path, text: Path, capsys: Capture, monkeypatch: Patch, fits: bool) -> None:
+    from affinequant_evals import checkpoint
+
+    monkeypatch.setattr(checkpoint, "fit_together", lambda folders, **options: fits)
+    argv = ["eval", str(made), "--text", str(text), "--seq-len", "32", "--windows", "3", "--stride", "16"]
+    assert main(argv) == 0
+    shown = capsys.readouterr()
+    label = "text.txt,seq32,stride16"
+    rows = {line.split("@")[0]: line for line in shown.out.splitlines() if f"@{label} " in line}
+    assert list(rows) == ["perplexity", "kl", "agreement", "flips"]
+    assert rows["kl"].endswith("lower is better") and rows["agreement"].endswith("higher is better")
+    assert "3 windows of 32 tokens of text.txt, one every 16, " in shown.out
+    how = "beside the baseline (live)" if fits else "by the baseline's 256 largest logits of each: a lower bound, "
+    assert f"kl@{label}: the same tokens, {how}" in shown.out
+    assert ("do not fit into memory together" in shown.err) is not fits
+    entry = answer(capsys, argv)["metrics"][f"kl@{label}"]
+    assert entry["value"] > 0 and entry["baseline"] is entry["delta"] is None and entry["about"]["stride"] == 16
+    assert list(answer(capsys, [*argv, "--no-kl"])["metrics"]) == [f"perplexity@{label}"]
+
+
 def test_eval_where_a_metric_fails_is_1(made: Path, text: Path, capsys: Capture, monkeypatch: Patch) -> None:
     from affinequant_evals import perplexity
 

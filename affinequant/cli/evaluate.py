@@ -22,6 +22,11 @@ checkpoint was made from, or --baseline) sees the same tokens and prompts; +- is
 pairwise differences where it stands at the difference, with one degree of freedom less than there are windows;
 in brackets 95 % by Student's t. Better or worse is said only where they hold no 0.
 
+Beside a baseline three more rows a text, of the same tokens: kl is the mean divergence of the next-token distribution from
+the baseline's (nats), agreement the share of tokens before which both hold the same token most likely, flips the share that
+exactly one of them predicts right. Both models are in memory where they fit together; else the baseline runs first and
+leaves its largest logits of each token on disk ($TMPDIR), and kl is a lower bound.
+
 Scores are kept, by the content of weights, tokens and settings and by versions: the same command prints them again, a
 baseline is scored once for all its checkpoints, and after Ctrl-C the same command goes on.
 
@@ -37,7 +42,11 @@ def add_arguments(parser: Parser) -> None:
     """CKPT, what to measure, and against what."""
     parser.add_argument("checkpoint", metavar="CKPT", help="a checkpoint folder, any model folder, a hub id or `demo`")
     group = parser.add_argument_group("what to measure")
-    group.add_argument("--text", metavar="SOURCE", help="perplexity on `demo`, `wikitext2` or a file")
+    group.add_argument(
+        "--text",
+        metavar="SOURCE",
+        help="perplexity, KL and agreement on `demo`, `wikitext2`, a file or, with --bos first, `c4` or `c4-new`",
+    )
     group.add_argument("--tasks", metavar="A,B", help="lm-eval tasks; four of them need no hub")
     group.add_argument("--suite", metavar="quick|paper", help="a named set of texts and tasks")
     group = parser.add_argument_group("how")

@@ -76,7 +76,7 @@ def open_logits(model: "PreTrainedModel", ids: Int64[Tensor, " tokens"]) -> Logi
     whole = Logits(model=model, piecewise=False).read(few)(slice(None))
     pieces, middle = found.read(few), len(few) // 2
     got = torch.cat([pieces(slice(middle)), pieces(slice(middle, None))])
-    return Logits(model=model, piecewise=torch.allclose(whole, got, rtol=1e-3, atol=1e-3))
+    return Logits(model=model, piecewise=torch.allclose(whole, got, rtol=1e-3, atol=1e-3, equal_nan=True))
 
 
 @contextmanager

@@ -12,8 +12,8 @@ from affinequant.models.source import open_source
 from affinequant.recipe.recipe import Device, Dtype
 from affinequant_evals.logits import BUDGET
 
-ROOM = 2 * 2**30 + BUDGET
-"""Left free: hidden states, attention, logits, and what else the machine does."""
+ROOM = 4 * 2**30 + BUDGET
+"""Left free: hidden states, attention, the logits of texts and of a task's prompts, and what else the machine does."""
 PACKED_PER_BYTE = 2
 """Weights in a byte of integers, at least for those that are held unpacked."""
 _FLOATS = ("F64", "F32", "F16", "BF16")

@@ -48,8 +48,12 @@ class Reference(Protocol):
         """How, as it stands in the results."""
         ...
 
-    def open(self, windows: Windows) -> Callable[[int], Compare] | None:
-        """Gives for each window's number what compares with it; None where this text is not known."""
+    def open(self, windows: Windows) -> Callable[[int], Compare]:
+        """Gives for each window's number what compares with it.
+
+        Raises:
+            AffineQuantError: nothing is known of this text.
+        """
         ...
 
 
@@ -141,11 +145,15 @@ class Kept:
         whole = _read(self._place(windows), slice(sum(windows.counts)), sum(windows.counts), ("loss",))["loss"][:, 0]
         return torch.stack([part.sum() for part in whole.split(list(windows.counts))])
 
-    def open(self, windows: Windows) -> Callable[[int], Compare] | None:
-        """Gives for each window's number what compares with it, None where this text is not there; its `outside` is the
-        baseline's probability of all tokens whose logits were not kept."""
+    def open(self, windows: Windows) -> Callable[[int], Compare]:
+        """Gives for each window's number what compares with it; its `outside` is the baseline's probability of all tokens
+        whose logits were not kept.
+
+        Raises:
+            AffineQuantError: the pass over this text is not there as a whole.
+        """
         if not self.holds(windows):
-            return None
+            raise AffineQuantError("the baseline did not get through this text", str(self.folder), "see its own row")
         place, ends = self._place(windows), list(itertools.accumulate(windows.counts, initial=0))
 
         def window(index: int) -> Compare:
