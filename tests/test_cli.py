@@ -131,6 +131,14 @@ def test_eval_next_to_the_baseline(
     assert set(card) >= {"schema", "checkpoint", "baseline", "metrics", "env"}
     score = card["metrics"]["perplexity@text.txt,seq64"]
     assert set(score) >= {"value", "stderr", "n", "better", "baseline"} and score["better"] == "lower"
+    # A page of the folder knows what was scored, although nobody named it.
+    assert main(["report", str(tmp_path / "out")]) == 0
+    capsys.readouterr()
+    shown = f'<data value="{score["value"]!r}">'
+    assert shown in (tmp_path / "out/report.html").read_text()
+    (tmp_path / "out/report.html").unlink()
+    assert main(["eval", str(tmp_path / "out"), *flags, "--report"]) == 0
+    assert shown in (tmp_path / "out/report.html").read_text()
 
 
 @pytest.mark.parametrize("what", ["schemes", "models", "transforms", "formats", "presets", "data", "metrics"])

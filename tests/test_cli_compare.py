@@ -120,7 +120,8 @@ def test_two_presets_and_what_is_finished_is_kept(
 
     request.getfixturevalue("in_process")
     stamps = [(out / name / "report.json").stat().st_mtime_ns for name in ("rtn", "quarot")]
-    assert main([*words, "--presets", "rtn,quarot", "--json"]) == 0
+    assert main([*words, "--presets", "rtn,quarot", "--json", "--report"]) == 0
+    assert "Perplexity of each preset" in (out / "report.html").read_text()
     again = capfd.readouterr()
     assert again.err.count("is finished already") == 2
     assert stamps == [(out / name / "report.json").stat().st_mtime_ns for name in ("rtn", "quarot")]

@@ -31,8 +31,11 @@ def test_demo(capsys: pytest.CaptureFixture[str]) -> None:
     assert row.endswith("x") and row.count("+-") == 2 and "with 5 degrees of freedom" in shown.out
     assert lines[-2:] == ["  vllm serve ./smollm2-135m-w4a4", "  affinequant eval ./smollm2-135m-w4a4"]
     assert "The capital of France is" in shown.out and "note: SmolLM2-135M-Instruct, dequantised" in shown.out
+    page = Path("smollm2-135m-w4a4/report.html")
+    assert f"report: {page}" in lines and "perplexity@demo,seq64" in page.with_suffix(".md").read_text()
     # Typed again it goes straight to the scores.
-    assert main([*argv, "--json"]) == 0
+    page.unlink()
+    assert main([*argv, "--json", "--no-report"]) == 0 and not page.exists()
     again = capsys.readouterr()
     value = json.loads(again.out)
     assert "finished already" in again.err and "per block" not in again.err

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from affinequant.cli.arguments import Parser, choice, whole
 from affinequant.cli.output import Screen, between, freedom, minutes, with_error
-from affinequant.cli.report import add_report, check_report, report_on
+from affinequant.cli.report import add_report, check_report, place_of, report_on
 from affinequant.errors import AffineQuantError
 from affinequant.recipe.recipe import Device, Dtype
 
@@ -80,7 +80,7 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace, screen: Screen) -> int:
     """Score, print the table; 1 where a metric failed."""
-    check_report(args.report, args.checkpoint)
+    check_report(args.report, place_of(args.checkpoint))
     card = score(args, screen)
     print_card(card, screen)
     if args.report is not None:

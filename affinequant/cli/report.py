@@ -67,12 +67,12 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
 
 def add_report(group: Any) -> None:
     """`--report [FILE.html]`, for a command that prints its result."""
-    text = "write the result as a page too, as `affinequant report` does (default: into the folder that it is about)"
+    text = "write the result as a page too, as `affinequant report` does (default: into the run's folder, else here)"
     group.add_argument("--report", metavar="FILE.html", nargs="?", const="", help=text)
 
 
-def check_report(out: str | None, about: str | Path) -> None:
-    """Refuse a page that could not be written, before the work that it will show. `about`: a folder, or what is none.
+def check_report(out: str | None, place: Path) -> None:
+    """Refuse a page that could not be written, before the work that it will show; None: none was asked for.
 
     Raises:
         AffineQuantError: see `writing.target`.
@@ -81,7 +81,15 @@ def check_report(out: str | None, about: str | Path) -> None:
         from affinequant.report.reading import Sources
         from affinequant.report.writing import target
 
-        target(Sources(place=_place(about)), out)
+        target(Sources(place=place), out)
+
+
+def place_of(about: str | Path) -> Path:
+    """Where the page of scores goes by itself: the folder of the run that they are of, else the working directory."""
+    from affinequant.report.reading import REPORT
+
+    folder = Path(about).expanduser()
+    return folder if (folder / REPORT).is_file() else Path()
 
 
 def report_on(path: str | Path, screen: Screen, *, out: str = "", **scores: Any) -> Path | None:
@@ -95,14 +103,11 @@ def report_on(path: str | Path, screen: Screen, *, out: str = "", **scores: Any)
     from affinequant.report.writing import write_report
 
     cards = tuple(plain_json(card) for card in scores.values())
-    folder = Path(path).expanduser()
+    alone = bool(cards) and not (Path(path).expanduser() / REPORT).is_file()
     try:
-        if folder.is_dir() and (not cards or (folder / REPORT).is_file()):
-            sources = read_sources([folder])
-            if sources.made:
-                sources = replace(sources, scores=(*_kept(folder), *cards))
-        else:
-            sources = Sources(place=_place(path), scores=cards)
+        sources = Sources(place=place_of(path), scores=cards) if alone else read_sources([path])
+        if sources.made:
+            sources = replace(sources, scores=(*_kept(sources.made.folder), *cards))
         written = write_report(sources, out).html
     except AffineQuantError as problem:
         print(f"no report was written: {problem}", file=sys.stderr, flush=True)
@@ -121,8 +126,3 @@ def _kept(folder: Path) -> tuple[Mapping[str, Any], ...]:
         return tuple(reversed(kept_cards(folder)))
     except AffineQuantError:  # its files are no model that can be told from others
         return ()
-
-
-def _place(about: str | Path) -> Path:
-    folder = Path(about).expanduser()
-    return folder if folder.is_dir() else Path()
