@@ -138,6 +138,7 @@ def metric(value: float, baseline: float | None, better: str = "lower", **more: 
         "baseline_stderr": None if baseline is None else 1.0755,
         "delta": delta,
         "interval": [value - 3.003, value + 3.007],
+        "baseline_interval": None if baseline is None else [baseline - 2.005, baseline + 2.009],
         "about": {},
     } | more
 

@@ -66,10 +66,9 @@ def expected_figures(report: Mapping[str, Any], card: Mapping[str, Any]) -> dict
     rows = [0, 1]
 
     def before(ones: list[Any]) -> dict[str, Any]:
-        half = [student.ppf(0.975, one["dof"]) * one["baseline_stderr"] for one in ones]
-        y = [one["baseline"] for one in ones]
-        low, high = ([v + sign * h for v, h in zip(y, half, strict=True)] for sign in (-1, 1))
-        return {"name": "full precision", "y": y, "low": low, "high": high}
+        ends = [one["baseline_interval"] for one in ones]
+        low, high = ([pair[n] for pair in ends] for n in (0, 1))
+        return {"name": "full precision", "y": [one["baseline"] for one in ones], "low": low, "high": high}
 
     def after(ones: list[Any]) -> dict[str, Any]:
         ends = [[one["interval"][n] for one in ones] for n in (0, 1)]
@@ -299,6 +298,22 @@ def test_scores_alone() -> None:
     assert built.title == "Scores of out" and "rises 1.18 times" in plain(built.verdict)
 
 
+def test_scores_of_before_there_were_intervals() -> None:
+    card = scores()
+    for one in card["metrics"].values():
+        one["delta"] = one["delta"] and {name: one["delta"][name] for name in ("value", "stderr", "paired", "dof")}
+        del one["interval"], one["baseline_interval"]
+    figures = {figure.key: figure.series for figure in build_page(sources(None, card)).figures}
+    t = student.ppf(0.975, 5)
+    before, after = figures["scores-perplexity"]  # an exponential of a mean loss
+    assert close(
+        [before.low[0], after.high[0]],
+        [18.36488 * math.exp(-t * 1.0755 / 18.36488), 21.75367 * math.exp(t * 1.2355 / 21.75367)],
+    )
+    assert close(figures["scores-tasks"][1].high[0], 0.6012 + t * 1.2355)
+    assert close(figures["scores-differences"][0].low[0], 0.6012 - 0.6634 - t * 0.231)
+
+
 def test_the_verdict_says_what_may_be_chance() -> None:
     card = scores()
     card["metrics"]["perplexity@demo,seq2048"]["delta"]["interval"] = [-0.5, 4.0]
@@ -317,15 +332,19 @@ def test_a_metric_that_failed_is_told() -> None:
     assert built.bad and "failed: no memory" in "".join(Seen(to_html(built)).text)
 
 
+ERRORS = {18.3649: 1.0755, 23.5123: 1.3111, 21.7537: 1.2355}
+
+
 def test_presets_side_by_side() -> None:
     found = comparison()
     found["presets"].append({"preset": "rtn", "error": {"what": "died", "where": "there", "fix": "again"}})
     built = build_page(Sources(place=Path(), comparison=found))
     seen = Seen(to_html(built))
-    half = student.ppf(0.975, 5)
+    half = {value: student.ppf(0.975, 5) * stderr / value for value, stderr in ERRORS.items()}
     [series] = seen.figures["presets"]["series"]
     assert series["y"] == [18.3649, 23.5123, 21.7537]
-    assert close(series["low"], [18.3649 - half * 1.0755, 23.5123 - half * 1.3111, 21.7537 - half * 1.2355])
+    assert close(series["low"], [value * math.exp(-share) for value, share in half.items()])
+    assert close(series["high"], [value * math.exp(share) for value, share in half.items()])
     known = [*leaves(found), 60 * 2.7654, *leaves(series)]
     assert all(any(math.isclose(value, one) for one in known) and reads_as(text, value) for value, text in seen.numbers)
     assert built.bad and "rtn: died; there; again" in "".join(seen.text)
@@ -361,7 +380,7 @@ def test_markdown_holds_the_tables(page: str) -> None:
     text = to_markdown(build_page(sources(made_report(), scores())))
     lines = text.splitlines()
     row = next(line for line in lines if line.startswith("| perplexity@demo,seq2048 |"))
-    assert row.split("|")[2].strip() == "18.36 (15.6 to 21.1)" and row.split("|")[3].strip().startswith("21.75 (")
+    assert row.split("|")[2].strip() == "18.36 (16.4 to 20.4)" and row.split("|")[3].strip().startswith("21.75 (")
     assert next(line for line in lines if line.startswith("**")).startswith("**Perplexity on demo rises 1.18 times")
     assert "/home/someone" not in text and RECIPE not in text and "vllm serve ./out" in text
     tables = [line for line in lines if line.startswith("|")]

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
 RAMP_FROM = 6
 """Series from which on a line's place in the order shows in its strength, in place of a colour each."""
+MARKED = 31
+"""Points up to which each of a line is marked."""
 PRINTED = 10
 """Columns up to which there is room for a number in each cell."""
 _INK, _MUTED, _RULE = "#010101", "#010102", "#010103"
@@ -86,7 +88,7 @@ def _line(axes: "Axes", figure: Figure, series: Sequence[Series], small: bool) -
     for number, one in enumerate(series):
         x = _gaps(one.x) or [float(place) for place in range(1, len(one.y) + 1)]
         alpha = 0.25 + 0.75 * number / (len(series) - 1) if is_ramp(figure) and len(series) > 1 else 1.0
-        marker = "o" if len(one.y) <= 40 and len(series) < RAMP_FROM else None
+        marker = "o" if len(one.y) <= MARKED and len(series) < RAMP_FROM else None
         colour = _colour(figure, one.name)
         axes.plot(x, _gaps(one.y), color=colour, alpha=alpha, marker=marker, markersize=3.5)
         if one.low:

@@ -161,7 +161,7 @@ def _whole(report: Object) -> list[Figure | Table]:
             steps = number(stage.get("steps", 0))
             rows.append((f"{name}, {KL}", number(first), number(last), steps, str(stage.get("stopped", ""))))
     columns = ("over the whole network", BEFORE, AFTER, "steps", "")
-    table = [Table(columns=columns, rows=tuple(rows), right=(1, 2, 3))] if rows else []
+    table = [Table(columns=columns, rows=tuple(rows), right=(1, 2, 3), beside=True)] if rows else []
     return [*(figure for name, stage in stages.items() if (figure := _curves(name, stage))), *table]
 
 

@@ -84,7 +84,8 @@ def _intervals(found: Object, presets: list[Object]) -> Figure | None:
     if len(known) < 2:
         return None
     values = [
-        (one["perplexity"], interval_of(one["perplexity"], one.get("stderr"), one.get("dof"))) for _, one in known
+        (one["perplexity"], interval_of(one["perplexity"], one.get("stderr"), one.get("dof"), ratio=True))
+        for _, one in known
     ]
     lows = [ends[0] if ends else value for value, ends in values]
     far = max(value for value, _ in values) > 5 * min(value for value, _ in values) and min(lows) > 0

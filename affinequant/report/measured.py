@@ -1,5 +1,6 @@
 """What a page says of scores: before and after, with intervals, and whether a difference is more than chance."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,8 +22,14 @@ def gather(scores: Sequence[Object]) -> dict[str, Object]:
     return {name: one for card in scores for name, one in card["metrics"].items() if isinstance(one, Mapping)}
 
 
-def interval_of(value: Any, stderr: Any, dof: Any, stated: Any = None) -> tuple[float, float] | None:
-    """Ends of the 95 % interval: as stated, or from a standard error and its degrees of freedom; None where neither is."""
+def interval_of(
+    value: Any, stderr: Any, dof: Any, stated: Any = None, *, ratio: bool = False
+) -> tuple[float, float] | None:
+    """Ends of the 95 % interval: as stated, or from a standard error and its degrees of freedom; None where neither is.
+
+    Args:
+        ratio: the value is an exponential of a mean, as a perplexity is: the interval is that of the mean.
+    """
     if isinstance(stated, list) and len(stated) == 2 and all(map(numeric, stated)):
         return stated[0], stated[1]
     if not (numeric(value) and numeric(stderr) and numeric(dof) and dof > 0):
@@ -30,29 +37,34 @@ def interval_of(value: Any, stderr: Any, dof: Any, stated: Any = None) -> tuple[
     from scipy.special import stdtrit
 
     half = float(stdtrit(dof, (1 + LEVEL) / 2)) * stderr
-    return value - half, value + half
+    return (value * math.exp(-half / value), value * math.exp(half / value)) if ratio else (value - half, value + half)
 
 
-def own_interval(one: Object) -> tuple[float, float] | None:
+def is_perplexity(name: str) -> bool:
+    """Whether a metric is one."""
+    return name.startswith("perplexity@")
+
+
+def own_interval(name: str, one: Object) -> tuple[float, float] | None:
     """Of the checkpoint's own value."""
-    return interval_of(one.get("value"), one.get("stderr"), one.get("dof"), one.get("interval"))
+    return interval_of(*map(one.get, ("value", "stderr", "dof", "interval")), ratio=is_perplexity(name))
 
 
-def baseline_interval(one: Object) -> tuple[float, float] | None:
+def baseline_interval(name: str, one: Object) -> tuple[float, float] | None:
     """Of the baseline's value, which was measured on as many observations."""
-    return interval_of(one.get("baseline"), one.get("baseline_stderr"), one.get("dof"), one.get("baseline_interval"))
+    keys = ("baseline", "baseline_stderr", "dof", "baseline_interval")
+    return interval_of(*map(one.get, keys), ratio=is_perplexity(name))
 
 
 def delta_interval(one: Object) -> tuple[float, float] | None:
     """Of the difference."""
-    delta = one.get("delta") or {}
-    return interval_of(delta.get("value"), delta.get("stderr"), delta.get("dof"), delta.get("interval"))
+    return interval_of(*map((one.get("delta") or {}).get, ("value", "stderr", "dof", "interval")))
 
 
 def leading(metrics: Mapping[str, Object]) -> tuple[str, Object] | None:
     """The metric that a sentence is about: the first perplexity that has a baseline, else the first that has one."""
     known = [(name, one) for name, one in metrics.items() if numeric(one.get("value")) and numeric(one.get("baseline"))]
-    return next((pair for pair in known if pair[0].startswith("perplexity")), known[0] if known else None)
+    return next((pair for pair in known if is_perplexity(pair[0])), known[0] if known else None)
 
 
 def sentence(metrics: Mapping[str, Object]) -> Words | None:
@@ -62,7 +74,7 @@ def sentence(metrics: Mapping[str, Object]) -> Words | None:
         return None
     name, one = found
     text = (one.get("about") or {}).get("text")
-    what = f"perplexity on {text}" if name.startswith("perplexity") and text else name
+    what = f"perplexity on {text}" if is_perplexity(name) and text else name
     value, before, ends = one["value"], one["baseline"], delta_interval(one)
     if value == before:
         return (f"{what} is the same, ", number(value))
@@ -73,7 +85,7 @@ def sentence(metrics: Mapping[str, Object]) -> Words | None:
     if ends and ends[0] <= 0 <= ends[1]:
         return joined((f"{what} goes", pair, ", which may be chance", surely), "")
     verb = "rises" if value > before else "falls"
-    times: Words = (" ", fixed(value / before, 2), " times,") if before > 0 and name.startswith("perplexity") else ""
+    times: Words = (" ", fixed(value / before, 2), " times,") if before > 0 and is_perplexity(name) else ""
     return joined((f"{what} {verb}", times, pair, surely), "")
 
 
@@ -82,7 +94,7 @@ def tiles(metrics: Mapping[str, Object]) -> tuple[Tile, ...]:
     shown = []
     if found := leading(metrics):
         name, one = found
-        label = "perplexity" if name.startswith("perplexity") else name
+        label = "perplexity" if is_perplexity(name) else name
         about = joined((("from ", number(one["baseline"]), " in full precision"), _times(one)), ", ")
         shown.append(Tile(label=label, words=number(one["value"]), about=about))
     for start, label, about in (
@@ -106,7 +118,7 @@ def score_sections(scores: Sequence[Object]) -> tuple[Section, ...]:
         *section(
             "Before and after",
             _table(metrics),
-            _pairs(metrics, "perplexity", lambda name: name.startswith("perplexity"), Axis(label="perplexity")),
+            _pairs(metrics, "perplexity", is_perplexity, Axis(label="perplexity")),
             _pairs(metrics, "tasks", _is_task, Axis(label="score")),
             _differences(metrics),
             *(Text(words=words) for words in _how(scores)),
@@ -137,8 +149,8 @@ def _table(metrics: Mapping[str, Object]) -> Table | None:
         rows.append(
             (
                 name,
-                _with(one["baseline"], baseline_interval(one)) if numeric(one.get("baseline")) else "",
-                _with(one["value"], own_interval(one)),
+                _with(one["baseline"], baseline_interval(name, one)) if numeric(one.get("baseline")) else "",
+                _with(one["value"], own_interval(name, one)),
                 _with(delta["value"], delta_interval(one), sign=True) if numeric(delta.get("value")) else "",
                 number(one["n"]) if numeric(one.get("n")) else "",
                 better,
@@ -170,8 +182,8 @@ def _pairs(metrics: Mapping[str, Object], what: str, belongs: Any, axis: Axis) -
     names = [n for n, one in metrics.items() if belongs(n) and numeric(one.get("value"))]
     if not names or not any(numeric(metrics[name].get("baseline")) for name in names):
         return None
-    before = series_of(FULL, [(metrics[n].get("baseline"), baseline_interval(metrics[n])) for n in names])
-    after = series_of(SHORT, [(metrics[n]["value"], own_interval(metrics[n])) for n in names])
+    before = series_of(FULL, [(metrics[n].get("baseline"), baseline_interval(n, metrics[n])) for n in names])
+    after = series_of(SHORT, [(metrics[n]["value"], own_interval(n, metrics[n])) for n in names])
     return Figure(
         kind="interval",
         title=f"{what[0].upper()}{what[1:]}, {FULL} and {SHORT}",
@@ -213,7 +225,7 @@ def _how(scores: Sequence[Object]) -> list[Words]:
     said: list[Words] = []
     for name, one in gather(scores).items():
         about = one.get("about") or {}
-        if name.startswith("perplexity") and {"windows", "seq_len", "text"} <= set(about):
+        if is_perplexity(name) and {"windows", "seq_len", "text"} <= set(about):
             words: Words = (
                 f"{name}: ",
                 number(about["windows"]),

@@ -1,7 +1,8 @@
 """What a page says of the transforms: how far from rotations they are, what they look like, what they do to values."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from affinequant.report.blocks import AFTER, BEFORE, heat, short_name
@@ -37,8 +38,8 @@ def value_section(blocks: Sequence[Object]) -> tuple[Section, ...]:
     return section(
         "What is rounded, before and after",
         _crest(blocks),
-        *_histograms(blocks, "inputs", "Activations", "what a site's linears read"),
-        *_histograms(blocks, "weights", "Weights", "a linear's weights"),
+        *_said_once(_histograms(blocks, "inputs", "Activations", "what a site's linears read")),
+        *_said_once(_histograms(blocks, "weights", "Weights", "a linear's weights")),
         about="Four bits have sixteen values between the two ends: the narrower and the more even a histogram, the finer "
         "they lie. Heights are logarithmic, so that outliers show.",
     )
@@ -73,9 +74,18 @@ def _pictures(blocks: Sequence[Object]) -> list[Figure]:
                 else:
                     matrices.setdefault(site, []).append(Series(name=words, cells=cells))
     return [
-        *(_scaling(site, tuple(series)) for site, series in lines.items()),
-        *(_matrix(site, tuple(series)) for site, series in matrices.items()),
+        *_said_once(_scaling(site, tuple(series)) for site, series in lines.items()),
+        *_said_once(_matrix(site, tuple(series)) for site, series in matrices.items()),
     ]
+
+
+def _said_once(figures: Iterable[Figure]) -> list[Figure]:
+    """The figures, each caption below the first alone that has it."""
+    said, found = set[str](), list[Figure]()
+    for figure in figures:
+        found.append(replace(figure, caption="") if figure.caption in said else figure)
+        said.add(figure.caption)
+    return found
 
 
 def _scaling(site: str, series: tuple[Series, ...]) -> Figure:

@@ -147,6 +147,7 @@ class Scorecard:
             "better": row.better,
             "baseline": other.value if other else None,
             "baseline_stderr": other.stderr if other else None,
+            "baseline_interval": list(other.interval) if other and other.interval else None,
             "delta": delta.to_json() if delta else None,
             "about": dict(score.about) if score else {},
             "kept": row.kept or None,
