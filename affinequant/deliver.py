@@ -126,10 +126,11 @@ def phases(made: Plan, run: Run, laps: Sequence[Mapping[str, Any]], before: floa
             for stage in made.stages:
                 report, kind = run.report(stage.name), stage.reported or stage.name
                 left -= report["seconds"]
-                rest = report["seconds"] - sum(part["seconds"] for part in report.get("phases", ()))
-                for part in report.get("phases", ()):
+                parts = report.get("phases", ())  # a block that an older version has made has none
+                for part in parts:
                     add(f"blocks: {part['name']}", part["seconds"], part["peak_bytes"])
-                add("blocks: recording" if stage.block is not None else kind, rest, report["peak_bytes"])
+                last = f"blocks: {parts[-1]['name']}" if parts else "blocks" if stage.block is not None else kind
+                add(last, report["seconds"] - sum(part["seconds"] for part in parts), report["peak_bytes"])
         add(name, left, lap["peak_bytes"])
     return list(found.values())
 

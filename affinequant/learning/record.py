@@ -1,6 +1,17 @@
 """What a run remembers of itself for its report: activations, weights and transforms as plain JSON values.
 
-Nothing here changes what is learned or rounded, or draws from a generator that anything else draws from.
+Nothing here changes what is learned or rounded, or draws from a generator that anything else draws from. Of a block,
+report.json has
+
+| key | what |
+|---|---|
+| `inputs` | site -> `sqnr` in dB of what its linears read, rounded (`Noise`; absent where activations are not rounded) |
+| `curve`, `divergence`, `series` | what every epoch logged (absent where nothing was trained) |
+| `phases` | name, seconds and peak memory of each part of the work, in order |
+
+and of one that is `pictured` besides: `before` and `after` its transforms of each of the `inputs` and each linear of
+`weights` (`histogram`), and `pictures` (`picture`): by site, or `SITE online` for what stays, then what it is in a chain and
+`left` or `right` in a product; of a gradual mask also `epochs` (`Bands`).
 """
 
 import math
@@ -59,7 +70,7 @@ def histogram(values: Float[Tensor, "rows n"]) -> dict[str, Any]:
     return {
         "low": _short(-high),
         "high": _short(high),
-        "counts": [int(count) for count in counts],
+        "counts": counts.long().tolist(),
         "outside": _short(1 - float(counts.sum()) / values.numel()),
         "absmax": _short(largest),
         "rms": _short(rms),
