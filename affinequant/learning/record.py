@@ -240,7 +240,7 @@ def portrait(
             after = acting.on_activations(after, site.sinks[0].copies) if acting else after
         if rotation is not None and site.kind == "norm":  # what is rotated has lost its gain to the linears
             gain = source(f"{site.sources[0].module}.weight").to(before) + offset
-            before = torch.func.vjp(rotation.on_activations, torch.zeros_like(before))[1](before)[0] * gain
+            before = _rotated_back(before, rotation) * gain
         inputs[name] = {"before": histogram(before), "after": histogram(after)}
     names = [linear.name for linear in job.family.linears]
     weights = {
@@ -249,6 +249,13 @@ def portrait(
     }
     online = {f"{name} online": module for name, module in objective.online.items()}
     return {"inputs": inputs, "weights": weights, "pictures": pictures({**objective.transforms, **online})}
+
+
+def _rotated_back(x: Float[Tensor, "tokens width"], rotation: Transform) -> Float[Tensor, "tokens width"]:
+    """x P^T = x P^-1, without P as a matrix: the gradient of x P with respect to x is P^T."""
+    with torch.enable_grad():
+        zero = torch.zeros_like(x).requires_grad_()
+        return torch.autograd.grad(rotation.on_activations(zero), zero, x)[0]
 
 
 def plain(value: float) -> float | None:
