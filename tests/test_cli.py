@@ -141,7 +141,9 @@ def test_eval_next_to_the_baseline(
     assert shown in (tmp_path / "out/report.html").read_text()
 
 
-@pytest.mark.parametrize("what", ["schemes", "models", "transforms", "formats", "presets", "data", "metrics"])
+@pytest.mark.parametrize(
+    "what", ["schemes", "models", "transforms", "formats", "presets", "data", "metrics", "published"]
+)
 def test_lists(what: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list", what]) == 0
     assert len(capsys.readouterr().out.splitlines()) >= 2

@@ -111,7 +111,7 @@ def test_two_presets_and_what_is_finished_is_kept(
     shown = capfd.readouterr()
     rows = {line.split("  ")[0]: line for line in shown.out.splitlines()}
     assert "degrees of freedom, of pairs of windows in the ratio" in shown.out
-    assert rows["full precision"].count("+-") == 1 and rows["rtn"].count("+-") == rows["quarot"].count("+-") == 2
+    assert [rows[name].count("+-") for name in ("full precision", "rtn", "quarot")] == [1, 3, 3]
     assert "merged" in rows["rtn"] and "online" in rows["quarot"] and "0.0 %" in rows["rtn"]
     assert "3 windows of 32 tokens of text.txt" in shown.out and "published" not in shown.out
     assert "preset 1/2: rtn" in shown.err and "2/2" in shown.err and "scoring quarot" in shown.err
@@ -132,7 +132,7 @@ def test_two_presets_and_what_is_finished_is_kept(
     assert plain["ratio"] == pytest.approx(plain["perplexity"] / value["full_precision"]["perplexity"])
     for one in (plain, rotated):
         assert one["minutes"] > 0 and one["peak_bytes"] > 2**20 and one["bytes"] > 0 and one["error"] is None
-        assert one["stderr"] > 0 and one["ratio_stderr"] > 0 and one["published"] is None
+        assert one["stderr"] > 0 and one["ratio_stderr"] > 0 and one["kl"] > 0 and one["published"] is None
     assert value["text"]["windows"] == 3 and value["env"]["torch"]
 
 
@@ -144,7 +144,7 @@ def test_one_that_fails_is_listed_and_the_rest_goes_on(
     shown = capfd.readouterr()
     assert "quarot failed: kronecker at vo stays online" in shown.out and "use --tier online" in shown.out
     rows = {line.split("  ")[0]: line for line in shown.out.splitlines()}
-    assert "failed" in rows["quarot"] and rows["rtn"].count("+-") == 2
+    assert "failed" in rows["quarot"] and rows["rtn"].count("+-") == 3
     assert shown.err.startswith("affinequant: kronecker at vo stays online") and shown.err.count("affinequant:") == 1
     value = json.loads((tmp_path / "out/compare.json").read_text())
     assert value["presets"][0]["error"].keys() == {"what", "where", "fix"} and value["presets"][0]["perplexity"] is None
@@ -227,7 +227,8 @@ def test_presets_over_seeds(words: list[str], tmp_path: Path, capfd: pytest.Capt
     assert smooth["spread"] == value["noise"]["ratio"]["deviation"] > 0 == plain["spread"]
     assert len({one["perplexity"] for one in plain["seeds"]}) == 1  # draws nothing
     assert plain["stderr"] == pytest.approx(plain["seeds"][0]["stderr"]) and "seeds" not in plain["seeds"][0]
-    assert value["noise"]["ratio"]["reference"] == "smoothquant" and "kl" not in value["noise"]
+    assert value["noise"]["ratio"]["reference"] == "smoothquant"
+    assert all(one["kl"] > 0 for one in smooth["seeds"]) and value["noise"]["kl"]["spreads"]["rtn"]["deviation"] == 0
 
     stamps = [path.stat().st_mtime_ns for path in sorted(out.glob("*-seed?/report.json"))]
     assert main([*asked, "-q"]) == 0

@@ -266,3 +266,42 @@ def test_a_folder_without_a_report(tmp_path: Path) -> None:
     assert made_of(tmp_path, "meta-llama/Llama-2-7b-hf") == Made(model="meta-llama/Llama-2-7b-hf")
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "gptq"}}))
     assert made_of(tmp_path, "Llama-2-7b") is None and made_of(tmp_path / "nowhere", "Llama-2-7b") is None
+
+
+# On the screen.
+
+
+def test_the_table_after_an_evaluation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from affinequant.cli.output import Screen
+    from affinequant.cli.published import as_published, beside_published
+
+    assert as_published("paper") and not as_published("quick") and not as_published(None)
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_text("")
+    mine = replace(card(text("wikitext2", 5.85), baseline=FULL), subject=str(written(tmp_path)))
+    value = beside_published(mine, whole=True, screen=Screen()).to_json()
+    rows = {(one["table"], one["method"], one["measured"]): one for one in value["published"]}
+    assert rows[KEY]["verdict"] == "pass" and rows[KEY]["ours"] == 5.85 and rows[KEY]["value"] == 5.79
+    shown = capsys.readouterr().out
+    line = next(line for line in shown.splitlines() if "FlatQuant, nearest" in line and "wikitext2" in line)
+    assert line.split()[-3:] == ["5.79", "5.85", "pass"]
+    assert "flatquant-w4a4kv4, nonetheless: KV cache: 4 bits there, 16 here; symmetric grids there" in shown
+    assert "published: 7 pass, " in shown and "not comparable: made by flatquant, which is another method" in shown
+    assert "\nomniquant-w4a4: README of Hsu1023/DuQuant @62c5844" in shown
+
+    unknown = replace(mine, subject=str(written(tmp_path, model="some/Mistral-7B")))
+    assert beside_published(unknown, whole=True, screen=Screen()).to_json()["published"] == []
+    assert capsys.readouterr().out.strip() == ("no figures are published of some/Mistral-7B, as far as is known here")
+
+
+def test_lists_of_published_figures(capsys: pytest.CaptureFixture[str]) -> None:
+    from affinequant.cli import main
+
+    assert main(["list", "published", "--model", "meta-llama/Meta-Llama-3-8B", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["list"]["published"]
+    assert {"BDQ", "ReSpinQuant", "SliderQuant+"} < {row["method"] for row in rows}
+    assert {row["published"] for row in rows if row["method"] == "BDQ"} == {"6.84", "71.46 %"}
+    assert all(row["note"].startswith("weak: ") for row in rows if row["method"] == "BDQ")
+    assert main(["list", "published", "--model", "Llama-2-8b"]) == 2
+    assert main(["list", "data", "--model", "llama-2-7b"]) == 2
+    assert "list published --model NAME" in capsys.readouterr().err

@@ -69,7 +69,7 @@ COMMANDS: dict[str, Command] = {
         saves="every finished part",
     ),
     "list": Command(
-        module="affinequant.cli.lists", about="schemes, models, transforms, formats, presets, data, metrics"
+        module="affinequant.cli.lists", about="schemes, models, transforms, formats, presets, data, metrics, published"
     ),
     "env": Command(module="affinequant.cli.env", about="versions, devices, kernel self-test: paste into a bug report"),
 }

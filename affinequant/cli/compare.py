@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from affinequant.cli import INTERRUPTED
 from affinequant.cli.arguments import Parser, add_recipe, recipe_of, seeds_of, whole
@@ -20,13 +20,10 @@ from affinequant.cli.output import Screen, plain_json
 from affinequant.cli.plan import model_help
 from affinequant.cli.quantize import PRESETS_TEXT
 from affinequant.cli.report import add_report, check_report, report_on
+from affinequant.cli.scoring import score_all
 from affinequant.errors import AffineQuantError, unknown_name
 from affinequant.recipe.presets import ALIASES, PRESETS
 from affinequant.recipe.recipe import Recipe
-
-if TYPE_CHECKING:
-    from affinequant_evals.checkpoint import Ready
-    from affinequant_evals.scores import Score
 
 WAIT_SECONDS = 3
 """How long a run that was interrupted with us may take to end by itself."""
@@ -36,8 +33,8 @@ EPILOG = f"""
 
 Each preset writes its checkpoint into DIR/PRESET, in a process of its own: its peak memory is its own, and if it
 crashes the others still run. Every other flag holds for all of them; a preset that cannot do what a flag asks for fails
-and is listed with the reason. Perplexity is that of the same windows for all, full precision included. The table also
-goes into DIR/compare.md and DIR/compare.json.
+and is listed with the reason. Perplexity is that of the same windows for all, full precision included; KL is the divergence
+from full precision's next tokens there. The table also goes into DIR/compare.md and DIR/compare.json.
 Typed again, what is finished is taken as it is, and what is not goes on. Exit code 1 where any preset failed.
 
 With --seeds each preset is made once for each seed, from another draw of calibration text, into DIR/PRESET-seedN. Above
@@ -102,7 +99,7 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
         screen.say(f"preset {number}/{len(recipes)}: {which}, into {recipe.out}")
         entry = quantize_apart(recipe, out, overwrite=args.overwrite, screen=screen)
         entries.append(replace(entry, seed=seed))
-    found = _score_all(first, entries, ready, all_windows=windows is None, screen=screen)
+    found = score_all(first, entries, ready, all_windows=windows is None, screen=screen)
     if seeds:
         found = replace(found, entries=_by_preset(names, found.entries), seeds=seeds)
     _report(found, out, screen, args.report)
@@ -221,49 +218,6 @@ def _ended(code: int, file: Path) -> dict[str, str]:
         what = f"quantize was killed by {signal.Signals(-code).name}"
         fix = "if memory ran out, use fewer --samples or a shorter --seq-len; the same command goes on"
     return {"what": what, "where": f"affinequant quantize --config {file}", "fix": fix}
-
-
-def _score_all(
-    recipe: Recipe, entries: Sequence[Entry], ready: "Ready", *, all_windows: bool, screen: Screen
-) -> Comparison:
-    """Full precision once, then every checkpoint that was made, one model in memory at a time."""
-    done = [entry for entry in entries if entry.report]
-    full, problem, env = _score(recipe.model, ready.folder, recipe, ready, screen) if done else (None, {}, {})
-    scored: list[Entry] = []
-    for entry in entries:
-        if entry in done:
-            score, error, _ = _score(entry.name, entry.path, recipe, ready, screen)
-            entry = replace(entry, score=score, error=error)
-        scored.append(entry)
-    return Comparison(
-        model=recipe.model,
-        scheme=recipe.scheme,
-        entries=scored,
-        full=full,
-        error=problem,
-        all_windows=all_windows,
-        env=env,
-    )
-
-
-def _score(
-    name: str, folder: Path, recipe: Recipe, ready: "Ready", screen: Screen
-) -> "tuple[Score | None, dict[str, str], Mapping[str, Any]]":
-    """A model's perplexity, or why there is none; and the environment."""
-    from affinequant_evals.checkpoint import score_folder
-
-    try:
-        card = score_folder(name, folder, ready, device=recipe.device, dtype=recipe.dtype, say=screen.say)
-    except AffineQuantError as problem:
-        return None, {"what": problem.what, "where": problem.where, "fix": problem.fix}, {}
-    except Exception as problem:  # one model that breaks must not take the others' scores with it
-        what = f"{type(problem).__name__}: {problem}"
-        return None, {"what": what, "where": str(folder), "fix": f"see `affinequant eval {folder} -v`"}, {}
-    row = card.rows[0]
-    if row.score is None:
-        fix = f"see `affinequant eval {folder} -v`"
-        return None, {"what": row.error or "no score", "where": f"scoring {folder}", "fix": fix}, card.env
-    return row.score, {}, card.env
 
 
 def _make_folder(out: Path) -> None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from affinequant.cli.arguments import Parser, choice, whole
 from affinequant.cli.output import Screen, between, freedom, minutes, with_error
+from affinequant.cli.published import as_published, beside_published
 from affinequant.cli.report import add_report, check_report, place_of, report_on
 from affinequant.errors import AffineQuantError
 from affinequant.recipe.recipe import Device, Dtype
@@ -83,6 +84,8 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
     check_report(args.report, place_of(args.checkpoint))
     card = score(args, screen)
     print_card(card, screen)
+    if as_published(args.suite):
+        card = beside_published(card, whole=args.windows is None, screen=screen)
     if args.report is not None:
         report_on(args.checkpoint, screen, out=args.report, card=card.to_json())
     screen.result(card.to_json())

@@ -7,9 +7,9 @@ from typing import Any, get_args
 
 from affinequant.cli.arguments import Parser
 from affinequant.cli.output import Screen
-from affinequant.errors import unknown_name
+from affinequant.errors import AffineQuantError, unknown_name
 
-USAGE = "[schemes|models|transforms|formats|presets|data|metrics]"
+USAGE = "[schemes|models|transforms|formats|presets|data|metrics|published [--model NAME]]"
 EPILOG = """
 Without a word all of them are listed. Each name can be used where a flag asks for one:
   schemes     --scheme w4a16-g64, or --w4a4 and so on for those that are listed
@@ -17,6 +17,7 @@ Without a word all of them are listed. Each name can be used where a flag asks f
   formats     --format NAME
   presets     --preset NAME
   data        --data NAME and, for evaluation, --text NAME
+  published   nowhere; these are figures of papers. --model NAME lists those of one model
 """
 
 
@@ -42,6 +43,7 @@ class Listing:
 def add_arguments(parser: Parser) -> None:
     """What to list."""
     parser.add_argument("topic", metavar="WHAT", nargs="?", help="one of the names above (default: all)")
+    parser.add_argument("--model", metavar="NAME", help="published: the figures of a model, e.g. Llama-2-7b")
 
 
 def run(args: argparse.Namespace, screen: Screen) -> int:
@@ -49,7 +51,9 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
     if args.topic is not None and args.topic not in TOPICS:
         raise unknown_name("topic", args.topic, TOPICS, where="affinequant list")
     topics = [args.topic] if args.topic else list(TOPICS)
-    found = {topic: TOPICS[topic]() for topic in topics}
+    if args.model is not None and topics != ["published"]:
+        raise AffineQuantError("--model is about published figures", "--model", "write `list published --model NAME`")
+    found = {topic: TOPICS[topic]() for topic in topics} if args.model is None else {"published": _of(args.model)}
     for index, (topic, listing) in enumerate(found.items()):
         if index:
             screen.print()
@@ -138,6 +142,30 @@ def _metrics() -> Listing:
     return Listing(columns=("name", "about"), rows=[*METRICS.items(), *suites])
 
 
+def _published() -> Listing:
+    from affinequant_evals.published import published
+
+    tables: dict[str, dict[str, None]] = {}
+    for row in published():
+        tables.setdefault(row.table, {})[row.model] = None
+    sources = {row.table: row.source for row in reversed(published())}
+    rows = [(name, ", ".join(models), sources[name]) for name, models in tables.items()]
+    return Listing(columns=("table", "models", "source"), rows=rows)
+
+
+def _of(model: str) -> Listing:
+    """The published figures of one model."""
+    from affinequant_evals.published import published, published_of
+
+    from affinequant.cli.published import COLUMNS, cells
+
+    rows = [(*cells(row), row.weak and f"weak: {row.weak}", row.source) for row in published_of(model)]
+    if not rows:
+        known = dict.fromkeys(row.model for row in published())
+        raise unknown_name("model", model, known, where="--model")
+    return Listing(columns=(*COLUMNS, "note", "source"), rows=rows)
+
+
 TOPICS: dict[str, Callable[[], Listing]] = {
     "schemes": _schemes,
     "models": _models,
@@ -146,4 +174,5 @@ TOPICS: dict[str, Callable[[], Listing]] = {
     "presets": _presets,
     "data": _data,
     "metrics": _metrics,
+    "published": _published,
 }
