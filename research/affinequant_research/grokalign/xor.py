@@ -161,7 +161,7 @@ def figures(found: Found) -> list[Figure]:
         x=Axis(label="first signal, -2 to 2"),
         y=Axis(label="second signal, 2 to -2"),
         value=Axis(label="units that switch towards the next cell"),
-        caption="Dark is a linear region. What the units have in common is seen as rays; the four kinds of point are at "
+        caption="Pale is a linear region. What the units have in common is seen as rays; the four kinds of point are at "
         "(+-1, +-1).",
     )
     says = f"Of {found.config.train} training points all are learnt in the first updates; see when the others follow."
