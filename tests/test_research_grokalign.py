@@ -40,6 +40,8 @@ from torch import Tensor, nn
 from affinequant.errors import AffineQuantError
 from affinequant.fit import Group
 
+EXPERIMENTS = {one.name: one for one in METHOD.experiments}
+
 
 def net(*widths: int, bias: bool = False, seed: int = 0) -> nn.Sequential:
     generator = torch.Generator().manual_seed(seed)
@@ -210,15 +212,39 @@ def test_rounding_is_the_quantisers() -> None:
 def test_mnist_is_read_from_a_folder(tmp_path: Path) -> None:
     for name, count in (("train", 3), ("t10k", 2)):
         pixels = bytes(range(count)) * 784
-        (tmp_path / f"{name}-images-idx3-ubyte").write_bytes(bytes(16) + pixels)
-        (tmp_path / f"{name}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(bytes(8) + bytes(range(count))))
+        (tmp_path / f"{name}-images-idx3-ubyte").write_bytes((2051).to_bytes(4, "big") + bytes(12) + pixels)
+        (tmp_path / f"{name}-labels-idx1-ubyte.gz").write_bytes(
+            gzip.compress((2049).to_bytes(4, "big") + bytes(4) + bytes(range(count)))
+        )
     (x, y), (x_test, y_test) = digits(str(tmp_path), 2, 9, 0, torch.float64)
     assert x.shape == (2, 784) and y.tolist() == [0, 1] and x_test.shape == (2, 784) and y_test.tolist() == [0, 1]
     assert float(x[0, 1]) == pytest.approx((1 / 255 - 0.1307) / 0.3081)
+    (tmp_path / "t10k-images-idx3-ubyte").write_bytes(b"<html>")
+    with pytest.raises(AffineQuantError, match="no such file of MNIST"):
+        digits(str(tmp_path), 2, 2, 0, torch.float64)
     (tmp_path / "t10k-images-idx3-ubyte").unlink()
     with pytest.raises(AffineQuantError, match="t10k-images-idx3-ubyte is not in") as caught:
         digits(str(tmp_path), 2, 2, 0, torch.float64)
     assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("experiment", "changed", "says"),
+    [
+        (EXPERIMENTS["digits"], {"arms": ("dekay",)}, "did you mean 'decay'"),
+        (EXPERIMENTS["digits"], {"dtype": "float16"}, "unknown dtype"),
+        (EXPERIMENTS["digits"], {"train": 1797}, "leave some to test on"),
+        (EXPERIMENTS["digits"], {"estimator": "exakt"}, "did you mean 'exact'"),
+        (EXPERIMENTS["blocks"], {"scheme": "w4a4kv4"}, "leave kv out"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(
+    experiment: Experiment, changed: dict[str, Any], says: str, tmp_path: Path
+) -> None:
+    config = dataclasses.replace(experiment.presets["smoke"], **changed)
+    with pytest.raises(AffineQuantError) as caught:
+        run_experiment("grokalign", experiment, config, (0,), "smoke", tmp_path)
+    assert says in str(caught.value) and caught.value.exit_code == 2
 
 
 def test_digits_without_scikit_learn_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import dataclasses
 import importlib
 import operator
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -181,8 +181,16 @@ def find_experiments(name: str) -> tuple[Method, tuple[Experiment, ...]]:
     return method, (known[tail],) if tail else method.experiments
 
 
-def arms(names: Sequence[str]) -> tuple[Stage, ...]:
-    """A stage for each of several trials that do not depend on one another."""
+def arms(names: Sequence[str], known: Iterable[str] = ()) -> tuple[Stage, ...]:
+    """A stage for each of several trials that do not depend on one another.
+
+    Raises:
+        AffineQuantError: one that is not among the `known`, where these are given.
+    """
+    known = tuple(known)
+    for name in names:
+        if known and name not in known:
+            raise unknown_name("arm", name, known, where="--set arms")
     return tuple(Stage(name=name, does=TRIAL) for name in names)
 
 

@@ -26,6 +26,7 @@ from affinequant.data.demo import demo_model
 from affinequant.data.tokenizer import load_tokenizer
 from affinequant.data.tokens import calibration_tokens
 from affinequant.data.wheels import Say
+from affinequant.errors import AffineQuantError
 from affinequant.models import resolve
 from affinequant.models.decoder import Decoder, open_decoder, run_block
 from affinequant.models.source import Source, open_source, settle_tie
@@ -63,16 +64,18 @@ class Blocks:
 
     model: str = "demo"
     data: str = "demo"
-    samples: int = 4
+    samples: int = 2
     tokens: int = 64
     scheme: str = "w4a4"
-    draws: int = 8
-    rounds: int = 8
+    draws: int = 4
+    rounds: int = 6
 
 
 def blocks_stage(work: Work, stage: Stage, carry: Carry) -> Carry:
     """Measure every block, correlate, commit."""
     began, config = time.perf_counter(), work.config
+    if Scheme.parse(config.scheme).kv is not None:
+        raise AffineQuantError("only weights and activations are rounded here", "--set scheme", "leave kv out")
     torch.manual_seed(work.seed)
     with _opened(config, work.seed, work.say) as (source, decoder, ids):
         network = Network(source, decoder, ids)

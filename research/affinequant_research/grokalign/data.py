@@ -12,6 +12,8 @@ from affinequant.errors import PREFLIGHT, AffineQuantError
 from affinequant_research.grokalign.training import Batch
 
 MNIST = {"train": "train", "test": "t10k"}
+MAGIC = {16: 2051, 8: 2049}
+"""Length of an idx file's header, of pictures and of labels -> the number that it begins with."""
 MNIST_MEAN, MNIST_STD = 0.1307, 0.3081
 
 
@@ -42,6 +44,9 @@ def digits(folder: str, train: int, test: int, seed: int, dtype: torch.dtype) ->
 
     loaded = load_digits()
     x, y = torch.from_numpy(loaded.data), torch.from_numpy(loaded.target).long()  # type: ignore[attr-defined]
+    if not (0 < train < len(x) and test > 0):
+        what = f"{train} digits to train and {test} to test on, of {len(x)}"
+        raise AffineQuantError(what, "--set train, test", "leave some to test on")
     x = ((x - x.mean()) / x.std()).to(dtype)
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
     first, rest = order[:train], order[train : train + test]
@@ -61,4 +66,6 @@ def _idx(folder: Path, name: str, head: int) -> Tensor:
             f"{name} is not in {folder}", "--set data", "give the folder with MNIST's four idx files, packed or not"
         )
     data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    if int.from_bytes(data[:4], "big") != MAGIC[head]:
+        raise AffineQuantError(f"{path} is no such file of MNIST", "--set data", "download it again")
     return torch.from_numpy(np.frombuffer(data, np.uint8, offset=head).copy())

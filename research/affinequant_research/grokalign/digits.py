@@ -27,6 +27,7 @@ from affinequant_research.grokalign.training import (
     Grokfast,
     Penalty,
     accuracy,
+    dtype_of,
     geometry_probes,
     hits,
     measured,
@@ -80,7 +81,7 @@ class Digits:
 
 def network_and_data(config: Any, seed: int) -> tuple[torch.nn.Sequential, Batch, Batch]:
     """The network at its start, and both halves of the data; the start belongs to the generator that the seed has set."""
-    dtype = getattr(torch, config.dtype)
+    dtype = dtype_of(config.dtype)
     train, test = digits(config.data, config.train, config.test, seed, dtype)
     return mlp([train[0].shape[1], *[config.hidden] * 3, 10], config.scale, dtype), train, test
 
@@ -227,7 +228,7 @@ EXPERIMENT = Experiment(
     about="updates and seconds until digits that were not trained on are told",
     source="arXiv 2506.12284, section 4.3",
     presets=PRESETS,
-    stages=lambda config: arms(config.arms),
+    stages=lambda config: arms(config.arms, BENCH.arms),
     build=build,
     claims={
         "ci": claims(CI, faster=2.5, sooner=1.2, smaller=0.6, straighter=1.5),

@@ -115,7 +115,7 @@ EXPERIMENT = Experiment(
             BENCH, train=1024, test=1024, scale=8.0, dtype="float64", jacobian=1e-3, level=5.0, batch=196, epochs=32_000
         ),
     },
-    stages=lambda config: arms(config.arms),
+    stages=lambda config: arms(config.arms, BENCH.arms),
     build=build,
     claims={"ci": _claims(), "bench": _claims()},
     figures=figures,

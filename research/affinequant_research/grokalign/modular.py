@@ -178,7 +178,7 @@ EXPERIMENT = Experiment(
             BENCH, p=113, share=0.3, width=128, mlp=512, updates=48_000, probe_every=100, device="cuda"
         ),
     },
-    stages=lambda config: arms(config.arms),
+    stages=lambda config: arms(config.arms, BENCH.arms),
     build=build,
     claims={
         "bench": (Claim(metric="grokalign/updates", op="<=", than="decay/updates", source="arXiv 2506.12284, in kind"),)

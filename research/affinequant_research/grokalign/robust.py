@@ -127,7 +127,7 @@ EXPERIMENT = Experiment(
         "ci": dataclasses.replace(BENCH, epochs=200),
         "bench": BENCH,
     },
-    stages=lambda config: arms(config.arms),
+    stages=lambda config: arms(config.arms, BENCH.arms),
     build=build,
     claims={"bench": _claims()},
     figures=figures,

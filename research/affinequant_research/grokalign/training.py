@@ -10,6 +10,7 @@ from affinequant_evals import Better, Metric, Score, Suite, mean_score
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from affinequant.errors import unknown_name
 from affinequant.fit import Group
 from affinequant.numbers import grid_of
 from affinequant.numbers.weights import fake_quantize, weight_range
@@ -26,6 +27,18 @@ from affinequant_research.grokalign.jacobian import (
 
 Batch = tuple[Tensor, Tensor]
 """Inputs, and what belongs to them."""
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """float32 or float64.
+
+    Raises:
+        AffineQuantError: another.
+    """
+    known = {"float32": torch.float32, "float64": torch.float64}
+    if name not in known:
+        raise unknown_name("dtype", name, known, where="--set dtype")
+    return known[name]
 
 
 def mlp(widths: Sequence[int], scale: float, dtype: torch.dtype) -> nn.Sequential:

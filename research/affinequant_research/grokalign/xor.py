@@ -23,6 +23,7 @@ from affinequant_research.grokalign.training import (
     Aligned,
     Batch,
     Penalty,
+    dtype_of,
     geometry,
     measured,
     mlp,
@@ -65,7 +66,7 @@ class Xor:
 
 def points(config: Xor, count: int, generator: torch.Generator) -> Batch:
     """(points [count, width], labels +-1 [count, 1])."""
-    signs = torch.randint(0, 2, (count, config.width), generator=generator).to(getattr(torch, config.dtype)) * 2 - 1
+    signs = torch.randint(0, 2, (count, config.width), generator=generator).to(dtype_of(config.dtype)) * 2 - 1
     labels = signs[:, :1] * signs[:, 1:2]
     signs[:, 2:] *= config.noise
     return signs, labels
@@ -200,7 +201,7 @@ EXPERIMENT = Experiment(
             BENCH, width=40_000, hidden=2048, noise=0.05, dtype="float64", updates=1000, probe_every=10
         ),
     },
-    stages=lambda config: arms(config.arms),
+    stages=lambda config: arms(config.arms, BENCH.arms),
     build=build,
     claims={"bench": _claims()},
     figures=figures,
