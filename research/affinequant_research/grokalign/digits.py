@@ -41,6 +41,7 @@ from affinequant_research.series import first_update, value_at
 
 MEMORISED = 0.99
 """Training accuracy from which a network has learnt its training data."""
+TARGET = "target for this stand-in; the paper's figure, on MNIST, is not comparable"
 PROBED = 64
 """Test samples whose Jacobians are looked at on the way."""
 
@@ -187,17 +188,14 @@ def _bits(found: Found) -> Figure:
     )
 
 
-def claims(config: Digits, *, faster: float, sooner: float, smaller: float, straighter: float) -> tuple[Claim, ...]:
-    """By which factors the penalty gets there before weight decay, in updates and in seconds, and what its Jacobians are
-    at one update. Weight decay that has not come there counts with its budget, which makes the claim harder to hold."""
-    figure = "target for this stand-in; the paper's figure, on MNIST, is not comparable"
+def claims(config: Digits, *, faster: float, smaller: float, straighter: float) -> tuple[Claim, ...]:
+    """By which factor of updates the penalty gets there before weight decay, and what its Jacobians are at one update. Weight decay that has not come there counts with its budget, which makes the claim harder to hold."""
     prototype = "measured: a prototype on the same digits"
     norm, cosine = f"jac_fro@u{config.compare_at}", f"centroid_cos@u{config.compare_at}"
     return (
-        Claim(metric="grokalign/test_acc", op=">=", than=config.reach, source=figure),
+        Claim(metric="grokalign/test_acc", op=">=", than=config.reach, source=TARGET),
         Claim(metric="decay/test_acc_at_train", op="<=", than=0.45, source=f"{prototype}: there is a delay"),
-        Claim(metric="grokalign/updates", op="<=", than="decay/updates", factor=1 / faster, source=figure),
-        Claim(metric="grokalign/seconds", op="<=", than="decay/seconds", factor=1 / sooner, source=figure),
+        Claim(metric="grokalign/updates", op="<=", than="decay/updates", factor=1 / faster, source=TARGET),
         Claim(metric=f"grokalign/{norm}", op="<=", than=f"decay/{norm}", factor=smaller, source=prototype),
         Claim(metric=f"grokalign/{cosine}", op=">=", than=f"decay/{cosine}", factor=straighter, source=prototype),
     )
@@ -231,8 +229,11 @@ EXPERIMENT = Experiment(
     stages=lambda config: arms(config.arms, BENCH.arms),
     build=build,
     claims={
-        "ci": claims(CI, faster=2.5, sooner=1.2, smaller=0.6, straighter=1.5),
-        "bench": claims(BENCH, faster=5, sooner=2.5, smaller=0.4, straighter=3),
+        "ci": claims(CI, faster=2.5, smaller=0.6, straighter=1.5),
+        "bench": (
+            *claims(BENCH, faster=5, smaller=0.4, straighter=3),
+            Claim(metric="grokalign/seconds", op="<=", than="decay/seconds", factor=1 / 2.5, source=TARGET),
+        ),
     },
     figures=figures,
     shown=(
