@@ -189,7 +189,8 @@ def _bits(found: Found) -> Figure:
 
 
 def claims(config: Digits, *, faster: float, smaller: float, straighter: float) -> tuple[Claim, ...]:
-    """By which factor of updates the penalty gets there before weight decay, and what its Jacobians are at one update. Weight decay that has not come there counts with its budget, which makes the claim harder to hold."""
+    """By which factor of updates the penalty gets there before weight decay, and what its Jacobians are at one update.
+    Weight decay that has not come there counts with its budget, which makes the claim harder to hold."""
     prototype = "measured: a prototype on the same digits"
     norm, cosine = f"jac_fro@u{config.compare_at}", f"centroid_cos@u{config.compare_at}"
     return (
