@@ -305,3 +305,25 @@ def test_lists_of_published_figures(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list", "published", "--model", "Llama-2-8b"]) == 2
     assert main(["list", "data", "--model", "llama-2-7b"]) == 2
     assert "list published --model NAME" in capsys.readouterr().err
+
+
+def test_eval_puts_them_into_its_json(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from affinequant.cli import evaluate, main
+
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_text("")
+    rows = (text("wikitext2", 5.85, tokens_scored=339_802), text("c4-new", 7.8, tokens_scored=524_032))
+    mine = replace(card(*rows, baseline=FULL), subject=str(written(tmp_path)))
+    monkeypatch.setattr(evaluate, "score", lambda args, screen: mine)
+    assert main(["eval", str(tmp_path), "--suite", "flatquant", "--json"]) == 0
+    value = json.loads(capsys.readouterr().out)
+    found = {(one["table"], one["method"], one["measured"]): one["verdict"] for one in value["published"]}
+    assert found[KEY] == "pass" and found["atom-w4a4", "Atom", "wikitext2"] == "not comparable"
+    assert main(["eval", str(tmp_path), "--suite", "flatquant", "--windows", "9", "--json"]) == 0
+    value = json.loads(capsys.readouterr().out)
+    verdicts = {one["verdict"] for one in value["published"] if one["measured"] != TASKS}
+    assert verdicts == {"not comparable", "not run"}
+    assert main(["eval", str(tmp_path), "--text", "wikitext2", "--json"]) == 0
+    assert "published" not in json.loads(capsys.readouterr().out)

@@ -31,6 +31,9 @@ leaves its largest logits of each token on disk ($TMPDIR), and kl is a lower bou
 Scores are kept, by the content of weights, tokens and settings and by versions: the same command prints them again, a
 baseline is scored once for all its checkpoints, and after Ctrl-C the same command goes on.
 
+After a suite of a paper stands what was published of the model, with ours beside it: pass or FAIL where the same was
+measured, else why not (`affinequant list published` shows all).
+
 examples:
   affinequant eval my-llama-w4a4
   affinequant eval my-llama-w4a4 --text my-text.txt --seq-len 2048 --windows 20
