@@ -133,8 +133,8 @@ def _interval(axes: "Axes", figure: Figure, series: Sequence[Series], small: boo
             axes.hlines(places, _gaps(one.low), _gaps(one.high), color=colour, linewidth=2.2, alpha=0.55)
         axes.plot(_gaps(one.y), places, "o", color=colour, markersize=5)
     ends = [v for one in series for v in (*one.low, *one.high, *one.y) if v is not None]
-    if not figure.x.log and min(ends, default=0) <= 0 <= max(ends, default=0):
-        axes.axvline(0, color=_MUTED, linewidth=1)
+    if not figure.x.log and min(ends, default=1) <= 0:
+        axes.axvline(0, color=_MUTED, linewidth=1)  # differences: from here they are more than nothing
     axes.grid(axis="x")
     _named_rows(axes, figure, small)
 

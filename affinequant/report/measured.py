@@ -134,8 +134,9 @@ def failures(scores: Sequence[Object]) -> list[str]:
     """What was checked and failed, in words: gates, metrics, suspicious text."""
     failed = [f"{gate.get('metric', '?')} is over its limit" for gate in _rows(scores, "gates") if not gate["passed"]]
     failed += [f"{name} could not be measured" for name, one in gather(scores).items() if one.get("error")]
-    suspicious = [one for one in _rows(scores, "samples") if one.get("suspicious")]
-    return failed + ([f"{len(suspicious)} greedy texts look broken"] if suspicious else [])
+    samples = _rows(scores, "samples")
+    bad = sum(bool(one.get("suspicious")) for one in samples)
+    return failed + ([f"{bad} of {len(samples)} greedy texts look{'s' * (bad == 1)} broken"] if bad else [])
 
 
 def _table(metrics: Mapping[str, Object]) -> Table | None:
@@ -161,7 +162,7 @@ def _table(metrics: Mapping[str, Object]) -> Table | None:
 
 
 def _with(value: float, ends: tuple[float, float] | None, *, sign: bool = False) -> Words:
-    shown = number(value, sign=sign)
+    shown = number(value, 3 if sign else 4, sign=sign)
     return joined((shown, " (", between(*ends, sign=sign), ")"), "") if ends else shown
 
 
