@@ -386,7 +386,19 @@ def test_eval_beside_a_baseline(made: Path, text: Path, capsys: Capture, monkeyp
     from affinequant_evals import checkpoint
 
     monkeypatch.setattr(checkpoint, "fit_together", lambda folders, **options: fits)
-    argv = ["eval", str(made), "--text", str(text), "--seq-len", "32", "--windows", "3", "--stride", "16"]
+    argv = [
+        "eval",
+        str(made),
+        "--text",
+        str(text),
+        "--seq-len",
+        "32",
+        "--windows",
+        "3",
+        "--stride",
+        "16",
+        "--no-samples",
+    ]
     assert main(argv) == 0
     shown = capsys.readouterr()
     label = "text.txt,seq32,stride16"
@@ -400,6 +412,71 @@ def test_eval_beside_a_baseline(made: Path, text: Path, capsys: Capture, monkeyp
     entry = answer(capsys, argv)["metrics"][f"kl@{label}"]
     assert entry["value"] > 0 and entry["baseline"] is entry["delta"] is None and entry["about"]["stride"] == 16
     assert list(answer(capsys, [*argv, "--no-kl"])["metrics"]) == [f"perplexity@{label}"]
+
+
+def test_eval_prints_greedy_samples(made: Path, text: Path, capsys: Capture) -> None:
+    argv = ["eval", str(made), "--text", str(text), "--seq-len", "32", "--windows", "2", "-q"]
+    value = answer(capsys, argv)
+    assert len(value["samples"]) == 3 and "gates" not in value
+    assert {"prompt", "baseline", "text", "repetition", "suspicious"} <= value["samples"][0].keys()
+    assert "repetition@greedy" in value["metrics"]
+    assert main(argv) == 0
+    assert "  The capital of France is ..." in capsys.readouterr().out
+    assert "samples" not in answer(capsys, [*argv, "--no-samples"])
+
+
+def test_eval_with_limits(made: Path, text: Path, capsys: Capture) -> None:
+    argv = ["eval", str(made), "--text", str(text), "--seq-len", "32", "--windows", "3", "--no-samples", "-q"]
+    (gate,) = answer(capsys, [*argv, "--max-ppl-increase", "1e9"])["gates"]
+    assert gate["passed"] and gate["metric"] == "perplexity@text.txt,seq32" and gate["limit"] == 1e9
+    capsys.readouterr()
+    assert main([*argv, "--max-ppl-increase", "0", "--json"]) == 4
+    shown = capsys.readouterr()
+    (gate,) = json.loads(shown.out)["gates"]  # one object, although something failed
+    assert not gate["passed"] and gate["value"] > 0 and len(gate["interval"]) == 2
+    for part in ("quality gate failed: perplexity@text.txt,seq32", f"where: {made}", "the checkpoint is kept"):
+        assert part in shown.err
+    assert main([*argv, "--max-ppl-increase", "0"]) == 4
+    assert "FAILED: perplexity@text.txt,seq32" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("limit", "code", "words"),
+    [
+        (["--max-ppl-increase", "five"], 2, "is no limit"),
+        (["--max-ppl-increase", "5%", "--baseline", "none"], 3, "there is none (no baseline: --baseline none)"),
+        (["--max-kl", "0.1", "--no-kl"], 3, "not compared (--no-kl)"),
+    ],
+)
+def test_a_limit_that_cannot_be_judged_is_refused(
+    limit: list[str], code: int, words: str, made: Path, text: Path, capsys: Capture
+) -> None:
+    assert main(["eval", str(made), "--text", str(text), "--seq-len", "32", "--windows", "3", *limit]) == code
+    shown = capsys.readouterr()
+    assert words in shown.err and "scoring" not in shown.err and shown.out == ""
+
+
+def test_quantize_with_limits(
+    made: Path, tiny: Tiny, options: list[str], text: Path, tmp_path: Path, capsys: Capture, monkeypatch: Patch
+) -> None:
+    from affinequant.data import tokens
+
+    passages = text.read_text().split(". ")
+    out = Path(shutil.copytree(made, tmp_path / "copy"))
+    argv = ["quantize", str(tiny()), *options, "-o", str(out), "-q", "--max-ppl-increase", "0"]
+    monkeypatch.setattr(quantize, "DEFAULT_WINDOWS", 10**6)
+    monkeypatch.setattr(tokens, "demo_passages", lambda say=None: (passages, passages))
+    assert main(argv) == 3  # too little text to judge it is said before the run
+    assert "too little text" in capsys.readouterr().err
+    monkeypatch.setattr(quantize, "DEFAULT_WINDOWS", 2)
+    before = (out / "model.safetensors").read_bytes()
+    value = answer(capsys, argv, code=4)
+    assert value["scores"]["metrics"]["perplexity@demo,seq512"]["n"] == 2  # as long as this model can read
+    assert value["gates"][0]["passed"] is False and value["scores"]["gates"] == value["gates"]
+    assert value["next"] and (out / "model.safetensors").read_bytes() == before
+    gates = answer(capsys, [*argv[:-1], "1e9", "--max-kl", "1e9"])["gates"]
+    assert [gate["metric"] for gate in gates] == ["perplexity@demo,seq512", "kl@demo,seq512"]
+    assert all(gate["passed"] for gate in gates)
 
 
 def test_eval_where_a_metric_fails_is_1(made: Path, text: Path, capsys: Capture, monkeypatch: Patch) -> None:

@@ -8,7 +8,7 @@ from affinequant_evals.gates import Gate, Limits, failure, judge
 from affinequant_evals.harness import Row, Scorecard
 from affinequant_evals.scores import Score, exp_mean_score, mean_score
 
-from affinequant.errors import QUALITY, USAGE, AffineQuantError
+from affinequant.errors import PREFLIGHT, QUALITY, USAGE, AffineQuantError
 
 FULL = [3.0, 2.8, 3.2, 3.1, 2.9, 3.0]
 WORSE = [0.1, 0.12, 0.08, 0.11, 0.09, 0.1]
@@ -72,7 +72,7 @@ def test_kl() -> None:
         "interval": list(mean_score([0.2, 0.3]).interval or ()),
         "limit": 0.2,
         "passed": False,
-        "why": "",
+        "said": gates[0].said,
     }
 
 
@@ -91,16 +91,15 @@ def test_what_cannot_be_judged_has_not_passed(scored: Scorecard, why: str) -> No
         assert not gate.passed and gate.value is None and why in gate.why
     gate = only(judge(scored, Limits.read(None, "1000")))
     assert not gate.passed and gate.value is None
-    problem = failure([gate], "model") or pytest.fail("nothing failed")
+    problem = failure([gate.to_json()], "model")
     assert problem.exit_code == QUALITY and "cannot be judged" in problem.what and "kept" in problem.fix
 
 
 def test_what_is_said_of_a_failure() -> None:
     gates = judge(pair(**{"kl@demo,seq64": mean_score([0.2, 0.3])}), Limits.read("2", "0.5"))
-    problem = failure(gates, "out") or pytest.fail("nothing failed")
+    problem = failure([gate.to_json() for gate in gates], "out")
     assert TEXT in problem.what and "over by 0.112" in problem.what and "kl@" not in problem.what
     assert (problem.where, problem.exit_code) == ("out", QUALITY)
-    assert failure(judge(pair(), Limits.read("3", None)), "out") is None
 
 
 @pytest.mark.parametrize("typed", ["", "a", "-1", "nan", "inf", "5%%", "%", "-1%"])
@@ -114,5 +113,20 @@ def test_no_limit(typed: str) -> None:
 
 
 def test_limits() -> None:
-    assert not Limits() and Limits.read("0", None) and Limits.read(None, "0")
+    assert Limits.read("0", None) == Limits(increase=0.0) and Limits.read(None, "0") == Limits(kl=0.0)
     assert Limits.read("5%", "0.1") == Limits(increase=0.05, relative=True, kl=0.1)
+
+
+@pytest.mark.parametrize(
+    ("there", "code", "words"),
+    [
+        ({"texts": False}, USAGE, "about text"),
+        ({"baseline": False, "why": "--baseline none"}, PREFLIGHT, "there is none (--baseline none)"),
+        ({"kl": False}, PREFLIGHT, "not compared (--no-kl)"),
+    ],
+)
+def test_what_could_not_be_judged_is_refused_before(there: dict[str, Any], code: int, words: str) -> None:
+    with pytest.raises(AffineQuantError) as caught:
+        Limits.read("1", "1").check(**{"texts": True, "baseline": True, "kl": True} | there)
+    assert caught.value.exit_code == code and words in caught.value.what
+    Limits.read("1", None).check(texts=True, baseline=True, kl=False)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from affinequant_evals import Metric, Score, Suite, checkpoint, evaluate, mean_score
+from affinequant_evals import Metric, Score, Suite, checkpoint, evaluate, mean_score, perplexity
 from affinequant_evals import kept as module
 from affinequant_evals.checkpoint import eval_checkpoint
 from affinequant_evals.kept import content_of, context_of, kept_cards, open_scores
@@ -280,17 +280,42 @@ def test_a_long_metric_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.
     assert metric("subject").value == 1.5  # alone it keeps nothing
 
 
+@pytest.mark.parametrize("kl", [True, False])
+def test_a_text_goes_on_at_the_window_where_it_was(
+    kl: bool, tiny: Tiny, text: str, scores: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"baseline": tiny(seed=1), "kl": kl, "windows": 4}
+    whole = scored(tiny(), text, **options, again=True)["metrics"]
+    weigh, seen = perplexity.weigh, []
+
+    def counted(*given: Any) -> Any:
+        seen.append(given)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return weigh(*given)
+
+    monkeypatch.setattr(perplexity, "weigh", counted)
+    with pytest.raises(KeyboardInterrupt):
+        scored(tiny(), text, **options, again=True)
+    assert len([*scores.glob("subjects/*/stages/*.part")]) == 1
+    resumed = bare(scored(tiny(), text, **options))["metrics"]
+    assert len(seen) == 3 + 2  # of four windows two were kept, and the baseline's were not asked for anew
+    for name, entry in whole.items():
+        entry.pop("kept")
+        assert resumed[name] == entry
+
+
 SLOW = """
 import sys, time
 from affinequant.cli import main
 from affinequant_evals import perplexity
-measure, calls = perplexity.read, []
+read, calls = perplexity.read, []
 def slow(*given):
     calls.append(given)
     if len(calls) == 2:
         print("the baseline", flush=True)
         time.sleep(60)
-    return measure(*given)
+    return read(*given)
 perplexity.read = slow
 sys.exit(main(sys.argv[1:]))
 """

@@ -5,8 +5,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from affinequant_evals.harness import Suite, evaluate
 from affinequant_evals.perplexity import LanguageModel
-from affinequant_evals.sanity import NEW_TOKENS, PROMPTS, beside, repetition, samples, suspicion, warnings
+from affinequant_evals.sanity import (
+    NEW_TOKENS,
+    PROMPTS,
+    ROW,
+    broken,
+    greedy,
+    repetition,
+    samples,
+    suspicion,
+    with_samples,
+)
 
 import affinequant
 
@@ -71,20 +82,32 @@ def test_samples_are_greedy(subject: LanguageModel) -> None:
     assert first[0].text == subject.tokenizer.decode(ids[0, start:], skip_special_tokens=True)
 
 
-def test_a_broken_model_is_told(subject: LanguageModel, tiny: Callable[..., Path]) -> None:
-    """Scales read as if they were others': one token wins everywhere."""
+def test_a_broken_model_is_told_beside_a_sound_one(subject: LanguageModel, tiny: Callable[..., Path]) -> None:
     import torch
 
     model = affinequant.load(tiny())
     with torch.no_grad():
-        head = model.get_output_embeddings().weight
-        head.zero_()
-    broken = LanguageModel(model=model, tokenizer=subject.tokenizer, name="broken")
-    found = [sample.to_json() for sample in samples(broken)]
-    assert all(sample["suspicious"] for sample in found)
-    sound = [sample | {"suspicious": "", "text": "a good text"} for sample in found]
-    assert len(warnings(beside(found, sound))) == len(PROMPTS)
-    assert beside(found, sound)[0]["baseline"] == "a good text"
-    assert warnings(beside(found, found)) == []  # the model says so as well
-    alone = beside(found, None)
-    assert alone[0]["baseline"] is None and len(warnings(alone)) == len(PROMPTS)
+        model.get_output_embeddings().weight.zero_()  # as where scales are lost: one token wins everywhere
+    dead = LanguageModel(model=model, tokenizer=subject.tokenizer, name="dead")
+    suite = Suite(name="", metrics=(greedy(),))
+    bad, good = (evaluate(one, suite) for one in (dead, subject))
+    (score,) = (row.score for row in bad.rows)
+    assert score and score.value > 0.5 and score.n == len(PROMPTS)
+    found = with_samples(bad.against(good)).to_json()["samples"]
+    assert [sample["prompt"] for sample in found] == list(PROMPTS) and all(sample["suspicious"] for sample in found)
+    assert [sample["baseline"] for sample in found] == [
+        sample["text"] for sample in (good.score(ROW) or pytest.fail("no row")).about["samples"]
+    ]
+    sound = [sample | {"baseline_suspicious": ""} for sample in found]
+    assert len(broken(sound)) == len(PROMPTS) and PROMPTS[0] in broken(sound)[0]
+    assert broken(with_samples(bad.against(bad)).to_json()["samples"]) == []  # the model says so as well
+    alone = with_samples(bad).to_json()["samples"]
+    assert alone[0]["baseline"] is None and len(broken(alone)) == len(PROMPTS)
+
+
+def test_a_model_that_cannot_go_on_costs_no_other_score(subject: LanguageModel) -> None:
+    said: list[str] = []
+    mute = LanguageModel(model=None, tokenizer=subject.tokenizer, name="mute", say=said.append)  # pyright: ignore[reportArgumentType]
+    card = evaluate(mute, Suite(name="", metrics=(greedy(),)))
+    assert card.rows == () and "no greedy samples" in said[0]
+    assert "samples" not in with_samples(card).to_json()

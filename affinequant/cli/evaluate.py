@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from affinequant.cli.arguments import Parser, choice, whole
+from affinequant.cli.gates import add_gates, gate_code, judged, limits_of, print_gates
 from affinequant.cli.output import Screen, between, freedom, minutes, with_error
 from affinequant.cli.published import as_published, beside_published
 from affinequant.cli.report import add_report, check_report, place_of, report_on
@@ -12,9 +13,10 @@ from affinequant.errors import AffineQuantError
 from affinequant.recipe.recipe import Device, Dtype
 
 if TYPE_CHECKING:
+    from affinequant_evals.gates import Limits
     from affinequant_evals.harness import Row, Scorecard
 
-DEFAULT_WINDOWS = 6
+DEFAULT_WINDOWS, DEFAULT_SEQ_LEN = 6, 2048
 BOS_TEXT = "BOS before each window and prompt, or first: before the text only, as in the papers (default: auto)"
 USAGE = "CKPT [--text FILE|demo] [--tasks A,B] [--suite quick|paper] ..."
 EPILOG = f"""
@@ -39,6 +41,7 @@ examples:
   affinequant eval my-llama-w4a4 --text my-text.txt --seq-len 2048 --windows 20
   affinequant eval my-llama-w4a4 --tasks piqa,arc_easy,hellaswag,lambada_openai --limit 100
   affinequant eval my-llama-w4a4 --suite paper --json
+  affinequant eval my-llama-w4a4 --max-ppl-increase 5% --max-kl 0.1     exit code 4 where it is worse than that
 """
 
 
@@ -53,6 +56,8 @@ def add_arguments(parser: Parser) -> None:
     )
     group.add_argument("--tasks", metavar="A,B", help="lm-eval tasks; four of them need no hub")
     group.add_argument("--suite", metavar="quick|paper", help="a named set of texts and tasks")
+    group.add_argument("--no-samples", action="store_true", help="no greedy continuations beside a text")
+    add_gates(parser)
     group = parser.add_argument_group("how")
     group.add_argument("--seq-len", type=whole, metavar="N", help="tokens per window of text (default: 2048)")
     group.add_argument("--windows", type=whole, metavar="N", help="windows of text (default: all that are whole)")
@@ -83,19 +88,27 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(args: argparse.Namespace, screen: Screen) -> int:
-    """Score, print the table; 1 where a metric failed."""
+    """Score, print the table; 1 where a metric failed, 4 where a limit does not hold."""
     check_report(args.report, place_of(args.checkpoint))
-    card = score(args, screen)
+    limits = limits_of(args)
+    card = judged(score(args, screen, limits), limits)
     print_card(card, screen)
     if as_published(args.suite):
         card = beside_published(card, whole=args.windows is None, screen=screen)
+    print_samples(card, screen)
+    print_gates(card, screen)
     if args.report is not None:
         report_on(args.checkpoint, screen, out=args.report, card=card.to_json())
     screen.result(card.to_json())
+    return gate_code(card, args.checkpoint, screen) or code_of(card)
+
+
+def code_of(card: "Scorecard") -> int:
+    """1 where a metric failed."""
     return 1 if card.failed or (card.baseline and card.baseline.failed) else 0
 
 
-def score(args: argparse.Namespace, screen: Screen) -> "Scorecard":
+def score(args: argparse.Namespace, screen: Screen, limits: "Limits | None" = None) -> "Scorecard":
     """The scorecard that was asked for.
 
     Raises:
@@ -126,6 +139,8 @@ def score(args: argparse.Namespace, screen: Screen) -> "Scorecard":
         baseline=args.baseline,
         device=device,
         dtype=dtype,
+        samples=not args.no_samples,
+        limits=limits,
         keep=True,
         again=args.again,
         verbose=screen.verbose,
@@ -165,6 +180,23 @@ def print_card(card: "Scorecard", screen: Screen) -> None:
             screen.print(line)
     if since := _kept_since(card):
         screen.print(f"kept: {since}; --again measures anew")
+
+
+def print_samples(card: "Scorecard", screen: Screen) -> None:
+    """Greedy text of both, and a warning where the checkpoint's alone looks broken."""
+    found = card.more.get("samples", ())
+    if not found:
+        return
+    from affinequant_evals.sanity import broken
+
+    screen.print("\ngreedy text, full precision | quantised:")
+    for sample in found:
+        screen.print(f"  {sample['prompt']} ...")
+        for text in (sample["baseline"], sample["text"]):
+            if text is not None:
+                screen.print(f"    | {text!r}")
+    for line in broken(found):
+        (screen.say if screen.json else screen.print)(f"WARNING: the checkpoint no longer speaks: {line}")
 
 
 def _kept_since(card: "Scorecard") -> str:

@@ -2,9 +2,12 @@
 
 import argparse
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from affinequant.cli.arguments import Parser, Switch, add_recipe, recipe_of
+from affinequant.cli.evaluate import DEFAULT_SEQ_LEN, DEFAULT_WINDOWS, print_card, print_samples
+from affinequant.cli.gates import add_gates, gate_code, judged, limits_of, print_gates
 from affinequant.cli.output import Screen, minutes, size, spoken
 from affinequant.cli.plan import fetch_demo, header, model_help, print_plan
 from affinequant.cli.report import report_on
@@ -12,6 +15,9 @@ from affinequant.recipe.presets import PRESETS
 from affinequant.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
+    from affinequant_evals.gates import Limits
+    from affinequant_evals.harness import Scorecard
+
     from affinequant.deliver import Result
     from affinequant.plan import Plan
 
@@ -37,6 +43,7 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("model", metavar="MODEL", nargs="?", help=model_help())
     add_recipe(parser)
     add_run(parser)
+    add_gates(parser, about=": scores the result as `affinequant eval DIR` does")
 
 
 def add_run(parser: Parser, *, report: bool = False) -> None:
@@ -52,20 +59,58 @@ def add_run(parser: Parser, *, report: bool = False) -> None:
 
 
 def run(args: argparse.Namespace, screen: Screen) -> int:
-    """Plan, quantise, report."""
-    recipe = recipe_of(args)
+    """Plan, quantise, report; with a limit also score, and 4 where it does not hold."""
+    recipe, limits = recipe_of(args), limits_of(args)
     made = prepare(recipe, args, screen)
     if args.dry_run:
         print_plan(made, screen)
         return 0
+    scoring = _scoring(made, screen) if limits else {}
     done = quantize(made, args, screen)
     following = next_commands(done)
     screen.facts(outcome(done))
+    value = {"schema": 1, "path": done.path.absolute(), "report": done.report, "next": following}
+    if not limits:
+        if args.report:
+            report_on(done.path, screen)
+        print_next(following, screen)
+        screen.result(value)
+        return 0
+    card = judged(_score(done.path, recipe, limits, scoring, screen), limits)
+    screen.print()
+    print_card(card, screen)
+    print_samples(card, screen)
+    print_gates(card, screen)
     if args.report:
-        report_on(done.path, screen)
+        report_on(done.path, screen, card=card.to_json())
     print_next(following, screen)
-    screen.result({"schema": 1, "path": done.path.absolute(), "report": done.report, "next": following})
-    return 0
+    screen.result(value | {"scores": card.to_json(), "gates": card.more["gates"]})
+    return gate_code(card, done.path, screen)
+
+
+def _scoring(made: "Plan", screen: Screen) -> dict[str, Any]:
+    """What the result will be scored on, by windows that this model can read; all of it is there.
+
+    Raises:
+        AffineQuantError: it is not: said now, and not after hours of work.
+    """
+    from affinequant_evals.checkpoint import prepare as ready
+
+    from affinequant.models import context_length
+
+    longest = context_length(made.source.config) or DEFAULT_SEQ_LEN
+    scoring = {"text": "demo", "windows": DEFAULT_WINDOWS, "seq_len": min(DEFAULT_SEQ_LEN, longest)}
+    ready(made.source.folder, **scoring, say=screen.say)
+    return scoring
+
+
+def _score(path: Path, recipe: Recipe, limits: "Limits", scoring: Mapping[str, Any], screen: Screen) -> "Scorecard":
+    from affinequant_evals.checkpoint import eval_checkpoint
+
+    machine = {"device": recipe.device, "dtype": recipe.dtype}
+    return eval_checkpoint(
+        path, baseline=recipe.model, samples=True, limits=limits, keep=True, say=screen.say, **machine, **scoring
+    )
 
 
 def prepare(recipe: Recipe, args: argparse.Namespace, screen: Screen) -> "Plan":

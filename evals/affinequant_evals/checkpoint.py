@@ -20,11 +20,13 @@ from affinequant.recipe.recipe import Device, Dtype
 from affinequant.run.run import Run
 from affinequant_evals.baseline import NO_BASELINE as NO_BASELINE
 from affinequant_evals.baseline import find_baseline, locate_said
+from affinequant_evals.gates import Limits
 from affinequant_evals.harness import Scorecard, Suite, evaluate, recall, stage_of
 from affinequant_evals.kept import content_of, context_of, keep_card, open_scores
 from affinequant_evals.memory import fit_together
 from affinequant_evals.perplexity import LanguageModel, OnText
 from affinequant_evals.reference import Kept, Live, Reference, check_disk
+from affinequant_evals.sanity import with_samples
 from affinequant_evals.suites import Measurements, build_suite, measurements
 from affinequant_evals.windows import Windows
 
@@ -48,6 +50,7 @@ def eval_checkpoint(
     dtype: Dtype = "auto",
     keep: bool = False,
     again: bool = False,
+    limits: Limits | None = None,
     verbose: bool = False,
     say: Say = quiet,
     **wanted: Any,
@@ -60,6 +63,7 @@ def eval_checkpoint(
             no comparison.
         keep: scores are kept among this user's cached files, and what is kept is not measured once more (`kept`).
         again: measure, whatever is kept; what comes out takes its place.
+        limits: what the scorecard is to be judged by (`gates.judge`): refused now where it could not be.
         say: told what is being done; a missing baseline also stands in the scorecard's notes.
         wanted: what to measure, see `suites.measurements`: `suite`, `text`, `tasks`, and the fields of `Measurements`.
 
@@ -72,6 +76,9 @@ def eval_checkpoint(
     mine = (str(checkpoint), ready.folder)
     if other and ready.compared:
         note = _vocabularies_differ(ready.folder, other[1])
+    if limits:
+        texts, compared = bool(measurements(**wanted).texts), bool(ready.compared and not note)
+        limits.check(texts=texts, baseline=other is not None, kl=compared, why=note)
     if note:
         say(note)
     if other is None:
@@ -81,6 +88,7 @@ def eval_checkpoint(
     else:
         card = _score_both(mine, other, ready, **options)
     card = replace(card, notes=(*card.notes, note)) if note else card
+    card = with_samples(card)
     if keep:
         keep_card(ready.folder, card)
     return card

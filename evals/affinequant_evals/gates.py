@@ -1,11 +1,11 @@
 """Gates: how much worse than its baseline a checkpoint may be. What cannot be judged has not passed."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from affinequant.errors import QUALITY, USAGE, AffineQuantError
+from affinequant.errors import PREFLIGHT, QUALITY, USAGE, AffineQuantError
 from affinequant_evals.harness import Row, Scorecard
 from affinequant_evals.scores import Interval, Score, exp_mean_score
 
@@ -42,8 +42,28 @@ class Limits:
             kl=None if kl is None else _number(kl, kl, "--max-kl"),
         )
 
-    def __bool__(self) -> bool:
-        return self.increase is not None or self.kl is not None
+    def check(self, *, texts: bool, baseline: bool, kl: bool, why: str = "") -> None:
+        """Refuse what could not be judged once it has been measured.
+
+        Args:
+            texts: whether any is scored.
+            baseline: whether there is one.
+            kl: whether next-token distributions are compared.
+            why: what is said of why they are not, or of why there is no baseline.
+
+        Raises:
+            AffineQuantError: that (exit 2 or 3).
+        """
+        flags = ["--max-ppl-increase"] * (self.increase is not None) + ["--max-kl"] * (self.kl is not None)
+        where = ", ".join(flags)
+        if not texts:
+            raise AffineQuantError(f"{where} is about text, and none is scored", where, "add --text or --suite")
+        if not baseline:
+            what = f"{where} compares with a baseline, and there is none ({why})"
+            raise AffineQuantError(what, where, "give --baseline MODEL", exit_code=PREFLIGHT)
+        if self.kl is not None and not kl:
+            what = f"--max-kl is about next-token distributions, and they are not compared ({why or '--no-kl'})"
+            raise AffineQuantError(what, "--max-kl", "leave out what prevents it, or the limit", exit_code=PREFLIGHT)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +108,7 @@ class Gate:
             "interval": self.interval and list(self.interval),
             "limit": self.limit,
             "passed": self.passed,
-            "why": self.why,
+            "said": self.said,
         }
 
 
@@ -113,16 +133,14 @@ def judge(card: Scorecard, limits: Limits) -> tuple[Gate, ...]:
     return tuple(gates)
 
 
-def failure(gates: Sequence[Gate], where: str) -> AffineQuantError | None:
-    """What failed, by how much, and what to do; None where all have passed."""
-    failed = [gate for gate in gates if not gate.passed]
-    if not failed:
-        return None
-    if any(gate.value is None for gate in failed):
+def failure(gates: Sequence[Mapping[str, Any]], where: str) -> AffineQuantError:
+    """What failed of these gates, as JSON has them, by how much, and what to do."""
+    failed = [gate for gate in gates if not gate["passed"]]
+    if any(gate["value"] is None for gate in failed):
         fix = "see what failed above; the checkpoint is kept"
     else:
         fix = "try a better --preset, more bits or more --samples, or a wider limit; the checkpoint is kept"
-    what = "quality gate failed: " + "; ".join(gate.said for gate in failed)
+    what = "quality gate failed: " + "; ".join(gate["said"] for gate in failed)
     return AffineQuantError(what, where, fix, exit_code=QUALITY)
 
 

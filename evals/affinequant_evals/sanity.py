@@ -6,16 +6,19 @@ Perplexity may not show it: a checkpoint whose scales an engine reads in another
 import itertools
 import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from affinequant.progress import Steps
+from affinequant_evals.harness import Battery, Better, Scorecard, fingerprint_hash
+from affinequant_evals.scores import Score, mean_score
 
 if TYPE_CHECKING:
     from affinequant_evals.perplexity import LanguageModel
 
 PROMPTS = ("The capital of France is", "Water boils at a temperature of", "Once upon a time, there was a little")
 NEW_TOKENS = 16
+ROW = "repetition@greedy"
 GRAM = 4
 LONGEST_RUN = 8
 """So often in a row no text that means anything has one token."""
@@ -35,14 +38,23 @@ class Sample:
     repetition: float
     suspicious: str
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return {
-            "prompt": self.prompt,
-            "text": self.text,
-            "repetition": self.repetition,
-            "suspicious": self.suspicious,
-        }
+
+def greedy(prompts: Sequence[str] = PROMPTS, tokens: int = NEW_TOKENS) -> "Battery[LanguageModel]":
+    """The row `repetition@greedy`, the mean over prompts, whose `about` holds the samples. A model that cannot be made to
+    go on has none, and that is said: what else was measured stands without it."""
+    protocol = {"prompts": [*prompts], "tokens": tokens, "gram": GRAM}
+
+    def measure(subject: "LanguageModel") -> dict[str, tuple[Better, Score]]:
+        try:
+            found = samples(subject, prompts, tokens)
+        except Exception as problem:
+            subject.say(f"no greedy samples: {type(problem).__name__}: {problem}")
+            return {}
+        about = {"samples": [asdict(sample) for sample in found], "tokens": tokens}
+        score = mean_score([sample.repetition for sample in found], key=fingerprint_hash(protocol), about=about)
+        return {ROW: ("lower", score)}
+
+    return Battery(name=ROW, function=measure, fingerprint=protocol)
 
 
 def samples(subject: "LanguageModel", prompts: Sequence[str] = PROMPTS, tokens: int = NEW_TOKENS) -> tuple[Sample, ...]:
@@ -94,23 +106,26 @@ def _control(character: str) -> bool:
     return unicodedata.category(character) in ("Cc", "Co", "Cn") and character not in "\n\r\t"
 
 
-def beside(mine: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]]:
-    """Samples of a checkpoint, each with the text that its baseline gave to the same prompt, if there is one."""
-    texts = {sample["prompt"]: sample for sample in other or ()}
-    return [
-        {
-            **sample,
-            "baseline": texts[sample["prompt"]]["text"] if sample["prompt"] in texts else None,
-            "baseline_suspicious": texts[sample["prompt"]]["suspicious"] if sample["prompt"] in texts else None,
-        }
-        for sample in mine
-    ]
+def with_samples(card: Scorecard) -> Scorecard:
+    """The scorecard with `samples` in its JSON, each beside the baseline's, where it has any."""
+    mine, other = _samples(card), {sample["prompt"]: sample for sample in _samples(card.baseline)}
+    if not mine:
+        return card
+    none = {"text": None, "suspicious": None}
+    pairs = [(sample, other.get(sample["prompt"], none)) for sample in mine]
+    found = [{**sample, "baseline": full["text"], "baseline_suspicious": full["suspicious"]} for sample, full in pairs]
+    return replace(card, more={**card.more, "samples": found})
 
 
-def warnings(found: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A line for each sample that looks broken where the baseline's does not."""
+def broken(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line for each of a card's samples that looks broken where the baseline's does not."""
     return [
-        f"after {sample['prompt']!r} {sample['suspicious']}: {sample['text']!r}"
+        f"after {sample['prompt']!r}, {sample['suspicious']}: {sample['text']!r}"
         for sample in found
         if sample["suspicious"] and not sample["baseline_suspicious"]
     ]
+
+
+def _samples(card: Scorecard | None) -> list[dict[str, Any]]:
+    score = card.score(ROW) if card else None
+    return list(score.about["samples"]) if score else []

@@ -11,6 +11,7 @@ from affinequant.errors import AffineQuantError, unknown_name
 from affinequant_evals.derived import task_mean
 from affinequant_evals.harness import Suite
 from affinequant_evals.perplexity import LanguageModel, on_text
+from affinequant_evals.sanity import greedy
 from affinequant_evals.tasks import TaskOptions, task_batteries, tokenizer_hash
 from affinequant_evals.windows import C4, PAPER_WINDOWS, Bos, Windows, check_bos, cut_windows
 
@@ -19,6 +20,7 @@ METRICS: dict[str, str] = {
     "kl@TEXT,seqN": "mean divergence of the next-token distribution from the baseline's, in nats; lower is better",
     "agreement@TEXT,seqN": "share of tokens before which both hold the same token most likely; higher is better",
     "flips@TEXT,seqN": "share of tokens that exactly one of the two predicts right; lower is better",
+    "repetition@greedy": "share of repeated sequences of four tokens in greedy samples; lower is better",
     "TASK,acc": "share of an lm-eval task's documents answered right; higher is better",
     "TASK,acc_norm": "the same with each answer's likelihood divided by its length; higher is better",
     "lambada_openai,perplexity": "perplexity of the last word; lower is better",
@@ -35,6 +37,7 @@ class Measurements:
 
     Attributes:
         kl: next-token distributions are compared with the baseline's where there is one.
+        samples: a few greedy continuations beside a text.
         mean: the suite of whose tasks the mean is a row too; "" for none.
     """
 
@@ -48,6 +51,7 @@ class Measurements:
     bos: Bos = "auto"
     stride: int | None = None
     kl: bool = True
+    samples: bool = False
     mean: str = ""
 
 
@@ -126,8 +130,9 @@ def build_suite(
     )
     batteries = task_batteries(wanted.tasks, options, say)
     windows = [_windows(text, wanted, tokenizer, say) for text in wanted.texts]
+    spoken = [greedy()] if wanted.samples and wanted.texts else []
     derived = (task_mean(wanted.mean, wanted.tasks),) if wanted.mean else ()
-    return Suite(name=name, metrics=(*map(on_text, windows), *batteries), derived=derived)
+    return Suite(name=name, metrics=(*map(on_text, windows), *batteries, *spoken), derived=derived)
 
 
 def _windows(text: str, wanted: Measurements, tokenizer: Any, say: Say) -> Windows:
