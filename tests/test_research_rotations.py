@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from affinequant_research.experiment import Experiment, Method, find_experiments
+from affinequant_research.rotations.charts import cut
 from affinequant_research.rotations.ik import SKELETON, Body
 from affinequant_research.rotations.learner import in_blocks, perceptron, rounded
 from affinequant_research.rotations.pointcloud import make_shapes
@@ -35,7 +36,9 @@ from torch import Tensor
 
 from affinequant.errors import AffineQuantError
 from affinequant.learning.phases import fit_durably
+from affinequant.plan import plan
 from affinequant.run.run import Run
+from tests.tiny import tiny_llama
 
 EXACT = 1e-13
 SIZES = (2, 3, 4, 8)
@@ -305,3 +308,21 @@ def test_forward_kinematics_are_the_recursion() -> None:
         torch.testing.assert_close(made[:, place[name]], recursion(name)[0], rtol=0, atol=1e-5)
     lengths = (body.poses(5, torch.Generator().manual_seed(0))[:, place["left knee"]] - 0).norm(dim=-1)
     assert bool((lengths < 0.6).all())
+
+
+def test_charts_learn_inside_the_quantisers_stage(tmp_path: Path) -> None:
+    method, one, config = smoke("charts")
+    results = run_experiment(method.name, one, config, (0,), "smoke", tmp_path)
+    values = {name: entry["value"] for name, entry in results[0]["metrics"].items()}
+    assert 0 < values["polar/equal updates"] < values["polar/start"] and values["polar/map@n16"] > 0
+    updates, seen = results[0]["series"]["polar/held-out"]
+    assert updates == [0, 1, 2] and seen[0] == values["polar/start"] and min(seen) == values["polar/equal updates"]
+    report = summary(method, "smoke", [(one, config, results)])
+    assert [figure["kind"] for figure in report["figures"]] == ["line", "line"]
+
+
+def test_a_model_is_cut_to_its_first_layers(tmp_path: Path) -> None:
+    whole, least = tiny_llama(tmp_path / "whole", layers=3), tmp_path / "least"
+    cut(whole, least, 2)
+    made = plan(str(least), seq_len=64)
+    assert made.dims.layers == 2 and not any(".layers.2." in name for name in made.source.entries)

@@ -137,13 +137,14 @@ class Rotations:
         return loss
 
 
-def rotation_stage(work: Work, stage: Stage, carry: Carry) -> Carry:
-    """Learn the rotations and commit them: the residual stream's as parameters, those of the values as matrices."""
+def problem(work: Work) -> tuple[Rotations, Tensor, Tensor, int]:
+    """What the stage learns on: the objective at its start, embedded tokens and full-precision hidden states behind the
+    last block in pieces, and how many of these, the last, are held out."""
     made, decoder, recipe = work.made, work.decoder, work.made.recipe
     name, site = recipe.transforms["residual"], made.sites["residual"]
     residual = build(name, site, seed=recipe.seed, alpha=recipe.alpha)
     assert isinstance(residual, Orthogonal)
-    began, outer, read = time.perf_counter(), read_outer(made, decoder), block_reader(made, decoder)
+    outer, read = read_outer(made, decoder), block_reader(made, decoder)
     ids, held = _pieces(work.tokens.ids, made)
     embedded, kwargs = decoder.embed(ids, outer)
 
@@ -156,10 +157,17 @@ def rotation_stage(work: Work, stage: Stage, carry: Carry) -> Carry:
         full = job.run_all(load(job.index), full)
     blocks = [RoundedInputs(job, load) for job in jobs]
     objective = Rotations(blocks, outer, residual.to(decoder.device), recipe.rotation.lr)
+    return objective, embedded, full, held
+
+
+def rotation_stage(work: Work, stage: Stage, carry: Carry) -> Carry:
+    """Learn the rotations and commit them: the residual stream's as parameters, those of the values as matrices."""
+    began, (objective, embedded, full, held) = time.perf_counter(), problem(work)
+    made, decoder, recipe, residual = work.made, work.decoder, work.made.recipe, objective.residual
     fitted = learn(objective, embedded, full, held, recipe.rotation.steps, recipe.seed, work.listen.say)
     residual.to(torch.device("cpu"))
     learned = {"residual": residual.params.detach()}
-    for block in blocks:
+    for block in objective.blocks:
         if block.values:
             site = next(name for name, site in made.sites.items() if site.kind == "heads")
             learned[f"{block.job.index}.{site}"] = block.values.double().blocks().detach()

@@ -55,7 +55,7 @@ class Settings:
     updates: int = 6000
     rate: float = 1e-3
     batch: int = 64
-    width: int = 512
+    width: int = 256
     near: float = 10.0
     tested: int = 10_000
 
@@ -163,7 +163,7 @@ EXPERIMENT = Experiment(
     source="arXiv 1812.07035, inverse kinematics",
     presets={
         "smoke": replace(BENCH, representations=("6d",), updates=100, width=16, batch=4, tested=50),
-        "ci": replace(BENCH, representations=("quaternion", "6d"), updates=600, width=256, tested=2000),
+        "ci": replace(BENCH, representations=("quaternion", "6d"), updates=600, tested=2000),
         "bench": BENCH,
         "paper": replace(BENCH, updates=1_000_000, rate=1e-5, width=1024),
     },

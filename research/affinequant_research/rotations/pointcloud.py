@@ -32,12 +32,12 @@ class Settings:
     """`widths` of the PointNet's layers and of what reads its features; `shapes` to train on, and unseen ones to test."""
 
     representations: tuple[str, ...] = COMPARED
-    updates: int = 3000
-    rate: float = 1e-3
+    updates: int = 4000
+    rate: float = 3e-3
     batch: int = 32
-    points: int = 128
+    points: int = 64
     inner: int = 64
-    features: int = 256
+    features: int = 128
     head: int = 256
     shapes: int = 400
     unseen: int = 100
@@ -151,7 +151,7 @@ EXPERIMENT = Experiment(
         "smoke": replace(
             BENCH, representations=("6d",), updates=100, batch=4, points=16, inner=8, features=16, shapes=8, unseen=4
         ),
-        "ci": replace(BENCH, representations=("axis-angle", "quaternion", "6d"), updates=300),
+        "ci": replace(BENCH, representations=("axis-angle", "quaternion", "6d"), updates=600),
         "bench": BENCH,
         "paper": replace(
             BENCH, updates=500_000, rate=1e-5, points=512, inner=128, features=1024, head=512, shapes=2290, unseen=399
