@@ -159,7 +159,7 @@ def scores(checkpoint: str = "out", **more: Any) -> dict[str, Any]:
             "piqa,flips": metric(0.0712, None),
         },
         "samples": [{"prompt": "Once", "baseline": "upon a time", "text": "upon a mat", "suspicious": ""}],
-        "gates": [{"metric": "kl@demo,seq2048", "value": 0.20317, "limit": 0.3001, "passed": True}],
+        "gates": [{"metric": "kl@demo,seq2048", "kind": "kl", "value": 0.20317, "limit": 0.3001, "passed": True}],
         "published": [{"method": "FlatQuant", "value": 5.79, "ours": 21.75367, "verdict": "not comparable"}],
         "env": {"affinequant": "0.1.0", "cpus": 2},
         "notes": [],

@@ -320,9 +320,27 @@ def test_the_verdict_says_what_may_be_chance() -> None:
     assert "may be chance" in plain(build_page(sources(None, card)).verdict)
     card["metrics"]["perplexity@demo,seq2048"]["baseline"] = 21.75367
     assert "is the same" in plain(build_page(sources(None, card)).verdict)
-    gate = {"metric": "kl@demo,seq2048", "value": 0.4, "limit": 0.3, "passed": False}
+
+
+def test_what_failed_or_looks_broken_comes_first() -> None:
+    gate = {
+        "metric": "kl@demo,seq2048",
+        "kind": "kl",
+        "value": 0.4,
+        "limit": 0.3,
+        "passed": False,
+        "said": "kl over by 0.1",
+    }
     built = build_page(sources(None, scores(gates=[gate])))
-    assert built.bad and plain(built.verdict).startswith("FAILED: kl@demo,seq2048 is over its limit")
+    assert built.bad and plain(built.verdict).startswith("FAILED: kl over by 0.1;")
+    unknown = gate | {"value": None, "said": "kl cannot be judged"}
+    assert "not measured" in to_markdown(build_page(sources(None, scores(gates=[unknown]))))
+    sample = {"prompt": "Once", "baseline": "a", "text": "!!!!", "suspicious": "one token", "baseline_suspicious": ""}
+    built = build_page(sources(None, scores(samples=[sample, sample | {"prompt": "Twice", "suspicious": ""}])))
+    assert built.bad and plain(built.verdict).startswith("1 of 2 greedy texts looks broken;")
+    assert "Looks broken after: Once (one token)." in to_markdown(built)
+    as_the_baseline = build_page(sources(None, scores(samples=[sample | {"baseline_suspicious": "one token"}])))
+    assert not as_the_baseline.bad
 
 
 def test_a_metric_that_failed_is_told() -> None:

@@ -34,14 +34,18 @@ def run_page(run: Made, scores: Sequence[Object]) -> Page:
     steps = [block for block in report.get("blocks") or () if isinstance(block, Mapping)]
     metrics = measured.gather(scores)
     failed = measured.failures(scores) + (["it did not pass its verification"] if run.failed else [])
+    doubts = measured.doubts(scores)
     tier, preset = report.get("tier"), report.get("preset")
     return Page(
         title=made.name_of(report),
         subtitle=", ".join(f"{name} {value}" for name, value in (("preset", preset), ("tier", tier)) if value),
         verdict=_verdict(
-            failed, measured.sentence(metrics) or made.calibration_sentence(report), made.smaller_sentence(report)
+            failed,
+            *doubts,
+            measured.sentence(metrics) or made.calibration_sentence(report),
+            made.smaller_sentence(report),
         ),
-        bad=bool(failed),
+        bad=bool(failed or doubts),
         tiles=(*measured.tiles(metrics), *made.tiles(report)),
         sections=(
             *(measured.score_sections(scores) if metrics else made.calibration_section(report)),
@@ -62,14 +66,14 @@ def run_page(run: Made, scores: Sequence[Object]) -> Page:
 
 def score_page(scores: Sequence[Object]) -> Page:
     """Scores alone."""
-    failed, env = measured.failures(scores), scores[-1].get("env") or {}
+    failed, doubts, env = measured.failures(scores), measured.doubts(scores), scores[-1].get("env") or {}
     names = dict.fromkeys(Path(str(card["checkpoint"])).name for card in scores)
     baseline = (scores[0].get("baseline") or {}).get("checkpoint")
     return Page(
         title=f"Scores of {', '.join(names)}",
         subtitle=f"next to {Path(str(baseline)).name}" if baseline else "without a baseline",
-        verdict=_verdict(failed, measured.sentence(measured.gather(scores)), None),
-        bad=bool(failed),
+        verdict=_verdict(failed, *doubts, measured.sentence(measured.gather(scores))),
+        bad=bool(failed or doubts),
         tiles=measured.tiles(measured.gather(scores)),
         sections=(
             *measured.score_sections(scores),
@@ -100,10 +104,10 @@ def research_page(report: Object) -> Page:
     )
 
 
-def _verdict(failed: Sequence[str], quality: Words | None, size: Words | None) -> Words:
-    """One sentence: what failed first, then what it cost in quality, and what it saves."""
+def _verdict(failed: Sequence[str], *parts: Words | None) -> Words:
+    """One sentence: what failed first, then what else is known: what it cost in quality, and what it saves."""
     said: list[Words] = [f"FAILED: {'; '.join(failed)}"] if failed else []
-    said += [words for words in (quality, size) if words]
+    said += [words for words in parts if words]
     return _begin(joined((joined(said or ["Nothing was measured"], "; "), "."), ""))
 
 

@@ -131,12 +131,21 @@ def score_sections(scores: Sequence[Object]) -> tuple[Section, ...]:
 
 
 def failures(scores: Sequence[Object]) -> list[str]:
-    """What was checked and failed, in words: gates, metrics, suspicious text."""
-    failed = [f"{gate.get('metric', '?')} is over its limit" for gate in _rows(scores, "gates") if not gate["passed"]]
-    failed += [f"{name} could not be measured" for name, one in gather(scores).items() if one.get("error")]
-    samples = _rows(scores, "samples")
-    bad = sum(bool(one.get("suspicious")) for one in samples)
-    return failed + ([f"{bad} of {len(samples)} greedy texts look{'s' * (bad == 1)} broken"] if bad else [])
+    """What was checked and failed, in words: gates, metrics."""
+    gates = [one for one in _rows(scores, "gates") if not one.get("passed")]
+    failed = [str(one.get("said") or f"{one.get('metric', '?')} is over its limit") for one in gates]
+    return failed + [f"{name} could not be measured" for name, one in gather(scores).items() if one.get("error")]
+
+
+def doubts(scores: Sequence[Object]) -> list[str]:
+    """What no limit was set on, and looks wrong."""
+    samples, bad = _rows(scores, "samples"), len(_broken(scores))
+    return [f"{bad} of {len(samples)} greedy texts look{'s' * (bad == 1)} broken"] if bad else []
+
+
+def _broken(scores: Sequence[Object]) -> list[Object]:
+    """The greedy texts that look broken where the baseline's do not."""
+    return [one for one in _rows(scores, "samples") if one.get("suspicious") and not one.get("baseline_suspicious")]
 
 
 def _table(metrics: Mapping[str, Object]) -> Table | None:
@@ -250,16 +259,14 @@ def _rows(scores: Sequence[Object], name: str) -> list[Object]:
 
 
 def _gates(scores: Sequence[Object]) -> Table | None:
-    rows = [
-        (
-            str(gate.get("metric", "")),
-            number(gate["value"]) if numeric(gate.get("value")) else "",
-            number(gate["limit"]) if numeric(gate.get("limit")) else "",
-            "pass" if gate.get("passed") else "FAIL",
-        )
-        for gate in _rows(scores, "gates")
-    ]
-    return Table(columns=("metric", "value", "limit", ""), rows=tuple(rows), right=(1, 2)) if rows else None
+    rows: list[tuple[Words, ...]] = []
+    for gate in _rows(scores, "gates"):
+        value, ends = gate.get("value"), gate.get("interval")
+        found = _with(value, interval_of(value, None, None, ends)) if numeric(value) else "not measured"
+        limit = number(gate["limit"]) if numeric(gate.get("limit")) else ""
+        name, kind = str(gate.get("metric", "")), str(gate.get("kind", ""))
+        rows.append((name, kind, found, limit, "pass" if gate.get("passed") else "FAIL"))
+    return Table(columns=("metric", "", "value", "limit", ""), rows=tuple(rows), right=(2, 3)) if rows else None
 
 
 def _samples(scores: Sequence[Object]) -> list[Table | Text]:
@@ -269,7 +276,7 @@ def _samples(scores: Sequence[Object]) -> list[Table | Text]:
     rows = tuple(
         (str(one.get("prompt", "")), str(one.get("baseline") or ""), str(one.get("text", ""))) for one in samples
     )
-    bad = [f"{one.get('prompt', '')} ({why})" for one in samples if (why := one.get("suspicious"))]
+    bad = [f"{one.get('prompt', '')} ({one['suspicious']})" for one in _broken(scores)]
     warning = [Text(words=f"Looks broken after: {'; '.join(bad)}.", warns=True)] if bad else []
     return [*warning, Table(columns=("prompt", FULL, SHORT), rows=rows)]
 
