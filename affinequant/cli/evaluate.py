@@ -18,7 +18,11 @@ if TYPE_CHECKING:
 
 DEFAULT_WINDOWS, DEFAULT_SEQ_LEN = 6, 2048
 BOS_TEXT = "BOS before each window and prompt, or first: before the text only, as in the papers (default: auto)"
-USAGE = "CKPT [--text FILE|demo] [--tasks A,B] [--suite quick|paper] ..."
+BACKEND_TEXT = "what runs the models (default: auto, which is affinequant, this package's own runtime)"
+SUITE_TEXT = (
+    "a named set of texts and tasks: quick, paper, flatquant, or paper-tasks and flatquant-tasks, which need no hub"
+)
+USAGE = "CKPT [--text FILE|demo] [--tasks A,B] [--suite NAME] ..."
 EPILOG = f"""
 Without options: perplexity on {DEFAULT_WINDOWS} windows of the demo's held-out text. The baseline (the model that the
 checkpoint was made from, or --baseline) sees the same tokens and prompts; +- is one standard error, of the
@@ -36,12 +40,17 @@ baseline is scored once for all its checkpoints, and after Ctrl-C the same comma
 After a suite of a paper stands what was published of the model, with ours beside it: pass or FAIL where the same was
 measured, else why not (`affinequant list published` shows all).
 
+--backend runs checkpoint and baseline elsewhere: transformers loads a folder as other programs do, vllm starts an engine, an
+address asks a server that has the checkpoint; then --baseline is another server's address, a model for this machine, or none.
+
 examples:
   affinequant eval my-llama-w4a4
   affinequant eval my-llama-w4a4 --text my-text.txt --seq-len 2048 --windows 20
   affinequant eval my-llama-w4a4 --tasks piqa,arc_easy,hellaswag,lambada_openai --limit 100
   affinequant eval my-llama-w4a4 --suite paper --json
   affinequant eval my-llama-w4a4 --max-ppl-increase 5% --max-kl 0.1     exit code 4 where it is worse than that
+  affinequant eval my-llama-w4a4 --suite paper-tasks --backend vllm --log-samples answers
+  affinequant eval my-llama-w4a4 --tasks piqa --backend http://127.0.0.1:8000 --baseline http://127.0.0.1:8001
 """
 
 
@@ -54,8 +63,8 @@ def add_arguments(parser: Parser) -> None:
         metavar="SOURCE",
         help="perplexity, KL and agreement on `demo`, `wikitext2`, a file or, with --bos first, `c4` or `c4-new`",
     )
-    group.add_argument("--tasks", metavar="A,B", help="lm-eval tasks; four of them need no hub")
-    group.add_argument("--suite", metavar="quick|paper", help="a named set of texts and tasks")
+    group.add_argument("--tasks", metavar="A,B", help="lm-eval tasks; nine of them need no hub")
+    group.add_argument("--suite", metavar="NAME", help=SUITE_TEXT)
     group.add_argument("--no-samples", action="store_true", help="no greedy continuations beside a text")
     add_gates(parser)
     group = parser.add_argument_group("how")
@@ -74,10 +83,13 @@ def add_arguments(parser: Parser) -> None:
     group.add_argument(
         "--num-fewshot", type=whole, metavar="N", help="solved examples per prompt (default: the task's)"
     )
+    group.add_argument("--chat-template", action="store_true", help="a task's prompts are a chat's turns")
+    group.add_argument("--log-samples", metavar="DIR", help="write each task's prompts and both models' answers there")
     group.add_argument("--bos", metavar="auto|yes|no|first", help=BOS_TEXT)
     group.add_argument(
-        "--baseline", metavar="MODEL|none", help="what to compare with (default: the checkpoint's source)"
+        "--baseline", metavar="MODEL|URL|none", help="what to compare with (default: the checkpoint's source)"
     )
+    group.add_argument("--backend", metavar="auto|affinequant|transformers|vllm|URL", default="auto", help=BACKEND_TEXT)
     group.add_argument("--again", action="store_true", help="measure anew what is kept from an earlier time")
     add_report(group)
     group = parser.add_argument_group("machine")
@@ -136,6 +148,9 @@ def score(args: argparse.Namespace, screen: Screen, limits: "Limits | None" = No
         stride=args.stride,
         kl=False if args.no_kl else None,
         bos=args.bos,
+        chat_template=args.chat_template or None,
+        backend=args.backend,
+        log_samples=args.log_samples,
         baseline=args.baseline,
         device=device,
         dtype=dtype,
@@ -174,6 +189,8 @@ def print_card(card: "Scorecard", screen: Screen) -> None:
     baseline = card.baseline.subject if card.baseline else "none"
     seconds = card.seconds + (card.baseline.seconds if card.baseline else 0)
     machine = f"{card.env.get('device', '?')} in {card.env.get('dtype', '?')}"
+    backend = str(card.env.get("backend", ""))
+    machine += f" by {backend}" if backend and not backend.startswith("affinequant") else ""
     screen.facts({"checkpoint": card.subject, "baseline": baseline, "time": f"{minutes(seconds / 60)} on {machine}"})
     for line in (*(_how(row) for row in card.rows if row.score), *(f"note: {note}" for note in card.notes)):
         if line:
@@ -241,7 +258,13 @@ def _beside(about: Mapping[str, Any]) -> str:
 
 
 def _check_applies(args: argparse.Namespace, *, texts: bool, tasks: bool) -> None:
-    for flag, value in (("--limit", args.limit), ("--num-fewshot", args.num_fewshot)):
+    about_tasks = {
+        "--limit": args.limit,
+        "--num-fewshot": args.num_fewshot,
+        "--chat-template": args.chat_template or None,
+        "--log-samples": args.log_samples,
+    }
+    for flag, value in about_tasks.items():
         if value is not None and not tasks:
             raise AffineQuantError(f"{flag} is about tasks, and none is asked for", flag, "add --tasks or --suite")
     for flag, value in (("--seq-len", args.seq_len), ("--windows", args.windows), ("--stride", args.stride)):

