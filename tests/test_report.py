@@ -279,6 +279,16 @@ def test_what_is_not_there_has_no_section() -> None:
         assert list(build_page(sources(old)).figures), key
 
 
+@pytest.mark.parametrize("broken", [{"blocks": 3}, {"scheme": "w9a9"}, {"phases": 7}, {"blocks": [{"linears": [1]}]}])
+def test_values_that_no_report_has_are_refused_or_left_out(broken: dict[str, Any]) -> None:
+    try:
+        built = build_page(sources(made_report(**broken)))
+    except AffineQuantError as problem:
+        assert "not what a report has" in problem.what and problem.exit_code == 3
+    else:
+        assert "bytes" not in [figure.key for figure in built.figures]
+
+
 def test_an_untrained_run_has_no_losses() -> None:
     report = made_report()
     for block in report["blocks"]:
@@ -291,6 +301,23 @@ def test_an_untrained_run_has_no_losses() -> None:
 def test_without_scores_it_is_said_that_the_text_was_seen() -> None:
     built = build_page(sources(made_report()))
     assert "fitted to" in plain(built.verdict) and "in sample" in built.sections[0].about
+
+
+def test_an_export_is_told_by_its_own_words() -> None:
+    checked = {"passed": True, "divergence": 9.34e-06, "reference": "the source's weights"}
+    report = {
+        "exported_from": "/home/someone/out",
+        "model": "x/y",
+        "format": "gguf",
+        "scheme": "w4a16",
+        "verified": checked,
+    }
+    built = build_page(sources(report | {"activations": "16 bits", "bytes": 317_092, "files": ["model.gguf"]}))
+    assert (
+        plain(built.verdict) == "Exported as gguf, nothing retrained: 9.3e-06 nats per token from the source's weights."
+    )
+    text = to_markdown(built)
+    assert "vllm serve" not in text and "| exported from | out |" in text and "| activations | 16 bits |" in text
 
 
 def test_scores_alone() -> None:
@@ -534,8 +561,9 @@ def test_a_page_goes_with_its_run_and_is_no_obstacle(
     assert main([*argv, "--report"]) == 0
     assert f"report: {tmp_path / 'out/report.html'}" in capsys.readouterr().out
     assert main(argv) == 0 and "finished already" in capsys.readouterr().err
+    (tmp_path / "out/report.html.tmp").touch()  # of a page that was being written when the power went
     assert main([*argv, "--overwrite"]) == 0  # takes the old page along
-    assert not (tmp_path / "out/report.html").exists() and not (tmp_path / "out/report.md").exists()
+    assert not list((tmp_path / "out").glob("report.html*")) and not (tmp_path / "out/report.md").exists()
     assert main([*argv, "--report"]) == 0 and (tmp_path / "out/report.md").exists()
     _written(tmp_path / "out/report.md", "# My notes\n")
     assert main([*argv, "--overwrite"]) == 2 and "report.md" in capsys.readouterr().err

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from affinequant.errors import AffineQuantError
+from affinequant.errors import PREFLIGHT, AffineQuantError
 from affinequant.report import blocks, made, measured, origin, transforms
 from affinequant.report.compared import comparison_page
 from affinequant.report.figure import Figure
@@ -17,8 +17,17 @@ def build_page(sources: Sources) -> Page:
     """The page of what was read.
 
     Raises:
-        AffineQuantError: figures that cannot be drawn, in a report that brings its own.
+        AffineQuantError: values that are not what a report has there, or figures that cannot be drawn.
     """
+    try:
+        return _page(sources)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as problem:
+        what = f"a value is not what a report has there: {type(problem).__name__}: {problem}"
+        fix = "write the JSON again, with this version; if that is what it is from, report it with the traceback of -v"
+        raise AffineQuantError(what, str(sources.place), fix, exit_code=PREFLIGHT) from problem
+
+
+def _page(sources: Sources) -> Page:
     if sources.made:
         return run_page(sources.made, sources.scores)
     if sources.comparison:
@@ -42,7 +51,7 @@ def run_page(run: Made, scores: Sequence[Object]) -> Page:
         verdict=_verdict(
             failed,
             *doubts,
-            measured.sentence(metrics) or made.calibration_sentence(report),
+            measured.sentence(metrics) or made.calibration_sentence(report) or made.export_sentence(report),
             made.smaller_sentence(report),
         ),
         bad=bool(failed or doubts),

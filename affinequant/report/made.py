@@ -25,6 +25,15 @@ def calibration_sentence(report: Object) -> Words | None:
     return joined(("perplexity on the text that it was fitted to goes from ", pair), "")
 
 
+def export_sentence(report: Object) -> Words | None:
+    """What an export was, and how far from its source it computes."""
+    found = (report.get("verified") or {}).get("divergence")
+    if "exported_from" not in report or not numeric(found):
+        return None
+    near: Words = (number(found, 2), f" nats per token from {report['verified'].get('reference', 'its source')}")
+    return joined((f"exported as {report.get('format', '?')}, nothing retrained: ", near), "")
+
+
 def smaller_sentence(report: Object) -> Words | None:
     """`257 MB become 107 MB`."""
     before, after = (report.get("plan") or {}).get("source_bytes"), report.get("bytes")

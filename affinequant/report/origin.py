@@ -3,16 +3,20 @@
 import shlex
 from pathlib import Path
 
+from affinequant.errors import AffineQuantError
 from affinequant.report.page import Code, Section, Table, Text, section
 from affinequant.report.reading import Made, Object
 from affinequant.report.words import Words, joined, number, numeric
 
+_NAMED = ("scheme", "tier", "preset", "format", "activations", "rounded")
 MACHINE = ("device", "threads", "cpus", "platform", "dtype")
 """Of an environment: what is no version."""
 
 
 def run_section(made: Made) -> tuple[Section, ...]:
-    """How to run it, as the model card says it."""
+    """How to run it, as the model card says it. An export runs elsewhere, and its own command has said where."""
+    if "exported_from" in made.report:
+        return ()
     folder = made.folder.name or str(made.folder)
     spoken = shlex.quote(folder if folder.startswith(("/", ".")) else f"./{folder}")
     lines = [
@@ -28,7 +32,7 @@ def run_section(made: Made) -> tuple[Section, ...]:
 
         try:
             said = Text(words=engines(Scheme.parse(str(made.report["scheme"])), made.config).replace("`", ""))
-        except (ValueError, KeyError, TypeError):  # an export whose config is not one of these
+        except (AffineQuantError, KeyError, TypeError):  # a scheme or a config of another version
             said = None
     return section("Run it", Code(text="\n".join(lines)), said)
 
@@ -52,7 +56,7 @@ def facts(report: Object) -> Table | None:
     """What a report says of its data, its checks and its machine, a row each."""
     data, env, checked = (report.get(name) or {} for name in ("calibration", "env", "verified"))
     rows: list[tuple[Words, ...]] = [
-        (name, str(report[name])) for name in ("scheme", "tier", "preset") if report.get(name) is not None
+        (name, str(report[name])) for name in _NAMED if isinstance(report.get(name), str) and report[name]
     ]
     if exported := report.get("exported_from"):
         rows.append(("exported from", Path(str(exported)).name))

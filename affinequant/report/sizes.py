@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 
+from affinequant.errors import AffineQuantError
 from affinequant.report.figure import Axis, Figure, Series
 from affinequant.report.page import Table
 from affinequant.report.reading import Object
@@ -21,7 +22,10 @@ def parts_of(report: Object, linears: Sequence[Mapping[str, tuple[int, int]]]) -
     dims = plan.get("dims") or {}
     if not linears or not numeric(report.get("weight_bytes")) or plan.get("format") not in (None, "auto", *_PACKED):
         return []
-    scheme, found = Scheme.parse(str(report["scheme"])), dict[str, list[float]]()
+    try:
+        scheme, found = Scheme.parse(str(report["scheme"])), dict[str, list[float]]()
+    except AffineQuantError:  # of another version
+        return []
     for block in linears:
         for name, (rows, columns) in block.items():
             one = found.setdefault(short_name(name), [0, 0.0])

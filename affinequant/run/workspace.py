@@ -24,10 +24,11 @@ COPIED = "copied.json"
 """In the run's folder: the files that are copied from the source, by their names in the output."""
 _WRITTEN = re.compile(
     r"((model|affinequant)(-\d{5}(-of-\d{5})?)?\.safetensors(\.index\.json)?|model\.gguf|README\.md|config\.json"
-    r"|recipe\.toml|report(\.failed)?\.json)(\.tmp)?"
+    r"|recipe\.toml|report(\.failed)?\.json)(\.tmp)?|report\.(html|md)\.tmp"
 )
 """What a run itself writes."""
-_PAGE = re.compile(r"report\.(html|md)(\.tmp)?")
+_PAGE = re.compile(r"report\.(html|md)")
+"""What may also be a person's own: by its beginning it is known which."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
