@@ -202,7 +202,11 @@ def test_a_model_that_cannot_be_scored_leaves_the_others_scores(
 
 
 @pytest.mark.usefixtures("in_process")
-def test_presets_over_seeds(words: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_presets_over_seeds(
+    words: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import affinequant
+
     out = tmp_path / "out"
     asked = [*words, "--presets", "smoothquant,rtn", "--seeds", "0-1"]
     assert main(asked) == 0
@@ -231,7 +235,11 @@ def test_presets_over_seeds(words: list[str], tmp_path: Path, capfd: pytest.Capt
     assert all(one["kl"] > 0 for one in smooth["seeds"]) and value["noise"]["kl"]["spreads"]["rtn"]["deviation"] == 0
 
     stamps = [path.stat().st_mtime_ns for path in sorted(out.glob("*-seed?/report.json"))]
+    load, loaded = affinequant.load, list[Path]()
+    monkeypatch.setattr(affinequant, "load", lambda folder, **how: loaded.append(folder) or load(folder, **how))
     assert main([*asked, "-q"]) == 0
+    assert len(loaded) == 1  # full precision, to compare with; the checkpoints' scores are kept
+    assert json.loads((out / "compare.json").read_text())["presets"] == value["presets"]
     assert stamps == [path.stat().st_mtime_ns for path in sorted(out.glob("*-seed?/report.json"))]
 
 

@@ -24,12 +24,13 @@ def score_all(
     """Perplexity of full precision and of every checkpoint that was made, and the checkpoints' divergence from it.
 
     Full precision is read once: what it says of each token waits on disk for the checkpoints, since in memory it would have
-    to read each text again beside every one of them.
+    to read each text again beside every one of them. Checkpoints' scores are kept, and not measured again.
 
     Args:
         recipe: whose model, scheme, device and type of computing all share.
         all_windows: all windows of the text are in `ready`.
     """
+    from affinequant_evals.kept import content_of
     from affinequant_evals.reference import Kept, check_disk
 
     found = Comparison(
@@ -38,7 +39,7 @@ def score_all(
     if not any(entry.report for entry in entries):
         return found
     with tempfile.TemporaryDirectory(prefix="affinequant-") as folder:
-        kept: Kept | None = Kept(folder=Path(folder))
+        kept: Kept | None = Kept(folder=Path(folder), content=content_of(ready.folder, screen.say))
         try:
             check_disk(kept.folder, kept.bytes_for(ready.compared))
         except AffineQuantError as problem:
@@ -65,8 +66,9 @@ def _score(
     from affinequant_evals.checkpoint import score_folder
 
     fix = f"see `affinequant eval {folder} -v`"
+    machine: dict[str, Any] = {"device": recipe.device, "dtype": recipe.dtype}
     try:
-        card = score_folder(name, folder, ready, device=recipe.device, dtype=recipe.dtype, say=screen.say, **beside)
+        card = score_folder(name, folder, ready, keep=True, say=screen.say, **machine, **beside)
     except AffineQuantError as problem:
         return None, {"what": problem.what, "where": problem.where, "fix": problem.fix}
     except Exception as problem:  # one model that breaks must not take the others' scores with it

@@ -7,6 +7,8 @@ from affinequant_evals.harness import Row as Row
 from affinequant_evals.harness import Scorecard as Scorecard
 from affinequant_evals.harness import Suite as Suite
 from affinequant_evals.harness import evaluate as evaluate
+from affinequant_evals.noise import Noise as Noise
+from affinequant_evals.noise import noise_floor as noise_floor
 from affinequant_evals.scores import Delta as Delta
 from affinequant_evals.scores import Score as Score
 from affinequant_evals.scores import exp_mean_score as exp_mean_score
@@ -17,6 +19,7 @@ __all__ = [
     "Better",
     "Delta",
     "Metric",
+    "Noise",
     "Row",
     "Score",
     "Scorecard",
@@ -24,4 +27,5 @@ __all__ = [
     "evaluate",
     "exp_mean_score",
     "mean_score",
+    "noise_floor",
 ]
