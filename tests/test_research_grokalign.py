@@ -29,10 +29,10 @@ from affinequant_research.grokalign.training import (
     Grokfast,
     Penalty,
     geometry_probes,
-    rounded,
     squared_error,
 )
 from affinequant_research.grokalign.xor import boundaries
+from affinequant_research.rounded import rounded
 from affinequant_research.running import run_experiment
 from affinequant_research.summary import summary
 from torch import Tensor, nn

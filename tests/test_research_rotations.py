@@ -12,7 +12,7 @@ import torch
 from affinequant_research.experiment import Experiment, Method, find_experiments
 from affinequant_research.rotations.charts import cut
 from affinequant_research.rotations.ik import SKELETON, Body
-from affinequant_research.rotations.learner import in_blocks, perceptron, rounded
+from affinequant_research.rotations.learner import in_blocks
 from affinequant_research.rotations.pointcloud import make_shapes
 from affinequant_research.rotations.representations import (
     REPRESENTATIONS,
@@ -260,16 +260,6 @@ def test_training_that_was_cut_short_goes_on_to_the_same_bytes(name: str, tmp_pa
         trained(tmp_path / "cut", 1)
     again = trained(tmp_path / "cut", None)
     assert all(torch.equal(again[key], whole[key]) for key in whole)
-
-
-def test_rounded_networks_keep_what_has_bits_enough() -> None:
-    torch.manual_seed(0)
-    net = perceptron(4, 8, 3)
-    fine, rough = rounded(net, 12), rounded(net, 2)
-    x = torch.randn(20, 4)
-    torch.testing.assert_close(fine(x), net(x), rtol=0, atol=1e-2)
-    assert off(rough(x), net(x)) > 0.05
-    assert all(len(row.unique()) <= 4 for row in rough[0].weight)
 
 
 @pytest.mark.parametrize("updates", [0, -100, 150])

@@ -33,10 +33,10 @@ from affinequant_research.grokalign.training import (
     measured,
     mlp,
     one,
-    rounded,
     slices_of,
     suite_of,
 )
+from affinequant_research.rounded import rounded
 from affinequant_research.series import first_update, value_at
 
 MEMORISED = 0.99

@@ -12,9 +12,6 @@ from torch import Tensor, nn
 
 from affinequant.errors import unknown_name
 from affinequant.fit import Group
-from affinequant.numbers import grid_of
-from affinequant.numbers.weights import fake_quantize, weight_range
-from affinequant.recipe.scheme import NumberFormat
 from affinequant_research.grokalign.jacobian import (
     Estimator,
     centroid_alignment,
@@ -200,17 +197,6 @@ def suite_of(name: str, train: Batch, test: Batch, probed: Tensor, more: Sequenc
         for side, data in (("train", train), ("test", test))
     ]
     return Suite(name=name, metrics=(*sides, *kinds, *more))
-
-
-def rounded(network: nn.Sequential, bits: int) -> Callable[[Tensor], Tensor]:
-    """The network with weights on the quantiser's own grid: nearest, asymmetric, one scale for each output channel."""
-    grid = grid_of(NumberFormat(bits=bits, symmetric=False, granularity="channel"))
-    with torch.no_grad():
-        lent = {
-            name: fake_quantize(weight, *weight_range(weight, grid), grid).to(weight)
-            for name, weight in network.named_parameters()
-        }
-    return lambda x: torch.func.functional_call(network, lent, (x,))
 
 
 def one(value: float) -> Score:

@@ -1,6 +1,5 @@
 """What the experiments train: a small network whose output is read as rotations, in blocks of updates."""
 
-import copy
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, Literal
@@ -10,9 +9,6 @@ from torch import Tensor, nn
 
 from affinequant.errors import AffineQuantError
 from affinequant.fit import FitConfig, Group
-from affinequant.numbers import grid_of
-from affinequant.numbers.weights import fake_quantize, weight_range
-from affinequant.recipe.scheme import NumberFormat
 
 BLOCK = 100
 """Updates in an epoch of `fit`: batches are made for so many at once, and progress is told after as many."""
@@ -21,14 +17,18 @@ KEPT = 20
 
 
 class Learner:
-    """The objective: what `loss` makes of a batch, to be less with the network's weights."""
+    """The objective: what `measure` makes of a batch, to be less with the network's weights."""
 
-    def __init__(self, net: nn.Module, rate: float, loss: Callable[[Any], Tensor]) -> None:
-        self.net, self.rate, self.loss = net, rate, loss
+    def __init__(self, net: nn.Module, rate: float, measure: Callable[[Any], Tensor]) -> None:
+        self.net, self.rate, self.measure = net, rate, measure
 
     def groups(self) -> Sequence[Group]:
         """All weights, by the fused form of the optimizer: networks this small cost what calls cost."""
         return [Group(name="net", parameters=list(self.net.parameters()), lr=self.rate, options={"fused": True})]
+
+    def loss(self, batch: Any) -> Tensor:
+        """What is measured."""
+        return self.measure(batch)
 
     def progress(self, t: float) -> Sequence[nn.Parameter]:
         """Nothing changes over training."""
@@ -64,16 +64,3 @@ def in_blocks(updates: int, schedule: Literal["cosine", "step"] = "cosine", **ho
 def seeded(seed: int, epoch: int) -> torch.Generator:
     """The random numbers of an epoch; -1 for those that are tested on, which are the same for all seeds."""
     return torch.Generator().manual_seed(0x5EED if epoch < 0 else 1_000_003 * (seed + 1) + epoch)
-
-
-@torch.no_grad()
-def rounded(net: nn.Module, bits: int) -> nn.Module:
-    """A copy of the network with the weights of every linear on the quantiser's grid of so many bits, one scale an output,
-    to nearest."""
-    copied = copy.deepcopy(net)
-    grid = grid_of(NumberFormat(bits=bits, symmetric=False, granularity="channel"))
-    for module in copied.modules():
-        if isinstance(module, nn.Linear):
-            low, high = weight_range(module.weight, grid)
-            module.weight.copy_(fake_quantize(module.weight, low, high, grid))
-    return copied

@@ -11,6 +11,7 @@ What is published of Rodrigues' form is left out: the released script trains the
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from affinequant_evals import Score, Suite
@@ -31,7 +32,7 @@ from affinequant_research.rotations.angles import (
     figures,
     over_updates,
 )
-from affinequant_research.rotations.learner import Learner, in_blocks, perceptron, rounded, seeded, start_at
+from affinequant_research.rotations.learner import Learner, in_blocks, perceptron, seeded, start_at
 from affinequant_research.rotations.representations import (
     REPRESENTATIONS,
     angle_between,
@@ -39,6 +40,7 @@ from affinequant_research.rotations.representations import (
     steepest,
     turning,
 )
+from affinequant_research.rounded import rounded
 
 COMPARED = ("euler", "rodrigues", "axis-angle", "quaternion", "5d", "6d", "svd")
 FEW = tuple(name for name in COMPARED if REPRESENTATIONS[name].dims <= 4)
@@ -114,8 +116,8 @@ def build(config: Settings, seed: int, arm: str) -> Trial:
 
 
 def _by_bits(net: Autoencoder, tested: Tensor) -> Scores:
-    means = {bits: angle_scores(rounded(net, bits).errors(tested))["mean"] for bits in BITS}  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
-    return {f"mean@w{bits}": score for bits, score in means.items()}
+    lent: dict[int, Any] = {bits: rounded(net, bits) for bits in BITS}
+    return {f"mean@w{bits}": angle_scores(one.errors(tested))["mean"] for bits, one in lent.items()}
 
 
 def _slope(net: Autoencoder) -> Scores:

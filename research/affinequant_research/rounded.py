@@ -1,0 +1,21 @@
+"""A network of research in few bits: its linears on the quantiser's own grids."""
+
+import copy
+
+import torch
+from torch import nn
+
+from affinequant.numbers import grid_of
+from affinequant.numbers.weights import fake_quantize, weight_range
+from affinequant.recipe.scheme import NumberFormat
+
+
+@torch.no_grad()
+def rounded(network: nn.Module, bits: int) -> nn.Module:
+    """A copy of the network, the weights of its linears rounded to nearest: asymmetric, one scale for each output channel."""
+    copied = copy.deepcopy(network)
+    grid = grid_of(NumberFormat(bits=bits, symmetric=False, granularity="channel"))
+    for module in copied.modules():
+        if isinstance(module, nn.Linear):
+            module.weight.copy_(fake_quantize(module.weight, *weight_range(module.weight, grid), grid))
+    return copied
