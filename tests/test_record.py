@@ -52,6 +52,12 @@ def test_a_histogram_is_numpy_s(part: int, monkeypatch: pytest.MonkeyPatch) -> N
     assert found["crest"] == pytest.approx(row.mean(), rel=1e-5)
 
 
+@pytest.mark.parametrize(("rows", "left"), [(100, 10), (19, 19), (25, 13), (9, 9)])
+def test_rows_are_chosen_at_equal_distances(rows: int, left: int) -> None:
+    chosen = record.evenly(torch.arange(rows)[:, None], 10).flatten()
+    assert len(chosen) == left and len(chosen.diff().unique()) == 1
+
+
 @pytest.mark.parametrize("values", [torch.zeros(3, 4), torch.tensor([[1.0, torch.inf]])], ids=["nothing", "infinite"])
 def test_a_histogram_is_json_whatever_the_values(values: Tensor) -> None:
     found = json.loads(json.dumps(histogram(values), allow_nan=False))

@@ -32,8 +32,10 @@ from affinequant.transforms.diagonal import Diagonal
 from affinequant.transforms.fold import Tensors
 from affinequant.transforms.rope_pair import RopePair
 
-ROWS = 1024
+ROWS = 512
 """Tokens that are looked at, about."""
+VALUES = 1 << 19
+"""Of a weight, in whole rows; about."""
 BINS = 60
 REACH = 6.0
 """Root mean squares to either side of zero that a histogram covers, where values lie as far out."""
@@ -77,6 +79,11 @@ def histogram(values: Float[Tensor, "rows n"]) -> dict[str, Any]:
         "kurtosis": _short(fourths / values.numel() / rms**4) if rms else None,
         "crest": _short(crest / len(values)),
     }
+
+
+def evenly(values: Float[Tensor, "rows n"], count: int) -> Float[Tensor, "some n"]:
+    """At least `count` of the rows, or all of them; at equal distances."""
+    return values[:: max(1, len(values) // max(1, count))]
 
 
 def picture(matrix: Float[Tensor, "rows columns"]) -> dict[str, Any]:
@@ -223,7 +230,7 @@ def portrait(
     source: Callable[[str], Tensor],
     rotation: Transform | None,
 ) -> dict[str, dict[str, Any]]:
-    """`inputs` and `weights` before and after the block's transforms, and `pictures` of these.
+    """`inputs` and `weights` before and after the block's transforms, by some rows of each, and `pictures` of these.
 
     Args:
         objective: with the transforms as they are folded and stay.
@@ -234,7 +241,7 @@ def portrait(
     """
     inputs, offset = dict[str, Any](), job.family.norm_offset
     for name, rows in seen.items():
-        site, before = job.sites[name], rows[:: max(1, len(rows) // ROWS)].float()
+        site, before = job.sites[name], evenly(rows, ROWS).float()
         after = before
         for acting in (objective.transforms.get(name), objective.online.get(name)):
             after = acting.on_activations(after, site.sinks[0].copies) if acting else after
@@ -242,11 +249,11 @@ def portrait(
             gain = source(f"{site.sources[0].module}.weight").to(before) + offset
             before = _rotated_back(before, rotation) * gain
         inputs[name] = {"before": histogram(before), "after": histogram(after)}
-    names = [linear.name for linear in job.family.linears]
-    weights = {
-        name: {"before": histogram(source(f"{name}.weight")), "after": histogram(folded[f"{name}.weight"])}
-        for name in names
-    }
+    names, weights = [linear.name for linear in job.family.linears], dict[str, Any]()
+    for name in names:
+        both = {"before": source(f"{name}.weight"), "after": folded[f"{name}.weight"]}
+        rows = VALUES // both["after"].shape[1]
+        weights[name] = {when: histogram(evenly(weight, rows)) for when, weight in both.items()}
     online = {f"{name} online": module for name, module in objective.online.items()}
     return {"inputs": inputs, "weights": weights, "pictures": pictures({**objective.transforms, **online})}
 
