@@ -325,6 +325,13 @@ def test_scores_alone() -> None:
     assert built.title == "Scores of out" and "rises 1.18 times" in plain(built.verdict)
 
 
+def test_of_several_scores_the_last_count() -> None:
+    older = scores(metrics={"perplexity@c4,seq2048": metric(30.5, 25.5), "kl@demo,seq2048": metric(0.9, None)})
+    built = build_page(sources(None, older, scores()))
+    values = [value for value, _ in Seen(to_html(built)).numbers]
+    assert plain(built.verdict).startswith("Perplexity on demo rises") and 30.5 in values and 0.9 not in values
+
+
 def test_scores_of_before_there_were_intervals() -> None:
     card = scores()
     for one in card["metrics"].values():

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from affinequant.errors import PREFLIGHT, AffineQuantError
-from affinequant.report import blocks, made, measured, origin, transforms
+from affinequant.report import blocks, checked, made, measured, origin, transforms
 from affinequant.report.compared import comparison_page
 from affinequant.report.figure import Figure
+from affinequant.report.intervals import gather
 from affinequant.report.page import Page, Table, section
 from affinequant.report.reading import Made, Object, Sources
 from affinequant.report.words import Words, joined, number, numeric, pieces
@@ -41,9 +42,9 @@ def run_page(run: Made, scores: Sequence[Object]) -> Page:
     """A run, with its scores where there are any."""
     report = run.report
     steps = [block for block in report.get("blocks") or () if isinstance(block, Mapping)]
-    metrics = measured.gather(scores)
-    failed = measured.failures(scores) + (["it did not pass its verification"] if run.failed else [])
-    doubts = measured.doubts(scores)
+    metrics = gather(scores)
+    failed = checked.failures(scores) + (["it did not pass its verification"] if run.failed else [])
+    doubts = checked.doubts(scores)
     tier, preset = report.get("tier"), report.get("preset")
     return Page(
         title=made.name_of(report),
@@ -75,15 +76,15 @@ def run_page(run: Made, scores: Sequence[Object]) -> Page:
 
 def score_page(scores: Sequence[Object]) -> Page:
     """Scores alone."""
-    failed, doubts, env = measured.failures(scores), measured.doubts(scores), scores[-1].get("env") or {}
+    failed, doubts, env = checked.failures(scores), checked.doubts(scores), scores[-1].get("env") or {}
     names = dict.fromkeys(Path(str(card["checkpoint"])).name for card in scores)
     baseline = (scores[0].get("baseline") or {}).get("checkpoint")
     return Page(
         title=f"Scores of {', '.join(names)}",
         subtitle=f"next to {Path(str(baseline)).name}" if baseline else "without a baseline",
-        verdict=_verdict(failed, *doubts, measured.sentence(measured.gather(scores))),
+        verdict=_verdict(failed, *doubts, measured.sentence(gather(scores))),
         bad=bool(failed or doubts),
-        tiles=measured.tiles(measured.gather(scores)),
+        tiles=measured.tiles(gather(scores)),
         sections=(
             *measured.score_sections(scores),
             *section("Where it comes from", origin.facts({"env": env})),

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from affinequant.report.figure import Axis, Figure, Series
-from affinequant.report.measured import interval_of, series_of
+from affinequant.report.intervals import interval_of, series_of
 from affinequant.report.origin import facts
 from affinequant.report.page import Page, Section, Table, Text, section
 from affinequant.report.reading import Object

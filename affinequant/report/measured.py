@@ -1,64 +1,30 @@
 """What a page says of scores: before and after, with intervals, and whether a difference is more than chance."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from affinequant.report.figure import Axis, Figure, Numbers, Series
+from affinequant.report import checked
+from affinequant.report.figure import Axis, Figure
+from affinequant.report.intervals import (
+    FULL,
+    LEVEL,
+    SHORT,
+    baseline_interval,
+    delta_interval,
+    gather,
+    is_perplexity,
+    own_interval,
+    series_of,
+    shown_with,
+)
 from affinequant.report.page import Section, Table, Text, Tile, section
 from affinequant.report.reading import Object
 from affinequant.report.words import Value, Words, between, fixed, joined, number, numeric
 
-FULL, SHORT = "full precision", "quantised"
-LEVEL = 0.95
 _ABOUT_INTERVALS = (
     "Intervals hold 95 % by Student's t. That of a difference is of pairs, the same windows and questions for both models, "
     "and so far narrower than those of the two values: where it leaves out zero, the difference is more than chance."
 )
-
-
-def gather(scores: Sequence[Object]) -> dict[str, Object]:
-    """Metric -> what is known of it; of one in several files, what the last says."""
-    return {name: one for card in scores for name, one in card["metrics"].items() if isinstance(one, Mapping)}
-
-
-def interval_of(
-    value: Any, stderr: Any, dof: Any, stated: Any = None, *, ratio: bool = False
-) -> tuple[float, float] | None:
-    """Ends of the 95 % interval: as stated, or from a standard error and its degrees of freedom; None where neither is.
-
-    Args:
-        ratio: the value is an exponential of a mean, as a perplexity is: the interval is that of the mean.
-    """
-    if isinstance(stated, list) and len(stated) == 2 and all(map(numeric, stated)):
-        return stated[0], stated[1]
-    if not (numeric(value) and numeric(stderr) and numeric(dof) and dof > 0):
-        return None
-    from scipy.special import stdtrit
-
-    half = float(stdtrit(dof, (1 + LEVEL) / 2)) * stderr
-    return (value * math.exp(-half / value), value * math.exp(half / value)) if ratio else (value - half, value + half)
-
-
-def is_perplexity(name: str) -> bool:
-    """Whether a metric is one."""
-    return name.startswith("perplexity@")
-
-
-def own_interval(name: str, one: Object) -> tuple[float, float] | None:
-    """Of the checkpoint's own value."""
-    return interval_of(*map(one.get, ("value", "stderr", "dof", "interval")), ratio=is_perplexity(name))
-
-
-def baseline_interval(name: str, one: Object) -> tuple[float, float] | None:
-    """Of the baseline's value, which was measured on as many observations."""
-    keys = ("baseline", "baseline_stderr", "dof", "baseline_interval")
-    return interval_of(*map(one.get, keys), ratio=is_perplexity(name))
-
-
-def delta_interval(one: Object) -> tuple[float, float] | None:
-    """Of the difference."""
-    return interval_of(*map((one.get("delta") or {}).get, ("value", "stderr", "dof", "interval")))
 
 
 def leading(metrics: Mapping[str, Object]) -> tuple[str, Object] | None:
@@ -124,28 +90,12 @@ def score_sections(scores: Sequence[Object]) -> tuple[Section, ...]:
             *(Text(words=words) for words in _how(scores)),
             about=_ABOUT_INTERVALS,
         ),
-        *section("Gates", _gates(scores), about="What the command was told to hold."),
-        *section("Does it still speak?", *_samples(scores), about="The most likely next token, again and again."),
-        *section("Against what was published", *_published(scores)),
+        *section("Gates", checked.gates(scores), about="What the command was told to hold."),
+        *section(
+            "Does it still speak?", *checked.samples(scores), about="The most likely next token, again and again."
+        ),
+        *section("Against what was published", *checked.published(scores)),
     )
-
-
-def failures(scores: Sequence[Object]) -> list[str]:
-    """What was checked and failed, in words: gates, metrics."""
-    gates = [one for one in _rows(scores, "gates") if not one.get("passed")]
-    failed = [str(one.get("said") or f"{one.get('metric', '?')} is over its limit") for one in gates]
-    return failed + [f"{name} could not be measured" for name, one in gather(scores).items() if one.get("error")]
-
-
-def doubts(scores: Sequence[Object]) -> list[str]:
-    """What no limit was set on, and looks wrong."""
-    samples, bad = _rows(scores, "samples"), len(_broken(scores))
-    return [f"{bad} of {len(samples)} greedy texts look{'s' * (bad == 1)} broken"] if bad else []
-
-
-def _broken(scores: Sequence[Object]) -> list[Object]:
-    """The greedy texts that look broken where the baseline's do not."""
-    return [one for one in _rows(scores, "samples") if one.get("suspicious") and not one.get("baseline_suspicious")]
 
 
 def _table(metrics: Mapping[str, Object]) -> Table | None:
@@ -159,20 +109,15 @@ def _table(metrics: Mapping[str, Object]) -> Table | None:
         rows.append(
             (
                 name,
-                _with(one["baseline"], baseline_interval(name, one)) if numeric(one.get("baseline")) else "",
-                _with(one["value"], own_interval(name, one)),
-                _with(delta["value"], delta_interval(one), sign=True) if numeric(delta.get("value")) else "",
+                shown_with(one["baseline"], baseline_interval(name, one)) if numeric(one.get("baseline")) else "",
+                shown_with(one["value"], own_interval(name, one)),
+                shown_with(delta["value"], delta_interval(one), sign=True) if numeric(delta.get("value")) else "",
                 number(one["n"]) if numeric(one.get("n")) else "",
                 better,
             )
         )
     columns = ("metric", FULL, SHORT, "difference", "n", "")
     return Table(columns=columns, rows=tuple(rows), right=(1, 2, 3, 4)) if rows else None
-
-
-def _with(value: float, ends: tuple[float, float] | None, *, sign: bool = False) -> Words:
-    shown = number(value, 3 if sign else 4, sign=sign)
-    return joined((shown, " (", between(*ends, sign=sign), ")"), "") if ends else shown
 
 
 def _signed(ends: tuple[float, float]) -> Words:
@@ -221,15 +166,6 @@ def _differences(metrics: Mapping[str, Object]) -> Figure | None:
     )
 
 
-def series_of(name: str, rows: Sequence[tuple[Any, tuple[float, float] | None]]) -> Series:
-    """Values with the ends of their intervals, as a figure takes them."""
-    y: Numbers = tuple(value if numeric(value) else None for value, _ in rows)
-    ends = [found for _, found in rows]
-    low: Numbers = tuple(found[0] if found else None for found in ends) if any(ends) else ()
-    high: Numbers = tuple(found[1] if found else None for found in ends) if any(ends) else ()
-    return Series(name=name, y=y, low=low, high=high)
-
-
 def _how(scores: Sequence[Object]) -> list[Words]:
     """How each perplexity was measured, once for all that were measured alike."""
     said: list[Words] = []
@@ -245,56 +181,3 @@ def _how(scores: Sequence[Object]) -> list[Words]:
             )
             said.append(words)
     return said + [f"{note[0].upper()}{note[1:]}." for card in scores for note in card.get("notes") or () if note]
-
-
-def _rows(scores: Sequence[Object], name: str) -> list[Object]:
-    """The rows of a part of all scores, each once."""
-    found: list[Object] = []
-    for card in scores:
-        rows = card.get(name)
-        found += (
-            [one for one in rows if isinstance(one, Mapping) and one not in found] if isinstance(rows, list) else []
-        )
-    return found
-
-
-def _gates(scores: Sequence[Object]) -> Table | None:
-    rows: list[tuple[Words, ...]] = []
-    for gate in _rows(scores, "gates"):
-        value, ends = gate.get("value"), gate.get("interval")
-        found = _with(value, interval_of(value, None, None, ends)) if numeric(value) else "not measured"
-        limit = number(gate["limit"]) if numeric(gate.get("limit")) else ""
-        name, kind = str(gate.get("metric", "")), str(gate.get("kind", ""))
-        rows.append((name, kind, found, limit, "pass" if gate.get("passed") else "FAIL"))
-    return Table(columns=("metric", "", "value", "limit", ""), rows=tuple(rows), right=(2, 3)) if rows else None
-
-
-def _samples(scores: Sequence[Object]) -> list[Table | Text]:
-    samples = _rows(scores, "samples")
-    if not samples:
-        return []
-    rows = tuple(
-        (str(one.get("prompt", "")), str(one.get("baseline") or ""), str(one.get("text", ""))) for one in samples
-    )
-    bad = [f"{one.get('prompt', '')} ({one['suspicious']})" for one in _broken(scores)]
-    warning = [Text(words=f"Looks broken after: {'; '.join(bad)}.", warns=True)] if bad else []
-    return [*warning, Table(columns=("prompt", FULL, SHORT), rows=rows)]
-
-
-def _published(scores: Sequence[Object]) -> list[Table]:
-    """The reproduction table: what others published, beside what was measured here."""
-    rows = tuple(
-        (
-            str(one.get("method", "")),
-            str(one.get("scheme", "")),
-            str(one.get("measured", "")),
-            number(one["value"]) if numeric(one.get("value")) else "",
-            number(one["ours"]) if numeric(one.get("ours")) else "",
-            str(one.get("verdict", "")),
-            str(one.get("reason") or "; ".join(map(str, one.get("differs") or ()))),
-            str(one.get("source", "")),
-        )
-        for one in _rows(scores, "published")
-    )
-    columns = ("method", "numbers", "measured", "published", "here", "", "why", "source")
-    return [Table(columns=columns, rows=rows, right=(3, 4))] if rows else []
