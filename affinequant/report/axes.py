@@ -21,7 +21,7 @@ VARIABLES = {_INK: "ink", _MUTED: "muted", _RULE: "rule"} | {
     colour: f"c{index}" for index, colour in enumerate(_COLOURS, start=1)
 }
 """Stand-in -> the variable of the page's style."""
-GOOD, BAD = (42, 111, 187), (213, 94, 0)
+GOOD, BAD = (64, 136, 216), (213, 94, 0)
 """Red, green and blue of pictures: of what is neither, and of what is bad."""
 STRONGEST = 0.8
 """Of a picture's colour, so that a number in its cell can be read in either theme."""
