@@ -247,6 +247,14 @@ def test_settings_that_cannot_be_are_refused(
     assert says in str(caught.value) and caught.value.exit_code == 2
 
 
+@pytest.mark.parametrize("name", ["digits", "inhibit"])
+def test_the_authors_settings_ask_for_their_data(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    one = EXPERIMENTS[name]
+    with pytest.raises(AffineQuantError, match="is not in MNIST"):
+        run_experiment("grokalign", one, one.presets["paper"], (0,), "paper", tmp_path)
+
+
 def test_digits_without_scikit_learn_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(AffineQuantError, match=r"pip install '\.\[research\]'") as caught:

@@ -51,7 +51,7 @@ class Digits:
     """Settings. An epoch is `train / batch` updates.
 
     Attributes:
-        data: a folder with MNIST; empty for scikit-learn's digits.
+        data: a folder with MNIST; empty for scikit-learn's digits. `paper` looks in ./MNIST.
         scale: of the start, in torch's own.
         jacobian: weight of the penalty in the arm `grokalign`; it belongs to the inputs' length and the start's scale.
         epochs, aligned_epochs: the budgets without and with the penalty.
@@ -212,6 +212,7 @@ PRESETS = {
     "bench": BENCH,
     "paper": dataclasses.replace(
         BENCH,
+        data="MNIST",
         train=1024,
         test=1024,
         scale=8.0,

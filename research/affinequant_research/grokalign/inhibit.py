@@ -112,7 +112,16 @@ EXPERIMENT = Experiment(
         "ci": dataclasses.replace(BENCH, epochs=200),
         "bench": BENCH,
         "paper": dataclasses.replace(
-            BENCH, train=1024, test=1024, scale=8.0, dtype="float64", jacobian=1e-3, level=5.0, batch=196, epochs=32_000
+            BENCH,
+            data="MNIST",
+            train=1024,
+            test=1024,
+            scale=8.0,
+            dtype="float64",
+            jacobian=1e-3,
+            level=5.0,
+            batch=196,
+            epochs=32_000,
         ),
     },
     stages=lambda config: arms(config.arms, BENCH.arms),
