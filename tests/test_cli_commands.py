@@ -406,7 +406,9 @@ def test_eval_beside_a_baseline(made: Path, text: Path, capsys: Capture, monkeyp
     assert list(rows) == ["perplexity", "kl", "agreement", "flips"]
     assert rows["kl"].endswith("lower is better") and rows["agreement"].endswith("higher is better")
     assert "3 windows of 32 tokens of text.txt, one every 16, " in shown.out
-    how = "beside the baseline (live)" if fits else "by the baseline's 256 largest logits of each: a lower bound, "
+    how = (
+        "beside the baseline (live)" if fits else "by the baseline's 128 largest logits of each and 32 that were drawn"
+    )
     assert f"kl@{label}: the same tokens, {how}" in shown.out
     assert ("do not fit into memory together" in shown.err) is not fits
     entry = answer(capsys, argv)["metrics"][f"kl@{label}"]

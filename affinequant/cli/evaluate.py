@@ -32,7 +32,7 @@ in brackets 95 % by Student's t. Better or worse is said only where they hold no
 Beside a baseline three more rows a text, of the same tokens: kl is the mean divergence of the next-token distribution from
 the baseline's (nats), agreement the share of tokens before which both hold the same token most likely, flips the share that
 exactly one of them predicts right. Both models are in memory where they fit together; else the baseline runs first and
-leaves its largest logits of each token on disk ($TMPDIR), and kl is a lower bound.
+leaves its largest logits of each token, and some drawn from the rest, on disk ($TMPDIR): kl is then an estimate.
 
 Scores are kept, by the content of weights, tokens and settings and by versions: the same command prints them again, a
 baseline is scored once for all its checkpoints, and after Ctrl-C the same command goes on.
@@ -252,8 +252,8 @@ def _beside(about: Mapping[str, Any]) -> str:
     if "outside" not in about:
         return f"beside the baseline ({about['reference']})"
     return (
-        f"by the baseline's {about['top_k']} largest logits of each: a lower bound, "
-        f"{100 * about['outside']:.2g} % of its probability lies outside"
+        f"by the baseline's {about['top_k']} largest logits of each and {about['drawn']} that were drawn from the rest, "
+        f"which holds {100 * about['outside']:.2g} % of its probability; at least {about['at_least']:.4g}"
     )
 
 

@@ -2,8 +2,8 @@
 
 Passes over the same windows take turns in one process, so that whatever else the machine does meets them alike: the bare
 forward passes, perplexity, perplexity and KL beside a live baseline, and the two passes where the baseline is kept on
-disk. Prints a line to stderr and one JSON object to stdout: times, their ratios, how far the kept KL lies below the
-exact one, and the peak memory with a few windows and with four times as many.
+disk. Prints a line to stderr and one JSON object to stdout: times, their ratios, the kept KL beside the exact
+one, and the peak memory with a few windows and with four times as many.
 """
 
 import argparse
@@ -33,22 +33,23 @@ from affinequant_evals.windows import Windows, cut_windows
 ASKED = {"perplexity": 1.1, "live": 2.3}
 """How often a pass may take the time of the bare forward passes of one model."""
 MORE = 4
-"""So many times the windows show whether memory grows with them."""
+"""So many times the windows that are timed show whether memory grows with them."""
 
 
 def measure(
-    subject: LanguageModel, other: LanguageModel, windows: Windows, *, rounds: int = 3, k: int = K
+    subject: LanguageModel, other: LanguageModel, windows: Windows, *, timed: int, rounds: int = 3, k: int = K
 ) -> dict[str, Any]:
-    """Time the passes; `windows` holds `MORE` times as many as are timed.
+    """Time the passes on the first `timed` windows; all of them, where there are more, go into the peak of memory.
 
     Returns:
         seconds: wall clock of each kind of pass, summed over rounds; `cpu_seconds` of all threads.
         ratios: to the bare passes of the model that is read, in CPU seconds where it computes on a CPU; of `live` to
             those of the subject alone.
-        kl: nats per token, `live` and `kept`, and the baseline's probability `outside` of what was kept.
+        kl: nats per token, `live` and `kept` with the bound that is sure, and the baseline's probability `outside` of its
+            `top_k` tokens.
         peak_bytes: by number of windows; on a GPU what was allocated there.
     """
-    few = replace(windows, ids=windows.ids[: max(len(windows.ids) // MORE, 1)])
+    few = replace(windows, ids=windows.ids[:timed])
     with tempfile.TemporaryDirectory(prefix="affinequant-") as name:
         folder = Path(name)
         passes, found = _passes(subject, other, folder, k), {}
@@ -61,9 +62,10 @@ def measure(
                 clocks["seconds"][what] += time.perf_counter() - wall
                 clocks["cpu_seconds"][what] += time.process_time() - cpu
         peaks = {len(few.ids): _peak(subject)}
-        for function in passes.values():
-            function(windows)
-        peaks[len(windows.ids)] = _peak(subject)
+        if len(windows.ids) > timed:
+            for function in passes.values():
+                function(windows)
+            peaks[len(windows.ids)] = _peak(subject)
     clock = clocks["seconds" if _device(subject).type == "cuda" else "cpu_seconds"]
     tokens = sum(few.counts)
     return {
@@ -75,7 +77,8 @@ def measure(
             "kept": clock["kept"] / clock["bare"],
         },
         "kl": {what: float(found[what]["kl"].sum()) / tokens for what in ("live", "kept")}
-        | {"outside": float(found["kept"]["outside"].sum()) / tokens, "top_k": k},
+        | {name: float(found["kept"][name].sum()) / tokens for name in ("at_least", "outside")}
+        | {"top_k": k},
         "peak_bytes": peaks,
         "budget_bytes": BUDGET,
     }
@@ -127,9 +130,10 @@ def summary(result: Mapping[str, Any]) -> str:
         asked = ASKED.get(name)
         verdict = "" if asked is None else f" ({'met' if ratio <= asked else 'MISSED'}: {asked} asked)"
         parts.append(f"{name} {ratio:.2f}{verdict}")
-    (few, first), (many, last) = result["peak_bytes"].items()
-    memory = f"peak {first / 1e6:.0f} MB with {few} windows, {(last - first) / 1e6:+.0f} MB with {many}"
-    return f"x the bare forward passes: {', '.join(parts)}; {memory}"
+    (few, first), *more = result["peak_bytes"].items()
+    memory = [f"peak {first / 1e6:.0f} MB with {few} windows"]
+    memory += [f"{(last - first) / 1e6:+.0f} MB with {many}" for many, last in more]
+    return f"x the bare forward passes: {', '.join(parts)}; {', '.join(memory)}"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -138,7 +142,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("model", help="a checkpoint folder, any model folder, a hub id or `demo`")
     parser.add_argument("--against", metavar="MODEL", help="the baseline (default: the model itself, loaded once)")
     parser.add_argument("--text", default="demo", help="`demo`, `wikitext2` or a file (default: demo)")
-    parser.add_argument("--windows", type=int, default=2, help=f"windows that are timed (default: 2), of {MORE} times")
+    parser.add_argument("--windows", type=int, default=2, help="windows that are timed (default: 2)")
+    parser.add_argument(
+        "--more", type=int, default=MORE, help=f"times as many for the memory (default: {MORE}; 1: none)"
+    )
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--top-k", type=int, default=K, help=f"logits of a token that are kept (default: {K})")
@@ -149,9 +156,9 @@ def main(argv: list[str] | None = None) -> None:
     models = [affinequant.load(folder, device=given.device, dtype=given.dtype) for folder in folders]
     tokenizer = load_tokenizer(folders[0], models[0].config.get_text_config().vocab_size)
     name, text = evaluation_text(given.text)
-    windows = cut_windows(name, text, tokenizer, seq_len=given.seq_len, windows=given.windows * MORE)
+    windows = cut_windows(name, text, tokenizer, seq_len=given.seq_len, windows=given.windows * given.more)
     subject, other = (LanguageModel(model=models[place], tokenizer=tokenizer, name="") for place in (0, -1))
-    result = measure(subject, other, windows, rounds=given.rounds, k=given.top_k)
+    result = measure(subject, other, windows, timed=given.windows, rounds=given.rounds, k=given.top_k)
     print(summary(result), file=sys.stderr)
     asked = {"model": given.model, "against": given.against, "text": name, "windows": given.windows}
     print(json.dumps(asked | {"seq_len": given.seq_len, "rounds": given.rounds} | result), flush=True)

@@ -1,7 +1,7 @@
 """Perplexity of a text, and in the same pass how far the model's distributions are from a reference's."""
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
@@ -13,9 +13,9 @@ from torch import Tensor
 from affinequant.data.wheels import Say, quiet
 from affinequant.progress import Steps
 from affinequant_evals.harness import Battery, Better, Metric
-from affinequant_evals.logits import Logits, Piece, open_logits, weigh
+from affinequant_evals.logits import Logits, open_logits, weigh
 from affinequant_evals.part import Part
-from affinequant_evals.reference import Compare, Kept, Live, Reference
+from affinequant_evals.reference import Compare, Kept, Live, Record, Reference
 from affinequant_evals.scores import Score, exp_mean_score, mean_score
 from affinequant_evals.windows import Bos as Bos
 from affinequant_evals.windows import Windows
@@ -80,7 +80,7 @@ def on_text(windows: Windows) -> OnText:
         if subject.reference and "kl" in sums:
             about = windows.about | {"backend": subject.backend} | subject.reference.about
             for what, better in COMPARED.items():
-                more = _bound(sums, windows) if what == "kl" else {}
+                more = _known(sums, windows) if what == "kl" else {}
                 score = mean_score(_per_window(sums[what], windows), key=windows.key, about=about | more)
                 rows[f"{what}@{windows.label}"] = (better, score)
         return rows
@@ -129,7 +129,7 @@ def read(subject: LanguageModel, windows: Windows, part: Part | None = None) -> 
 
 
 def _read_window(
-    logits: Logits, windows: Windows, index: int, compare: Compare | None, record: Callable[[Piece], None] | None
+    logits: Logits, windows: Windows, index: int, compare: Compare | None, record: Record | None
 ) -> dict[str, float]:
     """The sums over one window's tokens."""
     ids, found = windows.ids[index], defaultdict[str, Any](float)
@@ -137,9 +137,10 @@ def _read_window(
     for start in range(0, len(places), logits.rows):
         some = places[start : start + logits.rows]
         targets = ids[some.start + 1 : some.stop + 1].to(logits.model.device)
-        mine = weigh(piece(slice(some.start, some.stop)), targets)[0]
+        mine, likely = weigh(piece(slice(some.start, some.stop)), targets)
         if record:
-            record(mine)
+            record(mine, likely)
+        del likely  # before the reference makes its own
         for name, values in ({"loss": mine.loss} | (compare(some, mine) if compare else {})).items():
             found[name] += values.sum()
     return {name: float(total) for name, total in found.items()}
@@ -155,11 +156,9 @@ def window_losses(model: "PreTrainedModel", ids: Int64[Tensor, "windows seq_len"
     return read(subject, Windows(ids=ids, text="", bos=""))["loss"] / (ids.shape[1] - 1)
 
 
-def _bound(sums: Sums, windows: Windows) -> dict[str, Any]:
-    """How far a divergence may be from the true one where a reference does not know all."""
-    if "outside" not in sums:
-        return {}
-    return {"bound": "lower", "outside": float(sums["outside"].sum()) / sum(windows.counts)}
+def _known(sums: Sums, windows: Windows) -> dict[str, float]:
+    """What a divergence is known from where a reference does not know all: means over tokens."""
+    return {name: float(sums[name].sum()) / sum(windows.counts) for name in ("outside", "at_least") if name in sums}
 
 
 def _perplexity(sums: Sums, windows: Windows, subject: LanguageModel) -> Score:
