@@ -4,6 +4,7 @@ import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from affinequant_evals import task_sources
@@ -33,7 +34,14 @@ def test_an_engine_gives_the_scores_of_this_runtime(
     find_format("auto").write(rounded(source, "w4a4"), folder)
     (folder / "report.json").write_text(json.dumps({"model": str(source)}))
     text.write_text(" ".join(f"{index} herons over {index % 7} reeds" for index in range(60)))
-    wanted = {"tasks": ["piqa"], "text": str(text), "limit": 4, "seq_len": 48, "windows": 4, "device": "cpu"}
+    wanted: dict[str, Any] = {
+        "tasks": ["piqa"],
+        "text": str(text),
+        "limit": 4,
+        "seq_len": 48,
+        "windows": 4,
+        "device": "cpu",
+    }
     with pytest.raises(AffineQuantError, match="exceed the context of 1024") as caught:
         eval_checkpoint(folder, backend="vllm", **wanted | {"seq_len": 1024})
     assert caught.value.exit_code == USAGE

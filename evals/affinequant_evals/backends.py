@@ -225,7 +225,7 @@ def _told_on_stderr() -> Iterator[None]:
     """vLLM's processes are started afresh, not forked from one with threads, and say what is wrong on stderr alone."""
     wanted = {
         "VLLM_LOGGING_STREAM": "ext://sys.stderr",
-        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
     }
     set_here = {name: value for name, value in wanted.items() if name not in os.environ}

@@ -48,6 +48,9 @@ class OneBos:
     reserve = 0
     """Tokens that must be left of `max_length` beside those that are scored."""
 
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)  # lm-eval's class, which stands behind this one
+
     def begin(self, say: Say, bos: Bos) -> None:
         """Start counting, under a policy."""
         self.bos, self.asked, self.began, self.say = bos, 0, 0, say

@@ -78,7 +78,7 @@ def on_text(windows: Windows) -> OnText:
         sums = read(subject, windows, part) if losses is None else {"loss": losses}
         rows: dict[str, tuple[Better, Score]] = {name: ("lower", _perplexity(sums, windows, subject))}
         if subject.reference and "kl" in sums:
-            about = windows.about | {"backend": subject.backend} | subject.reference.about
+            about = {**windows.about, "backend": subject.backend, **subject.reference.about}
             for what, better in COMPARED.items():
                 more = _known(sums, windows) if what == "kl" else {}
                 score = mean_score(_per_window(sums[what], windows), key=windows.key, about=about | more)

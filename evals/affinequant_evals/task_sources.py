@@ -56,7 +56,8 @@ class TaskSource:
     def kinds(self) -> frozenset[str]:
         """What is asked of a model, in lm-eval's words: `multiple_choice`, `generate_until`, ...; nothing for a group."""
         entry = self.stock.task_index[self.name]
-        return frozenset([(entry.cfg or {}).get("output_type")]) - {None}
+        kind = (entry.cfg or {}).get("output_type")
+        return frozenset([kind] if kind else [])
 
     def manager(self, folder: Path, say: Say = quiet) -> Any:
         """What lm-eval loads the task from; local rows are written into `folder`, which must stay until it has run."""
