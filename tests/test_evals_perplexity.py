@@ -12,6 +12,7 @@ import torch
 from affinequant_evals import evaluate, logits, perplexity
 from affinequant_evals.harness import Suite
 from affinequant_evals.perplexity import LanguageModel, window_losses
+from affinequant_evals.reference import Live
 from affinequant_evals.suites import Measurements, build_suite
 from affinequant_evals.windows import cut_windows
 
@@ -145,6 +146,36 @@ def test_a_model_that_scales_its_logits() -> None:
     ids = torch.randint(320, (3, 24))
     assert logits.open_logits(model, ids[0]).piecewise
     assert window_losses(model, ids).tolist() == pytest.approx(losses_by_hand(model, ids), rel=1e-5)
+
+
+def test_a_model_that_caps_its_logits() -> None:
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 16}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "query_pre_attn_scalar": 16}
+    model = Gemma2ForCausalLM(Gemma2Config(**sizes, **heads, final_logit_softcapping=0.5)).eval()
+    ids = torch.randint(320, (3, 24))
+    assert logits.open_logits(model, ids[0]).piecewise
+    assert window_losses(model, ids).tolist() == pytest.approx(losses_by_hand(model, ids), rel=1e-5)
+
+
+def test_a_model_whose_logits_need_the_whole_window(subject: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = subject.model.forward
+
+    def odd(*given: Any, **named: Any) -> Any:
+        found: Any = forward(*given, **named)
+        found.logits = found.logits - 0.5 * found.logits.mean(dim=1, keepdim=True)
+        return found
+
+    monkeypatch.setattr(subject.model, "forward", odd)
+    windows = cut_windows("text", TEXT, subject.tokenizer, seq_len=48, windows=2)
+    assert not logits.open_logits(subject.model, windows.ids[0]).piecewise
+    monkeypatch.setattr(logits, "BUDGET", 4 * 4 * 320 * 7)
+    expected = losses_by_hand(subject.model, windows.ids)
+    assert window_losses(subject.model, windows.ids).tolist() == pytest.approx(expected, rel=1e-5)
+    beside = replace(subject, reference=Live(load=lambda: subject.model))
+    assert perplexity.read(beside, windows)["kl"].tolist() == [0.0, 0.0]
 
 
 def test_bfloat16_is_scored_in_float32(subject: LanguageModel, tiny: Callable[..., Path]) -> None:

@@ -42,10 +42,10 @@ def available_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return min(psutil.virtual_memory().available, _left_in_container())
+    return int(min(psutil.virtual_memory().available, _left_in_container()))
 
 
-def _left_in_container() -> int | float:
+def _left_in_container() -> float:
     """What a limit of this control group leaves; the page cache gives way and does not count."""
     try:
         limit = (_CGROUP / "memory.max").read_text().strip()

@@ -81,7 +81,7 @@ def on_text(windows: Windows) -> OnText:
             about = {**windows.about, "backend": subject.backend, **subject.reference.about}
             for what, better in COMPARED.items():
                 more = _known(sums, windows) if what == "kl" else {}
-                score = mean_score(_per_window(sums[what], windows), key=windows.key, about=about | more)
+                score = mean_score(_per_window(sums[what], windows), key=windows.key, about={**about, **more})
                 rows[f"{what}@{windows.label}"] = (better, score)
         return rows
 
