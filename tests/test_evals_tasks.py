@@ -25,6 +25,7 @@ from affinequant import progress
 from affinequant.data.demo import DEMO_TASKS, demo_task_rows
 from affinequant.data.wheels import find_package
 from affinequant.errors import PREFLIGHT, USAGE, AffineQuantError
+from affinequant.run.run import Run
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed"),
@@ -154,6 +155,19 @@ def test_what_decides_a_score_names_it(subject: LanguageModel) -> None:
     others = [fingerprint("boolq"), fingerprint(limit=3), fingerprint(num_fewshot=1), fingerprint(bos="no")]
     assert all(first != other for other in others)
     assert fingerprint(tokenizer="") == {}, "without the tokens it is not known what was measured"
+
+
+@pytest.mark.usefixtures("few_rows")
+def test_scores_of_tasks_are_kept_and_their_mean_is_made_again(subject: LanguageModel, tmp_path: Path) -> None:
+    wanted = Measurements(tasks=("boolq", "sciq"), limit=2, mean="two")
+    suite, run = build_suite(wanted, subject.tokenizer), Run.open(tmp_path, {"subject": "tiny"})
+    first = evaluate(subject, suite, run=run, nameless=False)
+    second = evaluate(replace(subject, model=None), suite, run=run, nameless=False)
+    assert not first.failed and first.rows == second.rows and first.score("mean@two")
+    assert not first.rows[0].kept and all(row.kept for row in second.rows if row.name != "mean@two")
+    assert second.compare(first)["mean@two"].paired
+    broken = evaluate(replace(subject, model=None), replace(suite, metrics=suite.metrics[:1]), run=run, nameless=False)
+    assert [row.name for row in broken.failed] == ["mean@two"] and "no score of sciq" in str(broken.failed[0].error)
 
 
 @pytest.mark.usefixtures("few_rows")
