@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from affinequant_evals import task_sources, tasks
-from affinequant_evals.backends import find_backend, opened, reached
+from affinequant_evals.backends import Backend, check_machine, find_backend, opened, reached
 from affinequant_evals.checkpoint import eval_checkpoint
 from affinequant_evals.harness import Scorecard, evaluate
 from affinequant_evals.perplexity import LanguageModel
@@ -208,6 +208,14 @@ def test_backends_that_are_none(typed: str, words: str) -> None:
     with pytest.raises(AffineQuantError) as caught:
         find_backend(typed)
     assert caught.value.exit_code == USAGE and words in caught.value.fix
+
+
+def test_a_device_that_a_backend_does_not_run_on() -> None:
+    engine, other = Backend(name="vllm", said=""), "cpu" if torch.cuda.is_available() else "cuda"
+    check_machine(engine, "auto", "bfloat16")
+    with pytest.raises(AffineQuantError, match="vLLM runs on") as caught:
+        check_machine(engine, other, "auto")
+    assert caught.value.exit_code == USAGE
 
 
 def test_without_vllm(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -137,6 +137,7 @@ def test_prompts_are_named_and_repeatable(subject: LanguageModel) -> None:
 def test_shots_are_lm_evals_own(subject: LanguageModel) -> None:
     none, two = (scores(subject, "piqa", limit=3, num_fewshot=count)["piqa,acc"] for count in (0, 2))
     assert (none.about["num_fewshot"], two.about["num_fewshot"]) == (0, 2)
+    assert (none.about["shots"], two.about["shots"]) == (None, "the rows that are scored")
     assert none.key != two.key
 
 

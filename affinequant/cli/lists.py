@@ -136,10 +136,12 @@ def _data() -> Listing:
 
 
 def _metrics() -> Listing:
+    from affinequant_evals.backends import BACKENDS
     from affinequant_evals.suites import METRICS, SUITES
 
     suites = [(f"--suite {name}", suite.about) for name, suite in SUITES.items()]
-    return Listing(columns=("name", "about"), rows=[*METRICS.items(), *suites])
+    backends = [(f"--backend {name}", about) for name, about in BACKENDS.items()]
+    return Listing(columns=("name", "about"), rows=[*METRICS.items(), *suites, *backends])
 
 
 def _published() -> Listing:

@@ -53,6 +53,13 @@ class TaskSource:
     sha256: str
 
     @property
+    def shots(self) -> str:
+        """From which rows solved examples are drawn, in words."""
+        if not self.local:
+            return "lm-eval's own choice"
+        return "demo rows (validation)" if DEMO_TASKS[self.name].shots else "the rows that are scored"
+
+    @property
     def kinds(self) -> frozenset[str]:
         """What is asked of a model, in lm-eval's words: `multiple_choice`, `generate_until`, ...; nothing for a group."""
         entry = self.stock.task_index[self.name]

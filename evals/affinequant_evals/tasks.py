@@ -74,6 +74,7 @@ def _battery(source: TaskSource, options: TaskOptions, say: Say) -> Battery[Lang
             options.log.add(subject.name, results["samples"])
         about = {
             "rows": source.rows,
+            "shots": source.shots if options.num_fewshot else None,
             "limit": options.limit,
             "bos": model.bos_said(),
             "chat_template": options.chat_template,
