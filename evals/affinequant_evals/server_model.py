@@ -96,4 +96,6 @@ def _ask(how: str, url: str, **what: Any) -> dict[str, Any]:
 
 
 def _refused(what: str, url: str, fix: str) -> AffineQuantError:
-    return AffineQuantError(what, f"--backend {url}", fix, exit_code=PREFLIGHT)
+    place = urlsplit(url)
+    shown = place._replace(netloc=place.netloc.rpartition("@")[2]).geturl()  # not the password
+    return AffineQuantError(what, f"--backend {shown}", fix, exit_code=PREFLIGHT)
