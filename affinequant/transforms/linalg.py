@@ -133,7 +133,7 @@ class _Completed(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         q, r = ctx.saved_tensors
         below = q.mT @ grads[0]
         below = (below - below.mT).tril(-1)[..., :-1]
@@ -155,7 +155,7 @@ class _Polar(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         u, s, vh = ctx.saved_tensors
         inner = u.mT @ grads[0] @ vh.mT
         return u @ ((inner - inner.mT) / (s[..., None] + s[..., None, :]).clamp_min(_LEAST)) @ vh, None

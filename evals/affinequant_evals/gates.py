@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from affinequant.errors import PREFLIGHT, QUALITY, USAGE, AffineQuantError
@@ -125,8 +125,8 @@ def judge(card: Scorecard, limits: Limits) -> tuple[Gate, ...]:
         rows = [row for row in card.rows if row.name.startswith(KL)]
         for row in rows:
             score = row.score
-            found = {"value": score.value, "interval": score.interval} if score else {"why": row.error or "no score"}
-            gates.append(Gate(metric=row.name, kind="kl", limit=limits.kl, **found))
+            gate = Gate(metric=row.name, kind="kl", limit=limits.kl, why=row.error or "no score")
+            gates.append(replace(gate, value=score.value, interval=score.interval, why="") if score else gate)
         if not rows:
             why = next((row.error for row in card.rows if row.name.startswith(PERPLEXITY) and row.error), None)
             gates.append(Gate(metric="kl", kind="kl", limit=limits.kl, why=why or "it was not measured"))

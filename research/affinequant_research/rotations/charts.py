@@ -150,7 +150,7 @@ def make_up(folder: Path, config: Settings, seed: int) -> None:
         for name, parameter in model.named_parameters():
             if "norm" not in name:
                 parameter.normal_(0, parameter.shape[-1] ** -0.5, generator=generator)
-        embedding = model.get_input_embeddings().weight
+        embedding: Any = model.get_input_embeddings().weight
         embedding.add_(torch.randn(config.width, generator=generator), alpha=2.0)
     model.config.save_pretrained(folder)
     save_file(model.bfloat16().state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
