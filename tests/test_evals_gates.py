@@ -127,6 +127,7 @@ def test_limits() -> None:
 )
 def test_what_could_not_be_judged_is_refused_before(there: dict[str, Any], code: int, words: str) -> None:
     with pytest.raises(AffineQuantError) as caught:
-        Limits.read("1", "1").check(**{"texts": True, "baseline": True, "kl": True} | there)
+        found: dict[str, Any] = {"texts": True, "baseline": True, "kl": True}
+        Limits.read("1", "1").check(**found | there)
     assert caught.value.exit_code == code and words in caught.value.what
     Limits.read("1", None).check(texts=True, baseline=True, kl=False)

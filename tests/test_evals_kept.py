@@ -220,7 +220,7 @@ def test_where_nothing_can_be_kept_it_is_said_once(
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv("AFFINEQUANT_SCORES", str(tmp_path / "file"))
     said: list[str] = []
-    value = scored(tiny(), text, say=said.append)
+    value = scored(tiny(), text, say=said.append, baseline=tiny(seed=1))
     assert value["metrics"]["perplexity@heron.txt,seq32"]["value"] > 0
     assert sum("not kept" in line for line in said) == 1
 

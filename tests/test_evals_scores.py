@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -106,7 +107,7 @@ def test_unpaired_is_welch_s() -> None:
     rng = np.random.default_rng(3)
     mine, other = rng.normal(1, 3, size=8), rng.normal(0, 0.5, size=40)
     delta = difference(mean_score(list(mine), key="here"), mean_score(list(other), key="there"))
-    theirs = stats.ttest_ind(mine, other, equal_var=False)
+    theirs: Any = stats.ttest_ind(mine, other, equal_var=False)
     assert not delta.paired and delta.dof == pytest.approx(float(theirs.df), rel=1e-9)
     assert delta.interval == pytest.approx(tuple(theirs.confidence_interval(0.95)), rel=1e-6)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from affinequant.cli.arguments import Parser, add_recipe, recipe_of
-from affinequant.cli.evaluate import DEFAULT_WINDOWS, code_of, print_samples
+from affinequant.cli.evaluate import DEFAULT_WINDOWS, code_of, print_kept, print_samples
 from affinequant.cli.gates import add_gates, gate_code, judged, limits_of, print_gates
 from affinequant.cli.output import Screen, freedom, minutes, size, with_error
 from affinequant.cli.plan import print_plan
@@ -128,6 +128,7 @@ def _print_table(done: "Result", card: "Scorecard", screen: Screen) -> None:
             "path": str(done.path),
         }
     )
+    print_kept(card, screen)
     for note in report["plan"]["notes"]:
         screen.print(f"note: {note}")
 

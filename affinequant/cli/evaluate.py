@@ -195,8 +195,7 @@ def print_card(card: "Scorecard", screen: Screen) -> None:
     for line in (*(_how(row) for row in card.rows if row.score), *(f"note: {note}" for note in card.notes)):
         if line:
             screen.print(line)
-    if since := _kept_since(card):
-        screen.print(f"kept: {since}; --again measures anew")
+    print_kept(card, screen)
 
 
 def print_samples(card: "Scorecard", screen: Screen) -> None:
@@ -216,7 +215,7 @@ def print_samples(card: "Scorecard", screen: Screen) -> None:
         (screen.say if screen.json else screen.print)(f"WARNING: the checkpoint no longer speaks: {line}")
 
 
-def _kept_since(card: "Scorecard") -> str:
+def print_kept(card: "Scorecard", screen: Screen) -> None:
     """Which of the scores were not measured now, and when."""
     parts = []
     for whose, one in (("checkpoint", card), ("baseline", card.baseline)):
@@ -224,7 +223,8 @@ def _kept_since(card: "Scorecard") -> str:
         if one and times:
             share = "all" if len(times) == len(one.rows) else f"{len(times)} of {len(one.rows)}"
             parts.append(f"{share} scores of the {whose} were measured {times[0].replace('+00:00', ' UTC')}")
-    return "; ".join(parts)
+    if parts:
+        screen.print(f"kept: {'; '.join(parts)} (`affinequant eval --again` measures anew)")
 
 
 def _missing(card: "Scorecard", name: str) -> str:

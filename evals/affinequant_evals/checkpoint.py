@@ -30,7 +30,7 @@ from affinequant_evals.baseline import NO_BASELINE as NO_BASELINE
 from affinequant_evals.baseline import find_baseline, locate_said
 from affinequant_evals.gates import Limits
 from affinequant_evals.harness import Scorecard, Suite, evaluate, recall, stage_of
-from affinequant_evals.kept import content_of, context_of, keep_card, open_scores
+from affinequant_evals.kept import can_keep, content_of, context_of, keep_card, open_scores
 from affinequant_evals.memory import fit_together
 from affinequant_evals.perplexity import LanguageModel, OnText
 from affinequant_evals.reference import Kept, Live, Reference, check_disk
@@ -90,6 +90,7 @@ def eval_checkpoint(
     check_machine(find_backend(wanted.get("backend") or "auto"), device, dtype)
     ready = prepare(checkpoint, verbose=verbose, say=say, **wanted)
     other, theirs, note = _other(ready, baseline, say)
+    keep = keep and can_keep(say)
     options: dict[str, Any] = {"device": device, "dtype": dtype, "keep": keep, "again": again, "say": say}
     mine = (str(checkpoint), ready.folder)
     if other and ready.compared:
@@ -107,7 +108,7 @@ def eval_checkpoint(
         card = _score_both(mine, other, ready, **options)
     card = replace(card, notes=(*card.notes, note)) if note else card
     card = with_samples(card)
-    if keep:
+    if keep and not ready.backend.url and not card.failed:  # a server's weights are not those of the tokenizer's folder
         keep_card(ready.folder, card)
     return card
 

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import platform
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -93,6 +94,17 @@ def context_of(
         "settings": {name: value for name, value in sorted(os.environ.items()) if name.startswith(SETTINGS)},
         **how,
     }
+
+
+def can_keep(say: Say = quiet) -> bool:
+    """Whether scores can be kept at all, e.g. in a container without a home; if not, that is said."""
+    try:
+        (scores_folder() / "subjects").mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=scores_folder() / "subjects"):
+            return True
+    except OSError as problem:
+        say(f"scores are not kept: {problem}")
+        return False
 
 
 @contextlib.contextmanager
