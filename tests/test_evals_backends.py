@@ -109,7 +109,8 @@ class Answers(BaseHTTPRequestHandler):
 def serving(folder: Path, *, names: tuple[str, ...] = ("m",), echoes: bool = True) -> Iterator[Any]:
     """A server of a folder's model."""
     server: Any = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
-    server.model, server.names, server.echoes, server.asked = affinequant.load(folder), names, echoes, []
+    server.model = affinequant.load(folder, device="cpu", dtype="float32")
+    server.names, server.echoes, server.asked = names, echoes, []
     server.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
