@@ -150,7 +150,7 @@ def make_up(folder: Path, config: Settings, seed: int) -> None:
         for name, parameter in model.named_parameters():
             if "norm" not in name:
                 parameter.normal_(0, parameter.shape[-1] ** -0.5, generator=generator)
-        embedding: Any = model.get_input_embeddings().weight
+        embedding = dict(model.named_parameters())["model.embed_tokens.weight"]
         embedding.add_(torch.randn(config.width, generator=generator), alpha=2.0)
     model.config.save_pretrained(folder)
     save_file(model.bfloat16().state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
@@ -263,5 +263,5 @@ EXPERIMENT = Experiment(
         for preset, source in (("ci", "derived: there is something to learn"),)
     },
     figures=drawn,
-    shown=("start", "equal updates", "equal seconds", "step", "map@n64", "map@n128", "map@n576", "map@n2048"),
+    shown=("start", "equal updates", "equal seconds", "step", "map@n64", "map@n128", "map@n576", "map@n1024"),
 )
