@@ -128,7 +128,7 @@ def _slope(net: Autoencoder) -> Scores:
     return {f"slope@h{STEP:g}": ("lower", Score(value=found, stderr=None, n=len(paths)))}
 
 
-def claims(mean: float, largest: float, source: str) -> tuple[Claim, ...]:
+def claims(mean: float, largest: float, source: str, factor: float = 4.0) -> tuple[Claim, ...]:
     """What holds of the continuous in degrees, and what of the others beside them."""
     made: list[Claim] = []
     for arm in ("5d", "6d"):
@@ -140,7 +140,9 @@ def claims(mean: float, largest: float, source: str) -> tuple[Claim, ...]:
     for arm in FEW:
         made += [
             Claim(metric=f"{arm}/max", op=">=", than=170.0, source="paper: no continuous representation for D <= 4"),
-            Claim(metric=f"{arm}/mean", op=">=", than="6d/mean", factor=4.0, source="paper: sanity test, by 6 to 14"),
+            Claim(
+                metric=f"{arm}/mean", op=">=", than="6d/mean", factor=factor, source="paper: sanity test, by 6 to 14"
+            ),
         ]
     return tuple(made)
 
@@ -163,7 +165,7 @@ EXPERIMENT = Experiment(
     stages=lambda config: arms(config.representations),
     build=build,
     claims={
-        "ci": claims(2.0, 10.0, "measured: a prototype"),
+        "ci": claims(2.0, 10.0, "derived: a tenth of the updates", factor=2.0),
         "bench": claims(0.30, 1.5, "measured: a prototype with these settings"),
         "paper": claims(0.5, 2.0, "paper: .49 and 1.98 for 6D, .49 and 1.99 for 5D"),
     },
