@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from affinequant_evals import Score
 from affinequant_evals.scores import Better, mean_score
@@ -16,6 +17,8 @@ LARGE = 5.0
 """Degrees above which an error counts as large."""
 PERCENTILES = {"median": 0.5, "p90": 0.9, "p99": 0.99, "p99.9": 0.999}
 BITS = (8, 6, 5, 4, 3, 2)
+GAP = """Rotations have no continuous representation in four dimensions or fewer: there is always a rotation at which the \
+network is as wrong as it can be, however long it is trained. From five on there is one."""
 Scores = Mapping[str, tuple[Better, Score]]
 
 
@@ -41,7 +44,7 @@ def _score(value: Tensor, spread: Tensor | None = None, count: int = 1) -> Score
     return Score(value=float(value), stderr=stderr, n=count)
 
 
-def by_dimension(found: Found, arms: Sequence[str], unit: str = "degrees") -> Figure:
+def by_dimension(found: Found, arms: Sequence[str], unit: str = "degrees", caption: str = GAP) -> Figure:
     """The largest and the mean error of each representation, sorted by its dimension."""
     drawn = sorted(arms, key=lambda arm: REPRESENTATIONS[arm].dims)
     series = tuple(
@@ -50,12 +53,11 @@ def by_dimension(found: Found, arms: Sequence[str], unit: str = "degrees") -> Fi
     )
     return Figure(
         kind="bars",
-        title="Largest and mean error by the dimension of the representation",
+        title="largest and mean error by the dimension of the representation",
         series=series,
         x=Axis(label="error on what was not trained on", unit=unit, log=True),
         y=Axis(label="dimension and name", names=tuple(f"{REPRESENTATIONS[arm].dims}  {arm}" for arm in drawn)),
-        caption="Rotations have no continuous representation in four dimensions or fewer: there is always a rotation at which "
-        "the network is as wrong as it can be, however long it is trained. From five on there is one.",
+        caption=caption,
     )
 
 
@@ -67,7 +69,7 @@ def by_percentile(found: Found, arms: Sequence[str], unit: str = "degrees") -> F
     )
     return Figure(
         kind="line",
-        title="Errors from the median to the largest",
+        title="errors from the median to the largest",
         series=series,
         x=Axis(label="1: half, 2: 90 %, 3: 99 %, 4: 99.9 %, 5: all"),
         y=Axis(label="error that so many stay below", unit=unit, log=True),
@@ -85,7 +87,7 @@ def over_updates(found: Found, arms: Sequence[str]) -> Figure:
         series.append(Series(name=arm, x=tuple(x[::thin]), y=tuple(y[::thin])))
     return Figure(
         kind="line",
-        title="Training loss",
+        title="training loss",
         series=tuple(series),
         x=Axis(label="updates"),
         y=Axis(label="loss", log=True),
@@ -98,7 +100,7 @@ def by_bits(found: Found, arms: Sequence[str]) -> Figure:
     x = tuple(map(float, BITS))
     return Figure(
         kind="line",
-        title="Error of the network with rounded weights",
+        title="error of the network with rounded weights",
         series=tuple(
             Series(name=arm, x=x, y=tuple(_mean(found, f"{arm}/mean@w{bits}") for bits in BITS)) for arm in arms
         ),
@@ -110,11 +112,14 @@ def by_bits(found: Found, arms: Sequence[str]) -> Figure:
 
 
 def figures(
-    found: Found, arms: Sequence[str], draw: Iterable[Callable[[Found, Sequence[str]], Figure]]
+    found: Found, name: str, arms: Sequence[str], draw: Iterable[Callable[[Found, Sequence[str]], Figure]]
 ) -> tuple[Figure, ...]:
-    """Those figures of the arms that were measured on the first seed, if any were."""
+    """Those figures of the arms that were measured, if any were, each with the experiment's name in its title."""
     drawn = [arm for arm in arms if found.values(f"{arm}/mean")]
-    return tuple(one(found, drawn) for one in draw) if drawn else ()
+    made = [one(found, drawn) for one in draw] if drawn else []
+    return tuple(
+        replace(figure, title=f"{name}: {figure.title}", key=f"{name}-{index}") for index, figure in enumerate(made)
+    )
 
 
 def _mean(found: Found, name: str) -> float | None:

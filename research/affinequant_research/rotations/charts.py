@@ -233,7 +233,7 @@ def drawn(found: Found) -> tuple[Figure, ...]:
         made.append(
             Figure(
                 kind="line",
-                title=f"Learned rotations in several charts, over {axis}",
+                title=f"charts: learned rotations, over {axis}",
                 series=tuple(lines),
                 x=Axis(label=axis, unit=unit),
                 y=Axis(label="divergence on held-out text", unit="nats per token"),
@@ -263,5 +263,4 @@ EXPERIMENT = Experiment(
         for preset, source in (("ci", "derived: there is something to learn"),)
     },
     figures=drawn,
-    shown=("start", "equal updates", "equal seconds", "step", "map@n64", "map@n128", "map@n576", "map@n1024"),
 )

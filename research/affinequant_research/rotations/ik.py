@@ -143,8 +143,9 @@ def build(config: Settings, seed: int, arm: str) -> Trial:
 
 def drawn(found: Found) -> tuple[Figure, ...]:
     """The figures of this experiment."""
-    draw = (partial(by_dimension, unit="cm"), partial(by_percentile, unit="cm"), over_updates)
-    return figures(found, found.config.representations, draw)
+    caption = "Over all joints but the root, and poses that were not trained on."
+    draw = (partial(by_dimension, unit="cm", caption=caption), partial(by_percentile, unit="cm"), over_updates)
+    return figures(found, "ik", found.config.representations, draw)
 
 
 _PAPER = "paper: inverse kinematics, mean 1.9 against 3.3, 2.7 and 22.9 cm"

@@ -8,6 +8,7 @@ be compared with the paper's, not degrees.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from affinequant_evals import Suite
@@ -132,7 +133,11 @@ def build(config: Settings, seed: int, arm: str) -> Trial:
 
 def drawn(found: Found) -> tuple[Figure, ...]:
     """The figures of this experiment."""
-    return figures(found, found.config.representations, (by_dimension, by_percentile, over_updates))
+    caption = (
+        "The largest errors are near 180 degrees in the paper too, for all: means and percentiles can be compared."
+    )
+    draw = (partial(by_dimension, caption=caption), by_percentile, over_updates)
+    return figures(found, "pointcloud", found.config.representations, draw)
 
 
 _PAPER = "paper: point clouds, 2.85 against 9.03 and 11.93"

@@ -149,7 +149,7 @@ def claims(mean: float, largest: float, source: str, factor: float = 4.0) -> tup
 
 def drawn(found: Found) -> tuple[Figure, ...]:
     """The figures of this experiment."""
-    return figures(found, found.config.representations, (by_dimension, by_percentile, over_updates, by_bits))
+    return figures(found, "sanity", found.config.representations, (by_dimension, by_percentile, over_updates, by_bits))
 
 
 EXPERIMENT = Experiment(
