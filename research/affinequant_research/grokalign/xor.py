@@ -203,7 +203,13 @@ EXPERIMENT = Experiment(
     },
     stages=lambda config: arms(config.arms, BENCH.arms),
     build=build,
-    claims={"bench": _claims()},
+    claims={
+        "ci": (
+            Claim(metric="grokalign/test_acc", op=">=", than=GENERALISED, source="arXiv 2506.12284, in kind"),
+            Claim(metric="grokalign/updates", op="<=", than="decay/updates", factor=0.5, source="measured: seed 0"),
+        ),
+        "bench": _claims(),
+    },
     figures=figures,
     shown=("updates", "seconds", "ms_per_update", "updates_to_train", "train_acc", "test_acc", "noise_acc@u150", "noise_acc",
            "jac_fro", "row_alignment", "row_alignment@test"),
