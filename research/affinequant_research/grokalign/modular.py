@@ -181,7 +181,9 @@ EXPERIMENT = Experiment(
     stages=lambda config: arms(config.arms, BENCH.arms),
     build=build,
     claims={
-        "bench": (Claim(metric="grokalign/updates", op="<=", than="decay/updates", source="arXiv 2506.12284, in kind"),)
+        "bench": (
+            Claim(metric="grokalign/test_acc", op=">=", than="decay/test_acc", source="arXiv 2506.12284, in kind"),
+        )
     },
     figures=figures,
 )
