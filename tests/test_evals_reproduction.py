@@ -316,7 +316,7 @@ def test_eval_puts_them_into_its_json(
     (tmp_path / "model.safetensors").write_text("")
     rows = (text("wikitext2", 5.85, tokens_scored=339_802), text("c4-new", 7.8, tokens_scored=524_032))
     mine = replace(card(*rows, baseline=FULL), subject=str(written(tmp_path)))
-    monkeypatch.setattr(evaluate, "score", lambda args, screen: mine)
+    monkeypatch.setattr(evaluate, "score", lambda *given: mine)
     assert main(["eval", str(tmp_path), "--suite", "flatquant", "--json"]) == 0
     value = json.loads(capsys.readouterr().out)
     found = {(one["table"], one["method"], one["measured"]): one["verdict"] for one in value["published"]}
