@@ -20,13 +20,14 @@ def summary(method: Method, preset: str, done: Sequence[tuple[Experiment, Any, R
     claims = [claim for _, _, results in done for claim in _claims(results)]
     held = sum(claim["pass"] for claim in claims)
     seeds = sorted({result["seed"] for _, _, results in done for result in results})
-    said = f"{held} of {len(claims)} claims hold" if claims else "nothing is claimed of this preset"
+    on = f"{'every one of seeds' if len(seeds) > 1 else 'seed'} {', '.join(map(str, seeds))}"
+    said = f"{held} of {len(claims)} claims hold, each on {on}." if claims else "Nothing is claimed of this preset."
     figures = [figure.to_json() for one, config, results in done for figure in one.figures(found(config, results))]
     return {
         "schema": 1,
         "kind": "research",
         "title": f"{method.name}: {method.about}",
-        "verdict": f"{said}, each on {'every one of seeds' if len(seeds) > 1 else 'seed'} {', '.join(map(str, seeds))}.",
+        "verdict": said,
         "facts": {
             "method": method.name,
             "source": method.source,
