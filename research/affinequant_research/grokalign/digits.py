@@ -6,7 +6,7 @@ the end of each training is also rounded to a few bits: an aligned network of sm
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,19 +47,16 @@ PROBED = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Digits:
-    """Settings. An epoch is `train / batch` updates.
+class OnDigits:
+    """Settings of every training on digits. An epoch is `train / batch` updates.
 
     Attributes:
         data: a folder with MNIST; empty for scikit-learn's digits. `paper` looks in ./MNIST.
         scale: of the start, in torch's own.
-        jacobian: weight of the penalty in the arm `grokalign`; it belongs to the inputs' length and the start's scale.
-        epochs, aligned_epochs: the budgets without and with the penalty.
-        reach: test accuracy at which training ends.
-        compare_at: the update at which the arms' Jacobians are compared.
+        jacobian: weight of the penalty in the arms that have one; it belongs to the inputs' length and the start's scale.
     """
 
-    arms: tuple[str, ...] = ("decay", "grokalign", "grokfast")
+    arms: tuple[str, ...] = ()
     data: str = ""
     train: int = 512
     test: int = 1285
@@ -67,63 +64,108 @@ class Digits:
     scale: float = 4.0
     dtype: str = "float32"
     jacobian: float = 0.2
-    estimator: Estimator = "projected"
-    count: int = 1
     rate: float = 1e-3
     decay: float = 0.01
     batch: int = 256
+    epochs: int = 1500
+    probe_every: int = 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Digits(OnDigits):
+    """Settings of delayed generalisation.
+
+    Attributes:
+        epochs, aligned_epochs: the budgets without and with the penalty.
+        reach: test accuracy at which training ends.
+        compare_at: the update at which the arms' Jacobians are compared.
+    """
+
+    arms: tuple[str, ...] = ("decay", "grokalign", "grokfast")
+    estimator: Estimator = "projected"
+    count: int = 1
     epochs: int = 7500
     aligned_epochs: int = 1500
-    probe_every: int = 20
     reach: float = 0.85
     compare_at: int = 1400
     bits: tuple[int, ...] = (8, 4, 3, 2)
 
 
-def network_and_data(config: Any, seed: int) -> tuple[torch.nn.Sequential, Batch, Batch]:
+SMOKE: Mapping[str, Any] = {"train": 64, "test": 64, "hidden": 16, "epochs": 6, "probe_every": 2, "batch": 32}
+PAPER: Mapping[str, Any] = {"data": "MNIST", "train": 1024, "test": 1024, "scale": 8.0, "dtype": "float64"}
+"""What the presets of all trainings on digits change."""
+
+
+def network_and_data(config: OnDigits, seed: int) -> tuple[torch.nn.Sequential, Batch, Batch]:
     """The network at its start, and both halves of the data; the start belongs to the generator that the seed has set."""
     dtype = dtype_of(config.dtype)
     train, test = digits(config.data, config.train, config.test, seed, dtype)
     return mlp([train[0].shape[1], *[config.hidden] * 3, 10], config.scale, dtype), train, test
 
 
-def build(config: Digits, seed: int, arm: str) -> Trial:
-    """The training of one arm; every arm of a seed starts from the same weights and sees the same digits."""
-    network, train, test = network_and_data(config, seed)
-    parameters = list(network.parameters())
-    aligned = arm == "grokalign"
+def trial_of(
+    name: str,
+    config: OnDigits,
+    start: tuple[torch.nn.Sequential, Batch, Batch],
+    penalty: Penalty,
+    *,
+    grokfast: bool = False,
+    probes: Mapping[str, Callable[[], float]] | None = None,
+    more: Sequence[Metric[Any]] = (),
+    outcome: Callable[[FitReport, Mapping[str, Series]], dict[str, Score]] = lambda fitted, series: {},
+    **fit: Any,
+) -> Trial:
+    """A training on digits from its start, as `network_and_data` gives it.
+
+    Args:
+        probes: beside test accuracy and the geometry of Jacobians at test samples.
+        more: metrics of the trained network beside those of `suite_of`.
+        fit: what the `FitConfig` has beside what all of them have.
+    """
+    network, train, test = start
+    parameters, batches = list(network.parameters()), slices_of(train, config.batch)
     objective = Aligned(
         network=network,
         group=Group(name="network", parameters=parameters, lr=config.rate, weight_decay=config.decay),
-        penalty=Penalty(weight=config.jacobian * aligned, estimator=config.estimator, count=config.count),
-        grokfast=Grokfast(parameters=parameters) if arm == "grokfast" else None,
+        penalty=penalty,
+        grokfast=Grokfast(parameters=parameters) if grokfast else None,
     )
-    batches = slices_of(train, config.batch)
-    fit = FitConfig(
-        epochs=config.aligned_epochs if aligned else config.epochs,
-        steps_per_epoch=len(batches),
-        probe_every=config.probe_every,
-        stop_when=("test_acc", ">", config.reach),
-        pause_after=10 * config.probe_every,
-        double_backward=True,
-    )
-    probes = {
-        "train_acc": lambda: accuracy(network, train),
+    settings: dict[str, Any] = {
+        "epochs": config.epochs,
+        "steps_per_epoch": len(batches),
+        "probe_every": config.probe_every,
+        "pause_after": 10 * config.probe_every,
+        "double_backward": True,
+    }
+    taken = {
+        **(probes or {}),
         "test_acc": lambda: accuracy(network, test),
         **geometry_probes(network, test[0][:PROBED]),
     }
-
-    def outcome(fitted: FitReport, series: Mapping[str, Series]) -> dict[str, Score]:
-        return delays(fitted, series, config.reach, config.compare_at)
-
     return Trial(
-        phase=Phase(objective, lambda epoch: batches, fit, probes),
+        phase=Phase(objective, lambda epoch: batches, FitConfig(**{**settings, **fit}), taken),
         subject=network,
-        suite=suite_of(
-            "digits", train, test, test[0][:256], [metric for b in config.bits for metric in at_bits(b, test)]
-        ),
+        suite=suite_of(name, train, test, test[0][:256], more),
         outcome=outcome,
         tensors=lambda: dict(network.state_dict()),
+    )
+
+
+def build(config: Digits, seed: int, arm: str) -> Trial:
+    """The training of one arm; every arm of a seed starts from the same weights and sees the same digits."""
+    network, train, test = start = network_and_data(config, seed)
+    aligned = arm == "grokalign"
+    return trial_of(
+        "digits",
+        config,
+        start,
+        Penalty(weight=config.jacobian * aligned, estimator=config.estimator, count=config.count),
+        grokfast=arm == "grokfast",
+        probes={"train_acc": lambda: accuracy(network, train)},
+        more=[metric for b in config.bits for metric in at_bits(b, test)],
+        outcome=lambda fitted, series: delays(fitted, series, config.reach, config.compare_at),
+        epochs=config.aligned_epochs if aligned else config.epochs,
+        stop_when=("test_acc", ">", config.reach),
     )
 
 
@@ -205,23 +247,10 @@ def claims(config: Digits, *, faster: float, smaller: float, straighter: float) 
 BENCH = Digits()
 CI = dataclasses.replace(BENCH, arms=("decay", "grokalign"), epochs=1500, aligned_epochs=750, reach=0.6, compare_at=800)
 PRESETS = {
-    "smoke": dataclasses.replace(
-        BENCH, train=64, test=64, hidden=16, epochs=6, aligned_epochs=6, probe_every=2, batch=32
-    ),
+    "smoke": dataclasses.replace(BENCH, **SMOKE, aligned_epochs=6),
     "ci": CI,
     "bench": BENCH,
-    "paper": dataclasses.replace(
-        BENCH,
-        data="MNIST",
-        train=1024,
-        test=1024,
-        scale=8.0,
-        dtype="float64",
-        jacobian=1e-4,
-        epochs=50_000,
-        aligned_epochs=50_000,
-        probe_every=10,
-    ),
+    "paper": dataclasses.replace(BENCH, **PAPER, jacobian=1e-4, epochs=50_000, aligned_epochs=50_000, probe_every=10),
 }
 EXPERIMENT = Experiment(
     name="digits",

@@ -5,30 +5,18 @@ of Jacobians that shrink and align, a network that is held at the norm of one th
 """
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
 
-from affinequant_evals import Score
-
-from affinequant.fit import FitConfig, FitReport, Group
-from affinequant.learning.phases import Phase
 from affinequant.report.figure import Figure
-from affinequant_research.experiment import Claim, Experiment, Found, Series, Trial, arms
-from affinequant_research.grokalign.digits import PROBED, network_and_data
+from affinequant_research.experiment import Claim, Experiment, Found, Trial, arms
+from affinequant_research.grokalign.digits import PAPER, SMOKE, OnDigits, network_and_data, trial_of
 from affinequant_research.grokalign.drawing import over
-from affinequant_research.grokalign.training import (
-    Aligned,
-    Penalty,
-    accuracy,
-    geometry_probes,
-    slices_of,
-    suite_of,
-)
+from affinequant_research.grokalign.training import Penalty
 from affinequant_research.series import first_update
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Inhibit:
+class Inhibit(OnDigits):
     """Settings: as the digits', with a level for the arm `held` and the level 0 for the arm `minimised`.
 
     Attributes:
@@ -37,49 +25,21 @@ class Inhibit:
     """
 
     arms: tuple[str, ...] = ("free", "held", "minimised")
-    data: str = ""
-    train: int = 512
-    test: int = 1285
-    hidden: int = 196
-    scale: float = 4.0
-    dtype: str = "float32"
-    jacobian: float = 0.2
     level: float = 16.0
-    rate: float = 1e-3
-    decay: float = 0.01
-    batch: int = 256
     clip: float = 1.0
-    epochs: int = 1500
-    probe_every: int = 20
     reach: float = 0.85
 
 
 def build(config: Inhibit, seed: int, arm: str) -> Trial:
     """The training of one arm."""
-    network, train, test = network_and_data(config, seed)
-    group = Group(name="network", parameters=list(network.parameters()), lr=config.rate, weight_decay=config.decay)
     level = {"free": None, "held": config.level, "minimised": 0.0}[arm]
-    penalty = Penalty(weight=0.0 if level is None else config.jacobian, level=level)
-    batches = slices_of(train, config.batch)
-    fit = FitConfig(
-        epochs=config.epochs,
-        steps_per_epoch=len(batches),
+    return trial_of(
+        "inhibit",
+        config,
+        network_and_data(config, seed),
+        Penalty(weight=0.0 if level is None else config.jacobian, level=level),
+        outcome=lambda fitted, series: {"updates": first_update(series["test_acc"], ">=", config.reach)},
         clip_norm=config.clip,
-        probe_every=config.probe_every,
-        pause_after=10 * config.probe_every,
-        double_backward=True,
-    )
-    probes = {"test_acc": lambda: accuracy(network, test), **geometry_probes(network, test[0][:PROBED])}
-
-    def outcome(fitted: FitReport, series: Mapping[str, Series]) -> dict[str, Score]:
-        return {"updates": first_update(series["test_acc"], ">=", config.reach)}
-
-    return Trial(
-        phase=Phase(Aligned(network=network, group=group, penalty=penalty), lambda epoch: batches, fit, probes),
-        subject=network,
-        suite=suite_of("inhibit", train, test, test[0][:256]),
-        outcome=outcome,
-        tensors=lambda: dict(network.state_dict()),
     )
 
 
@@ -108,21 +68,10 @@ EXPERIMENT = Experiment(
     about="digits where the Jacobians' norm is held up, left alone, and pulled down",
     source="arXiv 2506.12284",
     presets={
-        "smoke": dataclasses.replace(BENCH, train=64, test=64, hidden=16, epochs=6, probe_every=2, batch=32),
+        "smoke": dataclasses.replace(BENCH, **SMOKE),
         "ci": dataclasses.replace(BENCH, epochs=200),
         "bench": BENCH,
-        "paper": dataclasses.replace(
-            BENCH,
-            data="MNIST",
-            train=1024,
-            test=1024,
-            scale=8.0,
-            dtype="float64",
-            jacobian=1e-3,
-            level=5.0,
-            batch=196,
-            epochs=32_000,
-        ),
+        "paper": dataclasses.replace(BENCH, **PAPER, jacobian=1e-3, level=5.0, batch=196, epochs=32_000),
     },
     stages=lambda config: arms(config.arms, BENCH.arms),
     build=build,

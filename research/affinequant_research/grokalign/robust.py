@@ -12,28 +12,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from affinequant.fit import FitConfig, Group
-from affinequant.learning.phases import Phase
 from affinequant.report.figure import Figure
 from affinequant_research.experiment import Claim, Experiment, Found, Trial, arms
-from affinequant_research.grokalign.digits import PROBED, network_and_data
+from affinequant_research.grokalign.digits import SMOKE, OnDigits, network_and_data, trial_of
 from affinequant_research.grokalign.drawing import over
-from affinequant_research.grokalign.training import (
-    Aligned,
-    Batch,
-    Penalty,
-    accuracy,
-    geometry_probes,
-    hits,
-    measured,
-    slices_of,
-    squared_error,
-    suite_of,
-)
+from affinequant_research.grokalign.training import Batch, Penalty, accuracy, hits, measured, squared_error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Robust:
+class Robust(OnDigits):
     """Settings: as the digits', without an end at some accuracy.
 
     Attributes:
@@ -42,17 +29,6 @@ class Robust:
     """
 
     arms: tuple[str, ...] = ("decay", "grokalign")
-    data: str = ""
-    train: int = 512
-    test: int = 1285
-    hidden: int = 196
-    scale: float = 4.0
-    dtype: str = "float32"
-    jacobian: float = 0.2
-    rate: float = 1e-3
-    decay: float = 0.01
-    batch: int = 256
-    epochs: int = 1500
     probe_every: int = 50
     reach: float = 0.1
     attacked: int = 128
@@ -73,31 +49,18 @@ def attacked(network: Callable[[Tensor], Tensor], data: Batch, reach: float, ste
 
 def build(config: Robust, seed: int, arm: str) -> Trial:
     """The training of one arm."""
-    network, train, test = network_and_data(config, seed)
-    group = Group(name="network", parameters=list(network.parameters()), lr=config.rate, weight_decay=config.decay)
-    penalty = Penalty(weight=config.jacobian * (arm == "grokalign"))
-    batches = slices_of(train, config.batch)
+    network, _, test = start = network_and_data(config, seed)
     some = test[0][: config.attacked], test[1][: config.attacked]
-    fit = FitConfig(
-        epochs=config.epochs,
-        steps_per_epoch=len(batches),
-        probe_every=config.probe_every,
-        pause_after=10 * config.probe_every,
-        double_backward=True,
-    )
-    probes = {
-        "test_acc": lambda: accuracy(network, test),
-        "pgd_acc": lambda: accuracy(network, attacked(network, some, config.reach)),
-        **geometry_probes(network, test[0][:PROBED]),
-    }
     worst = measured(
         "pgd_acc", "higher", lambda subject: hits(subject, attacked(subject, test, config.reach)), reach=config.reach
     )
-    return Trial(
-        phase=Phase(Aligned(network=network, group=group, penalty=penalty), lambda epoch: batches, fit, probes),
-        subject=network,
-        suite=suite_of("robust", train, test, test[0][:256], [worst]),
-        tensors=lambda: dict(network.state_dict()),
+    return trial_of(
+        "robust",
+        config,
+        start,
+        Penalty(weight=config.jacobian * (arm == "grokalign")),
+        probes={"pgd_acc": lambda: accuracy(network, attacked(network, some, config.reach))},
+        more=[worst],
     )
 
 
@@ -121,9 +84,7 @@ EXPERIMENT = Experiment(
     about="digits under attack, with and without the penalty",
     source="arXiv 2506.12284, in kind",
     presets={
-        "smoke": dataclasses.replace(
-            BENCH, train=64, test=64, hidden=16, epochs=6, probe_every=2, batch=32, attacked=16
-        ),
+        "smoke": dataclasses.replace(BENCH, **SMOKE, attacked=16),
         "ci": dataclasses.replace(BENCH, epochs=200),
         "bench": BENCH,
     },
