@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from affinequant.errors import AffineQuantError
-from affinequant_evals.scores import LEVEL, Better, Score, difference
+from affinequant_evals.scores import LEVEL, Better, Score, difference, t_quantile
 
 NOT_APART = "not told apart"
 
@@ -135,9 +135,7 @@ def _verdict(mine: Spread, other: Spread, comparisons: int, better: Better) -> V
     found = difference(mine.score, other.score)
     if found.stderr is None or found.dof is None:
         return Verdict(difference=found.value, floor=None, dof=None, said="")
-    from scipy.special import stdtrit  # as for intervals: without the second that scipy.stats takes
-
-    floor = float(stdtrit(found.dof, 1 - (1 - LEVEL) / 2 / comparisons)) * found.stderr
+    floor = t_quantile(found.dof, 1 - (1 - LEVEL) / 2 / comparisons) * found.stderr
     said = "better" if (found.value < 0) == (better == "lower") else "worse"
     said = said if abs(found.value) > floor else NOT_APART
     return Verdict(difference=found.value, floor=floor, dof=found.dof, said=said)

@@ -170,10 +170,15 @@ def _welch(mine: Score, other: Score) -> float:
 def _interval(value: float, stderr: float | None, dof: float | None) -> Interval | None:
     if stderr is None or dof is None or dof <= 0:
         return None
-    from scipy.special import stdtrit  # the quantile behind scipy.stats.t, without the second that its import takes
-
-    reach = float(stdtrit(dof, (1 + LEVEL) / 2)) * stderr
+    reach = t_quantile(dof, (1 + LEVEL) / 2) * stderr
     return value - reach, value + reach
+
+
+def t_quantile(dof: float, probability: float) -> float:
+    """What Student's t lies below with that probability."""
+    from scipy.special import stdtrit  # what scipy.stats.t calls, without the second that its import takes
+
+    return float(stdtrit(dof, probability))
 
 
 def _stderr(parts: Sequence[float]) -> float | None:
