@@ -177,7 +177,7 @@ def short(count: int) -> str:
     return f"{digits}e{zeros}" if zeros >= 3 and len(digits) == 1 else str(count)
 
 
-def _places(series: Floats, low: Floats, wide: Floats, bins: int) -> Floats:
+def _places(series: Floats, low: Floats, wide: Floats, bins: int) -> NDArray[np.integer]:
     """The bin's number of every state inside."""
     at = np.floor((series - low) / wide * bins).astype(np.int64)
     at = at[((at >= 0) & (at < bins)).all(1)]
