@@ -428,6 +428,20 @@ def test_research_draws_its_own_figures() -> None:
             build_page(Sources(place=Path(), research=report | broken))
 
 
+def test_a_graph_is_told_edge_by_edge() -> None:
+    one = Series(name="seed 0", names=("01", "1_1"), cells=((0.5, 0.125), (0.0, 0.375)))
+    figure = Figure(kind="graph", title="ways", series=(one,), value=Axis(label="share"), key="ways")
+    built = build_page(Sources(place=Path(), research={"title": "t", "figures": [figure.to_json()]}))
+    seen, lines = Seen(to_html(built)), to_markdown(built).splitlines()
+    assert seen.figures["ways"]["series"][0]["names"] == ["01", "1_1"]
+    assert {value for value, _ in seen.numbers} >= {0.5, 0.125, 0.375}
+    start = lines.index("| from | to | share |")
+    assert lines[start + 2 : start + 5] == ["| 01 | 01 | 0.5000 |", "| 1_1 | 1_1 | 0.3750 |", "| 01 | 1_1 | 0.1250 |"]
+    many = [f"n{index}" for index in range(30)]
+    crowd = figure.to_json() | {"series": [{"names": many, "cells": [[1.0] * 30] * 30}]}
+    assert "n7" not in to_markdown(build_page(Sources(place=Path(), research={"title": "t", "figures": [crowd]})))
+
+
 def test_markdown_holds_the_tables(page: str) -> None:
     text = to_markdown(build_page(sources(made_report(), scores())))
     lines = text.splitlines()

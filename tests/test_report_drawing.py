@@ -73,6 +73,59 @@ def test_bins_have_their_widths_and_an_empty_one_stays_empty() -> None:
     assert on_a_line(heights, np.log([0.5, 10, 1000]))
 
 
+def test_points_lie_at_their_places_and_a_line_goes_through_its_own() -> None:
+    x, y = np.array([3.0, 1.0, 4.0, 1.5]), np.array(VALUES)
+    series = (
+        Series(name="points", x=tuple(x), y=tuple(y)),
+        Series(name="way", x=(*x, None, 2.0, 2.5), y=(*y, None, 3.0, 3.5), joined=True),
+    )
+    [drawing] = draw(Figure(kind="scatter", title="t", series=series))
+    dots = path(drawing, "stroke: var(--c1)")
+    assert len(dots) == 8 and np.array_equal(dots[::2], dots[1::2]), "a dot is a path from a point to itself"
+    assert on_a_line(dots[::2, 0], x) and on_a_line(-dots[::2, 1], y)
+    way = path(drawing, "stroke: var(--c2)")
+    assert on_a_line(way[:, 0], np.array([*x, 2.0, 2.5])) and len(way) == 6
+    assert "stroke-linecap: round" in drawing.svg and "2 values from 3 to 3.5" not in drawing.alt
+
+
+def test_many_points_take_little_room() -> None:
+    cloud = np.random.default_rng(0).standard_normal((4000, 2)).round(3)
+    [drawing] = draw(Figure(kind="scatter", title="t", series=(Series(x=tuple(cloud[:, 0]), y=tuple(cloud[:, 1])),)))
+    assert len(path(drawing, "stroke: var(--c1)")) == 8000 and len(drawing.svg) < 4000 * 40
+
+
+def circles(drawing: Drawing, colour: str) -> np.ndarray:
+    """Middle and radius of what is drawn round in a colour's outline, [count, 3]."""
+    drawn = re.findall(r'<path d="([^"]*)"[^>]*style="fill: none; stroke: var\(--' + colour, drawing.svg)
+    ends = [np.array([float(n) for n in re.findall(r"-?\d+\.?\d*", one)]).reshape(-1, 2) for one in drawn]
+    return np.array([[*(one.max(0) + one.min(0)) / 2, np.ptp(one[:, 0]) / 2] for one in ends])
+
+
+def test_nodes_are_where_they_belong_and_as_large_as_their_rows() -> None:
+    cells = ((0.5, 0.1, None), (0.0, 0.1, 0.05), (0.25, 0.0, 0.0))
+    one = Series(names=("a", "b", "c"), cells=cells, x=(0.0, 4.0, 4.0), y=(0.0, 0.0, 3.0))
+    [drawing] = draw(Figure(kind="graph", title="t", series=(one,)))
+    nodes = np.concatenate([circles(drawing, colour) for colour in ("c1", "c2", "c3")])
+    assert on_a_line(nodes[:, 0], np.array([0.0, 4, 4])) and on_a_line(-nodes[:, 1], np.array([0.0, 0, 3]))
+    area = nodes[:, 2] ** 2
+    assert area / area[0] == pytest.approx([1, 0.25, 0.25 / 0.6], abs=0.01)
+    assert len(circles(drawing, "muted")) == 5, "two loops and three arrows"
+    assert "3 nodes, 5 edges; the heaviest: a to a, c to a, a to b." in drawing.alt
+    assert all(f">{name}<" in drawing.svg for name in ("a", "b", "c", "0.25", "0.05"))
+
+
+def test_nodes_without_places_stand_in_a_circle() -> None:
+    nowhere = Series(
+        name="one", names=("a", "b", "c", "d"), cells=((0.0, 1.0, 0, 0), (0, 0, 1.0, 0), (0,) * 4, (0,) * 4)
+    )
+    alone = Series(name="two", names=("a",), cells=((1.0,),))
+    [drawing, other] = draw(Figure(kind="graph", title="t", series=(nowhere, alone)))
+    nodes = np.concatenate([circles(drawing, f"c{index}") for index in (1, 2, 3, 4)])
+    spans = np.hypot(*(nodes[:, :2] - nodes[:, :2].mean(0)).T)
+    assert spans == pytest.approx([spans[0]] * 4, abs=0.1) and spans[0] > 10
+    assert len(circles(other, "c1")) == 1 and other.name == "two"
+
+
 def test_names_are_no_mathematics_and_settings_stay_here() -> None:
     import matplotlib
 

@@ -54,6 +54,24 @@ FIGURES = {
             Series(name="after", panel="q", x=(-0.5, 0.0, 0.5), y=(2, 5)),
         ),
     ),
+    "scatter": Figure(
+        kind="scatter",
+        title="snapshots and a way through them",
+        series=(
+            Series(name="t = 0", panel="a", x=(0.0, 1.0), y=(2.0, 3.0)),
+            Series(name="drawn", panel="a", x=(0.0, 1.0, None, 2.0), y=(2.0, 3.0, None, 4.0), joined=True),
+        ),
+        x=Axis(label="prey"),
+        y=Axis(label="hunters"),
+    ),
+    "graph": Figure(
+        kind="graph",
+        title="a graph",
+        series=(
+            Series(name="seed 0", names=("01", "11"), cells=((0.5, 0.1), (None, 0.4)), x=(0.0, 1.0), y=(0.0, 2.0)),
+        ),
+        value=Axis(label="share of steps"),
+    ),
 }
 
 
@@ -66,7 +84,7 @@ def test_it_is_the_same_after_json(kind: str) -> None:
 
 def test_panels() -> None:
     assert [len(series) for series in FIGURES["histogram"].panels.values()] == [2]
-    assert list(FIGURES["matrix"].panels) == ["epoch 1", "epoch 2"]
+    assert list(FIGURES["matrix"].panels) == ["epoch 1", "epoch 2"] and list(FIGURES["graph"].panels) == ["seed 0"]
     assert FIGURES["heat"].value.text == "SQNR [dB]" and FIGURES["line"].x.text == "epoch"
 
 
@@ -83,6 +101,21 @@ BROKEN: dict[str, tuple[str, dict[str, Any], str]] = {
     "rows of several lengths": ("matrix", {"series": [{"cells": [[1], [1, 2]]}]}, "no matrix"),
     "cells without names": ("heat", {"series": [{"cells": [[1, 2]]}]}, "1 x 3 names"),
     "counts for other edges": ("histogram", {"series": [{"x": [0, 1], "y": [1, 2]}]}, "2 values where 1 belong"),
+    "a point without a place": ("scatter", {"series": [{"x": [1], "y": [1, 2]}]}, "2 values where 1 belong"),
+    "a cloud without places": ("scatter", {"series": [{"y": [1, 2]}]}, "2 values where 0 belong"),
+    "a node without edges": ("graph", {"series": [{"names": ["a", "b"], "cells": [[1, 2]]}]}, "no graph"),
+    "edges without nodes": ("graph", {"series": [{"cells": [[1]]}]}, "no graph"),
+    "a place for no node": (
+        "graph",
+        {"series": [{"names": ["a"], "cells": [[1]], "x": [1, 2], "y": [1, 2]}]},
+        "2 places",
+    ),
+    "less than no edge": ("graph", {"series": [{"names": ["a"], "cells": [[-1]]}]}, "less than nothing"),
+    "an edge of infinite weight": (
+        "graph",
+        {"series": [{"names": ["a"], "cells": [[float("inf")]]}]},
+        "cannot be drawn",
+    ),
     "an unknown part": ("line", {"series": [{"values": [1]}]}, "no 'values'"),
     "a key that is no name": ("line", {"key": "a b"}, "its key"),
 }

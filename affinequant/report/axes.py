@@ -10,14 +10,16 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 RAMP_FROM = 6
-"""Series from which on a line's place in the order shows in its strength, in place of a colour each."""
+"""Series from which on a line's or a cloud's place in the order shows in its strength, in place of a colour each."""
 MARKED = 31
 """Points up to which each of a line is marked."""
+FEW_DOTS = 60
+"""Points up to which those of one colour are drawn large."""
 PRINTED = 10
 """Columns up to which there is room for a number in each cell."""
-_INK, _MUTED, _RULE = "#010101", "#010102", "#010103"
+_INK, MUTED, _RULE = "#010101", "#010102", "#010103"
 _COLOURS = tuple(f"#0202{index:02d}" for index in range(1, 6))
-VARIABLES = {_INK: "ink", _MUTED: "muted", _RULE: "rule"} | {
+VARIABLES = {_INK: "ink", MUTED: "muted", _RULE: "rule"} | {
     colour: f"c{index}" for index, colour in enumerate(_COLOURS, start=1)
 }
 """Stand-in -> the variable of the page's style."""
@@ -32,12 +34,12 @@ SETTINGS: Any = {
     "xtick.labelsize": 10,
     "ytick.labelsize": 10,
     "text.color": _INK,
-    "axes.labelcolor": _MUTED,
+    "axes.labelcolor": MUTED,
     "axes.edgecolor": _RULE,
     "xtick.color": _RULE,
     "ytick.color": _RULE,
-    "xtick.labelcolor": _MUTED,
-    "ytick.labelcolor": _MUTED,
+    "xtick.labelcolor": MUTED,
+    "ytick.labelcolor": MUTED,
     "axes.facecolor": "none",
     "figure.facecolor": "none",
     "axes.spines.top": False,
@@ -56,17 +58,18 @@ SETTINGS: Any = {
 
 def colour_of(figure: Figure, name: str) -> str:
     """The CSS colour of the series of that name."""
-    return f"var(--{VARIABLES[_colour(figure, name)]})"
+    return f"var(--{VARIABLES[drawn_colour(figure, name)]})"
 
 
-def _colour(figure: Figure, name: str) -> str:
-    names = list(dict.fromkeys(one.name for one in figure.series))
+def drawn_colour(figure: Figure, name: str) -> str:
+    """The stand-in colour of the series, or of the node of a graph, of that name."""
+    names = list(dict.fromkeys(name for one in figure.series for name in one.names or (one.name,)))
     return _COLOURS[0] if is_ramp(figure) else _COLOURS[names.index(name) % len(_COLOURS)]
 
 
 def is_ramp(figure: Figure) -> bool:
     """Whether series are told apart by strength, the last being the strongest."""
-    return figure.kind == "line" and len({one.name for one in figure.series}) >= RAMP_FROM
+    return figure.kind in ("line", "scatter") and len({one.name for one in figure.series}) >= RAMP_FROM
 
 
 def scale_of(figure: Figure) -> tuple[float, float] | None:
@@ -89,7 +92,7 @@ def _line(axes: "Axes", figure: Figure, series: Sequence[Series], small: bool) -
         x = _gaps(one.x) or [float(place) for place in range(1, len(one.y) + 1)]
         alpha = 0.25 + 0.75 * number / (len(series) - 1) if is_ramp(figure) and len(series) > 1 else 1.0
         marker = "o" if len(one.y) <= MARKED and len(series) < RAMP_FROM else None
-        colour = _colour(figure, one.name)
+        colour = drawn_colour(figure, one.name)
         axes.plot(x, _gaps(one.y), color=colour, alpha=alpha, marker=marker, markersize=3.5)
         if one.low:
             axes.fill_between(x, _gaps(one.low), _gaps(one.high), color=colour, alpha=0.15, linewidth=0)
@@ -98,12 +101,31 @@ def _line(axes: "Axes", figure: Figure, series: Sequence[Series], small: bool) -
     _scales(axes, figure, small, whole=whole)
 
 
+def _scatter(axes: "Axes", figure: Figure, series: Sequence[Series], small: bool) -> None:
+    names = list(dict.fromkeys(one.name for one in figure.series))
+    for one in series:
+        colour, place = drawn_colour(figure, one.name), names.index(one.name)
+        alpha = 0.25 + 0.75 * place / (len(names) - 1) if is_ramp(figure) else 1.0
+        if one.joined:
+            axes.plot(_gaps(one.x), _gaps(one.y), color=colour, alpha=alpha, linewidth=0.8)
+            continue
+        # Marks of one path each a point take ten times the room of one path that has a dot for each.
+        dots = [(x, y) for x, y in zip(one.x, one.y, strict=True) if x is not None and y is not None]
+        wide = 4.0 if len(dots) <= FEW_DOTS else 1.6
+        both = [value for x, y in dots for value in (x, x, None)], [value for x, y in dots for value in (y, y, None)]
+        [line] = axes.plot(*map(_gaps, both), color=colour, alpha=alpha, linewidth=wide, solid_capstyle="round")
+        line.get_path().should_simplify = False
+    axes.grid()
+    axes.margins(0.04)
+    _scales(axes, figure, small)
+
+
 def _histogram(axes: "Axes", figure: Figure, series: Sequence[Series], small: bool) -> None:
     from matplotlib.ticker import NullLocator
 
     least = 0.5 if figure.y.log else 0.0
     for one in series:
-        counts, colour = [max(count or 0.0, least) for count in one.y], _colour(figure, one.name)
+        counts, colour = [max(count or 0.0, least) for count in one.y], drawn_colour(figure, one.name)
         axes.stairs(counts, _gaps(one.x), color=colour, linewidth=1.2, baseline=least)
         axes.stairs(counts, _gaps(one.x), color=colour, fill=True, alpha=0.18, baseline=least)
     if figure.y.log:
@@ -119,7 +141,7 @@ def _bars(axes: "Axes", figure: Figure, series: Sequence[Series], small: bool) -
     thick = 0.8 / len(series)
     for number, one in enumerate(series):
         places = [place + (number - (len(series) - 1) / 2) * thick for place in range(len(one.y))]
-        axes.barh(places, _gaps(one.y), height=thick * 0.85, color=_colour(figure, one.name))
+        axes.barh(places, _gaps(one.y), height=thick * 0.85, color=drawn_colour(figure, one.name))
     axes.grid(axis="x")
     _named_rows(axes, figure, small)
 
@@ -127,14 +149,14 @@ def _bars(axes: "Axes", figure: Figure, series: Sequence[Series], small: bool) -
 def _interval(axes: "Axes", figure: Figure, series: Sequence[Series], small: bool) -> None:
     apart = 0.36 / max(len(series) - 1, 1)
     for number, one in enumerate(series):
-        colour = _colour(figure, one.name)
+        colour = drawn_colour(figure, one.name)
         places = [place + (number - (len(series) - 1) / 2) * apart for place in range(len(one.y))]
         if one.low:
             axes.hlines(places, _gaps(one.low), _gaps(one.high), color=colour, linewidth=2.2, alpha=0.55)
         axes.plot(_gaps(one.y), places, "o", color=colour, markersize=5)
     ends = [v for one in series for v in (*one.low, *one.high, *one.y) if v is not None]
     if not figure.x.log and min(ends, default=1) <= 0:
-        axes.axvline(0, color=_MUTED, linewidth=1)  # differences: from here they are more than nothing
+        axes.axvline(0, color=MUTED, linewidth=1)  # differences: from here they are more than nothing
     axes.grid(axis="x")
     _named_rows(axes, figure, small)
 
@@ -225,5 +247,6 @@ DRAWN = {
     "heat": _heat,
     "matrix": _matrix,
     "histogram": _histogram,
+    "scatter": _scatter,
 }
-"""Kind of figure -> what draws one of its panels."""
+"""Kind of figure -> what draws one of its panels; of graphs see `affinequant.report.graph`."""

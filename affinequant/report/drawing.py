@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from affinequant.report.axes import DRAWN, SETTINGS, VARIABLES, shortened
 from affinequant.report.figure import Figure, Series
+from affinequant.report.graph import draw_graph, edges_of
 
 WIDTH, SMALL = 400, 160
 """Of a figure and of one of several panels, in the units of the SVG: pixels where it is shown in its own size."""
@@ -40,6 +41,10 @@ def alternative(figure: Figure, panel: str, series: Sequence[Series]) -> str:
     axes = " over ".join(axis.text for axis in (figure.y, figure.x) if axis.text) or figure.value.text
     said = [f"{about} ({figure.kind} figure{', ' + axes if axes else ''})."]
     for one in series:
+        if figure.kind == "graph":
+            named = (f"{one.names[i]} to {one.names[j]}" for i, j, _ in edges_of(one)[:3])
+            said.append(f"{len(one.names)} nodes, {len(edges_of(one))} edges; the heaviest: {', '.join(named)}.")
+            continue
         numbers = [v for row in one.cells for v in row if v is not None] or [v for v in one.y if v is not None]
         if numbers:
             name = f"{one.name}: " if one.name and one.name != panel else ""
@@ -59,7 +64,8 @@ def _svg(figure: Figure, series: Sequence[Series], small: bool) -> str:
     FigureCanvasSVG(canvas)
     # Measuring texts to place them costs as much as drawing: the room that they need is known well enough.
     room = (left / width, bottom / height, (width - left - right) / width, (height - bottom - top) / height)
-    DRAWN[figure.kind](canvas.add_axes(room), figure, series, small)
+    draws = draw_graph if figure.kind == "graph" else DRAWN[figure.kind]
+    draws(canvas.add_axes(room), figure, series, small)
     out = StringIO()
     canvas.savefig(out, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     return _themed(out.getvalue())
@@ -91,12 +97,14 @@ def _height(figure: Figure, series: Sequence[Series], small: bool) -> float:
         return min(max(SMALL * len(cells) / len(cells[0]), 40), 2 * SMALL)
     if figure.kind in ("bars", "interval"):
         return len(figure.y.names) * (10 + 13 * len(series)) + bottom + top
+    if figure.kind in ("scatter", "graph"):
+        return SMALL - 20 if small else 300
     return 95 if small else 235
 
 
 def _margins(figure: Figure, small: bool) -> tuple[float, float, float, float]:
     """Room at the left, the bottom, the right and the top for what stands around the axes, by the length of its text."""
-    if figure.kind == "matrix":
+    if figure.kind in ("matrix", "graph"):
         return 1, 1, 1, 1
     longest = max((len(shortened(name)) for name in figure.y.names), default=6)
     left = 6.0 * longest + 8 if figure.y.names else 36

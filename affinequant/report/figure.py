@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 from affinequant.errors import AffineQuantError, unknown_name
 
-Kind = Literal["line", "bars", "interval", "heat", "matrix", "histogram"]
+Kind = Literal["line", "bars", "interval", "heat", "matrix", "histogram", "scatter", "graph"]
 Better = Literal["", "lower", "higher"]
 Numbers = tuple[float | None, ...]
 """None where nothing was measured: a gap in a line, an empty cell."""
@@ -51,7 +51,10 @@ class Series:
             or one value for each name of the axis of categories.
         y: the values: heights, counts.
         low, high: ends of an interval about each of `y`.
-        cells: rows of values (heat, matrix), the first row on top.
+        cells: rows of values (heat, matrix), the first row on top; weights of the edges of a graph, row -> column, 0 or None
+            where there is none.
+        names: of a graph's nodes.
+        joined: a line goes through the points of a scatter in their order, in place of marks; a None breaks it.
     """
 
     name: str = ""
@@ -61,6 +64,8 @@ class Series:
     low: Numbers = ()
     high: Numbers = ()
     cells: tuple[Numbers, ...] = ()
+    names: tuple[str, ...] = ()
+    joined: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +80,10 @@ class Figure:
     | heat | a coloured cell for each name of `y` and of `x` | cells |
     | matrix | a matrix as a picture, each series its own | cells |
     | histogram | how often, over x | x (edges), y (counts) |
+    | scatter | points, or lines through them | x, y, joined |
+    | graph | nodes and the edges between them, each series its own | cells, names; x, y of the nodes, else a circle |
+
+    The area of a graph's node is what its row sums to, the width of an edge its weight, beside the largest of its kind.
 
     Attributes:
         key: names it among the figures of a page; letters, digits, - and _.
@@ -113,7 +122,7 @@ class Figure:
         """Panel -> its series, in the order of their first ones; each matrix is a panel of its own."""
         found: dict[str, tuple[Series, ...]] = {}
         for one in self.series:
-            name = one.panel or one.name if self.kind == "matrix" else one.panel
+            name = one.panel or one.name if self.kind in ("matrix", "graph") else one.panel
             found[name] = (*found.get(name, ()), one)
         return found
 
@@ -163,6 +172,9 @@ class Figure:
 
     def _check_lengths(self, one: Series) -> None:
         name = f"series {one.name!r}"
+        if self.kind == "graph":
+            self._check_graph(one, name)
+            return
         if self.kind in ("heat", "matrix"):
             widths = {len(row) for row in one.cells}
             if len(widths) != 1 or widths == {0}:
@@ -176,6 +188,15 @@ class Figure:
             raise self._wrong(f"{name} has {len(one.y)} values where {wanted} belong", "give one for each place")
         if len(one.low) != len(one.high) or len(one.low) not in (0, len(one.y)):
             raise self._wrong(f"{name} has intervals for other values", "give low and high for each value, or neither")
+
+    def _check_graph(self, one: Series, name: str) -> None:
+        count = len(one.names)
+        if not count or len(one.cells) != count or any(len(row) != count for row in one.cells):
+            raise self._wrong(f"{name} is no graph", "give `names` and `cells`: a row and a column for each node")
+        if len(one.x) != len(one.y) or len(one.x) not in (0, count) or None in (*one.x, *one.y):
+            raise self._wrong(f"{name} has {len(one.x)} places for {count} nodes", "give x and y of each, or neither")
+        if any(weight is not None and weight < 0 for row in one.cells for weight in row):
+            raise self._wrong(f"{name} has an edge of less than nothing", "give weights of 0 or more")
 
     def _check_numbers(self, numbers: Sequence[float | None], log: bool) -> None:
         for number in numbers:
@@ -220,6 +241,8 @@ def _series(value: Mapping[str, Any]) -> Series:
         low=_numbers(value.get("low", ())),
         high=_numbers(value.get("high", ())),
         cells=tuple(_numbers(row) for row in value.get("cells", ())),
+        names=tuple(str(name) for name in value.get("names", ())),
+        joined=bool(value.get("joined", False)),
     )
 
 

@@ -1,14 +1,18 @@
 """A page as Markdown, short enough for a pull request: the verdict, the tables, of figures what they range over."""
 
 import re
+from dataclasses import replace
 
 from affinequant.report.figure import Figure
 from affinequant.report.page import Code, Page, Part, Table, Text
+from affinequant.report.tabled import numbers_of
 from affinequant.report.words import Words, number, plain
 from affinequant.run.pages import PAGE_MARK
 
 MARK = f"<!-- {PAGE_MARK} -->"
 """The first line, by which a file is known as one of these."""
+MOST_EDGES = 24
+"""Of graphs that are told edge by edge."""
 
 
 def to_markdown(page: Page) -> str:
@@ -45,7 +49,7 @@ def _part(part: Part) -> list[str]:
         return _table(part) if part.brief else []
     if isinstance(part, Code):
         return _code(part) if part.brief else []
-    return _ranges(part)
+    return _edges(part) if part.kind == "graph" else _ranges(part)
 
 
 def _table(table: Table) -> list[str]:
@@ -66,6 +70,12 @@ def _code(code: Code) -> list[str]:
     return [fence, code.text.rstrip("\n"), fence]
 
 
+def _edges(figure: Figure) -> list[str]:
+    """A graph has no ends to tell: its edges, where they are few."""
+    table = numbers_of(figure)
+    return _table(replace(table, title=figure.title)) if table and len(table.rows) <= MOST_EDGES else []
+
+
 def _ranges(figure: Figure) -> list[str]:
     """A figure in a line: from where to where its values go, and the worst where it says which end is good."""
     axis = (
@@ -75,7 +85,12 @@ def _ranges(figure: Figure) -> list[str]:
         if figure.kind in ("bars", "interval")
         else figure.y
     )
-    if figure.kind in ("matrix", "histogram", "interval"):  # pictures, or values that stand in a table as well
+    if figure.kind in (
+        "matrix",
+        "histogram",
+        "interval",
+        "scatter",
+    ):  # pictures, or values that stand in a table as well
         return []
     unit = f" {axis.unit}" if axis.unit else ""
     said = []
