@@ -1,7 +1,24 @@
 """What is measured and read off almost-linear RNNs: attractors, symbols, regions, exponents, on cases known by hand."""
 
+import sys
+
 import numpy as np
 import pytest
+from affinequant_research.alrnn.codes import (
+    agreement,
+    along,
+    graph_of,
+    minimal_graph,
+    never_direct,
+    region_codes,
+    share_distance,
+    shares,
+    topological_entropy,
+    transitions,
+    visited,
+    written,
+)
+from affinequant_research.alrnn.lyapunov import dimension, exponents, spectrum
 from affinequant_research.alrnn.measures import (
     bin_divergence,
     mixture_divergence,
@@ -11,6 +28,17 @@ from affinequant_research.alrnn.measures import (
     spectra,
     spectrum_distance,
 )
+from affinequant_research.alrnn.model import AlmostLinear, new_model
+from affinequant_research.alrnn.regions import (
+    by_region,
+    closed_words,
+    cycle_through,
+    cycles_near,
+    fixed_points,
+    jacobian,
+)
+
+from affinequant import AffineQuantError
 
 
 def lorenz(steps: int, start: tuple[float, float, float]) -> np.ndarray:
@@ -102,3 +130,174 @@ def test_the_error_ahead_is_that_of_the_last_step() -> None:
 
 def test_numbers_of_steps_are_short_in_names() -> None:
     assert [short(n) for n in (100_000, 20_000, 1000, 250, 5500, 360)] == ["1e5", "2e4", "1e3", "250", "5500", "360"]
+
+
+# Symbols. The regions of a Lorenz attractor in three maps: two lobes, between which the way leads through a third.
+
+
+LOBES = np.array([1, 1, 3, 2, 2, 2, 3, 1, 3, 3, 2, 3, 1, 1])
+
+
+def test_a_code_has_a_bit_for_each_unit_with_a_relu() -> None:
+    latent = np.array([[9.0, -1, 2], [9, 3, -1], [9, 1, 1], [9, 0, -1]])
+    assert list(region_codes(latent, 2)) == [2, 1, 3, 0] and list(region_codes(latent, 0)) == [0] * 4
+    assert [written(code, 2) for code in (2, 1, 3, 0)] == ["01", "10", "11", "00"] and written(0, 0) == "-"
+    assert region_codes(np.ones((1, 60)), 60)[0] == 2**60 - 1
+
+
+def test_three_regions_leave_open_what_they_must() -> None:
+    counts = transitions(LOBES, visited(LOBES))
+    assert counts.tolist() == [[2, 0, 2], [0, 2, 2], [2, 2, 1]] and never_direct(LOBES, 1, 2)
+    assert topological_entropy(counts) == pytest.approx(np.log(1 + np.sqrt(2)))
+    assert topological_entropy(counts) == pytest.approx(0.881, abs=5e-4)
+    assert topological_entropy(counts, loops=False) == pytest.approx(np.log(2) / 2)
+    assert topological_entropy(np.array([[0, 1], [0, 0]])) == 0, "what never repeats"
+    assert not never_direct(np.array([1, 2]), 1, 2)
+
+
+def test_a_code_between_two_does_not_make_them_neighbours() -> None:
+    codes = np.array([1] * 150 + [0] + [2] * 150)
+    assert visited(codes, 0.01) == [1, 2] and visited(codes) == [0, 1, 2]
+    assert transitions(codes, [1, 2]).tolist() == [[149, 0], [0, 149]]
+
+
+def test_graphs_have_shares_and_the_minimal_one_what_lasts() -> None:
+    codes = np.concatenate([[0] * 20, np.tile(LOBES, 40)])  # a start that is left for good
+    graph = graph_of(codes, 2)
+    assert graph.nodes["11"]["share"] == shares(codes)[3] and graph.has_edge("00", "10")
+    assert sum(share for *_, share in graph.edges(data="share")) == pytest.approx(1)
+    least = minimal_graph(codes, 2)
+    assert sorted(least.edges) == [("01", "11"), ("10", "11"), ("11", "01"), ("11", "10")]
+
+
+def test_runs_agree_up_to_the_names_of_their_symbols() -> None:
+    renamed = np.array([0, 7, 5, 2])[LOBES]
+    assert agreement(LOBES, renamed) == 1 and share_distance(shares(LOBES), shares(renamed)) == 0
+    flipped = renamed.copy()
+    flipped[:2] = 11
+    assert agreement(LOBES, flipped) == pytest.approx(12 / 14)
+    assert share_distance({0: 0.5, 1: 0.5}, {4: 0.8, 2: 0.1, 3: 0.1}) == pytest.approx(0.3)
+    assert share_distance({0: 1.0}, {0: 0.25, 1: 0.25, 2: 0.5}) == pytest.approx(0.5)
+    with pytest.raises(ValueError, match="one by one"):
+        agreement(LOBES, LOBES[:3])
+
+
+# A tent map x -> x / c, (1 - x) / (1 - c) as an AL-RNN: one ReLU unit at x - c. Everything of it is known.
+
+
+CORNER = 0.4
+
+
+def tent() -> AlmostLinear:
+    rise, fold = 1 / CORNER, 1 / CORNER + 1 / (1 - CORNER)
+    return AlmostLinear(
+        A=np.zeros(2),
+        W=np.array([[rise, -fold], [rise, -fold]]),
+        h=np.array([0, -CORNER]),
+        L=np.ones((1, 1)),
+        P=1,
+    )
+
+
+def folded(x: float, steps: int) -> np.ndarray:
+    """Latent states of the tent, by the map itself."""
+    found = [x]
+    for _ in range(steps - 1):
+        found.append(found[-1] / CORNER if found[-1] < CORNER else (1 - found[-1]) / (1 - CORNER))
+    return np.array([[x, x - CORNER] for x in found])
+
+
+def test_a_tent_has_two_real_fixed_points_and_every_cycle_there_can_be() -> None:
+    model, latent = tent(), folded(0.3141592, 4000)
+    codes = region_codes(latent, 1)
+    assert model.free_run(latent[0], 9) == pytest.approx(latent[:9], abs=1e-6)
+    points = fixed_points(model, visited(codes))
+    assert points[0].points[0] == pytest.approx([0, -CORNER]) and points[0].radius == pytest.approx(1 / CORNER)
+    assert points[1].points[0, 0] == pytest.approx(1 / (2 - CORNER)) and points[1].radius == pytest.approx(1 / 0.6)
+    assert points[0].real and points[1].real and not points[1].spirals
+    words = closed_words(transitions(codes, [0, 1]), 5)
+    assert len(words) == 2 + 1 + 2 + 3 + 6, "cycles of a full shift"
+    cycles = [cycle_through(model, word) for word in words]
+    assert all(one is not None and one.real for one in cycles)
+    two = cycle_through(model, [0, 1])
+    assert two is not None and two.radius == pytest.approx(1 / (CORNER * 0.6))
+    after = model.free_run(two.points[0], 3)
+    assert after[1] == pytest.approx(two.points[1]) and after[2] == pytest.approx(two.points[0])
+    assert two.told(1) == {"regions": ["0", "1"], "real": True, "radius": pytest.approx(1 / 0.24), "spirals": False}
+    found = cycles_near(model, latent, 4)
+    assert [one.codes for one in found if len(one.codes) == 2] in ([(0, 1)], [(1, 0)])
+    assert len({one.codes for one in found}) == len(found) and all(one.real for one in found)
+    assert len(by_region(codes, found)[0]) == len(found)
+
+
+def test_what_lies_in_another_region_is_virtual_and_what_has_no_solution_is_not_there() -> None:
+    model = tent()
+    low = AlmostLinear(A=model.A, W=model.W, h=model.h + np.array([0, 1.0]), L=model.L, P=1)
+    found = cycle_through(low, [0])
+    assert found is not None and not found.real
+    shift = AlmostLinear(A=np.ones(2), W=np.zeros((2, 2)), h=np.ones(2), L=np.ones((1, 1)), P=1)
+    assert cycle_through(shift, [0]) is None and fixed_points(shift, [0, 1]) == {}
+
+
+def test_a_region_s_derivative_is_that_of_a_step() -> None:
+    model = new_model(6, 2, 3, np.random.default_rng(3))
+    for state in np.random.default_rng(4).standard_normal((8, 6)):
+        [code] = region_codes(state[None], 2)
+        moved = [model.free_run(state + step, 2)[1] - model.free_run(state - step, 2)[1] for step in 1e-6 * np.eye(6)]
+        assert jacobian(model, int(code)) == pytest.approx(np.array(moved).T / 2e-6, abs=1e-7)
+
+
+def test_led_along_a_series_a_model_sees_it_every_few_steps() -> None:
+    model, series = new_model(6, 2, 3, np.random.default_rng(3)), np.random.default_rng(4).standard_normal((20, 3))
+    led = along(model, series, 4)
+    assert led[0].tolist() == model.start(series[0]).tolist()
+    for step in range(1, 20):
+        seen = series[step - 1] if (step - 1) % 4 == 0 else led[step - 1, :3]
+        assert led[step] == pytest.approx(model.free_run(np.concatenate([seen, led[step - 1, 3:]]), 2)[1])
+    assert along(model, series, 100) == pytest.approx(model.free_run(model.start(series[0]), 20))
+    wild = AlmostLinear(A=np.full(6, 100.0), W=model.W, h=model.h, L=model.L, P=2)
+    assert np.isfinite(along(wild, series, 4)).all()
+
+
+# Exponents.
+
+
+def test_exponents_of_a_linear_map_are_the_logs_of_its_eigenvalues() -> None:
+    turn, _ = np.linalg.qr(np.random.default_rng(0).standard_normal((4, 4)))
+    matrix = turn @ np.diag([1.5, 0.9, -0.5, 0.1]) @ np.linalg.inv(turn) + 0.0
+    found = exponents([matrix] * 600, 4, 4)
+    assert found == pytest.approx(np.log([1.5, 0.9, 0.5, 0.1]), abs=1e-3)
+    assert exponents([matrix] * 600, 4, 2) == pytest.approx(found[:2])
+    with pytest.raises(ValueError, match="more than 200"):
+        exponents([matrix] * 200, 4, 4)
+
+
+def test_the_exponent_of_a_tent_is_that_of_its_slopes() -> None:
+    latent = folded(0.3141592, 8000)
+    [first, second] = spectrum(tent(), latent)
+    known = -CORNER * np.log(CORNER) - 0.6 * np.log(0.6)
+    assert first == pytest.approx(known, abs=0.02) and second < -100, "its two units are one number"
+    assert spectrum(tent(), latent, 1, per_time=10) == pytest.approx([10 * first])
+    assert topological_entropy(transitions(region_codes(latent, 1), [0, 1])) == pytest.approx(np.log(2))
+
+
+def test_exponents_of_lorenz_are_the_known_ones(truth: np.ndarray) -> None:
+    def flow(at: np.ndarray) -> np.ndarray:
+        x, y, z = at * [7.9, 9.0, 8.6] + [0, 0, 23.5]
+        return np.array([[-10, 10, 0], [28 - z, -1, -x], [y, x, -8 / 3]])
+
+    halves = (np.eye(3) + 0.005 * flow(at) + (0.005 * flow(at)) @ (0.005 * flow(at)) / 2 for at in truth[:4000])
+    found = 100 * exponents((one @ one for one in halves), 3, 3)
+    assert found.sum() == pytest.approx(-(10 + 1 + 8 / 3), abs=0.1) and abs(found[1]) < 0.2
+    assert found[0] == pytest.approx(0.906, abs=0.3) and dimension(found) == pytest.approx(2.06, abs=0.03)
+
+
+def test_dimensions_count_what_grows() -> None:
+    assert dimension(np.array([-0.1, -1])) == 0 and dimension(np.array([0.5, -1.0])) == 1.5
+    assert dimension(np.array([1.0, 0.5])) == 2
+
+
+def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "networkx", None)
+    with pytest.raises(AffineQuantError, match=r"affinequant\[research\]"):
+        graph_of(LOBES, 2)
