@@ -4,7 +4,10 @@ import dataclasses
 
 import numpy as np
 import pytest
+import torch
 from affinequant_research.alrnn.model import FAR, AlmostLinear, new_model, packed, unpacked
+from affinequant_research.alrnn.rollout import Rollout
+from torch import Tensor
 
 from affinequant.errors import AffineQuantError
 
@@ -57,3 +60,42 @@ def test_unpacking_is_the_adjoint_of_packing(bent: int) -> None:
     parts = model.A, model.W, model.h
     taken = sum((one * part).sum() for one, part in zip(unpacked(gradient, bent), parts, strict=True))
     assert (packed(*parts, bent) * gradient).sum() == pytest.approx(taken)
+
+
+def plain(model: AlmostLinear, weights: dict[str, Tensor], window: Tensor, every: int) -> Tensor:
+    """The rollout as the paper writes it, by autograd."""
+    x = window.transpose(1, 2)
+    z, made = torch.cat([x[0], x[0] @ weights["L"].T], dim=1), []
+    for now in range(1, len(x)):
+        bent = torch.cat([z[:, : model.M - model.P], z[:, model.M - model.P :].relu()], dim=1)
+        z = weights["A"] * z + bent @ weights["W"].T + weights["h"]
+        made.append(z[:, : model.N])
+        if now % every == 0:
+            z = torch.cat([x[now], z[:, model.N :]], dim=1)
+    return torch.stack(made).transpose(1, 2)
+
+
+@pytest.mark.parametrize(("bent", "every"), [(2, 4), (0, 4), (5, 1), (2, 6), (1, 99)])
+def test_the_rollout_and_its_gradient_are_those_of_autograd(bent: int, every: int) -> None:
+    model = some_model(bent, size=5.0)
+    weights = {name: torch.from_numpy(getattr(model, name)).requires_grad_() for name in "AWhL"}
+    window = torch.from_numpy(np.random.default_rng(1).standard_normal((25, 3, 4)))
+    rollout = Rollout(units=8, bent=bent, observed=3, steps=24, batch=4, every=every, dtype=np.float64)
+    start = torch.cat([window[0], weights["L"] @ window[0]])
+    found = rollout(weights["A"], weights["W"], weights["h"], start, window)
+    wanted = plain(model, weights, window, every)
+    torch.testing.assert_close(found, wanted)
+    losses = [(made - window[1:]).square().mean() for made in (found, wanted)]
+    grown, expected = (torch.autograd.grad(loss, list(weights.values())) for loss in losses)
+    for one, other in zip(grown, expected, strict=True):
+        assert other.abs().max() > 1e-3
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)
+
+
+def test_a_rollout_that_was_overwritten_has_no_gradient() -> None:
+    rollout = Rollout(units=8, bent=2, observed=3, steps=5, batch=2, every=2)
+    A, W, h = (torch.ones(shape, requires_grad=True) for shape in ((8,), (8, 8), (8,)))
+    made = rollout(A, W, h, torch.ones(8, 2), torch.ones(6, 3, 2))
+    rollout(A, W, h, torch.ones(8, 2), torch.ones(6, 3, 2))
+    with pytest.raises(RuntimeError, match="another window"):
+        made.sum().backward()
