@@ -173,6 +173,39 @@ def test_a_claim_needs_its_measurements() -> None:
     assert not claim.holds({"a/x": 4}) and not claim.holds({"b/x": 4})
 
 
+@pytest.mark.parametrize(
+    ("share", "code", "outcome"), [(2 / 3, 0, "pass, 2 of 3"), (0.7, 4, "FAIL, 2 of 3"), (1.0, 4, "FAIL")]
+)
+def test_a_claim_may_be_of_a_share_of_the_seeds(
+    share: float,
+    code: int,
+    outcome: str,
+    registered: None,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    errors = [
+        run_experiment("toy", TOY, TOY.presets["ci"], (seed,), "ci", tmp_path / "before")[0]["metrics"]["slow/error"]
+        for seed in range(3)
+    ]
+    second = sorted(error["value"] for error in errors)[1]
+    claim = Claim(metric="slow/error", op="<=", than=second, source="derived", share=share)
+    some = dataclasses.replace(TOY, claims={"ci": (claim,)})
+    monkeypatch.setitem(globals(), "METHOD", dataclasses.replace(METHOD, experiments=(some,)))
+    words = ["research", "run", "toy.toy", "--seeds", "0-2", "-o", str(tmp_path / "out"), "--json"]
+    assert main(words) == code
+    report = json.loads(capsys.readouterr().out)["report"]
+    assert report["passed"] == (code == 0) and report["claims"][0]["held"] == 2
+    assert report["tables"][1]["rows"][0][3] == outcome
+    assert ("share of them" in report["verdict"]) == (share < 1) == ("of seeds" in report["claims"][0]["claim"])
+
+
+def test_a_claim_of_no_seeds_is_none() -> None:
+    with pytest.raises(ValueError, match="share"):
+        Claim(metric="a/x", op=">=", than=1.0, source="paper", share=0.0)
+
+
 def test_the_command_lists_runs_and_judges(
     registered: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

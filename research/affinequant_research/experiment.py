@@ -34,12 +34,13 @@ TRIAL = "affinequant_research.running:trial_stage"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Claim:
-    """`metric op factor * than`, which holds on every seed or does not.
+    """`metric op factor * than`, which holds on as many seeds as are asked for or does not.
 
     Attributes:
         metric: `STAGE/NAME` of a measured metric.
         than: a number, or another metric's name.
         source: where it is claimed: `paper`, `measured` (by a prototype, on what), `derived`.
+        share: of the seeds, rounded up to whole ones, on which it has to hold: above 0, at most 1.
     """
 
     metric: str
@@ -47,10 +48,16 @@ class Claim:
     than: float | str
     factor: float = 1.0
     source: str
+    share: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise ValueError(f"a claim on a share of {self.share} of the seeds says nothing")
 
     def __str__(self) -> str:
         factor = f"{self.factor:g} x " if self.factor != 1 else ""
-        return f"{self.metric} {self.op} {factor}{self.than}"
+        share = f" on {self.share:.0%} of seeds" if self.share < 1 else ""
+        return f"{self.metric} {self.op} {factor}{self.than}{share}"
 
     def limit(self, values: Mapping[str, float]) -> float | None:
         """What the metric is held against; None where that was not measured."""

@@ -188,6 +188,7 @@ def _result(
                 "value": values.get(claim.metric),
                 "limit": claim.limit(values),
                 "source": claim.source,
+                "share": claim.share,
                 "pass": claim.holds(values),
             }
             for claim in experiment.claims.get(preset, ())

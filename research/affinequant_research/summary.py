@@ -1,5 +1,6 @@
 """What the seeds of a method's experiments say together: tables, claims, figures, as the report page reads them."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,7 +22,10 @@ def summary(method: Method, preset: str, done: Sequence[tuple[Experiment, Any, R
     held = sum(claim["pass"] for claim in claims)
     seeds = sorted({result["seed"] for _, _, results in done for result in results})
     on = f"{'every one of seeds' if len(seeds) > 1 else 'seed'} {', '.join(map(str, seeds))}"
-    said = f"{held} of {len(claims)} claims hold, each on {on}." if claims else "Nothing is claimed of this preset."
+    some = ", or on the share of them that it names" if any(claim["share"] < 1 for claim in claims) else ""
+    said = (
+        f"{held} of {len(claims)} claims hold, each on {on}{some}." if claims else "Nothing is claimed of this preset."
+    )
     figures = [figure.to_json() for one, config, results in done for figure in one.figures(found(config, results))]
     return {
         "schema": 1,
@@ -54,7 +58,7 @@ def _tables(experiment: Experiment, results: Results) -> list[dict[str, Any]]:
                 claim["claim"],
                 "; ".join(map(_number, claim["values"])),
                 claim["source"],
-                "pass" if claim["pass"] else "FAIL",
+                _outcome(claim),
             ]
             for claim in claims
         ]
@@ -62,6 +66,11 @@ def _tables(experiment: Experiment, results: Results) -> list[dict[str, Any]]:
             {"title": f"{experiment.name}: claims", "columns": ["claim", "measured", "source", ""], "rows": cells}
         )
     return tables
+
+
+def _outcome(claim: Mapping[str, Any]) -> str:
+    seeds = f", {claim['held']} of {len(claim['values'])}" if claim["share"] < 1 else ""
+    return ("pass" if claim["pass"] else "FAIL") + seeds
 
 
 def _stages(pairs: Any) -> list[str]:
@@ -80,16 +89,19 @@ def _shown(results: Results, name: str) -> str:
 
 
 def _claims(results: Results) -> list[dict[str, Any]]:
-    """Each claim with what every seed measured; it passes where it does on all."""
+    """Each claim with what every seed measured and on how many it holds; it passes where these are enough."""
     merged: dict[str, dict[str, Any]] = {}
     for result in results:
         for claim in result["expect"]:
-            kept = ("claim", "metric", "op", "source")
-            one = merged.setdefault(claim["claim"], {name: claim[name] for name in kept} | {"values": [], "limits": []})
+            kept = ("claim", "metric", "op", "source", "share")
+            new = {name: claim[name] for name in kept} | {"values": [], "limits": [], "held": 0}
+            one = merged.setdefault(claim["claim"], new)
             one["values"].append(claim["value"])
             one["limits"].append(claim["limit"])
-            one["pass"] = one.get("pass", True) and claim["pass"]
+            one["held"] += claim["pass"]
             one["experiment"] = result["experiment"]
+    for one in merged.values():
+        one["pass"] = one["held"] >= math.ceil(one["share"] * len(one["values"]) - 1e-9)
     return list(merged.values())
 
 
