@@ -7,9 +7,12 @@ import pytest
 import torch
 from affinequant_research.alrnn.model import FAR, AlmostLinear, new_model, packed, unpacked
 from affinequant_research.alrnn.rollout import Rollout
+from affinequant_research.alrnn.systems import SYSTEMS, lorenz96, runge_kutta, trajectories
+from affinequant_research.alrnn.training import Learner, Training, phase_of, windows
 from torch import Tensor
 
 from affinequant.errors import AffineQuantError
+from affinequant.fit import fit
 
 
 def some_model(bent: int, size: float = 10.0, units: int = 8) -> AlmostLinear:
@@ -99,3 +102,73 @@ def test_a_rollout_that_was_overwritten_has_no_gradient() -> None:
     rollout(A, W, h, torch.ones(8, 2), torch.ones(6, 3, 2))
     with pytest.raises(RuntimeError, match="another window"):
         made.sum().backward()
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_steps_are_of_the_fourth_order(name: str) -> None:
+    system = SYSTEMS[name]
+    start = np.array(system.start)[:, None] + np.random.default_rng(0).uniform(-1, 1, (len(system.start), 2))
+
+    def after(pieces: int) -> np.ndarray:
+        x = start
+        for _ in range(pieces):
+            x = runge_kutta(system.field, x, 0.08 / pieces)
+        return x
+
+    errors = [np.abs(after(pieces) - after(64)).max() for pieces in (2, 4)]
+    assert 8 < errors[0] / errors[1] < 40
+
+
+def test_fields_are_those_of_the_systems() -> None:
+    x = np.random.default_rng(0).standard_normal(20)
+    ring = [(x[(i + 1) % 20] - x[i - 2]) * x[i - 1] - x[i] + 8 for i in range(20)]
+    np.testing.assert_allclose(lorenz96(x[:, None])[:, 0], ring)
+    wings = np.array([[1.0, -1.0], [1.0, -1.0], [27.0, 27.0]]) * [[72**0.5], [72**0.5], [1.0]]
+    np.testing.assert_allclose(SYSTEMS["lorenz63"].field(wings), 0, atol=1e-12)  # the two foci
+    a = (5.7 - (5.7**2 - 4 * 0.2 * 0.2) ** 0.5) / 2
+    np.testing.assert_allclose(SYSTEMS["roessler"].field(np.array([a, -a / 0.2, a / 0.2])), 0, atol=1e-12)
+
+
+def test_trajectories_are_z_scored_and_two() -> None:
+    train, other = trajectories("lorenz63", 4000)
+    assert train.shape == other.shape == (4000, 3)
+    np.testing.assert_allclose(train.mean(0), 0, atol=1e-12)
+    np.testing.assert_allclose(train.std(0), 1)
+    assert np.abs(train - other).max() > 1 and np.abs(other).max() < 4
+    with pytest.raises(AffineQuantError, match="lorenz63"):
+        trajectories("lorenz", 10)
+
+
+SMALL = Training(M=6, T=12, tau=4, batch=4, updates=4, check_every=2)
+
+
+def test_windows_are_of_the_series_with_noise_and_belong_to_seed_and_epoch() -> None:
+    series = np.arange(300.0).reshape(100, 3)
+    quiet = dataclasses.replace(SMALL, noise=0.0)
+    made = list(windows(series, quiet, 0, 0))
+    assert len(made) == 2 and made[0].shape == (13, 3, 4)
+    assert ((made[0][1:] - made[0][:-1]) == 3).all() and ((made[0][:, 1:] - made[0][:, :-1]) == 1).all()
+    noisy = [next(windows(np.zeros((5000, 3)), SMALL, *at)) for at in ((0, 0), (0, 0), (0, 1), (1, 0))]
+    assert torch.equal(noisy[0], noisy[1]) and abs(float(noisy[0].std()) - 0.05) < 0.01
+    assert not torch.equal(noisy[0], noisy[2]) and not torch.equal(noisy[0], noisy[3])
+
+
+def test_training_keeps_the_checkpoint_that_is_judged_best() -> None:
+    series = np.random.default_rng(0).standard_normal((100, 3))
+    learner, seen = Learner(SMALL, 2, 3, 0), list[AlmostLinear]()
+
+    def judge(model: AlmostLinear) -> float:
+        seen.append(model)
+        return [3.0, 1.0, 2.0][len(seen) - 1]
+
+    report = fit(*phase_of(learner, series, 0, judge))
+    assert report.steps == 4 and report.series["d_stsp"] == [3.0, 1.0, 2.0]
+    assert (learner.model().W == seen[1].W).all() and (seen[1].W != seen[2].W).any()
+    assert seen[0].L.shape == (3, 3) and (seen[0].L != seen[1].L).any()
+
+
+@pytest.mark.parametrize(("changed", "says"), [({"check_every": 3}, "multiple"), ({"T": 100}, "smaller T")])
+def test_settings_that_do_not_fit_are_refused(changed: dict[str, int], says: str) -> None:
+    learner = Learner(dataclasses.replace(SMALL, **changed), 2, 3, 0)
+    with pytest.raises(AffineQuantError, match=says):
+        phase_of(learner, np.zeros((100, 3)), 0, lambda model: 0.0)
