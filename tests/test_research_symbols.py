@@ -1,5 +1,6 @@
 """What is measured and read off almost-linear RNNs: attractors, symbols, regions, exponents, on cases known by hand."""
 
+import json
 import sys
 
 import numpy as np
@@ -18,6 +19,7 @@ from affinequant_research.alrnn.codes import (
     visited,
     written,
 )
+from affinequant_research.alrnn.drawing import drawn, pictures_of
 from affinequant_research.alrnn.lyapunov import dimension, exponents, spectrum
 from affinequant_research.alrnn.measures import (
     bin_divergence,
@@ -37,6 +39,7 @@ from affinequant_research.alrnn.regions import (
     fixed_points,
     jacobian,
 )
+from affinequant_research.experiment import Found
 
 from affinequant import AffineQuantError
 
@@ -142,7 +145,9 @@ def test_a_code_has_a_bit_for_each_unit_with_a_relu() -> None:
     latent = np.array([[9.0, -1, 2], [9, 3, -1], [9, 1, 1], [9, 0, -1]])
     assert list(region_codes(latent, 2)) == [2, 1, 3, 0] and list(region_codes(latent, 0)) == [0] * 4
     assert [written(code, 2) for code in (2, 1, 3, 0)] == ["01", "10", "11", "00"] and written(0, 0) == "-"
-    assert region_codes(np.ones((1, 60)), 60)[0] == 2**60 - 1
+    assert region_codes(np.ones((1, 60)), 52)[0] == 2**52 - 1
+    with pytest.raises(AffineQuantError, match="at most 52"):
+        region_codes(np.ones((1, 60)), 53)
 
 
 def test_three_regions_leave_open_what_they_must() -> None:
@@ -301,3 +306,31 @@ def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setitem(sys.modules, "networkx", None)
     with pytest.raises(AffineQuantError, match=r"affinequant\[research\]"):
         graph_of(LOBES, 2)
+
+
+# Figures.
+
+
+def test_figures_show_what_the_runs_did() -> None:
+    truth = folded(0.3141592, 3000)
+    pictures = pictures_of(tent(), truth, truth[:, [0, 0]][:, :1], interval=8, axes=(0, 0))
+    assert json.loads(json.dumps(pictures)) == pictures
+    both = tuple({f"P1/{key}": one for key, one in pictures.items()} for _ in range(2))
+    found = Found(config=None, seeds=(0, 1), scores=({}, {}), series=({}, {}), pictures=both)
+    attractor, graphs, power, agree = drawn(found, "tent", ["P1", "absent"], step=0.1, unit="s", labels=("x", "x"))
+    assert [(one.panel, one.name) for one in attractor.series] == [("true", "true"), ("P1", "0"), ("P1", "1")]
+    assert all(x < CORNER for x in attractor.series[1].x) and sum(len(one.x) for one in attractor.series[1:]) <= 1000
+    assert [one.name for one in graphs.series] == ["P1, seed 0", "P1, seed 1"] and graphs.series[0].names == ("0", "1")
+    assert sum(map(sum, graphs.series[0].cells)) == pytest.approx(1, abs=0.01) and len(graphs.series[0].x) == 2
+    assert [one.name for one in power.series] == ["true", "P1"] and power.series[0].x[-1] == pytest.approx(5)
+    assert power.series[0].y == power.series[1].y and agree.series[0].cells == ((1.0,),)
+    assert sum(len(json.dumps(one.to_json())) for one in (attractor, graphs, power, agree)) < 60_000
+
+
+def test_what_diverged_at_once_is_drawn_too() -> None:
+    truth = folded(0.3141592, 3000)[:, :1]
+    pictures = pictures_of(tent(), np.zeros((0, 2)), truth, interval=8, axes=(0, 0))
+    one = {f"P1/{key}": value for key, value in pictures.items()}
+    figures = drawn(Found(config=None, seeds=(0,), scores=({},), series=({},), pictures=(one,)), "tent", ["P1"])
+    assert [figure.kind for figure in figures] == ["scatter", "line"] and len(figures[1].series) == 1
+    assert drawn(Found(config=None, seeds=(0,), scores=({},), series=({},), pictures=({},)), "tent", ["P1"]) == []

@@ -19,12 +19,20 @@ if TYPE_CHECKING:
     import networkx
 
 Codes = NDArray[np.integer]
+MOST_BENT = 52
+"""Units that a code has bits for."""
 RARE = 0.01
 """Share of steps below which a region is left out where it says so: trajectories touch corners."""
 
 
 def region_codes(latent: Floats, bent: int) -> Codes:
-    """The code of each step of a latent trajectory [steps, M], of which the last `bent` units have a ReLU."""
+    """The code of each step of a latent trajectory [steps, M], of which the last `bent` units have a ReLU.
+
+    Raises:
+        AffineQuantError: they are more than 52, whose codes JSON's numbers do not tell apart (exit 2).
+    """
+    if bent > MOST_BENT:
+        raise AffineQuantError(f"{bent} ReLUs", "codes of regions", f"give at most {MOST_BENT}")
     on = latent[:, latent.shape[1] - bent :] > 0
     return on @ (1 << np.arange(bent, dtype=np.int64))
 
@@ -50,7 +58,7 @@ def transitions(codes: Codes, known: Sequence[int]) -> NDArray[np.integer]:
     """[known, known]: how often the second was right behind the first. Steps of or to other codes are not counted, nor are
     two codes taken for neighbours since one between them is left out."""
     places = {code: place for place, code in enumerate(known)}
-    at = np.array([places.get(int(code), -1) for code in np.unique(codes)])
+    at = np.array([places.get(int(code), -1) for code in np.unique(codes)], dtype=np.int64)
     index = at[np.searchsorted(np.unique(codes), codes)]
     both = (index[:-1] >= 0) & (index[1:] >= 0)
     counts = np.zeros((len(known), len(known)), dtype=np.int64)

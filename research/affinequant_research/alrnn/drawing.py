@@ -1,0 +1,196 @@
+"""What a model's free run looks like: pictures kept as numbers when it is over, figures made of those of all seeds.
+
+A trial gives `pictures_of` its `pictures`, an experiment `drawn` its figures. Points are thinned: a page has many of them.
+"""
+
+from collections.abc import Sequence
+from itertools import combinations
+
+import numpy as np
+
+from affinequant.report.figure import Axis, Figure
+from affinequant.report.figure import Series as Line
+from affinequant_research.alrnn.codes import RARE, agreement, along, region_codes, shares, transitions, visited, written
+from affinequant_research.alrnn.measures import Floats, has_diverged, padded, spectra
+from affinequant_research.alrnn.model import AlmostLinear
+from affinequant_research.experiment import Found, Picture
+
+POINTS = 900
+"""Of a trajectory in a picture."""
+SYMBOLS = 1000
+"""Steps along the truth whose symbols are kept, to be compared with those of other seeds."""
+COLOURED = 4
+"""Regions with a colour of their own, the most visited; all others share one."""
+NODES = 12
+"""Regions of a graph, the most visited."""
+FREQUENCIES = 150
+"""Of a spectrum, as far apart by their logarithm."""
+OTHERS = "others"
+
+
+def pictures_of(
+    model: AlmostLinear,
+    latent: Floats,
+    truth: Floats,
+    *,
+    interval: int,
+    axes: tuple[int, int] = (0, 1),
+    smoothing: float = 20.0,
+    spectrum_steps: int = 10_000,
+) -> dict[str, Picture]:
+    """What figures need of a free run [steps, M] and of the truth [steps, N].
+
+    Args:
+        interval: after which the model sees the truth, where its symbols along that are asked for.
+        axes: the dimensions that are looked at.
+    """
+    codes = region_codes(latent, model.P)
+    known = sorted(visited(codes, RARE), key=lambda code: -shares(codes)[code])[:NODES]
+    counts = transitions(codes, known)
+    edges = [
+        [float(known[i]), float(known[j]), float(counts[i, j] / max(len(codes) - 1, 1))]
+        for i, j in zip(*np.nonzero(counts), strict=True)
+    ]
+    seen = region_codes(along(model, truth[:SYMBOLS], interval), model.P)
+    every, beside = (max(len(one) // POINTS, 1) for one in (latent, truth))
+    points = np.column_stack([latent[::every, list(axes)].round(3), codes[::every]])
+    return {
+        "points": points.tolist(),
+        "truth": truth[::beside, list(axes)].round(3).tolist(),
+        "edges": edges,
+        "symbols": [[float(code) for code in seen]],
+        "relus": [[float(model.P)]],
+        "spectrum": _spectrum(truth, latent[:, : model.N], smoothing, min(spectrum_steps, len(truth))),
+    }
+
+
+def _spectrum(truth: Floats, generated: Floats, smoothing: float, steps: int) -> list[list[float]]:
+    """Cycles a step, the truth's power there and the model's, each the mean over dimensions; 0 where it has none."""
+    generated = padded(generated, steps)
+    known = spectra(truth[:steps], smoothing).mean(1)
+    other = np.zeros_like(known) if has_diverged(generated) else spectra(generated, smoothing).mean(1)
+    at = np.unique(np.geomspace(1, len(known) - 1, FREQUENCIES).round().astype(int))
+    return [[float(f"{value:.4g}") for value in row] for row in zip(at / steps, known[at], other[at], strict=True)]
+
+
+def drawn(
+    found: Found,
+    name: str,
+    arms: Sequence[str],
+    *,
+    step: float = 1.0,
+    unit: str = "",
+    labels: tuple[str, str] = ("", ""),
+) -> list[Figure]:
+    """The attractor coloured by region, which region follows which, spectra; with several seeds how far their symbols agree.
+
+    Args:
+        step: units of time that a step takes.
+        labels: of the dimensions that are looked at.
+    """
+    kept = [arm for arm in arms if f"{arm}/points" in found.pictures[0]]
+    if not kept:
+        return []
+    made = [_attractor(found, name, kept, labels), _graphs(found, name, kept), _spectra(found, name, kept, step, unit)]
+    return [one for one in (*made, _agreements(found, name, kept)) if one]
+
+
+def _attractor(found: Found, name: str, arms: Sequence[str], labels: tuple[str, str]) -> Figure:
+    first = found.pictures[0]
+    x, y = np.array(first[f"{arms[0]}/truth"]).T
+    lines = [Line(name="true", panel="true", x=tuple(x), y=tuple(y))]
+    for arm in arms:
+        points, bent = np.array(first[f"{arm}/points"]).reshape(-1, 3), _relus(found, arm)
+        ranked = list(shares(points[:, 2].astype(np.int64)))[:COLOURED]
+        places = {**dict.fromkeys(points[:, 2], OTHERS), **{code: written(code, bent) for code in ranked}}
+        names = np.array([places[code] for code in points[:, 2]])
+        for region in [*sorted(written(code, bent) for code in ranked), OTHERS]:
+            inside = points[names == region]
+            if len(inside):
+                lines.append(Line(name=region, panel=arm, x=tuple(inside[:, 0]), y=tuple(inside[:, 1])))
+    return Figure(
+        kind="scatter",
+        key=f"{name}_attractor",
+        title=f"{name}: the truth, and free runs coloured by region",
+        series=tuple(lines),
+        x=Axis(label=labels[0]),
+        y=Axis(label=labels[1]),
+        caption=f"Of seed {found.seeds[0]}. In each colour the model is one affine map. Digits say which units are on.",
+    )
+
+
+def _graphs(found: Found, name: str, arms: Sequence[str]) -> Figure | None:
+    graphs = []
+    for seed, pictures in zip(found.seeds, found.pictures, strict=True):
+        for arm in arms:
+            edges, bent = pictures.get(f"{arm}/edges", ()), _relus(found, arm)
+            known = sorted({int(code) for source, target, _ in edges for code in (source, target)})
+            cells = np.zeros((len(known), len(known)))
+            for source, target, share in edges:
+                cells[known.index(int(source)), known.index(int(target))] = float(f"{share:.3g}")
+            label = f"{arm}, seed {seed}" if len(found.seeds) > 1 else arm
+            if known:
+                names = tuple(written(code, bent) for code in known)
+                x, y = _layout(cells)
+                graphs.append(Line(name=label, names=names, cells=tuple(map(tuple, cells.tolist())), x=x, y=y))
+    return (
+        graphs
+        and Figure(
+            kind="graph",
+            key=f"{name}_graph",
+            title=f"{name}: which region follows which",
+            series=tuple(graphs),
+            value=Axis(label="share of steps"),
+            caption="Of regions with a hundredth of the steps. A ring is a step that stays.",
+        )
+    ) or None
+
+
+def _layout(cells: Floats) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Places of the nodes by how they hang together, by networkx where it is installed; else the report makes a circle."""
+    try:
+        import networkx
+    except ImportError:
+        return (), ()
+    graph = networkx.from_numpy_array((cells + cells.T) > 0)
+    found = networkx.kamada_kawai_layout(graph, pos=networkx.circular_layout(graph))
+    return tuple(float(found[n][0].round(3)) for n in graph), tuple(float(found[n][1].round(3)) for n in graph)
+
+
+def _spectra(found: Found, name: str, arms: Sequence[str], step: float, unit: str) -> Figure:
+    known = np.array(found.pictures[0][f"{arms[0]}/spectrum"])
+    rows = {"true": known[:, 1]} | {arm: np.array(found.pictures[0][f"{arm}/spectrum"])[:, 2] for arm in arms}
+    x = tuple(float(f"{value / step:.4g}") for value in known[:, 0])
+    lines = [Line(name=label, x=x, y=tuple(v if v > 0 else None for v in y.tolist())) for label, y in rows.items()]
+    return Figure(
+        kind="line",
+        key=f"{name}_spectra",
+        title=f"{name}: power of the truth and of free runs",
+        series=tuple(one for one in lines if any(one.y)),
+        x=Axis(label="frequency", unit=f"1/{unit}" if unit else "per step", log=True),
+        y=Axis(label="share of power", log=True),
+        caption=f"Of seed {found.seeds[0]}, smoothed as the Hellinger distance has it, mean over dimensions.",
+    )
+
+
+def _agreements(found: Found, name: str, arms: Sequence[str]) -> Figure | None:
+    """How far seeds agree about the symbols of the same steps, each led along the truth."""
+    pairs = list(combinations(range(len(found.seeds)), 2))
+    if not pairs:
+        return None
+    codes = [[np.array(one[f"{arm}/symbols"][0]) for one in found.pictures] for arm in arms]
+    return Figure(
+        kind="heat",
+        key=f"{name}_agreement",
+        title=f"{name}: share of steps that two seeds give the same symbol",
+        series=(Line(cells=tuple(tuple(agreement(of[i], of[j]) for i, j in pairs) for of in codes)),),
+        x=Axis(label="seeds", names=tuple(f"{found.seeds[i]} and {found.seeds[j]}" for i, j in pairs)),
+        y=Axis(names=tuple(arms)),
+        value=Axis(label="share of steps"),
+        caption=f"Over {SYMBOLS} steps of the truth that both are led along, with the names of one's regions changed, one for "
+        "one, as it suits best. By chance alone as much as the largest region has.",
+    )
+
+
+def _relus(found: Found, arm: str) -> int:
+    return int(found.pictures[0][f"{arm}/relus"][0][0])
