@@ -7,12 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from affinequant_evals import Score
+from affinequant_research.experiment import Found
+from affinequant_research.schrodinger import drawing
 from affinequant_research.schrodinger.loading import load_snapshots
 from affinequant_research.schrodinger.measures import apart, mmd_rbf, oracle, w1, w2
 from affinequant_research.schrodinger.systems import SYSTEMS, Snapshots, System, system
 from torch import Tensor
 
 from affinequant.errors import AffineQuantError
+from affinequant.report.figure import Figure
 
 LINE = System(
     name="line",
@@ -261,3 +265,52 @@ def test_arrays_that_hold_something_else_are_refused(tmp_path: Path) -> None:
         load_snapshots(file, 0.1)
     with pytest.raises(AffineQuantError, match=r"no file \.npz or \.csv"):
         load_snapshots(tmp_path / "gone.npz", 0.1)
+
+
+def looked_at(seeds: int) -> Found:
+    """What runs would have found: two kinds of bridges at two held-out times, one parameter over three passes."""
+    held = seen(70, 3, d=3)
+    paths = gaussian(12 * 2 * 30, 0.0, 0.0, 0.0).view(12, 2, 30, 3)
+    pictures = {"a/paths": drawing.lines(paths, (0, 2)), "a/held": drawing.cloud(held, (0, 2))}
+    scores = [
+        {
+            f"{kind}/w2@t{time}": Score(value=value + seed, stderr=None, n=1)
+            for kind in "ab"
+            for time, value in ((1, 2.0), (3, 4.0))
+        }
+        for seed in range(seeds)
+    ]
+    series = ({"a/alpha": ([1, 2, 3], [0.5, 0.7, 0.9]), "b/w2": ([1], [0.1])},) * seeds
+    return Found(
+        config=None, seeds=tuple(range(seeds)), scores=tuple(scores), series=series, pictures=(pictures,) * seeds
+    )
+
+
+def test_paths_are_drawn_as_lines_that_do_not_touch() -> None:
+    found = looked_at(1)
+    figure = drawing.trajectories(
+        found, "one", {"first": "a/paths", "second": "a/paths"}, "a/held", "a/held", ("x", "z")
+    )
+    assert Figure.from_json(figure.to_json()) == figure and list(figure.panels) == ["first", "second"]
+    paths, trained, _ = figure.panels["first"]
+    assert paths.joined and not trained.joined
+    assert paths.x.count(None) == paths.y.count(None) == 2 * drawing.PATHS - 1
+    assert len(trained.x) == drawing.PARTICLES + 3
+
+
+def test_distances_are_drawn_with_the_spread_of_seeds() -> None:
+    figure = drawing.distances(looked_at(3), "one", {"vanilla": "a", "refined": "b"}, (1.0, 3.0))
+    first, _ = figure.series
+    assert (first.x, first.y, first.low, first.high) == ((1.0, 3.0), (3.0, 5.0), (2.0, 4.0), (4.0, 6.0))
+    assert not drawing.distances(looked_at(1), "one", {"vanilla": "a"}, (1.0, 3.0)).series[0].low
+    assert drawing.distances(looked_at(1), "one", {"vanilla": "a"}, (1.0, 2.0)).series[0].y == (2.0, None)
+
+
+def test_parameters_are_drawn_beside_their_true_values() -> None:
+    figure = drawing.parameters(looked_at(2), "one", "a", {"alpha": 1.0, "beta": 2.0})
+    assert [(one.name, one.panel) for one in figure.series] == [
+        ("seed 0", "alpha"),
+        ("seed 1", "alpha"),
+        ("true", "alpha"),
+    ]
+    assert figure.series[2].x == (1, 3) and figure.series[2].y == (1.0, 1.0)
