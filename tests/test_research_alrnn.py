@@ -1,14 +1,23 @@
 """The almost-linear RNN: its map, its rollout under teacher forcing, the systems it learns, training to the same bytes."""
 
 import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from affinequant_evals import Score
+from affinequant_research.alrnn.attractors import BOUNDS, EXPERIMENTS, Attractors, Bounds, kept_to, relus_of
+from affinequant_research.alrnn.freerun import of_run
 from affinequant_research.alrnn.model import FAR, AlmostLinear, new_model, packed, unpacked
+from affinequant_research.alrnn.quantised import PARTS, rounded_model
 from affinequant_research.alrnn.rollout import Rollout
 from affinequant_research.alrnn.systems import SYSTEMS, lorenz96, runge_kutta, trajectories
 from affinequant_research.alrnn.training import Learner, Training, phase_of, windows
+from affinequant_research.experiment import Trial
+from affinequant_research.running import found, run_experiment
 from torch import Tensor
 
 from affinequant.errors import AffineQuantError
@@ -172,3 +181,95 @@ def test_settings_that_do_not_fit_are_refused(changed: dict[str, int], says: str
     learner = Learner(dataclasses.replace(SMALL, **changed), 2, 3, 0)
     with pytest.raises(AffineQuantError, match=says):
         phase_of(learner, np.zeros((100, 3)), 0, lambda model: 0.0)
+
+
+TINY = Attractors(arms=("P2",), M=8, T=12, tau=4, batch=4, updates=6, check_every=2, steps=1500, bits=(8, 3))
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    out = tmp_path_factory.mktemp("alrnn")
+    return out, run_experiment("alrnn", EXPERIMENTS[0], TINY, (0,), "smoke", out)[0]
+
+
+def test_an_experiment_measures_what_is_claimed(ran: tuple[Path, dict[str, Any]]) -> None:
+    metrics, (fit_entry,) = ran[1]["metrics"], ran[1]["fit"]
+    assert fit_entry["steps"] == 6 and ran[1]["series"]["P2/d_stsp"][0] == [0, 2, 4, 6]
+    bounds = BOUNDS["lorenz63"].claims("P2", 1500, source="")
+    assert {claim.metric for claim in bounds} <= metrics.keys()
+    values = {name: one["value"] for name, one in metrics.items()}
+    assert values["P2/faithful"] == 0.0 and not all(claim.holds(values) for claim in bounds)
+    assert values["P2/kept_update"] in (0, 2, 4, 6) and values["P2/d_stsp_last"] == ran[1]["series"]["P2/d_stsp"][1][-1]
+    assert {f"P2/{what}@{part}{bits}" for what in ("d_stsp", "regions") for part in PARTS for bits in (8, 3)} <= set(
+        values
+    )
+    keys = [one.key for one in EXPERIMENTS[0].figures(found(TINY, [ran[1]]))]
+    assert len(keys) == len(set(keys)) >= 4
+
+
+def test_training_that_was_cut_short_goes_on_to_the_same_bytes(
+    ran: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    seen = 0
+
+    def dies(config: Attractors, seed: int, arm: str) -> Trial:
+        trial = EXPERIMENTS[0].build(config, seed, arm)
+
+        def batches(epoch: int) -> Iterator[Tensor]:
+            nonlocal seen
+            seen += 1
+            if seen == 3:
+                raise KeyboardInterrupt
+            yield from trial.phase.batches(epoch)
+
+        return dataclasses.replace(trial, phase=trial.phase._replace(batches=batches))
+
+    with pytest.raises(KeyboardInterrupt):
+        run_experiment("alrnn", dataclasses.replace(EXPERIMENTS[0], build=dies), TINY, (0,), "smoke", tmp_path)
+    again = run_experiment("alrnn", EXPERIMENTS[0], TINY, (0,), "smoke", tmp_path)[0]
+    kept = [folder / "seed-0/stages/P2/tensors.safetensors" for folder in (ran[0], tmp_path)]
+    assert again["series"] == ran[1]["series"] and kept[0].read_bytes() == kept[1].read_bytes()
+
+
+def test_what_keeps_to_all_bounds_is_faithful() -> None:
+    bounds = Bounds(d_stsp=5.0, d_hellinger=0.2, regions=3, exponent=(0.6, 1.1))
+    values = {"d_stsp@bins30,T1e5": 4.0, "d_hellinger@s20,T1e4": 0.1, "regions": 3, "apart": 0, "settled": 0}
+    values["exponent"] = 0.9
+    scores: Any = {name: ("lower", Score(value=float(one), stderr=None, n=1)) for name, one in values.items()}
+    assert kept_to(scores, bounds, 100_000) == 1
+    for name, wrong in (
+        ("d_stsp@bins30,T1e5", 5.1),
+        ("regions", 2.0),
+        ("regions", 4.0),
+        ("apart", 0.01),
+        ("exponent", 1.2),
+    ):
+        assert kept_to(scores | {name: ("lower", Score(value=wrong, stderr=None, n=1))}, bounds, 100_000) == 0
+    assert kept_to({name: one for name, one in scores.items() if name != "exponent"}, bounds, 100_000) == 0
+
+
+@pytest.mark.parametrize("arm", ["2", "P", "Q2", "P-1"])
+def test_arms_that_name_no_number_are_refused(arm: str) -> None:
+    with pytest.raises(AffineQuantError) as caught:
+        relus_of(arm)
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("bits", [8, 4, 3])
+def test_weights_are_rounded_on_the_grid_and_the_rest_is_left(bits: int) -> None:
+    model = some_model(2)
+    made = rounded_model(model, bits)
+    assert all(len(np.unique(row)) <= 2**bits for row in made.W) and (made.W != model.W).any()
+    step = (np.maximum(model.W.max(1), 0) - np.minimum(model.W.min(1), 0)) / (2**bits - 1)
+    assert (np.abs(made.W - model.W) <= 0.51 * step[:, None]).all()
+    assert made.A is model.A and made.h is model.h and made.L is model.L
+    whole = rounded_model(model, bits, PARTS["wah"])
+    assert whole.A.shape == whole.h.shape == (8,) and (whole.A != model.A).any() and (whole.h != model.h).any()
+
+
+def test_a_run_that_diverges_is_measured_all_the_same() -> None:
+    model = some_model(2, size=300.0)
+    truth = np.random.default_rng(0).standard_normal((2000, 3))
+    found = of_run(model, truth, 2000, 0.01)
+    assert found["d_stsp@bins30,T2e3"][1].value > 8 and found["d_hellinger@s20,T2e3"][1].value == 1
+    assert found["regions"][1].value == 0 and "exponent" not in found

@@ -158,6 +158,7 @@ class Method:
 METHODS: dict[str, str] = {
     "rotations": "affinequant_research.rotations:METHOD",
     "grokalign": "affinequant_research.grokalign:METHOD",
+    "alrnn": "affinequant_research.alrnn:METHOD",
 }
 """Name -> `module:attribute` of a `Method`. A new method is a folder and a line here."""
 

@@ -25,7 +25,7 @@ class System:
     start: tuple[float, ...]
     step: float
     exponent: float
-    transient: float = 200.0
+    transient: float = 50.0
 
 
 def lorenz63(x: Floats) -> Floats:
@@ -48,7 +48,7 @@ def lorenz96(x: Floats) -> Floats:
 
 SYSTEMS: Mapping[str, System] = {
     "lorenz63": System(field=lorenz63, start=(1.0, 1.0, 25.0), step=0.01, exponent=0.906),
-    "roessler": System(field=roessler, start=(1.0, 1.0, 0.0), step=0.08, exponent=0.071),
+    "roessler": System(field=roessler, start=(1.0, 1.0, 0.0), step=0.08, exponent=0.071, transient=200.0),
     "lorenz96": System(field=lorenz96, start=(8.0,) * 20, step=0.04, exponent=1.7),
 }
 """Steps of Lorenz-63 and Rössler: by the autocorrelation of the series that the authors trained on."""

@@ -1,0 +1,80 @@
+"""What a network does when it is left alone, measured against a trajectory that it was not trained on."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from affinequant_evals import Better, Score
+
+from affinequant_research.alrnn.codes import RARE, region_codes, shares, transitions, visited
+from affinequant_research.alrnn.lyapunov import FORGOTTEN, spectrum
+from affinequant_research.alrnn.measures import divergence, of_attractor
+from affinequant_research.alrnn.model import AlmostLinear, Floats
+from affinequant_research.alrnn.regions import fixed_points
+
+Scores = dict[str, tuple[Better, Score]]
+TRANSIENT = 1000
+"""Steps of a free run that are left out."""
+FOLLOWED = 20_000
+"""Steps along which exponents are measured."""
+
+
+def free_run(model: AlmostLinear, truth: Floats, steps: int) -> Floats:
+    """The latent trajectory behind the transient, from where the truth begins: [steps, M], fewer where it diverges."""
+    return model.free_run(model.start(truth[0]), TRANSIENT + steps)[TRANSIENT:]
+
+
+def distance(model: AlmostLinear, truth: Floats, steps: int) -> float:
+    """The divergence of states alone: what checkpoints are judged by."""
+    ((_, score),) = divergence(truth, free_run(model, truth, steps)[:, : model.N], steps=steps).values()
+    return score.value
+
+
+def of_run(model: AlmostLinear, truth: Floats, steps: int, step: float) -> Scores:
+    """How far a free run is from the truth, which regions it is in, and how fast what is near parts.
+
+    `regions` are those with a hundredth of the steps; `apart` is the share of transitions between two of these whose codes
+    differ in more than one unit; `settled` counts real fixed points of theirs that attract, which chaos has none of. Where a
+    run diverges at once, the last of all of these are not there.
+
+    Args:
+        step: units of time that a step takes; `exponent` is per unit.
+    """
+    latent = free_run(model, truth, steps)
+    codes = region_codes(latent, model.P)
+    known = visited(codes, RARE)
+    counts = transitions(codes, known)
+    far = np.array([[(one ^ other).bit_count() > 1 for other in known] for one in known], dtype=bool)
+    still = [one for one in fixed_points(model, known).values() if one.real and one.radius <= 1]
+    parts = {str(code): share for code, share in shares(codes).items()}
+    return {
+        **of_attractor(truth, latent[:, : model.N], steps=steps),
+        "regions": ("lower", one_of(len(known), **parts)),
+        "regions_touched": ("lower", one_of(len(parts))),
+        "apart": ("lower", one_of(counts[far].sum() / max(counts.sum(), 1) if known else 0)),
+        "settled": ("lower", one_of(len(still))),
+        **_exponent("exponent", model, latent, step),
+    }
+
+
+def at_bits(rounded: Sequence[tuple[str, AlmostLinear]], truth: Floats, steps: int, step: float) -> Scores:
+    """Divergence of states, regions and exponent of networks by name: `d_stsp@NAME`, `regions@NAME`, `exponent@NAME`."""
+    found: Scores = {}
+    for name, model in rounded:
+        latent = free_run(model, truth, steps)
+        ((_, score),) = divergence(truth, latent[:, : model.N], steps=steps).values()
+        found[f"d_stsp@{name}"] = ("lower", score)
+        found[f"regions@{name}"] = ("lower", one_of(len(visited(region_codes(latent, model.P), RARE))))
+        found |= _exponent(f"exponent@{name}", model, latent, step)
+    return found
+
+
+def one_of(value: float, **about: object) -> Score:
+    """A number of which there is one."""
+    return Score(value=float(value), stderr=None, n=1, about=about)
+
+
+def _exponent(name: str, model: AlmostLinear, latent: Floats, step: float) -> Scores:
+    if len(latent) <= FORGOTTEN:
+        return {}
+    (found,) = spectrum(model, latent[:FOLLOWED], 1, per_time=1 / step)
+    return {name: ("higher", one_of(found))}
