@@ -22,7 +22,8 @@ BACKEND_TEXT = "what runs the models (default: auto, which is affinequant, this 
 SUITE_TEXT = (
     "a named set of texts and tasks: quick, paper, flatquant, or paper-tasks and flatquant-tasks, which need no hub"
 )
-USAGE = "CKPT [--text FILE|demo] [--tasks A,B] [--suite NAME] ..."
+DRIFT_TEXT = "how far texts are from the calibration text; without TEXT those that are scored anyway"
+USAGE = "CKPT [--text FILE|demo] [--tasks A,B] [--suite NAME] [--drift [TEXT...]] ..."
 EPILOG = f"""
 Without options: perplexity on {DEFAULT_WINDOWS} windows of the demo's held-out text. The baseline (the model that the
 checkpoint was made from, or --baseline) sees the same tokens and prompts; +- is one standard error, of the
@@ -40,6 +41,10 @@ baseline is scored once for all its checkpoints, and after Ctrl-C the same comma
 After a suite of a paper stands what was published of the model, with ours beside it: pass or FAIL where the same was
 measured, else why not (`affinequant list published` shows all).
 
+--drift asks whether the calibration text was the right one for other texts: how many times as far each is from it, in what
+the linears of the full-precision model read (sliced Wasserstein distance, site by site), as two halves of the calibration
+text are from each other. It needs no quantised model: `eval MODEL --drift-from TEXT --drift TEXTS` asks before the work.
+
 --backend runs checkpoint and baseline elsewhere: transformers loads a folder as other programs do, vllm starts an engine, an
 address asks a server that has the checkpoint; then --baseline is another server's address, a model for this machine, or none.
 
@@ -48,6 +53,7 @@ examples:
   affinequant eval my-llama-w4a4 --text my-text.txt --seq-len 2048 --windows 20
   affinequant eval my-llama-w4a4 --tasks piqa,arc_easy,hellaswag,lambada_openai --limit 100
   affinequant eval my-llama-w4a4 --suite paper --json
+  affinequant eval my-llama-w4a4 --drift mails.txt code.txt     how far these are from what it was calibrated on
   affinequant eval my-llama-w4a4 --max-ppl-increase 5% --max-kl 0.1     exit code 4 where it is worse than that
   affinequant eval my-llama-w4a4 --suite paper-tasks --backend vllm --log-samples answers
   affinequant eval my-llama-w4a4 --tasks piqa --backend http://127.0.0.1:8000 --baseline http://127.0.0.1:8001
@@ -65,6 +71,10 @@ def add_arguments(parser: Parser) -> None:
     )
     group.add_argument("--tasks", metavar="A,B", help="lm-eval tasks; nine of them need no hub")
     group.add_argument("--suite", metavar="NAME", help=SUITE_TEXT)
+    group.add_argument("--drift", metavar="TEXT", nargs="*", help=DRIFT_TEXT)
+    group.add_argument(
+        "--drift-from", metavar="SOURCE", help="measure drift from there (default: what CKPT was calibrated on)"
+    )
     group.add_argument("--no-samples", action="store_true", help="no greedy continuations beside a text")
     add_gates(parser)
     group = parser.add_argument_group("how")
@@ -130,7 +140,7 @@ def score(args: argparse.Namespace, screen: Screen, limits: "Limits | None" = No
     tasks = tuple(name.strip() for name in (args.tasks or "").split(",") if name.strip())
     if args.tasks is not None and not tasks:
         raise AffineQuantError("no task is named", "--tasks", "give names, e.g. --tasks piqa,arc_easy")
-    if not (text or tasks or args.suite):
+    if not (text or tasks or args.suite or args.drift):
         text, windows = "demo", windows or DEFAULT_WINDOWS
     _check_applies(args, texts=bool(text or args.suite), tasks=bool(tasks or args.suite))
     device, dtype = choice(args.device, Device, "--device"), choice(args.dtype, Dtype, "--dtype")
@@ -149,6 +159,8 @@ def score(args: argparse.Namespace, screen: Screen, limits: "Limits | None" = No
         kl=False if args.no_kl else None,
         bos=args.bos,
         chat_template=args.chat_template or None,
+        drift=args.drift,
+        drift_from=args.drift_from,
         backend=args.backend,
         log_samples=args.log_samples,
         baseline=args.baseline,
@@ -235,7 +247,7 @@ def _missing(card: "Scorecard", name: str) -> str:
 def _how(row: "Row") -> str:
     about = row.score.about if row.score else {}
     if "windows" not in about:
-        return ""
+        return f"{row.name}: {about['said']}" if "said" in about else ""
     score = row.score
     interval = f"; 95 % {between(score.interval)}" if score and score.interval else ""
     if "reference" in about:

@@ -82,7 +82,9 @@ def calibration_tokens(
     return Tokens(ids=tensor, source=name, sha256=digest, bos=bos, available=available)
 
 
-def evaluation_text(source: str, *, most: int = MOST_CHARACTERS, say: Say = quiet) -> tuple[str, str]:
+def evaluation_text(
+    source: str, *, most: int = MOST_CHARACTERS, say: Say = quiet, flag: str = "--text"
+) -> tuple[str, str]:
     """The name and the text to evaluate on: `demo` (held-out passages), `wikitext2` (test split) or a file, of which no
     more than `most` characters are read.
 
@@ -93,14 +95,12 @@ def evaluation_text(source: str, *, most: int = MOST_CHARACTERS, say: Say = quie
         return "demo", "\n\n".join(demo_passages(say)[1])
     if source in ("c4", "c4-new"):
         raise AffineQuantError(
-            "C4 is evaluated on fixed crops, not on a text", "--text", "add --bos first, or use --suite paper"
+            "C4 is evaluated on fixed crops, not on a text", flag, "add --bos first, or use --suite paper"
         )
-    check_source(source, flag="--text")
+    check_source(source, flag=flag)
     if source == "wikitext2":
-        return "wikitext2", "\n\n".join(
-            texts(hub_rows(*HUB[source][:2], split="test", flag="--text"), source, flag="--text")
-        )
-    return read_text(source, most, say, flag="--text")
+        return "wikitext2", "\n\n".join(texts(hub_rows(*HUB[source][:2], split="test", flag=flag), source, flag=flag))
+    return read_text(source, most, say, flag=flag)
 
 
 def adds_bos(tokenizer: Any) -> bool:

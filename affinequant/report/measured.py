@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from affinequant.report import checked
+from affinequant.report import checked, drifted
 from affinequant.report.figure import Axis, Figure
 from affinequant.report.intervals import (
     FULL,
@@ -78,18 +78,19 @@ def tiles(metrics: Mapping[str, Object]) -> tuple[Tile, ...]:
 
 
 def score_sections(scores: Sequence[Object]) -> tuple[Section, ...]:
-    """Before and after; gates; greedy text; what was published."""
+    """Before and after; drift; gates; greedy text; what was published."""
     metrics = gather(scores)
     return (
         *section(
             "Before and after",
-            _table(metrics),
+            _table({name: one for name, one in metrics.items() if not drifted.is_drift(name)}),
             _pairs(metrics, "perplexity", is_perplexity, Axis(label="perplexity")),
             _pairs(metrics, "tasks", _is_task, Axis(label="score")),
             _differences(metrics),
             *(Text(words=words) for words in _how(scores)),
             about=_ABOUT_INTERVALS,
         ),
+        *drifted.drift_section(metrics),
         *section("Gates", checked.gates(scores), about="What the command was told to hold."),
         *section(
             "Does it still speak?", *checked.samples(scores), about="The most likely next token, again and again."

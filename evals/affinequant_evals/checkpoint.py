@@ -28,6 +28,8 @@ from affinequant_evals.backends import (
 )
 from affinequant_evals.baseline import NO_BASELINE as NO_BASELINE
 from affinequant_evals.baseline import find_baseline, locate_said
+from affinequant_evals.drift import score_drift
+from affinequant_evals.drift_texts import Compared, compare_texts
 from affinequant_evals.gates import Limits
 from affinequant_evals.harness import Scorecard, Suite, evaluate, recall, stage_of
 from affinequant_evals.kept import can_keep, content_of, context_of, keep_card, open_scores
@@ -92,6 +94,8 @@ def eval_checkpoint(
     other, theirs, note = _other(ready, baseline, say)
     keep = keep and can_keep(say)
     options: dict[str, Any] = {"device": device, "dtype": dtype, "keep": keep, "again": again, "say": say}
+    apart = _apart(ready, other, measurements(**wanted), say)
+    note = note if ready.suite.metrics else ""  # drift alone needs no model to compare with
     mine = (str(checkpoint), ready.folder)
     if other and ready.compared:
         note = _incomparable(ready, other[1], theirs)
@@ -100,7 +104,9 @@ def eval_checkpoint(
         limits.check(texts=texts, baseline=other is not None, kl=compared, why=note)
     if note:
         say(note)
-    if other is None:
+    if not ready.suite.metrics:
+        card = Scorecard(subject=mine[0], rows=(), env={}, seconds=0.0)
+    elif other is None:
         card = score_folder(*mine, ready, **options)
     elif note or not ready.compared:
         card = score_folder(*mine, ready, **options).against(score_folder(*other, ready, backend=theirs, **options))
@@ -108,9 +114,19 @@ def eval_checkpoint(
         card = _score_both(mine, other, ready, **options)
     card = replace(card, notes=(*card.notes, note)) if note else card
     card = with_samples(card)
+    if apart:
+        card = card.beside(score_drift(apart, ready.folder, **options))
     if keep and not ready.backend.url and not card.failed:  # a server's weights are not those of the tokenizer's folder
         keep_card(ready.folder, card)
     return card
+
+
+def _apart(ready: Ready, other: tuple[str, Path] | None, wanted: Measurements, say: Say) -> Compared | None:
+    """What drift is measured of, in the model before quantisation: the baseline where there is one here, else the model
+    itself."""
+    full = other if other and not is_address(other[0]) else (str(ready.folder), ready.folder)
+    texts = {"texts": wanted.drift, "start": wanted.drift_from, "say": say}
+    return compare_texts(ready.folder, full, ready.tokenizer, **texts) if wanted.drift else None
 
 
 def _score_both(mine: tuple[str, Path], other: tuple[str, Path], ready: Ready, **options: Any) -> Scorecard:

@@ -114,6 +114,11 @@ class Scorecard:
         pairs = {row.name: (row.score, baseline.score(row.name)) for row in self.rows}
         return {name: difference(mine, other) for name, (mine, other) in pairs.items() if mine and other}
 
+    def beside(self, other: "Scorecard") -> "Scorecard":
+        """This scorecard with the rows of another after its own: of other metrics, measured elsewhere."""
+        env, seconds = {**other.env, **self.env}, round(self.seconds + other.seconds, 1)
+        return replace(self, rows=(*self.rows, *other.rows), env=env, seconds=seconds)
+
     def against(self, baseline: "Scorecard") -> "Scorecard":
         """This scorecard with `baseline` inside, and rows `TASK,flips` of the answers that one of the two alone has right."""
         mine, other = _scores(self.rows), _scores(baseline.rows)

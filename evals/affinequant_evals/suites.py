@@ -22,6 +22,9 @@ METRICS: dict[str, str] = {
     "kl@TEXT,seqN": "mean divergence of the next-token distribution from the baseline's, in nats; lower is better",
     "agreement@TEXT,seqN": "share of tokens before which both hold the same token most likely; higher is better",
     "flips@TEXT,seqN": "share of tokens that exactly one of the two predicts right; lower is better",
+    "drift@TEXT,seqN": "how many times as far a text is from the calibration text, in what linears read, as halves of that "
+    "are from each other, by sliced W2 over windows of N tokens; lower is better",
+    "drift_gaussian@TEXT,seqN": "the same by the W2 of normal distributions; lower is better",
     "repetition@greedy": "share of repeated sequences of four tokens in greedy samples; lower is better",
     "TASK,acc": "share of an lm-eval task's documents answered right; higher is better",
     "TASK,acc_norm": "the same with each answer's likelihood divided by its length; higher is better",
@@ -34,8 +37,8 @@ METRICS: dict[str, str] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measurements:
-    """What is measured: perplexity of texts, and tasks. None means all windows, all documents, lm-eval's own shots, windows
-    side by side (else they start every `stride` tokens).
+    """What is measured: perplexity of texts, drift, and tasks. None means all windows, all documents, lm-eval's own shots,
+    windows side by side (else they start every `stride` tokens).
 
     Attributes:
         kl: next-token distributions are compared with the baseline's where there is one.
@@ -44,6 +47,8 @@ class Measurements:
         backend: in what the model runs, see `backends.BACKENDS`.
         log_samples: a new folder for every document's prompt and answers; "" for none.
         mean: the suite of whose tasks the mean is a row too; "" for none.
+        drift: texts of which it is measured how far they are from the calibration text (`drift`).
+        drift_from: what is calibrated on, where a checkpoint does not say or another is meant; "" for the checkpoint's.
     """
 
     about: str = "as asked"
@@ -61,6 +66,8 @@ class Measurements:
     backend: str = "auto"
     log_samples: str = ""
     mean: str = ""
+    drift: tuple[str, ...] = ()
+    drift_from: str = ""
 
 
 AFFINEQUANT_TASKS = ("piqa", "arc_easy", "arc_challenge", "boolq", "hellaswag", "winogrande")
@@ -181,14 +188,20 @@ def _windows(text: str, wanted: Measurements, tokenizer: Any, say: Say) -> Windo
 
 
 def measurements(
-    *, suite: str | None = None, text: str | None = None, tasks: Sequence[str] = (), **given: Any
+    *,
+    suite: str | None = None,
+    text: str | None = None,
+    tasks: Sequence[str] = (),
+    drift: Sequence[str] | None = None,
+    **given: Any,
 ) -> Measurements:
-    """A suite with what was given in its place; a text or tasks without a suite are measured alone, and nothing at all is
-    the suite `quick`.
+    """A suite with what was given in its place; a text, tasks or drift without a suite are measured alone, and nothing at
+    all is the suite `quick`.
 
     Args:
         text: instead of the suite's texts.
         tasks: instead of the suite's tasks; their mean is then no row.
+        drift: texts whose drift is measured; none of them stands for those whose perplexity is.
         given: other fields of `Measurements`; None leaves the suite's.
 
     Raises:
@@ -196,7 +209,7 @@ def measurements(
     """
     if given.get("bos") not in (None, *get_args(Bos)):
         raise unknown_name("BOS policy", str(given["bos"]), get_args(Bos), where="--bos")
-    if suite is None and (text or tasks):
+    if suite is None and (text or tasks or drift):
         start = Measurements(texts=(text,) if text else (), tasks=tuple(tasks))
     else:
         start = find_suite(suite or "quick")
@@ -206,4 +219,12 @@ def measurements(
         if suite and not wanted.texts and given.get(name) is not None:
             flag = f"--{name.replace('_', '-')}"
             raise AffineQuantError(f"{flag} is about text, and the suite {suite} has none", flag, "add --text")
-    return wanted
+    if drift is None and wanted.drift_from:
+        raise AffineQuantError("--drift-from is about drift, and none is asked for", "--drift-from", "add --drift TEXT")
+    return wanted if drift is None else _drifting(wanted, drift)
+
+
+def _drifting(wanted: Measurements, drift: Sequence[str]) -> Measurements:
+    if not drift and not wanted.texts:
+        raise AffineQuantError("the drift of no text is asked for", "--drift", "name texts: --drift demo my.txt")
+    return replace(wanted, drift=tuple(drift) or wanted.texts)
