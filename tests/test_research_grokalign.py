@@ -6,14 +6,16 @@ import importlib.util
 import itertools
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from affinequant_research.experiment import Experiment, Trial
+from affinequant_research.experiment import Experiment, Found, Trial
 from affinequant_research.grokalign import METHOD, training
 from affinequant_research.grokalign.blocks import MEASURED, correlations
 from affinequant_research.grokalign.data import digits
+from affinequant_research.grokalign.drawing import over
 from affinequant_research.grokalign.jacobian import (
     centroid_alignment,
     frobenius,
@@ -262,14 +264,18 @@ def test_digits_without_scikit_learn_say_what_to_install(monkeypatch: pytest.Mon
     assert caught.value.exit_code == 3
 
 
-def test_the_picture_counts_units_that_switch() -> None:
-    network = nn.Sequential(nn.Linear(3, 2, bias=False), nn.ReLU(), nn.Linear(2, 1, bias=False))
-    with torch.no_grad():  # one unit turns at s1 = 0.5, one at s2 = -1.5
-        network[0].weight.copy_(torch.tensor([[2.0, 0.0, -1.0], [0.0, 2.0, 3.0]]))
+def test_the_picture_shows_where_the_slope_changes_and_by_how_much() -> None:
+    network = nn.Sequential(nn.Linear(3, 3, bias=False), nn.ReLU(), nn.Linear(3, 1, bias=False))
+    with torch.no_grad():  # units that turn at s1 = 0.51, at s2 = -1.51 and at s1 = 1.01; the last one changes nothing
+        network[0].weight.copy_(torch.tensor([[2.0, 0.0, -1.02], [0.0, 2.0, 3.02], [1.0, 0.0, -1.01]]))
+        network[2].weight.copy_(torch.tensor([[-0.25, 0.75, 0.0]]))
     picture = torch.tensor(boundaries(network, torch.ones(3)))
-    rows, columns = picture.sum(1), picture.sum(0)
-    assert picture.shape == (48, 48) and int(picture.sum()) == 2 * 48
-    assert columns.argmax() == 30 and rows.argmax() == 41  # 0.5 lies behind cell 30 from the left, -1.5 below row 41
+    cells = len(picture)
+    right, below = int((0.51 + 2) / 4 * cells), int((1.51 + 2) / 4 * cells)
+    expected = torch.zeros(cells, cells)
+    expected[:, right] += 0.25
+    expected[below] += 0.75
+    torch.testing.assert_close(picture, expected, atol=6e-4, rtol=0)
 
 
 def test_correlations_are_of_ranks() -> None:
@@ -336,3 +342,19 @@ def test_smoke(experiment: Experiment, tmp_path: Path) -> None:
     assert _plain(again) == _plain(results)
     kept = [(tmp_path / one / f"seed-0/stages/{config.arms[-1]}/tensors.safetensors") for one in ("whole", "cut")]
     assert kept[0].read_bytes() == kept[1].read_bytes()
+
+
+def test_seeds_are_one_line_with_a_band() -> None:
+    """Two seeds of which one ends sooner, and stays where it ended."""
+    series = [
+        {"decay/test_acc": ([0, 10, 20], [0.1, 0.5, 0.9])},
+        {"decay/test_acc": ([0, 10, 20, 30], [0.2, 0.3, 0.4, 0.8])},
+    ]
+    scores = [{"decay/ms_per_update": training.one(value)} for value in (100.0, 300.0)]
+    found = Found(config=SimpleNamespace(arms=("decay",)), seeds=(0, 1), scores=tuple(scores), series=tuple(series))
+    [line] = over(found, "digits", "test_acc", "", seconds=True).series
+    assert line.x == pytest.approx((2, 4, 6)) and line.y == pytest.approx((0.4, 0.65, 0.85))
+    assert line.low == (0.3, 0.4, 0.8) and line.high == (0.5, 0.9, 0.9)
+    alone = dataclasses.replace(found, seeds=(0,), scores=found.scores[:1], series=found.series[:1])
+    [line] = over(alone, "digits", "test_acc", "").series
+    assert line.x == (10, 20) and line.y == (0.5, 0.9) and not line.low

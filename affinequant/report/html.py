@@ -13,6 +13,8 @@ from affinequant.report.words import Value, Words, number, pieces
 from affinequant.run.pages import PAGE_MARK
 
 TEMPLATE = "page.html.jinja"
+LARGE = 3
+"""Pictures up to which each has a third of the page."""
 
 
 def to_html(page: Page) -> str:
@@ -54,6 +56,7 @@ def _figure(figure: Figure) -> dict[str, Any]:
         "panels": [{"name": one.name, "svg": markupsafe.Markup(one.svg), "alt": one.alt} for one in drawings],
         "wide": wide,
         "small": wide or figure.kind == "matrix",
+        "large": figure.kind == "matrix" and wide and len(drawings) <= LARGE,
         "ramp": (names[0], names[-1]) if is_ramp(figure) else None,
         "legend": [(name, colour_of(figure, name)) for name in names]
         if len(names) > 1 and figure.kind not in ("matrix", "graph") and not is_ramp(figure)

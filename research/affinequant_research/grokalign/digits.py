@@ -27,20 +27,18 @@ from affinequant_research.grokalign.training import (
     Grokfast,
     Penalty,
     accuracy,
+    delays,
     dtype_of,
     geometry_probes,
     hits,
     measured,
     mlp,
-    one,
     slices_of,
     suite_of,
 )
 from affinequant_research.rounded import rounded
-from affinequant_research.series import first_update, value_at
+from affinequant_research.series import value_at
 
-MEMORISED = 0.99
-"""Training accuracy from which a network has learnt its training data."""
 TARGET = "target for this stand-in; the paper's figure, on MNIST, is not comparable"
 PROBED = 64
 """Test samples whose Jacobians are looked at on the way."""
@@ -163,7 +161,7 @@ def build(config: Digits, seed: int, arm: str) -> Trial:
         grokfast=arm == "grokfast",
         probes={"train_acc": lambda: accuracy(network, train)},
         more=[metric for b in config.bits for metric in at_bits(b, test)],
-        outcome=lambda fitted, series: delays(fitted, series, config.reach, config.compare_at),
+        outcome=lambda fitted, series: compared(fitted, series, config.reach, config.compare_at),
         epochs=config.aligned_epochs if aligned else config.epochs,
         stop_when=("test_acc", ">", config.reach),
     )
@@ -181,20 +179,10 @@ def at_bits(bits: int, test: Batch) -> tuple[Metric[Any], Metric[Any]]:
     )
 
 
-def delays(fitted: FitReport, series: Mapping[str, Series], reach: float, compare_at: int) -> dict[str, Score]:
-    """How long the training data and the others took, in updates and seconds, and what the Jacobians were at one update.
-    Seconds are those of `fit`, probes included, at its mean rate."""
-    rate = fitted.seconds / fitted.steps
-    test, train = series["test_acc"], series["train_acc"]
-    above = reach + 1e-9  # `stop_when` asks for more than that
-    learnt = first_update(train, ">=", MEMORISED)
-    found = {
-        "updates": first_update(test, ">=", above),
-        "seconds": first_update(test, ">=", above, rate),
-        "updates_to_train": learnt,
-        "test_acc_at_train": value_at(test, learnt.value),
-        "ms_per_update": one(1000 * rate),
-    }
+def compared(fitted: FitReport, series: Mapping[str, Series], reach: float, compare_at: int) -> dict[str, Score]:
+    """How long the training data and the others took, and what the Jacobians were at one update."""
+    found = delays(fitted, series, reach + 1e-9)  # `stop_when` asks for more than that
+    found["test_acc_at_train"] = value_at(series["test_acc"], found["updates_to_train"].value)
     return found | {f"{name}@u{compare_at}": value_at(series[name], compare_at) for name in ("jac_fro", "centroid_cos")}
 
 

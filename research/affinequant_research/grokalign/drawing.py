@@ -1,8 +1,9 @@
-"""Lines of several arms and seeds over a clock, as figures of the report."""
+"""Lines of several arms over a clock, as figures of the report."""
 
 from affinequant.report.figure import Axis, Figure
 from affinequant.report.figure import Series as Line
 from affinequant_research.experiment import Found
+from affinequant_research.series import side_by_side
 
 LABELS = {
     "test_acc": "test accuracy",
@@ -16,15 +17,27 @@ _LOG = ("jac_fro",)
 
 
 def over(found: Found, experiment: str, name: str, caption: str, *, seconds: bool = False) -> Figure:
-    """A probe over updates or, at the mean rate of each training, over seconds; a line for each arm and seed."""
+    """A probe over updates or, at the mean rate of an arm's trainings, over seconds: for each arm a line, the mean over
+    seeds, and a band from the least to the largest of them. A seed whose training has ended stays at its last value."""
     lines = []
-    for scores, series, seed in zip(found.scores, found.series, found.seeds, strict=True):
-        for arm in found.config.arms:
-            updates, values = series[f"{arm}/{name}"]
-            rate = scores[f"{arm}/ms_per_update"].value / 1000 if seconds else 1.0
-            label = arm if len(found.seeds) == 1 else f"{arm}, seed {seed}"
-            lines.append(Line(name=label, x=tuple(rate * at for at in updates), y=tuple(values)))
+    for arm in found.config.arms:
+        updates, rows = side_by_side([series[f"{arm}/{name}"] for series in found.series])
+        rates = found.values(f"{arm}/ms_per_update")
+        rate = sum(rates) / len(rates) / 1000 if seconds else 1.0
+        kept = [index for index, at in enumerate(updates) if at > 0]  # the clock is logarithmic
+        at_once = [[row[index] for row in rows] for index in kept]
+        several = len(rows) > 1
+        lines.append(
+            Line(
+                name=arm,
+                x=tuple(rate * updates[index] for index in kept),
+                y=tuple(sum(values) / len(values) for values in at_once),
+                low=tuple(map(min, at_once)) if several else (),
+                high=tuple(map(max, at_once)) if several else (),
+            )
+        )
     clock = "seconds" if seconds else "updates"
+    spread = " The band is from the lowest to the highest seed." if len(found.seeds) > 1 else ""
     return Figure(
         kind="line",
         key=f"{experiment}_{name}_{clock}",
@@ -32,5 +45,5 @@ def over(found: Found, experiment: str, name: str, caption: str, *, seconds: boo
         series=tuple(lines),
         x=Axis(label="time" if seconds else "updates", unit="s" if seconds else "", log=True),
         y=Axis(label=LABELS[name], log=name in _LOG),
-        caption=caption,
+        caption=caption + spread,
     )

@@ -11,7 +11,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from affinequant.errors import unknown_name
-from affinequant.fit import Group
+from affinequant.fit import FitReport, Group
+from affinequant_research.experiment import Series
 from affinequant_research.grokalign.jacobian import (
     Estimator,
     centroid_alignment,
@@ -21,6 +22,7 @@ from affinequant_research.grokalign.jacobian import (
     leading_share,
     row_alignment,
 )
+from affinequant_research.series import first_update
 
 Batch = tuple[Tensor, Tensor]
 """Inputs, and what belongs to them."""
@@ -202,3 +204,15 @@ def suite_of(name: str, train: Batch, test: Batch, probed: Tensor, more: Sequenc
 def one(value: float) -> Score:
     """A number of which there is one."""
     return Score(value=value, stderr=None, n=1)
+
+
+def delays(fitted: FitReport, series: Mapping[str, Series], reach: float, learnt: float = 0.99) -> dict[str, Score]:
+    """How long `test_acc` took to be `reach`, in updates and seconds, and `train_acc` to be `learnt`; what an update cost.
+    Seconds are those of `fit`, probes included, at its mean rate."""
+    rate = fitted.seconds / fitted.steps
+    return {
+        "updates": first_update(series["test_acc"], ">=", reach),
+        "seconds": first_update(series["test_acc"], ">=", reach, rate),
+        "updates_to_train": first_update(series["train_acc"], ">=", learnt),
+        "ms_per_update": one(1000 * rate),
+    }
