@@ -133,17 +133,16 @@ def _graphs(found: Found, name: str, arms: Sequence[str]) -> Figure | None:
                 names = tuple(written(code, bent) for code in known)
                 x, y = _layout(cells)
                 graphs.append(Line(name=label, names=names, cells=tuple(map(tuple, cells.tolist())), x=x, y=y))
-    return (
-        graphs
-        and Figure(
-            kind="graph",
-            key=f"{name}_graph",
-            title=f"{name}: which region follows which",
-            series=tuple(graphs),
-            value=Axis(label="share of steps"),
-            caption="Of regions with a hundredth of the steps. A ring is a step that stays.",
-        )
-    ) or None
+    if not graphs:
+        return None
+    return Figure(
+        kind="graph",
+        key=f"{name}_graph",
+        title=f"{name}: which region follows which",
+        series=tuple(graphs),
+        value=Axis(label="share of steps"),
+        caption="Of regions with a hundredth of the steps. A ring is a step that stays.",
+    )
 
 
 def _layout(cells: Floats) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -1,11 +1,12 @@
 """What a network does when it is left alone, measured against a trajectory that it was not trained on."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from affinequant_evals import Better, Score
 
-from affinequant_research.alrnn.codes import RARE, region_codes, shares, transitions, visited
+from affinequant_research.alrnn.codes import RARE, region_codes, shares, topological_entropy, transitions, visited
 from affinequant_research.alrnn.lyapunov import FORGOTTEN, spectrum
 from affinequant_research.alrnn.measures import divergence, of_attractor
 from affinequant_research.alrnn.model import AlmostLinear, Floats
@@ -23,21 +24,23 @@ def free_run(model: AlmostLinear, truth: Floats, steps: int) -> Floats:
     return model.free_run(model.start(truth[0]), TRANSIENT + steps)[TRANSIENT:]
 
 
-def distance(model: AlmostLinear, truth: Floats, steps: int) -> float:
-    """The divergence of states alone: what checkpoints are judged by."""
-    ((_, score),) = divergence(truth, free_run(model, truth, steps)[:, : model.N], steps=steps).values()
+def distance(model: AlmostLinear, truth: Floats, steps: int, **how: Any) -> float:
+    """The divergence of states alone: what checkpoints are judged by. `how`: as `divergence` is to take it."""
+    ((_, score),) = divergence(truth, free_run(model, truth, steps)[:, : model.N], steps=steps, **how).values()
     return score.value
 
 
-def of_run(model: AlmostLinear, truth: Floats, steps: int, step: float) -> Scores:
+def of_run(model: AlmostLinear, truth: Floats, steps: int, step: float, **how: Any) -> Scores:
     """How far a free run is from the truth, which regions it is in, and how fast what is near parts.
 
     `regions` are those with a hundredth of the steps; `apart` is the share of transitions between two of these whose codes
-    differ in more than one unit; `settled` counts real fixed points of theirs that attract, which chaos has none of. Where a
-    run diverges at once, the last of all of these are not there.
+    differ in more than one unit; `entropy` is topological, of their graph with and without the steps that stay; `settled`
+    counts real fixed points of theirs that attract, which chaos has none of. Where a run diverges at once, the last of all
+    of these are not there.
 
     Args:
         step: units of time that a step takes; `exponent` is per unit.
+        how: what `of_attractor` is to do otherwise than by default.
     """
     latent = free_run(model, truth, steps)
     codes = region_codes(latent, model.P)
@@ -47,10 +50,12 @@ def of_run(model: AlmostLinear, truth: Floats, steps: int, step: float) -> Score
     still = [one for one in fixed_points(model, known).values() if one.real and one.radius <= 1]
     parts = {str(code): share for code, share in shares(codes).items()}
     return {
-        **of_attractor(truth, latent[:, : model.N], steps=steps),
+        **of_attractor(truth, latent[:, : model.N], steps=steps, **how),
         "regions": ("lower", one_of(len(known), **parts)),
         "regions_touched": ("lower", one_of(len(parts))),
         "apart": ("lower", one_of(counts[far].sum() / max(counts.sum(), 1) if known else 0)),
+        "entropy": ("higher", one_of(topological_entropy(counts))),
+        "entropy_of_changes": ("higher", one_of(topological_entropy(counts, loops=False))),
         "settled": ("lower", one_of(len(still))),
         **_exponent("exponent", model, latent, step),
     }
