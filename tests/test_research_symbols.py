@@ -318,15 +318,21 @@ def test_figures_show_what_the_runs_did() -> None:
     both = tuple({f"P1/{key}": one for key, one in pictures.items()} for _ in range(2))
     found = Found(config=None, seeds=(0, 1), scores=({}, {}), series=({}, {}), pictures=both)
     attractor, graphs, power, agree = drawn(found, "tent", ["P1", "absent"], step=0.1, unit="s", labels=("x", "x"))
-    assert [(one.panel, one.name) for one in attractor.series] == [("true", "true"), ("P1", "0"), ("P1", "1")]
+    assert [(one.panel, one.name) for one in attractor.series] == [
+        ("true", ""),
+        ("P1", "0"),
+        ("P1", "1"),
+        ("P1", "fixed points"),
+    ]
     assert (
         all(x is not None and x < CORNER for x in attractor.series[1].x)
-        and sum(len(one.x) for one in attractor.series[1:]) <= 1000
+        and sum(len(one.x) for one in attractor.series[1:3]) <= 1000
     )
     assert [one.name for one in graphs.series] == ["P1, seed 0", "P1, seed 1"] and graphs.series[0].names == ("0", "1")
     assert np.array(graphs.series[0].cells).sum() == pytest.approx(1, abs=0.01) and len(graphs.series[0].x) == 2
     assert [one.name for one in power.series] == ["true", "P1"] and power.series[0].x[-1] == pytest.approx(5)
-    assert power.series[0].y == power.series[1].y and agree.series[0].cells == ((1.0,),)
+    assert power.series[0].y == power.series[1].y and agree.series[0].cells == ((1.0,), (1.0,))
+    assert attractor.series[3].x == pytest.approx([0, 1 / (2 - CORNER)], abs=1e-3)
     assert sum(len(json.dumps(one.to_json())) for one in (attractor, graphs, power, agree)) < 60_000
 
 

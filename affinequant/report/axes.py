@@ -69,7 +69,7 @@ def drawn_colour(figure: Figure, name: str) -> str:
 
 def is_ramp(figure: Figure) -> bool:
     """Whether series are told apart by strength, the last being the strongest."""
-    return figure.kind in ("line", "scatter") and len({one.name for one in figure.series}) >= RAMP_FROM
+    return figure.kind in ("line", "scatter") and len({one.name for one in figure.series} - {""}) >= RAMP_FROM
 
 
 def scale_of(figure: Figure) -> tuple[float, float] | None:

@@ -10,22 +10,33 @@ import numpy as np
 
 from affinequant.report.figure import Axis, Figure
 from affinequant.report.figure import Series as Line
-from affinequant_research.alrnn.codes import RARE, agreement, along, region_codes, shares, transitions, visited, written
+from affinequant_research.alrnn.codes import (
+    RARE,
+    agreement,
+    along,
+    region_codes,
+    share_distance,
+    shares,
+    transitions,
+    visited,
+    written,
+)
 from affinequant_research.alrnn.measures import Floats, has_diverged, padded, spectra
 from affinequant_research.alrnn.model import AlmostLinear
+from affinequant_research.alrnn.regions import fixed_points
 from affinequant_research.experiment import Found, Picture
 
 POINTS = 900
 """Of a trajectory in a picture."""
 SYMBOLS = 1000
 """Steps along the truth whose symbols are kept, to be compared with those of other seeds."""
-COLOURED = 4
+COLOURED = 3
 """Regions with a colour of their own, the most visited; all others share one."""
 NODES = 12
 """Regions of a graph, the most visited."""
 FREQUENCIES = 150
 """Of a spectrum, as far apart by their logarithm."""
-OTHERS = "others"
+OTHERS, FIXED = "others", "fixed points"
 
 
 def pictures_of(
@@ -54,8 +65,10 @@ def pictures_of(
     seen = region_codes(along(model, truth[:SYMBOLS], interval), model.P)
     every, beside = (max(len(one) // POINTS, 1) for one in (latent, truth))
     points = np.column_stack([latent[::every, list(axes)].round(3), codes[::every]])
+    fixed = [one.points[0, list(axes)] for one in fixed_points(model, known).values() if one.real]
     return {
         "points": points.tolist(),
+        "fixed": [point.round(3).tolist() for point in fixed],
         "truth": truth[::beside, list(axes)].round(3).tolist(),
         "edges": edges,
         "symbols": [[float(code) for code in seen]],
@@ -98,7 +111,8 @@ def drawn(
 def _attractor(found: Found, name: str, arms: Sequence[str], labels: tuple[str, str]) -> Figure:
     first = found.pictures[0]
     x, y = np.array(first[f"{arms[0]}/truth"]).T
-    lines = [Line(name="true", panel="true", x=tuple(x), y=tuple(y))]
+    lines = [Line(panel="true", x=tuple(x), y=tuple(y))]
+    edges = np.array([1.5 * x.min(), 1.5 * y.min()]), np.array([1.5 * x.max(), 1.5 * y.max()])
     for arm in arms:
         points, bent = np.array(first[f"{arm}/points"]).reshape(-1, 3), _relus(found, arm)
         ranked = list(shares(points[:, 2].astype(np.int64)))[:COLOURED]
@@ -108,6 +122,11 @@ def _attractor(found: Found, name: str, arms: Sequence[str], labels: tuple[str, 
             inside = points[names == region]
             if len(inside):
                 lines.append(Line(name=region, panel=arm, x=tuple(inside[:, 0]), y=tuple(inside[:, 1])))
+        fixed = [one for one in first[f"{arm}/fixed"] if (edges[0] <= one).all() and (one <= edges[1]).all()]
+        if fixed:
+            lines.append(
+                Line(name=FIXED, panel=arm, x=tuple(one[0] for one in fixed), y=tuple(one[1] for one in fixed))
+            )
     return Figure(
         kind="scatter",
         key=f"{name}_attractor",
@@ -115,7 +134,8 @@ def _attractor(found: Found, name: str, arms: Sequence[str], labels: tuple[str, 
         series=tuple(lines),
         x=Axis(label=labels[0]),
         y=Axis(label=labels[1]),
-        caption=f"Of seed {found.seeds[0]}. In each colour the model is one affine map. Digits say which units are on.",
+        caption=f"Of seed {found.seeds[0]}. In each colour the model is one affine map. Digits say which units are on; "
+        "fixed points are the real ones of regions with a hundredth of the steps.",
     )
 
 
@@ -124,7 +144,8 @@ def _graphs(found: Found, name: str, arms: Sequence[str]) -> Figure | None:
     for seed, pictures in zip(found.seeds, found.pictures, strict=True):
         for arm in arms:
             edges, bent = pictures.get(f"{arm}/edges", ()), _relus(found, arm)
-            known = sorted({int(code) for source, target, _ in edges for code in (source, target)})
+            found_codes = {int(code) for source, target, _ in edges for code in (source, target)}
+            known = sorted(found_codes, key=lambda code: written(code, bent))
             cells = np.zeros((len(known), len(known)))
             for source, target, share in edges:
                 cells[known.index(int(source)), known.index(int(target))] = float(f"{share:.3g}")
@@ -173,22 +194,34 @@ def _spectra(found: Found, name: str, arms: Sequence[str], step: float, unit: st
 
 
 def _agreements(found: Found, name: str, arms: Sequence[str]) -> Figure | None:
-    """How far seeds agree about the symbols of the same steps, each led along the truth."""
-    pairs = list(combinations(range(len(found.seeds)), 2))
+    """How far seeds agree: about the symbols of the same steps, each led along the truth, and how often they visit regions."""
+    pairs = list(combinations(found.pictures, 2))
     if not pairs:
         return None
-    codes = [[np.array(one[f"{arm}/symbols"][0]) for one in found.pictures] for arm in arms]
+    rows = {}
+    for arm in arms:
+        rows[f"{arm}: same symbol"] = [
+            agreement(*(np.array(one[f"{arm}/symbols"][0]) for one in pair)) for pair in pairs
+        ]
+        rows[f"{arm}: shares alike"] = [
+            1 - share_distance(*(_shares(one[f"{arm}/points"]) for one in pair)) for pair in pairs
+        ]
     return Figure(
         kind="heat",
         key=f"{name}_agreement",
-        title=f"{name}: share of steps that two seeds give the same symbol",
-        series=(Line(cells=tuple(tuple(agreement(of[i], of[j]) for i, j in pairs) for of in codes)),),
-        x=Axis(label="seeds", names=tuple(f"{found.seeds[i]} and {found.seeds[j]}" for i, j in pairs)),
-        y=Axis(names=tuple(arms)),
-        value=Axis(label="share of steps"),
-        caption=f"Over {SYMBOLS} steps of the truth that both are led along, with the names of one's regions changed, one for "
-        "one, as it suits best. By chance alone as much as the largest region has.",
+        title=f"{name}: how far the regions of two seeds agree",
+        series=(Line(cells=tuple(tuple(row) for row in rows.values())),),
+        x=Axis(label="seeds", names=tuple(f"{a} and {b}" for a, b in combinations(found.seeds, 2))),
+        y=Axis(names=tuple(rows)),
+        value=Axis(label="1 is the same"),
+        caption=f"Same symbol: the share of {SYMBOLS} steps of the truth that both are led along, with the regions of one "
+        "renamed, one for one, as suits best; by chance alone as much as the largest has. Shares alike: 1 less Kolmogorov and "
+        "Smirnov's distance of the shares of free runs, by rank.",
     )
+
+
+def _shares(points: Picture) -> dict[int, float]:
+    return shares(np.array(points).reshape(-1, 3)[:, 2].astype(np.int64))
 
 
 def _relus(found: Found, arm: str) -> int:
