@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 from affinequant_evals import Score
-from affinequant_research.alrnn.attractors import BOUNDS, EXPERIMENTS, Attractors, Bounds, kept_to, relus_of
+from affinequant_research.alrnn.attractors import BOUNDS, EXPERIMENTS, Attractors, Bounds, kept_to
 from affinequant_research.alrnn.freerun import of_run
 from affinequant_research.alrnn.model import FAR, AlmostLinear, new_model, packed, unpacked
 from affinequant_research.alrnn.quantised import PARTS, rounded_model
 from affinequant_research.alrnn.rollout import Rollout
 from affinequant_research.alrnn.systems import SYSTEMS, lorenz96, runge_kutta, trajectories
-from affinequant_research.alrnn.training import Learner, Training, phase_of, windows
+from affinequant_research.alrnn.training import Learner, Training, phase_of, relus_of, windows
 from affinequant_research.experiment import Trial
 from affinequant_research.running import found, run_experiment
 from torch import Tensor

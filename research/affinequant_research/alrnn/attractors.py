@@ -11,19 +11,18 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from affinequant_evals import Score, Suite, mean_score
+from affinequant_evals import Score, Suite
 from affinequant_evals.harness import Battery
 
-from affinequant.errors import AffineQuantError
 from affinequant.fit import FitReport
-from affinequant.report.figure import Axis, Figure
-from affinequant.report.figure import Series as Line
-from affinequant_research.alrnn.freerun import Scores, distance, of_run, one_of
+from affinequant_research.alrnn.curves import by_relus, figures
+from affinequant_research.alrnn.drawing import pictures_of
+from affinequant_research.alrnn.freerun import Scores, distance, free_run, of_run, one_of
 from affinequant_research.alrnn.measures import short
-from affinequant_research.alrnn.quantised import BITS, PARTS, by_bits
+from affinequant_research.alrnn.quantised import BITS, by_bits
 from affinequant_research.alrnn.systems import SYSTEMS, trajectories
-from affinequant_research.alrnn.training import Learner, Training, phase_of
-from affinequant_research.experiment import Claim, Experiment, Found, Series, Trial, arms
+from affinequant_research.alrnn.training import Learner, Training, phase_of, relus_of
+from affinequant_research.experiment import Claim, Experiment, Op, Picture, Series, Trial, arms
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +54,7 @@ class Bounds:
     def claims(self, arm: str, steps: int, **how: Any) -> tuple[Claim, ...]:
         """Each of them of an arm whose free runs have so many steps. Codes of two units never change both at once, and no
         fixed point of a region that is visited attracts."""
-        limits = (
+        limits: tuple[tuple[str, Op, float], ...] = (
             (f"d_stsp@bins30,T{short(steps)}", "<=", self.d_stsp),
             (f"d_hellinger@s20,T{short(min(steps, 10_000))}", "<=", self.d_hellinger),
             ("regions", ">=", float(self.regions)),
@@ -74,29 +73,24 @@ BOUNDS = {
 }
 
 
-def relus_of(arm: str) -> int:
-    """2 for `P2`.
-
-    Raises:
-        AffineQuantError: it is not written like that (exit 2).
-    """
-    if arm[:1] != "P" or not arm[1:].isdecimal():
-        raise AffineQuantError(f"{arm!r} names no number of ReLUs", "--set arms", "write P2 for two")
-    return int(arm[1:])
-
-
 def build(config: Attractors, seed: int, arm: str) -> Trial:
     """The training of one arm."""
     train, other = trajectories(config.system, config.steps)
-    learner, step = Learner(config, relus_of(arm), train.shape[1], seed), SYSTEMS[config.system].step
+    learner, system = Learner(config, relus_of(arm), train.shape[1], seed), SYSTEMS[config.system]
     bounds = BOUNDS.get(config.system)
 
     def free(learner: Learner) -> Scores:
-        found = of_run(learner.model(), other, config.steps, step)
-        return found | ({"faithful": ("higher", one_of(kept_to(found, bounds, config.steps)))} if bounds else {})
+        found = of_run(learner.model(), other, config.steps, system.step)
+        if bounds:
+            found["faithful"] = ("higher", one_of(kept_to(found, bounds, config.steps)))
+        return found
 
     def rounded(learner: Learner) -> Scores:
-        return by_bits(learner.model(), config.bits, other, config.steps, step)
+        return by_bits(learner.model(), config.bits, other, config.steps, system.step)
+
+    def pictures() -> Mapping[str, Picture]:
+        latent = free_run(learner.model(), other, config.steps)
+        return pictures_of(learner.model(), latent, other, interval=config.tau, axes=system.axes)
 
     return Trial(
         phase=phase_of(learner, train, seed, partial(distance, truth=train, steps=config.steps)),
@@ -106,6 +100,7 @@ def build(config: Attractors, seed: int, arm: str) -> Trial:
             metrics=(Battery(name="free run", function=free), Battery(name="bits", function=rounded)),
         ),
         outcome=partial(way, within=bounds.d_stsp if bounds else 0.0),
+        pictures=pictures,
         tensors=lambda: {name: getattr(learner, name).detach() for name in "AWhL"},
     )
 
@@ -127,88 +122,11 @@ def way(fitted: FitReport, series: Mapping[str, Series], within: float) -> dict[
     }
 
 
-def figures(found: Found, name: str) -> list[Figure]:
-    """Checkpoints on the way, and what rounding does."""
-    letters = {"w": "W", "wah": "W, A and h"}
-    rows = {
-        "d_stsp": ("divergence of states", "nats"),
-        "exponent": ("largest Lyapunov exponent", "per unit of time"),
-        "regions": ("regions with 1 % of the steps", ""),
-    }
-    drawn = [_checkpoints(found, name)]
-    for key, (label, unit) in rows.items():
-        drawn.append(
-            Figure(
-                kind="line",
-                key=f"{name}_{key}_bits",
-                title=f"{name}: {label} with weights in few bits",
-                series=tuple(
-                    Line(
-                        name=f"{arm}, {letters[part]}",
-                        x=tuple(map(float, found.config.bits)),
-                        y=tuple(_mean(found, f"{arm}/{key}@{part}{bits}") for bits in found.config.bits),
-                    )
-                    for arm in found.config.arms
-                    for part in PARTS
-                ),
-                x=Axis(label="weights", unit="bits"),
-                y=Axis(label=f"{label}, mean over seeds", unit=unit),
-                caption="To nearest, without training after. Where a run diverges there is no exponent.",
-            )
-        )
-    return drawn
-
-
-def _checkpoints(found: Found, name: str) -> Figure:
-    lines = [
-        Line(name=f"{arm}, seed {seed}", x=tuple(series[f"{arm}/d_stsp"][0]), y=tuple(series[f"{arm}/d_stsp"][1]))
-        for series, seed in zip(found.series, found.seeds, strict=True)
-        for arm in found.config.arms
-    ]
-    return Figure(
-        kind="line",
-        key=f"{name}_checkpoints",
-        title=f"{name}: divergence of states of each checkpoint's free run",
-        series=tuple(lines),
-        x=Axis(label="updates"),
-        y=Axis(label="divergence of states", unit="nats", better="lower"),
-        caption="Runs flip between an attractor and a fixed point from one checkpoint to the next while rates are high: "
-        "without choosing among checkpoints results look random.",
-    )
-
-
-def _by_relus(found: Found) -> Figure:
-    names = [name for name in found.scores[0] if "/d_stsp@bins" in name or "/d_stsp@gmm" in name]
-    by_arm = {name.split("/")[0]: found.values(name) for name in names}
-    scored = [mean_score(values) for values in by_arm.values()]
-    return Figure(
-        kind="line",
-        key="relus",
-        title="divergence of states against the number of ReLUs",
-        series=(
-            Line(
-                name="mean over seeds",
-                x=tuple(float(relus_of(arm)) for arm in by_arm),
-                y=tuple(score.value for score in scored),
-                low=tuple(min(values) for values in by_arm.values()),
-                high=tuple(max(values) for values in by_arm.values()),
-            ),
-        ),
-        x=Axis(label="ReLUs of all units"),
-        y=Axis(label="divergence of states", unit="nats", better="lower"),
-        caption="The band is from the least to the largest of the seeds.",
-    )
-
-
-def _mean(found: Found, name: str) -> float | None:
-    values = found.values(name)
-    return mean_score(values).value if values else None
-
-
 SHOWN = (
     "d_hellinger@s20,T1e4", "regions", "apart", "settled", "exponent", "faithful", "kept_update", "d_stsp_last", "within",
     "ms_per_update", *(f"d_stsp@w{bits}" for bits in BITS),
 )  # fmt: skip
+MOST: dict[str, Any] = {"source": "measured: a prototype with the paper's settings but for the rates", "share": 2 / 3}
 SMOKE: dict[str, Any] = {"T": 20, "batch": 4, "updates": 20, "check_every": 10, "steps": 2000, "bits": (8, 4)}
 
 
@@ -238,12 +156,30 @@ EXPERIMENTS = (
         "Lorenz-63 of two ReLUs, and of one too few",
         LORENZ,
         presets={"paper": dataclasses.replace(LORENZ, updates=100_000, rate=1e-3, last_rate=1e-5, check_every=1250)},
+        claims={
+            "bench": (
+                *BOUNDS["lorenz63"].claims("P2", LORENZ.steps, **MOST),
+                Claim(metric="P2/faithful", op=">=", than=1.0, **MOST),
+                Claim(metric="P1/d_stsp@bins30,T1e5", op=">=", than=8.0, source="paper: fails with P = 1 whatever M"),
+            ),
+            "paper": (
+                Claim(metric="P2/d_stsp@bins30,T1e5", op="<=", than=3.5, share=0.5, source="paper: the weights, 3.27"),
+                Claim(metric="P2/exponent", op=">=", than=0.8, share=0.5, source="paper: the weights, .917"),
+                Claim(metric="P2/exponent", op="<=", than=1.0, share=0.5, source="paper: the weights, .917"),
+            ),
+        },
     ),
     experiment(
         "roessler",
         "Rössler's attractor of one ReLU",
         ROESSLER,
         presets={"paper": dataclasses.replace(ROESSLER, updates=150_000, rate=5e-3, last_rate=1e-5, check_every=1250)},
+        claims={
+            "bench": (
+                *BOUNDS["roessler"].claims("P1", ROESSLER.steps, **MOST),
+                Claim(metric="P1/faithful", op=">=", than=1.0, **MOST),
+            )
+        },
     ),
     experiment(
         "lorenz96",
@@ -257,6 +193,6 @@ EXPERIMENTS = (
         "Lorenz-63 against the number of ReLUs",
         dataclasses.replace(LORENZ, arms=("P0", "P1", "P2", "P3", "P5", "P10")),
         smoke={"arms": ("P0", "P1")},
-        figures=lambda found: [_by_relus(found)],
+        figures=lambda found: [by_relus(found)],
     ),
 )

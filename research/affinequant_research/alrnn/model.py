@@ -58,7 +58,7 @@ class AlmostLinear:
         """The trajectory from a latent start [M], which is its first row: [steps, M], or what came before it diverged."""
         made = np.empty((steps, self.M))
         made[:1] = start
-        weights = packed(*(np.asarray(one, dtype=np.float64) for one in (self.A, self.W, self.h)), self.P)
+        weights = packed(self.A, self.W, self.h, self.P).astype(np.float64)
         entry = np.ones(weights.shape[1])
         state, last, bent = entry[: self.M], entry[self.M - self.P : self.M], entry[self.M : self.M + self.P]
         state[:] = start

@@ -93,7 +93,8 @@ class Rollout:
 class _Rolled(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rollout: Rollout, A: Tensor, W: Tensor, h: Tensor, start: Tensor, window: Tensor) -> Tensor:
-        ctx.rollout, ctx.weights = rollout, packed(*(one.detach().numpy() for one in (A, W, h)), rollout.bent)
+        ctx.rollout = rollout
+        ctx.weights = packed(A.detach().numpy(), W.detach().numpy(), h.detach().numpy(), rollout.bent)
         with np.errstate(all="ignore"):  # what is not finite is for `fit` to find
             predicted = rollout.forward(ctx.weights, start.detach().numpy(), window.numpy())
         ctx.call = rollout.calls
@@ -101,11 +102,11 @@ class _Rolled(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         rollout: Rollout = ctx.rollout
         if ctx.call != rollout.calls:
             raise RuntimeError("the rollout's buffers hold another window by now")
         with np.errstate(all="ignore"):
-            weights, start = rollout.backward(ctx.weights, gradient.numpy())
+            weights, start = rollout.backward(ctx.weights, grads[0].contiguous().numpy())
         parts = (*unpacked(weights, rollout.bent), start)
         return (None, *map(torch.from_numpy, parts), None)

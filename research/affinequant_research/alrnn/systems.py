@@ -18,6 +18,7 @@ class System:
         field: of states [dimensions, trajectories].
         start: trajectories start within about one unit of it.
         exponent: the largest Lyapunov exponent per unit of time, as literature has it.
+        axes: the two dimensions that pictures show, and their names.
         transient: units of time on the way to the attractor, which are left out.
     """
 
@@ -25,6 +26,8 @@ class System:
     start: tuple[float, ...]
     step: float
     exponent: float
+    axes: tuple[int, int]
+    names: tuple[str, str]
     transient: float = 50.0
 
 
@@ -47,9 +50,19 @@ def lorenz96(x: Floats) -> Floats:
 
 
 SYSTEMS: Mapping[str, System] = {
-    "lorenz63": System(field=lorenz63, start=(1.0, 1.0, 25.0), step=0.01, exponent=0.906),
-    "roessler": System(field=roessler, start=(1.0, 1.0, 0.0), step=0.08, exponent=0.071, transient=200.0),
-    "lorenz96": System(field=lorenz96, start=(8.0,) * 20, step=0.04, exponent=1.7),
+    "lorenz63": System(
+        field=lorenz63, start=(1.0, 1.0, 25.0), step=0.01, exponent=0.906, axes=(0, 2), names=("x", "z")
+    ),
+    "roessler": System(
+        field=roessler,
+        start=(1.0, 1.0, 0.0),
+        step=0.08,
+        exponent=0.071,
+        axes=(0, 1),
+        names=("x", "y"),
+        transient=200.0,
+    ),
+    "lorenz96": System(field=lorenz96, start=(8.0,) * 20, step=0.04, exponent=1.7, axes=(0, 1), names=("x1", "x2")),
 }
 """Steps of Lorenz-63 and Rössler: by the autocorrelation of the series that the authors trained on."""
 

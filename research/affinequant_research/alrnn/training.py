@@ -38,6 +38,17 @@ class Training:
     check_every: int = 500
 
 
+def relus_of(arm: str) -> int:
+    """2 for `P2`.
+
+    Raises:
+        AffineQuantError: it is not written like that (exit 2).
+    """
+    if arm[:1] != "P" or not arm[1:].isdecimal():
+        raise AffineQuantError(f"{arm!r} names no number of ReLUs", "--set arms", "write P2 for two")
+    return int(arm[1:])
+
+
 class Learner:
     """The objective: what a network of `AlmostLinear`'s weights predicts of windows is to be near to them."""
 
@@ -55,10 +66,10 @@ class Learner:
         """All weights."""
         return [Group(name="rnn", parameters=[self.A, self.W, self.h, self.L], lr=self.config.rate)]
 
-    def loss(self, window: Tensor) -> Tensor:
-        """Mean squared error of the predictions before they are forced; the window is [T + 1, N, batch]."""
-        start = torch.cat([window[0], self.L @ window[0]])
-        return (self.rollout(self.A, self.W, self.h, start, window) - window[1:]).square().mean()
+    def loss(self, batch: Tensor) -> Tensor:
+        """Mean squared error of the predictions before they are forced, of windows [T + 1, N, batch]."""
+        start = torch.cat([batch[0], self.L @ batch[0]])
+        return (self.rollout(self.A, self.W, self.h, start, batch) - batch[1:]).square().mean()
 
     def progress(self, t: float) -> Sequence[nn.Parameter]:
         """Nothing changes on the way."""
