@@ -112,7 +112,9 @@ def _attractor(found: Found, name: str, arms: Sequence[str], labels: tuple[str, 
     first = found.pictures[0]
     x, y = np.array(first[f"{arms[0]}/truth"]).T
     lines = [Line(panel="true", x=tuple(x), y=tuple(y))]
-    edges = np.array([1.5 * x.min(), 1.5 * y.min()]), np.array([1.5 * x.max(), 1.5 * y.max()])
+    known = np.array([x, y])
+    wide = np.ptp(known, axis=1) / 4
+    low, high = known.min(1) - wide, known.max(1) + wide
     for arm in arms:
         points, bent = np.array(first[f"{arm}/points"]).reshape(-1, 3), _relus(found, arm)
         ranked = list(shares(points[:, 2].astype(np.int64)))[:COLOURED]
@@ -122,7 +124,7 @@ def _attractor(found: Found, name: str, arms: Sequence[str], labels: tuple[str, 
             inside = points[names == region]
             if len(inside):
                 lines.append(Line(name=region, panel=arm, x=tuple(inside[:, 0]), y=tuple(inside[:, 1])))
-        fixed = [one for one in first[f"{arm}/fixed"] if (edges[0] <= one).all() and (one <= edges[1]).all()]
+        fixed = [one for one in first[f"{arm}/fixed"] if (low <= one).all() and (one <= high).all()]
         if fixed:
             lines.append(
                 Line(name=FIXED, panel=arm, x=tuple(one[0] for one in fixed), y=tuple(one[1] for one in fixed))
