@@ -273,3 +273,18 @@ def test_a_run_that_diverges_is_measured_all_the_same() -> None:
     found = of_run(model, truth, 2000, 0.01)
     assert found["d_stsp@bins30,T2e3"][1].value > 8 and found["d_hellinger@s20,T2e3"][1].value == 1
     assert found["regions"][1].value == 0 and "exponent" not in found
+
+
+def test_a_fixed_point_that_attracts_is_seen() -> None:
+    found = of_run(some_model(2, size=1.0), np.random.default_rng(0).standard_normal((2000, 3)), 2000, 0.1)
+    seen = {name: score.value for name, (_, score) in found.items()}
+    assert (seen["regions"], seen["settled"], seen["apart"]) == (1, 1, 0) and seen["exponent"] < 0
+
+
+def test_units_that_switch_together_are_seen() -> None:
+    W = np.zeros((4, 4))
+    W[2:, 1] = 1.0  # both ReLU units follow one that changes its sign at every step
+    model = AlmostLinear(A=np.array([0.5, -1.0, 0, 0]), W=W, h=np.zeros(4), L=np.array([[1.0], [0], [0]]), P=2)
+    found = of_run(model, np.ones((2000, 1)) + np.random.default_rng(0).random((2000, 1)), 2000, 1.0)
+    assert found["regions"][1].value == 2 and set(found["regions"][1].about) == {"0", "3"}
+    assert found["apart"][1].value == 1
