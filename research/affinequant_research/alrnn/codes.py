@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
 from affinequant.errors import AffineQuantError
-from affinequant_research.alrnn.measures import Floats
+from affinequant_research.alrnn.measures import Floats, has_diverged
 from affinequant_research.alrnn.model import AlmostLinear
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ def share_distance(first: Mapping[int, float], second: Mapping[int, float]) -> f
 
 def along(model: AlmostLinear, series: Floats, interval: int) -> Floats:
     """Latent states [steps, M] of a model that is led along a series [steps, N]: what it predicts, with what is observed put
-    in place of that every `interval` steps, as in its training. Where it diverges in between, it starts again there."""
+    in place of that every `interval` steps, as in its training. Where it diverges, it starts again from there."""
     latent = np.empty((len(series), model.M))
     state = model.start(series[0])
     straight = model.M - model.P
@@ -143,10 +143,10 @@ def along(model: AlmostLinear, series: Floats, interval: int) -> Floats:
         latent[step] = state
         if step % interval == 0:
             state = np.concatenate([observed, state[model.N :]])
-            if not np.all(np.abs(state) < 1e5):
-                state = model.start(observed)
         bent = np.concatenate([state[:straight], np.maximum(state[straight:], 0)])
         state = model.A * state + model.W @ bent + model.h
+        if has_diverged(state):
+            state = model.start(observed)
     return latent
 
 
