@@ -108,11 +108,6 @@ def minimal_graph(codes: Codes, bent: int, least: float = RARE) -> "networkx.DiG
     return kept
 
 
-def never_direct(codes: Codes, one: int, other: int) -> bool:
-    """Whether no step leads from one region into the other, either way."""
-    return not transitions(codes, [one, other])[[0, 1], [1, 0]].any()
-
-
 def agreement(first: Codes, second: Codes) -> float:
     """Of two runs over the same steps: the share of them that have the same symbol, once the symbols of one are renamed, one
     for one, so that most do. Units have no order of their own, and a unit may as well be its own negative."""

@@ -8,6 +8,7 @@ volumes of fMRI nothing is claimed but that the free run neither dies nor blows 
 import dataclasses
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 
 import numpy as np
 from affinequant_evals import Suite
@@ -29,6 +30,7 @@ from affinequant_research.alrnn.freerun import Scores, distance, free_run, of_ru
 from affinequant_research.alrnn.measures import Floats, n_step_error, padded
 from affinequant_research.alrnn.model import AlmostLinear
 from affinequant_research.alrnn.recordings import ecg, fmri, rate_of
+from affinequant_research.alrnn.regions import cycles_near
 from affinequant_research.alrnn.training import Learner, Training, phase_of
 from affinequant_research.experiment import Claim, Experiment, Found, Picture, Trial, arms
 
@@ -36,6 +38,10 @@ ONSET = 0.05
 """Seconds from the onset of a QRS complex to its R peak."""
 SHORTEST = 0.35
 """Seconds between two beats at least."""
+SLOWEST = 1.2
+"""Seconds of the longest cycle that is looked for."""
+CYCLED = 3000
+"""Steps of a free run in which they are."""
 SHOWN_SECONDS = 3.0
 AHEAD = 20
 
@@ -74,6 +80,7 @@ def build(config: Recording, seed: int, arm: str) -> Trial:
     metrics = [Battery(name="free run", function=lambda one: of_recording(one.model(), truth, rate, config))]
     if config.source:
         metrics.append(Battery(name="beats", function=lambda one: of_beats(one.model(), truth, rate, config)))
+        metrics.append(Battery(name="cycles", function=lambda one: of_cycles(one.model(), truth, rate, config)))
     return Trial(
         phase=phase_of(learner, train, seed, partial(distance, truth=train, steps=config.steps, **how)),
         subject=learner,
@@ -126,6 +133,18 @@ def of_beats(model: AlmostLinear, truth: Floats, rate: float, config: Recording)
         found[f"qrs_region{name}"] = ("lower", one_of(whole, **about))
         found[f"beats_a_minute{name}"] = ("higher", one_of(60 * rate * len(at) / max(len(signal), 1)))
     return found
+
+
+def of_cycles(model: AlmostLinear, truth: Floats, rate: float, config: Recording) -> Scores:
+    """Real cycles no longer than a slow beat that a free run comes near to: how many, each with its steps, the size of its
+    largest multiplier, and how often it changes its region."""
+    latent = free_run(model, truth, min(config.steps, CYCLED))
+    cycles = cycles_near(model, latent, round(SLOWEST * rate))
+    told = {
+        f"{place}: {len(one.codes)} steps": [one.radius, sum(a != b for a, b in pairwise((*one.codes, one.codes[0])))]
+        for place, one in enumerate(cycles)
+    }
+    return {"cycles": ("higher", one_of(len(cycles), **told))}
 
 
 def peaks(signal: Floats, rate: float, height: float) -> np.ndarray:

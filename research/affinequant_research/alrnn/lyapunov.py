@@ -57,12 +57,3 @@ def along_regions(model: AlmostLinear, codes: Codes) -> Iterator[Floats]:
     known = {int(code): jacobian(model, int(code)) for code in np.unique(codes)}
     for code in codes:
         yield known[int(code)]
-
-
-def dimension(found: Floats) -> float:
-    """Kaplan and Yorke's of an attractor with these exponents: how many directions it takes until nothing grows."""
-    sums = np.cumsum(found)
-    if found[0] <= 0:
-        return 0.0
-    whole = int(np.argmax(sums < 0)) if (sums < 0).any() else len(found)
-    return float(len(found)) if whole == len(found) else whole + float(sums[whole - 1] / abs(found[whole]))

@@ -156,8 +156,3 @@ def _same(one: Cycle, other: Cycle) -> bool:
     """Whether they are one orbit: it may begin elsewhere, or go round more than once."""
     apart = np.linalg.norm(one.points[:, None] - other.points[None], axis=2)
     return bool(apart.min(1).max() < SAME * (1 + np.abs(other.points).max()))
-
-
-def by_region(codes: Codes, cycles: Iterable[Cycle]) -> dict[int, list[Cycle]]:
-    """Each code that occurs -> the cycles that go through its region."""
-    return {int(code): [one for one in cycles if code in one.codes] for code in np.unique(codes)}
