@@ -22,7 +22,7 @@ two), bench (what the claims are about, minutes on two cores) or paper (the auth
 
 DIR gets a folder for each experiment and seed, report.json with the tables, the figures and every claim with its source,
 and report.html to look at. Typed again, what is done is taken as it is and what is not goes on. Exit code 4 where a claim
-does not hold on every seed.
+does not hold on every seed, or on the share of the seeds that it names.
 
 examples:
   affinequant research list
