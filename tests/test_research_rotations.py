@@ -154,6 +154,12 @@ def test_the_lengths_of_5d_are_the_stereographic_projection() -> None:
     assert off(projected(3).g(rotations), expected) <= EXACT
 
 
+def test_the_five_numbers_are_measured_in_the_most_that_each_comes_to() -> None:
+    made = REPRESENTATIONS["5d"].g(random_rotations(20000, torch.Generator().manual_seed(0), torch.float64)).abs()
+    assert float(made.max()) <= 1 + 1e-12
+    assert float(made.amax(0).min()) >= 0.97
+
+
 @pytest.mark.parametrize("name", REPRESENTATIONS)
 def test_only_the_discontinuous_jump(name: str) -> None:
     one = REPRESENTATIONS[name]

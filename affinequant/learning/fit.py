@@ -194,7 +194,8 @@ class _State:
             yield moved, value, parts or {"+".join(names): float(value.detach())}
 
     def _step(self, t: float) -> bool:
-        if not all(bool(one.grad.isfinite().all()) for one in self.parameters if one.grad is not None):
+        grads = [one.grad for one in self.parameters if one.grad is not None]
+        if not all(torch.stack(grad.aminmax()).isfinite().all() for grad in grads):  # `isfinite` of all is five passes
             return False
         if self.config.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm)
@@ -256,8 +257,7 @@ class _State:
         """A copy of all that decides how training goes on."""
         parts = {name: getattr(self, name) for name in vars(self).keys() - _FIXED}
         parts |= {"values": self._copies(), "optimizer": self.optimizer.state_dict(), "generators": generator_states()}
-        own = getattr(self.objective, "state", dict)()
-        return copy.deepcopy(parts | {"own": own})
+        return copy.deepcopy(parts | {"own": getattr(self.objective, "state", dict)()})
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on from what was saved."""

@@ -6,7 +6,7 @@ with D <= 4 and has one for D >= 5. Vectors are *columns* of matrices here, and 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -77,6 +77,18 @@ def projected(n: int) -> Representation:
         return gram_schmidt(torch.cat([first[..., None], others.mT], -1))
 
     return Representation(dims=n * n - 2 * n + 2, f=f, g=g, continuous=True)
+
+
+def scaled(one: Representation, lengths: Sequence[float]) -> Representation:
+    """The same representation in units of its own for each number."""
+
+    def f(a: Tensor) -> Tensor:
+        return one.f(a * a.new_tensor(lengths))
+
+    def g(matrix: Tensor) -> Tensor:
+        return one.g(matrix) / matrix.new_tensor(lengths)
+
+    return Representation(dims=one.dims, f=f, g=g, continuous=one.continuous)
 
 
 def all_columns(n: int) -> Representation:
@@ -209,7 +221,8 @@ REPRESENTATIONS: dict[str, Representation] = {
     "rodrigues": Representation(dims=3, f=_of_rodrigues, g=_to_rodrigues, continuous=False),
     "axis-angle": Representation(dims=4, f=_of_axis_angle, g=_to_axis_angle, continuous=False),
     "quaternion": Representation(dims=4, f=of_quaternion, g=to_quaternion, continuous=False),
-    "5d": projected(3),
+    # As in the authors' code: what is projected is measured in the most that each of its numbers comes to.
+    "5d": scaled(projected(3), (1, 1, 1 + math.sqrt(2), 1 + math.sqrt(2), math.sqrt(2))),
     "6d": columns(3),
     "svd": nearest(3),
     "matrix": Representation(
