@@ -266,7 +266,7 @@ SYSTEMS = _table(
         name="genes",
         about="cells that part into two fates, five components of expression",
         law=genes,
-        true=_frozen(rate=0.5, width=0.7),
+        true=_frozen(rate=1.0, width=0.9),
         low=(-0.1,) * 5,
         high=(0.1,) * 5,
         times=_times(5, 1.0),
