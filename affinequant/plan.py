@@ -29,6 +29,7 @@ from affinequant.transforms.placements import (
     check_slices,
     choice_bytes,
     choosing,
+    fitted,
     online_bytes,
     place_all,
 )
@@ -139,6 +140,7 @@ def _planned(recipe: Recipe, folder: Path, has_weights: bool) -> Plan:
     check_slices(recipe, dims)
     recipe = choosing(recipe, family)
     sites = {site.name: site for site in resolve_sites(family, dims, recipe.tp)}
+    recipe, left_out = fitted(recipe, sites)
     placements = place_all(recipe, sites, block_flops(family, dims))
     check_groups(recipe, family, dims)
     reason = find_format(recipe.format, placements).supports(
@@ -149,7 +151,7 @@ def _planned(recipe: Recipe, folder: Path, has_weights: bool) -> Plan:
             f"format {recipe.format} cannot hold this: {reason}", "--format", "see `affinequant list formats`"
         )
     fetched = _fetched(recipe.data)
-    return _with_costs(recipe, source, family, dims, sites, placements, side, fetched)
+    return _with_costs(recipe, source, family, dims, sites, placements, side, (*left_out, *fetched))
 
 
 def _fetched(data: str) -> tuple[str, ...]:

@@ -22,6 +22,7 @@ from affinequant.formats import Contents, split_stage
 from affinequant.formats.compressed_tensors import checkpoint_config, our_config, unpack_linear
 from affinequant.formats.dense import dense_stage
 from affinequant.learning.distill import Continuous
+from affinequant.models.decoder import capped_logits
 from affinequant.models.source import open_source, unquantized
 from affinequant.rounding.job import BlockJob
 from affinequant.runtime.load import fill, open_empty
@@ -221,8 +222,9 @@ class _Reader:
         for read, run, ids in zip(y, x, self.ids.to(y.device), strict=True):
             for part in torch.arange(len(ids) - 1, device=ids.device).split(LOGITS):
                 logits = self.decoder.logits(run[part], own)
-                off.append((head(norm(run[part])) - logits).norm(dim=-1) / logits.norm(dim=-1))
-                differs = _losses(head(norm(read[part])), ids[part + 1]) - _losses(logits, ids[part + 1])
+                again, other = (capped_logits(head(norm(rows[part])), model.config) for rows in (run, read))
+                off.append((again - logits).norm(dim=-1) / logits.norm(dim=-1))
+                differs = _losses(other, ids[part + 1]) - _losses(logits, ids[part + 1])
                 self.losses.append(differs.cpu())
         if not float(torch.cat(off).max()) <= TOLERANCE:
             self.wrong.append("the final norm or the head computes something else")

@@ -35,6 +35,17 @@ SLIDING = {"family": "qwen2", "use_sliding_window": True, "sliding_window": 12, 
 """A Qwen2 whose first block sees all that came before, and the others twelve tokens."""
 
 
+_WINDOWED = {"sliding_window": 12, "head_dim": 16, "query_pre_attn_scalar": 16}
+OWN: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": 12},
+    "qwen3": {"head_dim": 16},
+    "gemma2": {**_WINDOWED, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+    "gemma3": {**_WINDOWED, "layer_types": ["sliding_attention", "full_attention"]},
+    "phi3": {"pad_token_id": 1},
+}
+"""By family, what a tiny model of it needs in its config: sizes whose defaults are large, and what it alone has."""
+
+
 def tiny_llama(
     folder: Path,
     *,
@@ -58,7 +69,7 @@ def tiny_llama(
     architecture = architecture or getattr(transformers, FAMILIES[family].architectures[0])
     if family == "llama":
         settings |= {"attention_bias": bias, "mlp_bias": bias}
-    settings = {"max_position_embeddings": 512} | settings
+    settings = {"max_position_embeddings": 512, "pad_token_id": 1} | OWN.get(family, {}) | settings
     config = architecture.config_class(
         architectures=[architecture.__name__],
         vocab_size=VOCAB,
@@ -70,7 +81,6 @@ def tiny_llama(
         tie_word_embeddings=tied,
         bos_token_id=0,
         eos_token_id=1,
-        pad_token_id=1,
         **settings,
     )
     generator = torch.Generator().manual_seed(seed)
@@ -79,7 +89,8 @@ def tiny_llama(
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             scale = 0.3 if name.endswith("bias") else parameter.shape[-1] ** -0.5
-            value = 1 + 0.3 * noise if "norm" in name else noise * (0.5 if "embed" in name else scale)
+            centre = 1 - FAMILIES[family].norm_offset
+            value = centre + 0.3 * noise if "norm" in name else noise * (0.5 if "embed" in name else scale)
             parameter.copy_(value)
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)

@@ -78,13 +78,16 @@ def _schemes() -> Listing:
 
 
 def _models() -> Listing:
-    from affinequant.models import FAMILIES
+    from affinequant.models import FAMILIES, Dims, resolve_sites
+    from affinequant.models.sites import STRUCTURES, place
 
-    rows = [
-        (name, ", ".join(family.architectures), ", ".join(spec.name for spec in family.sites))
-        for name, family in FAMILIES.items()
-    ]
-    return Listing(columns=("family", "architectures in config.json", "sites"), rows=rows)
+    dims, rows = Dims(layers=1, hidden=64, mlp=64, heads=4, kv_heads=2, head_dim=16, vocab=1, tied=False), []
+    for name, family in FAMILIES.items():
+        sites = resolve_sites(family, dims)
+        folds = {site.name: any(place(site, one).how == "folded" for one in STRUCTURES) for site in sites}
+        closed = ", ".join(site for site, folded in folds.items() if not folded)
+        rows.append((name, ", ".join(family.architectures), ", ".join(folds), closed))
+    return Listing(columns=("family", "architectures in config.json", "sites", "where nothing folds"), rows=rows)
 
 
 def _transforms() -> Listing:

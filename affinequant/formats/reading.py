@@ -48,17 +48,15 @@ def from_tensors(folder: Path, tensors: "Mapping[str, Tensor]", dtype: Dtype, **
 
 def skeleton(folder: Path, dtype: "torch.dtype") -> Any:
     """The model without weights: parameters stay on `meta`, buffers that follow from the config exist."""
-    import torch
+    from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     config: Any = AutoConfig.from_pretrained(folder, local_files_only=True)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    for name, module in list(model.named_modules()):
-        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
-            model.set_submodule(name, type(module)(config))
+    with init_empty_weights(include_buffers=False):
+        model = attending(AutoModelForCausalLM.from_config(config, dtype=dtype))
+    model.tie_weights()  # accelerate has put a new parameter in each place
     if (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     model.config.name_or_path = model.name_or_path = str(folder)
@@ -88,7 +86,16 @@ def pretrained(maker: Any, source: Path | None, folder: Path, dtype: Dtype, fix:
     if info["missing_keys"]:  # transformers goes on with random numbers
         names = sorted(info["missing_keys"])
         raise AffineQuantError(f"{len(names)} tensors are missing, among them {names[0]}", str(folder), fix)
-    return model.eval()
+    return attending(model.eval())
+
+
+def attending(model: Any) -> Any:
+    """The model with an attention that computes what its config says: transformers takes one that does not cap scores."""
+    from affinequant.models.attention import caps_scores, register
+
+    if caps_scores(model.config):
+        model.set_attn_implementation(register())
+    return model
 
 
 def _version(package: str) -> str:

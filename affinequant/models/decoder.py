@@ -110,7 +110,14 @@ class Decoder:
         lent = {name.removeprefix(norm): tensor for name, tensor in head.items() if name.startswith(norm)}
         normed = functional_call(self.model.get_submodule(self.family.norm), lent, (hidden,))
         weight = head[own if own in head else f"{self.family.embedding}.weight"]
-        return nn.functional.linear(normed, weight, head.get(f"{self.family.head}.bias"))
+        logits = nn.functional.linear(normed, weight, head.get(f"{self.family.head}.bias"))
+        return capped_logits(logits, self.model.config)
+
+
+def capped_logits(logits: Float[Tensor, "*batch vocab"], config: Any) -> Float[Tensor, "*batch vocab"]:
+    """What a model makes of its head's output: cap tanh(x / cap) where its config has a cap."""
+    cap = getattr(config, "final_logit_softcapping", None)
+    return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 def check_device(name: str) -> None:

@@ -1,7 +1,7 @@
 """What a network is, as data: where its blocks, norms and linears are, and the sites between them."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from affinequant.models.dims import Dims, Width, read_dims
@@ -87,6 +87,8 @@ class Family:
     """The kinds of layer, by name, in the order in which a block runs them."""
     settings: Mapping[str, tuple[Any, ...]]
     """Config keys whose value changes the computation, with the values that this description is right for."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """Config keys that may be absent, with what transformers takes them to be then."""
     dims: Callable[[Mapping[str, Any], str], Dims] = read_dims
     """(config, where it is from) -> the sizes."""
     kinds: Callable[[Mapping[str, Any], int], tuple[str, ...]] | None = None

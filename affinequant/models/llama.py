@@ -2,7 +2,7 @@
 
 from affinequant.models.family import Family, Layer, LinearSpec, SiteSpec
 
-_ATTENTION = Layer(
+ATTENTION = Layer(
     attention="self_attn",
     linears=(
         LinearSpec(name="self_attn.q_proj", rows="query", columns="hidden", bias="attention_bias"),
@@ -40,7 +40,7 @@ _ATTENTION = Layer(
         ),
     ),
 )
-_MLP = Layer(
+MLP = Layer(
     linears=(
         LinearSpec(name="mlp.gate_proj", rows="mlp", columns="hidden", bias="mlp_bias"),
         LinearSpec(name="mlp.up_proj", rows="mlp", columns="hidden", bias="mlp_bias"),
@@ -72,6 +72,6 @@ LLAMA = Family(
     head="lm_head",
     norm_offset=0.0,
     rope="half",
-    layers={"attention": _ATTENTION, "mlp": _MLP},
+    layers={"attention": ATTENTION, "mlp": MLP},
     settings={"hidden_act": ("silu", "gelu", "gelu_pytorch_tanh", "relu"), "partial_rotary_factor": (1.0,)},
 )

@@ -117,6 +117,10 @@ def place(site: Site, structure: Structure) -> Placement:
     behind = [edge.module for edge in site.sources if edge.side == "gain"]
     if site.kind == "residual" and behind:
         return Placement(how="refused", reason=f"the gain of {behind[0]} acts on what a layer adds: no map passes it")
+    if site.kind == "rope" and behind and structure in _FOLDS["rope"]:
+        return Placement(
+            how="refused", reason=f"the gain of {behind[0]} acts between the linear and RoPE: no map passes it"
+        )
     if structure in _FOLDS[site.kind]:
         return Placement(how="folded", reason=_FOLDS[site.kind][structure])
     if structure in _ONLINE.get(site.kind, {}):

@@ -54,7 +54,8 @@ class Shared(BasevLLMParameter):
         super().__init__(data=data.fill_(torch.nan), weight_loader=weight_loader)
         self.ranks = ranks
 
-    def _assert_and_load(self, loaded_weight: Tensor) -> None:
+    def load(self, loaded_weight: Tensor, *shard: Any) -> None:
+        """One member's tensor, or that of a layer which is fused on disk already: vLLM would cut that by rows."""
         if self.ranks > 1:
             loaded_weight = loaded_weight.chunk(self.ranks)[self.tp_rank]
         if loaded_weight.shape != self.data.shape:
@@ -129,8 +130,11 @@ class AffineQuantLinear(LinearMethodBase):
             add("weight_zero_point", kind, data, packed_dim=0, packed_factor=per_word, **by_rows)
         self.parts = {part: f"online_{part.replace('.', '_')}" for part in online}
         for part, shape in online.items():
-            ranks = ranks if len(shape) == 3 and shape[0] > 1 else 1
-            add(self.parts[part], Shared, torch.empty(shape[0] // ranks, *shape[1:]), ranks=ranks)
+            cut = ranks if len(shape) == 3 and shape[0] > 1 else 1
+            matrix, name = torch.empty(shape[0] // cut, *shape[1:]), self.parts[part]
+            layer.register_parameter(
+                name, Shared(data=matrix, weight_loader=self._counted(name, Shared.load), ranks=cut)
+            )
 
     def slices_of(self, ranks: int, online: Mapping[str, Any]) -> int:
         """Into how many slices each of `ranks` cuts its own part of the input, on which the parts `online` act.

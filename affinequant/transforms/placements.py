@@ -8,6 +8,7 @@ from typing import Any
 from affinequant.errors import PREFLIGHT, AffineQuantError, unknown_name
 from affinequant.models import Dims, Family
 from affinequant.models.sites import Kind, Placement, Site, online_numbers, place
+from affinequant.recipe.presets import PRESETS
 from affinequant.recipe.recipe import AUTO, CHOICE_SITES, EVERY, Recipe
 from affinequant.transforms import LEARNED_ROTATIONS, names_at, split_parts, structures_of
 
@@ -46,6 +47,24 @@ def choosing(recipe: Recipe, family: Family) -> Recipe:
     return replace(
         recipe, transforms={site: name for site, name in named.items() if site not in gone and name != "none"}
     )
+
+
+def fitted(recipe: Recipe, sites: Mapping[str, Site]) -> tuple[Recipe, tuple[str, ...]]:
+    """The recipe without what its preset asks for and these sites refuse, and a note of each that went: a preset is for
+    all families. What was named beside the preset stays, to be refused by name."""
+    base = PRESETS[recipe.preset].fields(recipe.tier, kv=recipe.parsed_scheme.kv is not None).get("transforms", {})
+    gone = {}
+    for name, chosen in recipe.transforms.items():
+        if base.get(name) != chosen or chosen == AUTO:
+            continue
+        parts = [place(sites[name], one) for one in structures_of(chosen, where="--preset")] if name in sites else []
+        reason = next(
+            (part.reason for part in parts if part.how == "refused"), "" if parts else "there is no such site"
+        )
+        if reason:
+            gone[name] = f"{recipe.preset}'s {name}={chosen} is left out: {reason}"
+    kept = {name: chosen for name, chosen in recipe.transforms.items() if name not in gone}
+    return replace(recipe, transforms=kept), tuple(gone.values())
 
 
 def place_all(recipe: Recipe, sites: Mapping[str, Site], block: int) -> dict[str, Placement]:

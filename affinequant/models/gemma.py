@@ -1,0 +1,35 @@
+"""Gemma 2 and 3 (text): gains are 1 + w, a norm stands before and behind each layer, and embeddings are tied and scaled.
+
+The norms behind the layers keep rotations of the residual stream out. Caps on scores are the attention's business, caps on
+logits the head's. Windows, and the two kinds of RoPE of Gemma 3, alternate over blocks.
+"""
+
+from dataclasses import replace
+
+from affinequant.models.family import Layer
+from affinequant.models.llama import ATTENTION, LLAMA, MLP
+from affinequant.models.qwen3 import NORMED
+
+_MLP_IN = replace(
+    next(spec for spec in MLP.sites if spec.name == "mlp_in"), sources=(("pre_feedforward_layernorm", "gain"),)
+)
+
+
+def _layers(attention: Layer) -> dict[str, Layer]:
+    sites = tuple(_MLP_IN if spec.name == _MLP_IN.name else spec for spec in MLP.sites)
+    return {
+        "attention": replace(attention, post_norm="post_attention_layernorm"),
+        "mlp": replace(MLP, sites=sites, post_norm="post_feedforward_layernorm"),
+    }
+
+
+GEMMA2 = replace(
+    LLAMA,
+    name="gemma2",
+    architectures=("Gemma2ForCausalLM",),
+    norm_offset=1.0,
+    layers=_layers(ATTENTION),
+    settings={"hidden_activation": ("gelu_pytorch_tanh",), "use_bidirectional_attention": (False,)},
+    defaults={"head_dim": 256, "num_key_value_heads": 4, "tie_word_embeddings": True},
+)
+GEMMA3 = replace(GEMMA2, name="gemma3", architectures=("Gemma3ForCausalLM",), layers=_layers(NORMED))

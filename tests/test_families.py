@@ -1,0 +1,75 @@
+"""Each family beside Llama, from a folder to a folder: what stock transformers computes, and what presets leave out."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import affinequant
+from affinequant.errors import AffineQuantError
+from affinequant.formats.reading import in_transformers
+from affinequant.models import FAMILIES
+
+OTHERS = [name for name in FAMILIES if name not in ("llama", "qwen2")]
+IDS = torch.arange(2, 42)[None]
+
+
+@pytest.fixture
+def fields(tmp_path: Path) -> dict[str, Any]:
+    (tmp_path / "text.txt").write_text(" ".join(f"{i} black crows in tree {i % 17}" for i in range(1500)))
+    return {"preset": "fast", "samples": 4, "seq_len": 32, "data": tmp_path / "text.txt", "out": tmp_path / "out"}
+
+
+def of_family(tiny: Callable[..., Path], family: str) -> Path:
+    return tiny(family=family, tied=family.startswith("gemma"))
+
+
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    return model.eval()(IDS, use_cache=False).logits.float()
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_stock_transformers_computes_what_ours_does(
+    family: str, tiny: Callable[..., Path], fields: dict[str, Any]
+) -> None:
+    """Weights in four bits; of what does not cap its scores, with the attention that transformers takes by itself."""
+    made = affinequant.quantize(of_family(tiny, family), scheme="w4a16", tier="merged", **fields)
+    assert made.report["verified"]["passed"] and made.report["events"] == []
+    stock, _ = in_transformers(made.path, "float32")
+    ours = affinequant.load(made.path, device="cpu", dtype="float32")
+    torch.testing.assert_close(logits(stock), logits(ours), rtol=1e-4, atol=1e-4)
+
+
+def test_caps_are_computed(tiny: Callable[..., Path]) -> None:
+    """Gemma 2 caps its attention's scores, which transformers' own `sdpa` leaves out without a word."""
+    model: Any = affinequant.load(tiny(family="gemma2", tied=True), device="cpu", dtype="float32")
+    ours = logits(model)
+    model.set_attn_implementation("eager")
+    torch.testing.assert_close(ours, logits(model), rtol=1e-4, atol=1e-4)
+    model.set_attn_implementation("sdpa")
+    assert float((ours - logits(model)).abs().max()) > 0.01
+
+
+def test_a_preset_is_for_all_families_and_says_what_it_leaves_out(
+    tiny: Callable[..., Path], fields: dict[str, Any]
+) -> None:
+    model = of_family(tiny, "gemma3")
+    made = affinequant.plan(model, tier="merged", **fields | {"preset": "default"})
+    assert not {"residual", "qk"} & made.recipe.transforms.keys() and "vo" in made.recipe.transforms
+    left_out = [note for note in made.notes if "is left out" in note]
+    assert [note.split()[1] for note in left_out] == ["residual=hadamard", "qk=rope-pair"]
+    assert "the gain of post_attention_layernorm" in left_out[0] and "self_attn.q_norm" in left_out[1]
+    with pytest.raises(AffineQuantError, match=r"the gain of self_attn\.q_norm acts between the linear and RoPE"):
+        affinequant.plan(model, tier="merged", transforms={"qk": "rope-pair"}, **fields)
+
+
+@pytest.mark.parametrize(("family", "key"), [("qwen3", "head_dim"), ("gemma3", "tie_word_embeddings")])
+def test_a_size_that_config_json_leaves_out_is_what_transformers_takes(family: str, key: str) -> None:
+    import transformers
+
+    made = getattr(transformers, FAMILIES[family].architectures[0]).config_class()
+    assert FAMILIES[family].defaults[key] == getattr(made, key)
