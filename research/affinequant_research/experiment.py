@@ -159,6 +159,7 @@ METHODS: dict[str, str] = {
     "rotations": "affinequant_research.rotations:METHOD",
     "grokalign": "affinequant_research.grokalign:METHOD",
     "alrnn": "affinequant_research.alrnn:METHOD",
+    "schrodinger": "affinequant_research.schrodinger:METHOD",
 }
 """Name -> `module:attribute` of a `Method`. A new method is a folder and a line here."""
 
