@@ -13,9 +13,9 @@ reference), `pass.02`, ..., `refined`; see `passes`. Each pass has these scores:
 * `theta.NAME` after the pass and `theta_error`, the worst relative error where the truth has parameters of these names;
 * `kl` of the bridges to the reference that they were made over, `kl_fitted` to the one fitted to them, `fit_loss`;
 
-and these series: `held_out` (times, W2), `end_forward` and `end_backward` (starts of intervals, W2); of the first and the last
-pass also `trajectory.N`, particles of the first snapshot on their way through all intervals, as (first, second coordinate).
-`train.N` and `held.N` of `oracle` are the samples. What goes on to the next pass is theta and the drifts.
+and the series `end_forward` and `end_backward` (starts of intervals, W2). `vanilla` and `refined` have the picture `paths`,
+`oracle` `seen` and `held`, as `drawing` has them; the last pass has the series `w2` and one for each parameter, over passes.
+What goes on to the next pass is theta and the drifts.
 """
 
 import time
@@ -32,7 +32,9 @@ from affinequant.stages import Carry, Stage
 from affinequant_research.experiment import Claim, Experiment, Found, Series
 from affinequant_research.running import Work, commit, fit_report
 from affinequant_research.schrodinger.bridge import Bridges, Intervals, Samples, bridge, drawn, refuse_stalled, simulate
+from affinequant_research.schrodinger.drawing import cloud, distances, lines, parameters, trajectories
 from affinequant_research.schrodinger.likelihood import Fit, as_numbers, increments, least_squares, maximise, path_kl
+from affinequant_research.schrodinger.loading import load_snapshots
 from affinequant_research.schrodinger.measures import apart, oracle
 from affinequant_research.schrodinger.references import FAMILIES, Family, Theta, still
 from affinequant_research.schrodinger.regression import REGRESSORS, How
@@ -40,8 +42,6 @@ from affinequant_research.schrodinger.systems import Snapshots, seeded, system
 
 HERE = "affinequant_research.schrodinger.refine:"
 ESTIMATORS = ("adam", "least-squares")
-DRAWN = 24
-"""Trajectories that are kept for figures."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +59,7 @@ class Settings:
         updates, rate, increments: of Adam in each pass, from the theta before, on so many increments of paths.
         transport: the share of the distance between snapshots at which a half-bridge may end from its own before the
             refinement is refused.
+        data, sigma: a file of snapshots in place of the system's own, as `load_snapshots` takes it, and the noise there.
     """
 
     system: str
@@ -75,6 +76,8 @@ class Settings:
     rate: float = 0.05
     increments: int = 6000
     transport: float = 0.75
+    data: str = ""
+    sigma: float = 0.1
 
 
 def passes(config: Settings) -> tuple[str, ...]:
@@ -102,7 +105,6 @@ def experiment(
     about: str,
     presets: Mapping[str, Settings],
     claims: Mapping[str, tuple[Claim, ...]],
-    figures: Callable[[Found], Sequence[Figure]] = lambda found: (),
     source: str = "arXiv 2408.06277",
 ) -> Experiment:
     """An experiment of bridges between a system's snapshots."""
@@ -113,26 +115,38 @@ def experiment(
         presets=presets,
         stages=stages,
         claims=claims,
-        figures=figures,
+        figures=lambda found: drawn_of(found, name),
         shown=("w2", "w2_chained", "end_mean", "kl", "kl_fitted", "theta_error"),
     )
 
 
+def drawn_of(found: Found, name: str) -> tuple[Figure, ...]:
+    """Paths among snapshots, distances by time, parameters over passes."""
+    one, last = system(found.config.system), passes(found.config)[-1]
+    panels = {"over the Brownian reference": "vanilla/paths", f"after {found.config.passes} passes": f"{last}/paths"}
+    times = [float(key.rpartition("@t")[2]) for key in found.scores[0] if key.startswith("vanilla/w2@t")]
+    figures = [
+        trajectories(found, name, panels, "oracle/seen", "oracle/held", one.axes),
+        distances(found, name, {"vanilla": "vanilla", "refined": last, "oracle": "oracle"}, times),
+    ]
+    if any(f"{last}/{key}" in found.series[0] for key in one.true):
+        figures.append(parameters(found, name, last, one.true))
+    return tuple(figures)
+
+
 def observed(config: Settings, seed: int) -> tuple[Snapshots, Snapshots]:
     """The snapshots to train on, and those held out."""
-    one = system(config.system)
-    return one.snapshots(seed, "data").split(one.held_out)
+    if config.data:
+        return load_snapshots(config.data, config.sigma).split()
+    return system(config.system).snapshots(seed, "data").split()
 
 
 def oracle_stage(work: Work, stage: Stage, carry: Carry) -> Carry:
-    """What fresh particles of the truth score at the held-out times: no bridge can do better but by luck."""
+    """What fresh particles of the truth score at held-out times, where it is known: no bridge does better but by luck."""
     began, config = time.perf_counter(), work.config
     train, held = observed(config, work.seed)
-    series: dict[str, Series] = {}
-    for side, seen in (("train", train), ("held", held)):
-        for index, one in enumerate(seen.samples):
-            series[f"{side}.{index}"] = (one[:, 0].tolist(), one[:, 1].tolist())
-    commit(work, stage, began, oracle(system(config.system), held, work.seed), series=series)
+    scores = {} if config.data else oracle(system(config.system), held, work.seed)
+    commit(work, stage, began, scores, pictures={"seen": cloud(train), "held": cloud(held)})
     return {}
 
 
@@ -163,16 +177,19 @@ def pass_stage(work: Work, stage: Stage, carry: Carry) -> Carry:
     scores, series = measured(bridges, train, held, config, generator)
     kls = path_kl(bridges, reference).sum(), path_kl(bridges, family.at(fitted.theta)).sum()
     scores |= {name: _one(float(value)) for name, value in zip(("kl", "kl_fitted"), kls, strict=True)}
-    scores |= {"fit_loss": _one(fitted.loss)} | about_theta(fitted.theta, system(config.system).true)
-    if stage.name in (names[0], names[-1]):
-        series |= trajectories(bridges, train.samples, generator)
+    scores |= {"fit_loss": _one(fitted.loss)} | about_theta(
+        fitted.theta, {} if config.data else system(config.system).true
+    )
+    if stage.name == names[-1]:
+        series |= over_passes(work, names, scores)
+    pictures = {"paths": lines(bridges.ahead)} if stage.name in (names[0], names[-1]) else {}
     work.say(f"{stage.name}, seed {work.seed}: W2 {scores['w2'].value:.3f} at times held out")
     carry = {f"theta.{name}": one for name, one in fitted.theta.items()}
     for side, drift in (("forward", bridges.forward), ("backward", bridges.backward)):
         assert drift.fitted is not None
         carry |= {f"{side}.{name}": one for name, one in drift.fitted.tensors().items()}
     how = fit_report(fitted.report, fitted.config) if fitted.report and fitted.config else None
-    commit(work, stage, began, scores, carry=carry, fit=how, series=series)
+    commit(work, stage, began, scores, carry=carry, fit=how, series=series, pictures=pictures)
     return carry
 
 
@@ -202,7 +219,7 @@ def measured(
         scores[name.replace("w2", "w2_chained")] = score
     ends = [*bridges.ends.forward, *bridges.ends.backward]
     scores["end_mean"] = _one(sum(ends) / len(ends))
-    series: dict[str, Series] = {"held_out": (held.times, [scores[f"w2@t{when:g}"].value for when in held.times])}
+    series: dict[str, Series] = {}
     for name, values in bridges.ends._asdict().items():
         scores[f"end_{name}"] = _one(max(values))
         series[f"end_{name}"] = (intervals.start.flatten().tolist(), list(values))
@@ -246,18 +263,14 @@ def chained(
     return at
 
 
-def trajectories(bridges: Bridges, marginals: Sequence[Samples], generator: torch.Generator) -> dict[str, Series]:
-    """A few particles of the first snapshot, forward through all intervals: first coordinate and second."""
-    cloud, parts = drawn(marginals[0], min(DRAWN, len(marginals[0])), generator), []
-    for interval in range(len(marginals) - 1):
-        paths = simulate(bridges.forward.only(interval), cloud[None], generator)[:, 0]
-        parts.append(paths)
-        cloud = paths[-1]
-    whole = torch.cat(parts)
-    return {
-        f"trajectory.{index}": (whole[:, index, 0].tolist(), whole[:, index, 1].tolist())
-        for index in range(whole.shape[1])
-    }
+def over_passes(work: Work, names: Sequence[str], last: Mapping[str, Score]) -> dict[str, Series]:
+    """W2 and each parameter over passes, by its name."""
+    before = [work.run.report(name)["scores"] for name in names[:-1]]
+    series = {}
+    for key in ("w2", *(key for key in last if key.startswith("theta."))):
+        values = [*(scores[key]["value"] for scores in before), last[key].value]
+        series[key.removeprefix("theta.")] = (range(1, len(names) + 1), values)
+    return {name: (list(x), y) for name, (x, y) in series.items()}
 
 
 def about_theta(theta: Theta, true: Mapping[str, float]) -> dict[str, Score]:
