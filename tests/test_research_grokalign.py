@@ -25,6 +25,7 @@ from affinequant_research.grokalign.jacobian import (
     row_alignment,
     spectrum,
 )
+from affinequant_research.grokalign.modular import fourier_gini
 from affinequant_research.grokalign.robust import attacked
 from affinequant_research.grokalign.training import (
     Aligned,
@@ -298,6 +299,13 @@ def test_an_attack_stays_in_reach_and_finds_errors() -> None:
     assert float((shifted - x).abs().max()) <= 0.5 + 1e-12
     by_chance = x + 0.5 * torch.randn_like(x).sign()
     assert training.accuracy(network, (shifted, labels)) < training.accuracy(network, (by_chance, labels)) < 1
+
+
+def test_few_frequencies_are_told_from_many() -> None:
+    at = torch.arange(31)
+    one, all_alike = torch.cos(2 * math.pi * 3 / 31 * at)[:, None], torch.eye(31)
+    assert fourier_gini(one) == pytest.approx(1 - 1 / 15, abs=1e-5)  # of 15 frequencies one
+    assert fourier_gini(all_alike) == pytest.approx(0, abs=1e-5)
 
 
 def _plain(results: list[dict[str, Any]]) -> list[Any]:
