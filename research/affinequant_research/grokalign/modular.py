@@ -44,7 +44,7 @@ class Modular:
     """
 
     arms: tuple[str, ...] = ("decay", "grokalign")
-    p: int = 31
+    p: int = 59
     share: float = 0.5
     width: int = 64
     heads: int = 4
@@ -52,8 +52,8 @@ class Modular:
     jacobian: float = 1e-3
     rate: float = 1e-3
     decay: float = 1.0
-    updates: int = 4000
-    probe_every: int = 25
+    updates: int = 3000
+    probe_every: int = 50
     reach: float = 0.95
     device: str = "cpu"
 
@@ -166,6 +166,7 @@ def figures(found: Found) -> list[Figure]:
     ends = f"A line ends where its training has reached {found.config.reach:g}, or with its budget."
     return [
         over(found, "modular", "test_acc", ends),
+        over(found, "modular", "test_acc", "The same trainings: an update with the penalty takes longer.", seconds=True),
         over(found, "modular", "jac_fro", "Of the last token's logits, with respect to the three embeddings."),
     ]
 
