@@ -166,7 +166,9 @@ def figures(found: Found) -> list[Figure]:
     ends = f"A line ends where its training has reached {found.config.reach:g}, or with its budget."
     return [
         over(found, "modular", "test_acc", ends),
-        over(found, "modular", "test_acc", "The same trainings: an update with the penalty takes longer.", seconds=True),
+        over(
+            found, "modular", "test_acc", "The same trainings: an update with the penalty takes longer.", seconds=True
+        ),
         over(found, "modular", "jac_fro", "Of the last token's logits, with respect to the three embeddings."),
     ]
 
