@@ -1,5 +1,6 @@
 """Snapshots: systems against what is known of them, distances against closed forms, files, figures."""
 
+import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -8,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 from affinequant_evals import Score
-from affinequant_research.experiment import Found
-from affinequant_research.schrodinger import drawing
+from affinequant_research.experiment import Experiment, Found
+from affinequant_research.running import found, run_experiment
+from affinequant_research.schrodinger import drawing, genes, springs, vortex
 from affinequant_research.schrodinger.loading import load_snapshots
 from affinequant_research.schrodinger.measures import apart, mmd_rbf, oracle, w1, w2
 from affinequant_research.schrodinger.systems import SYSTEMS, Snapshots, System, system
@@ -233,6 +235,8 @@ def test_snapshots_come_back_from_both_kinds_of_file(tmp_path: Path) -> None:
         assert back.times == one.times and back.sigma == 0.2
         for mine, theirs in zip(back.samples, one.samples, strict=True):
             assert torch.equal(mine.sort(0).values, theirs.sort(0).values)
+    with pytest.raises(AffineQuantError, match="2 coordinates, and the family's have 5"):
+        load_snapshots(other, 0.2, 5)
 
 
 @pytest.mark.parametrize(
@@ -314,3 +318,28 @@ def test_parameters_are_drawn_beside_their_true_values() -> None:
         ("true", "alpha"),
     ]
     assert figure.series[2].x == (1, 3) and figure.series[2].y == (1.0, 1.0)
+
+
+@pytest.mark.parametrize("one", [vortex.EXPERIMENT, genes.EXPERIMENT, springs.EXPERIMENT], ids=lambda one: one.name)
+def test_stand_ins_for_measured_data_run_on_the_harness(tmp_path: Path, one: Experiment) -> None:
+    config = one.presets["smoke"]
+    (result,) = run_experiment("schrodinger", one, config, [0], "smoke", tmp_path)
+    values = {name: score["value"] for name, score in result["metrics"].items()}
+    assert 0 < values["oracle/w2"] < values["vanilla/w2"] and 0 < values["refined/w2"] < math.inf
+    kinds = [figure.kind for figure in one.figures(found(config, [result]))]
+    assert kinds == ["scatter", "line", "line"][: 3 if one.name != "genes" else 2]
+
+
+def test_affine_maps_do_not_part_a_cloud_and_are_not_refined_on(tmp_path: Path) -> None:
+    config = dataclasses.replace(genes.EXPERIMENT.presets["smoke"], transport=0.75)
+    with pytest.raises(AffineQuantError, match=r"too far from their marginals .* 2 to 4") as caught:
+        run_experiment("schrodinger", genes.EXPERIMENT, config, [0], "smoke", tmp_path)
+    assert caught.value.exit_code == 4 and not (tmp_path / "seed-0/result.json").exists()
+
+
+def test_particles_of_another_system_are_refused_before_anything_is_done(tmp_path: Path) -> None:
+    file = tmp_path / "data.csv"
+    file.write_text("time,x\n0,1\n1,2\n2,3\n")
+    config = dataclasses.replace(vortex.EXPERIMENT.presets["smoke"], data=str(file))
+    with pytest.raises(AffineQuantError, match="1 coordinates, and the family's have 2"):
+        run_experiment("schrodinger", vortex.EXPERIMENT, config, [0], "smoke", tmp_path / "run")

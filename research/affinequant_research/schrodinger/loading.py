@@ -17,11 +17,12 @@ from affinequant_research.schrodinger.systems import Snapshots
 WHERE = "--set data"
 
 
-def load_snapshots(path: str | Path, sigma: float) -> Snapshots:
+def load_snapshots(path: str | Path, sigma: float, dims: int | None = None) -> Snapshots:
     """What a file holds, or the only one of its kind in a folder.
 
     Args:
         sigma: of the noise, which a file does not hold.
+        dims: how many coordinates there have to be; None for any number.
 
     Raises:
         AffineQuantError: there is none, or it holds something else, with the place (exit 2).
@@ -29,7 +30,11 @@ def load_snapshots(path: str | Path, sigma: float) -> Snapshots:
     file = _file(Path(path))
     try:
         times, samples = _npz(file) if file.suffix == ".npz" else _csv(file)
-        return Snapshots(times=times, samples=tuple(torch.from_numpy(one) for one in samples), sigma=sigma)
+        made = Snapshots(times=times, samples=tuple(torch.from_numpy(one) for one in samples), sigma=sigma)
+        if dims not in (None, made.dims):
+            what = f"particles have {made.dims} coordinates, and the family's have {dims}"
+            raise AffineQuantError(what, WHERE, "choose the experiment whose particles these are, or these coordinates")
+        return made
     except AffineQuantError as problem:
         raise AffineQuantError(problem.what, f"{WHERE}={file}", problem.fix) from None
 

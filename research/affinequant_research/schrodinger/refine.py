@@ -137,7 +137,7 @@ def drawn_of(found: Found, name: str) -> tuple[Figure, ...]:
 def observed(config: Settings, seed: int) -> tuple[Snapshots, Snapshots]:
     """The snapshots to train on, and those held out."""
     if config.data:
-        return load_snapshots(config.data, config.sigma).split()
+        return load_snapshots(config.data, config.sigma, len(system(config.system).axes)).split()
     return system(config.system).snapshots(seed, "data").split()
 
 

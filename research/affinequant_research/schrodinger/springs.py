@@ -1,0 +1,19 @@
+"""Motion: two masses on springs, seen at every second of nine times; theta are two stiffnesses and the drag.
+
+The authors take motion capture, and a spring to the origin as the family. Here places and speeds of masses on a line are
+seen; the law is linear, so bridges that are affine at each time are exact and theta has a closed form.
+"""
+
+from affinequant_research.experiment import Claim
+from affinequant_research.schrodinger.refine import Settings, experiment
+
+PRESETS = {
+    "smoke": Settings(
+        system="springs", passes=2, sweeps=2, most_sweeps=20, particles=60, dt=0.1, estimator="least-squares"
+    ),
+    "ci": Settings(system="springs", passes=8, dt=0.1, estimator="least-squares"),
+    "bench": Settings(system="springs", passes=20, estimator="least-squares"),
+    "paper": Settings(system="springs", sweeps=10, particles=80, dt=0.02, regressor="gp", centred=False, updates=20),
+}
+CLAIMS: dict[str, tuple[Claim, ...]] = {}
+EXPERIMENT = experiment("springs", "masses on springs; W2 at times held out", PRESETS, CLAIMS)

@@ -1,0 +1,17 @@
+"""Currents: drifters in a vortex, seen at every second of nine times; theta are its circulation, core and centre.
+
+The authors take drifters in the Gulf of Mexico. Here they float in a vortex of Lamb and Oseen, which is also the family: how
+far a family is from currents as they are is not to be seen.
+"""
+
+from affinequant_research.experiment import Claim
+from affinequant_research.schrodinger.refine import Settings, experiment
+
+PRESETS = {
+    "smoke": Settings(system="vortex", passes=2, sweeps=2, most_sweeps=20, particles=60, dt=0.1, updates=20),
+    "ci": Settings(system="vortex", passes=5, dt=0.1),
+    "bench": Settings(system="vortex", passes=12),
+    "paper": Settings(system="vortex", sweeps=10, particles=50, dt=0.02, regressor="gp", centred=False, updates=20),
+}
+CLAIMS: dict[str, tuple[Claim, ...]] = {}
+EXPERIMENT = experiment("vortex", "drifters in a vortex; W2 at times held out", PRESETS, CLAIMS)
