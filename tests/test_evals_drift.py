@@ -146,6 +146,8 @@ def test_scale_means_nothing_and_distance_does() -> None:
         assert two[name].value > 3 * one[name].value and one[name].ratio == pytest.approx(1, abs=0.2)
     with pytest.raises(AffineQuantError, match="one token again"):
         far(torch.ones(4, 3, 2), [torch.ones(2, 3, 2)])
+    with pytest.raises(AffineQuantError, match="halves of the calibration text are the same"):
+        far(calibration[:1].expand(4, -1, -1), [same[:2]])
 
 
 def test_halves_share_no_window_and_the_first_token_is_left_out() -> None:

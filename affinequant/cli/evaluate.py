@@ -247,7 +247,7 @@ def _missing(card: "Scorecard", name: str) -> str:
 def _how(row: "Row") -> str:
     about = row.score.about if row.score else {}
     if "windows" not in about:
-        return f"{row.name}: {about['said']}" if "said" in about else ""
+        return str(about.get("said", "")) if row.name.startswith("drift@") else ""
     score = row.score
     interval = f"; 95 % {between(score.interval)}" if score and score.interval else ""
     if "reference" in about:

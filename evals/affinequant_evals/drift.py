@@ -142,22 +142,30 @@ def far(
     scale = float(calibration.flatten(0, 1).double().var(0, correction=0).mean().sqrt())
     if not scale > 0:
         raise AffineQuantError("the calibration text is one token again and again", "--drift", "give other text")
-    whole = calibration / scale
-    found: list[dict[str, Far]] = []
-    for text in texts:
-        pairs = halvings(len(whole), len(text))
-        cloud = text.flatten(0, 1) / scale
-        found.append({name: _far(measure, whole, cloud, pairs) for name, measure in MEASURES.items()})
+    clouds = [text.flatten(0, 1) / scale for text in texts]
+    found: list[dict[str, Far]] = [{} for _ in texts]
+    for name, measure in MEASURES.items():
+        drawn = {each: _halves(measure, calibration / scale, each) for each in {len(text) for text in texts}}
+        for one, text, cloud in zip(found, texts, clouds, strict=True):
+            halves, floors = drawn[len(text)]
+            if not min(floors) > 0:
+                what = "two halves of the calibration text are the same, so that nothing says what is far"
+                raise AffineQuantError(what, "--drift", "give --drift-from SOURCE, with text that does not repeat")
+            mine = measure.prepare(cloud)
+            values = [measure.between(mine, half) for pair in halves for half in pair]
+            one[name] = Far(value=sum(values) / len(values), floors=floors)
     return found
 
 
-def _far(measure: Measure, calibration: Tensor, text: Cloud, pairs: Sequence[tuple[Tensor, Tensor]]) -> Far:
-    mine, values, floors = measure.prepare(text), list[float](), list[float]()
-    for pair in pairs:
-        first, second = (measure.prepare(calibration[half].flatten(0, 1)) for half in pair)
-        floors.append(measure.between(first, second))
-        values += [measure.between(mine, first), measure.between(mine, second)]
-    return Far(value=sum(values) / len(values), floors=tuple(floors))
+def _halves(
+    measure: Measure, calibration: Float[Tensor, "windows rows directions"], each: int
+) -> tuple[list[tuple[Any, Any]], tuple[float, ...]]:
+    """Both halves of each halving as the measure wants them, and how far they are from each other."""
+    pairs = [
+        (measure.prepare(calibration[first].flatten(0, 1)), measure.prepare(calibration[second].flatten(0, 1)))
+        for first, second in halvings(len(calibration), each)
+    ]
+    return pairs, tuple(measure.between(*pair) for pair in pairs)
 
 
 def drift(compared: Compared, *, device: Device = "auto", dtype: Dtype = "auto", say: Say = quiet) -> Battery[Compared]:
@@ -177,7 +185,8 @@ def drift(compared: Compared, *, device: Device = "auto", dtype: Dtype = "auto",
         for place, text in enumerate(compared.texts):
             for name, begins in ROW.items():
                 sites = {where: each[place][name] for where, each in found.items()}
-                rows[f"{begins}@{text.label}"] = ("lower", _score(sites, text, compared.calibration))
+                score = _score(sites, text, compared.calibration)
+                rows[f"{begins}@{text.label}"] = ("lower", score)
         return rows
 
     return Battery(name="drift", function=measure, fingerprint=protocol)
@@ -219,7 +228,7 @@ def _score(sites: Mapping[tuple[int, str], Far], text: Windows, calibration: Win
     value = sum(ratios.values()) / len(ratios)
     about = {
         "text": text.text,
-        "said": _said(value, max(halves), ratios, text, calibration),
+        "said": _said(value, ratios, text.text, calibration.text, value <= max(halves)),
         "calibration": {"source": calibration.text, "windows": len(calibration.ids), "sha256": calibration.sha256},
         "windows_each": len(text.ids),
         "seq_len": text.ids.shape[1],
@@ -233,13 +242,9 @@ def _score(sites: Mapping[tuple[int, str], Far], text: Windows, calibration: Win
     return Score(value=value, stderr=None, n=len(ratios), key=text.key, about=about)
 
 
-def _said(
-    value: float, most: float, ratios: Mapping[tuple[int, str], float], text: Windows, calibration: Windows
-) -> str:
+def _said(value: float, ratios: Mapping[tuple[int, str], float], text: str, source: str, chance: bool) -> str:
     """The verdict in plain words."""
-    (block, site), farthest = max(ratios.items(), key=lambda pair: pair[1])
-    times = (
-        f"{text.text} is {value:.2f} times as far from the calibration text ({calibration.text}) as two halves of that"
-    )
-    chance = f" {'(no more than chance: halves differ as much)' if value <= most else ''}".rstrip()
-    return f"{times} are from each other{chance}; the farthest site is {site} of block {block} ({farthest:.2f} times)"
+    (block, site), most = max(ratios.items(), key=lambda pair: pair[1])
+    far = f"{text} is {value:.2f} times as far from the calibration text ({source}) as two halves of that are from each other"
+    known = ", which is no more than chance" if chance else ""
+    return f"{far}{known}; the farthest site is {site} of block {block} ({most:.2f} times)"
