@@ -6,6 +6,7 @@ import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -107,7 +108,7 @@ def test_inputs_are_those_that_calibration_sees(tiny: Callable[..., Path], texts
     heard: dict[str, torch.Tensor] = {}
     for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"):
         module = model.get_submodule(f"model.layers.1.{name}")
-        module.register_forward_pre_hook(lambda _, args, name=name: heard.__setitem__(name, args[0].detach()))
+        module.register_forward_pre_hook(lambda _, args, name=name: heard.update({name: args[0].detach()}))
     with torch.no_grad():
         model(ids)
     *_, (index, kept) = site_inputs(open_reader(folder), ids, lambda x: x)
@@ -123,7 +124,8 @@ def test_sliced_distance_is_that_of_pot() -> None:
     x, y = torch.randn(2, 50, 8, generator=generator)
     measure = MEASURES["sliced"]
     found = measure.between(measure.prepare(x), measure.prepare(y))
-    assert found == pytest.approx(float(ot.wasserstein_1d(x.double(), y.double(), p=2).mean()) ** 0.5, rel=1e-5)
+    squared: Any = ot.wasserstein_1d(x.double(), y.double(), p=2)
+    assert found == pytest.approx(float(squared.mean()) ** 0.5, rel=1e-5)
 
 
 def test_gaussian_distance_of_a_shift_and_a_scale() -> None:
@@ -160,7 +162,7 @@ def test_halves_share_no_window_and_the_first_token_is_left_out() -> None:
 
 
 def test_refusals(made: Path, tiny: Callable[..., Path], texts: Callable[[str], str], tmp_path: Path) -> None:
-    def refused(match: str, code: int = USAGE, folder: Path = made, **wanted: object) -> str:
+    def refused(match: str, code: int = USAGE, folder: Path = made, **wanted: Any) -> str:
         with pytest.raises(AffineQuantError, match=match) as caught:
             eval_checkpoint(folder, **wanted)
         assert caught.value.exit_code == code

@@ -100,7 +100,7 @@ def _moments(cloud: Cloud) -> tuple[Any, Any]:
 def _gaussian(mine: tuple[Any, Any], other: tuple[Any, Any]) -> float:
     from ot.gaussian import bures_wasserstein_distance  # takes seconds to import
 
-    found = bures_wasserstein_distance(mine[0], other[0], mine[1], other[1])
+    found: Any = bures_wasserstein_distance(mine[0], other[0], mine[1], other[1])
     return float(found) / math.sqrt(len(mine[0]))
 
 
@@ -178,8 +178,8 @@ def drift(compared: Compared, *, device: Device = "auto", dtype: Dtype = "auto",
         ids, sizes = torch.cat([one.ids for one in windows]), [len(one.ids) for one in windows]
         found: dict[tuple[int, str], list[dict[str, Far]]] = {}
         for index, kept in site_inputs(subject.reader, ids, looked_at, device=device, dtype=dtype, say=say):
-            for site, rows in kept.items():
-                calibration, *texts = rows.split(sizes)
+            for site, seen in kept.items():
+                calibration, *texts = seen.split(sizes)
                 found[index, site] = far(calibration, texts)
         rows: dict[str, tuple[Better, Score]] = {}
         for place, text in enumerate(compared.texts):
