@@ -38,7 +38,7 @@ from affinequant_research.schrodinger.loading import load_snapshots
 from affinequant_research.schrodinger.measures import apart, oracle
 from affinequant_research.schrodinger.references import FAMILIES, Family, Theta, still
 from affinequant_research.schrodinger.regression import REGRESSORS, How
-from affinequant_research.schrodinger.systems import Snapshots, seeded, system
+from affinequant_research.schrodinger.systems import Snapshots, seeded, simulated, system
 
 HERE = "affinequant_research.schrodinger.refine:"
 ESTIMATORS = ("adam", "least-squares")
@@ -138,7 +138,7 @@ def observed(config: Settings, seed: int) -> tuple[Snapshots, Snapshots]:
     """The snapshots to train on, and those held out."""
     if config.data:
         return load_snapshots(config.data, config.sigma, len(system(config.system).axes)).split()
-    return system(config.system).snapshots(seed, "data").split()
+    return simulated(config.system, seed).split()
 
 
 def oracle_stage(work: Work, stage: Stage, carry: Carry) -> Carry:

@@ -5,6 +5,7 @@ are theirs in law. The vortex, the gene programme and the springs stand where th
 the Gulf of Mexico, cells, and motion capture.
 """
 
+import functools
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -210,6 +211,12 @@ def system(name: str) -> System:
     if name not in SYSTEMS:
         raise unknown_name("system", name, SYSTEMS, where="schrodinger")
     return SYSTEMS[name]
+
+
+@functools.lru_cache(maxsize=8)
+def simulated(name: str, seed: int) -> Snapshots:
+    """The data of a system and a seed. They are kept: every pass of a refinement looks at them, and they take a second."""
+    return system(name).snapshots(seed, "data")
 
 
 def _no_snapshots(what: str) -> AffineQuantError:
