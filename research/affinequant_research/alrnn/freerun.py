@@ -47,7 +47,6 @@ def of_run(model: AlmostLinear, truth: Floats, steps: int, step: float, **how: A
     known = visited(codes, RARE)
     counts = transitions(codes, known)
     far = np.array([[(one ^ other).bit_count() > 1 for other in known] for one in known], dtype=bool)
-    still = [one for one in fixed_points(model, known).values() if one.real and one.radius <= 1]
     parts = {str(code): share for code, share in shares(codes).items()}
     return {
         **of_attractor(truth, latent[:, : model.N], steps=steps, **how),
@@ -56,19 +55,21 @@ def of_run(model: AlmostLinear, truth: Floats, steps: int, step: float, **how: A
         "apart": ("lower", one_of(counts[far].sum() / max(counts.sum(), 1) if known else 0)),
         "entropy": ("higher", one_of(topological_entropy(counts))),
         "entropy_of_changes": ("higher", one_of(topological_entropy(counts, loops=False))),
-        "settled": ("lower", one_of(len(still))),
+        "settled": ("lower", one_of(_settled(model, known))),
         **_exponent("exponent", model, latent, step),
     }
 
 
 def at_bits(rounded: Sequence[tuple[str, AlmostLinear]], truth: Floats, steps: int, step: float) -> Scores:
-    """Divergence of states, regions and exponent of networks by name: `d_stsp@NAME`, `regions@NAME`, `exponent@NAME`."""
+    """Networks by name: `d_stsp@NAME`, `regions@NAME`, `settled@NAME`, `exponent@NAME`, as `of_run` has them."""
     found: Scores = {}
     for name, model in rounded:
         latent = free_run(model, truth, steps)
         ((_, score),) = divergence(truth, latent[:, : model.N], steps=steps).values()
         found[f"d_stsp@{name}"] = ("lower", score)
-        found[f"regions@{name}"] = ("lower", one_of(len(visited(region_codes(latent, model.P), RARE))))
+        known = visited(region_codes(latent, model.P), RARE)
+        found[f"regions@{name}"] = ("lower", one_of(len(known)))
+        found[f"settled@{name}"] = ("lower", one_of(_settled(model, known)))
         found |= _exponent(f"exponent@{name}", model, latent[:FOLLOWED], step)
     return found
 
@@ -76,6 +77,10 @@ def at_bits(rounded: Sequence[tuple[str, AlmostLinear]], truth: Floats, steps: i
 def one_of(value: float, **about: object) -> Score:
     """A number of which there is one."""
     return Score(value=float(value), stderr=None, n=1, about=about)
+
+
+def _settled(model: AlmostLinear, known: Sequence[int]) -> int:
+    return sum(one.real and one.radius <= 1 for one in fixed_points(model, known).values())
 
 
 def _exponent(name: str, model: AlmostLinear, latent: Floats, step: float) -> Scores:

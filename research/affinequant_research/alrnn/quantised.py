@@ -10,7 +10,7 @@ from affinequant_research.alrnn.freerun import Scores, at_bits
 from affinequant_research.alrnn.model import AlmostLinear, Floats
 from affinequant_research.rounded import rounded_weight
 
-BITS = (8, 6, 5, 4, 3)
+BITS = (12, 10, 8, 6, 5, 4, 3)
 PARTS = {"w": ("W",), "wah": ("W", "A", "h")}
 """What is rounded, by the letters in a metric's name. L makes the start alone, which the attractor does not know."""
 
