@@ -288,3 +288,12 @@ def test_units_that_switch_together_are_seen() -> None:
     found = of_run(model, np.ones((2000, 1)) + np.random.default_rng(0).random((2000, 1)), 2000, 1.0)
     assert found["regions"][1].value == 2 and set(found["regions"][1].about) == {"0", "3"}
     assert found["apart"][1].value == 1
+
+
+def test_more_than_ten_dimensions_are_compared_by_mixtures() -> None:
+    config = dataclasses.replace(TINY, system="lorenz96", M=24, steps=600, bits=(8,))
+    trial = EXPERIMENTS[2].build(config, 0, "P4")
+    before = trial.phase.probes["d_stsp"]()
+    assert np.isfinite(before) and before > 0
+    names = [name for part in trial.suite.metrics for name in part(trial.subject)]
+    assert "d_stsp@gmm1,T600" in names and "faithful" not in names
