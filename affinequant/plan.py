@@ -192,6 +192,8 @@ def _with_costs(
     dense = recipe.format == "dense"
     kept = sum(online_bytes(recipe, one, sites) + choice_bytes(recipe, one, flops, sites) for one in blocks)
     norms = sum(len(block.norms()) for block in blocks) * dims.hidden
+    positions = source.entries.get(f"{family.positions}.weight")
+    outer += positions.size if positions else 0
     output = int(outer + (2 * inside if dense else bits / 8 + kept)) + 2 * norms + 4 * dims.hidden
     attentions = sum(bool(block.attention) for block in blocks)
     device = _device(recipe)

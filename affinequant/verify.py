@@ -22,7 +22,7 @@ from affinequant.formats import Contents, split_stage
 from affinequant.formats.compressed_tensors import checkpoint_config, our_config, unpack_linear
 from affinequant.formats.dense import dense_stage
 from affinequant.learning.distill import Continuous
-from affinequant.models.decoder import capped_logits
+from affinequant.models.caps import capped_logits
 from affinequant.models.source import open_source, unquantized
 from affinequant.rounding.job import BlockJob
 from affinequant.runtime.load import fill, open_empty
@@ -203,11 +203,12 @@ class _Reader:
 
     def _compare_embedding(self, model: Any) -> Sequence[dict[str, Any]]:
         """What is embedded; returns what the model that was read gives each of its blocks beside it."""
-        name = self.decoder.family.embedding
-        self._fill(model, f"{name}.")
+        names = self.decoder.family.entries
+        for name in names:
+            self._fill(model, f"{name}.")
         model.tie_weights()  # a head of its own is read after the blocks
-        weight = {f"{name}.weight": model.get_submodule(name).weight}
-        embedded, kwargs = replace(self.decoder, model=model).embed(self.ids, weight)
+        weights = {f"{name}.weight": model.get_submodule(name).weight for name in names}
+        embedded, kwargs = replace(self.decoder, model=model).embed(self.ids, weights)
         if not torch.equal(embedded, self.embedded):
             self.wrong.append("tokens are embedded as something else")
         return kwargs

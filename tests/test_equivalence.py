@@ -96,6 +96,7 @@ def tiny(family_name: str, shape: str) -> Tiny:
         **base
         | {"num_hidden_layers": 2, "vocab_size": 96, "architectures": [architecture.__name__]}
         | OWN.get(family_name, {})
+        | ({"ffn_dim": 112, "pad_token_id": 1} if family_name == "opt" else {})
         | SHAPES[shape]
     )
     model = attending(architecture(config).double().eval().requires_grad_(False))
@@ -234,7 +235,9 @@ def test_transforms_in_a_row_change_no_logit(family: str, shape: str) -> None:
 def test_what_acts_after_rope_changes_no_logit(family: str, shape: str) -> None:
     """One rotation of all query heads and key heads in each block; of the queries alone, it would change them."""
     case = tiny(family, shape)
-    site = next(site for site in case.sites.values() if site.kind == "rope")
+    site = next((site for site in case.sites.values() if site.kind == "rope"), None)
+    if site is None:
+        pytest.skip("positions are not rotary there")
     online = [t for t in TRANSFORMS if place(site, structures_of(t, where="test")[0]).how == "online"]
     assert online == ["hadamard"]
     width, copies = site.head_width, site.sources[0].copies
@@ -265,8 +268,10 @@ def test_every_transform_folds_somewhere() -> None:
 def test_what_is_not_folded_would_change_logits(family: str, site: str, transform: str) -> None:
     """The other half of the placement table is right to say no, and this file's measure can fail."""
     case = tiny(family, "gqa")
-    if case.sites[site].kind == "heads":
+    if case.sites[site].kind in ("heads", "scores"):
         pytest.skip("any matrix per head is exact between v and o; those that are refused there are merely useless")
+    if case.sites[site].closed:
+        pytest.skip("the bias of its norms could not even be fused")
     if case.sites[site].kind == "rope" and structures_of(transform, where="test")[0] in ("kronecker", "dense"):
         pytest.skip("queries and keys differ in width, so it could not even be applied to both")
     if case.sites[site].kind == "rope" and case.sites[site].sources[0].side == "gain":

@@ -1,5 +1,6 @@
 """Each family beside Llama, from a folder to a folder: what stock transformers computes, and what presets leave out."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -73,3 +74,22 @@ def test_a_size_that_config_json_leaves_out_is_what_transformers_takes(family: s
 
     made = getattr(transformers, FAMILIES[family].architectures[0]).config_class()
     assert FAMILIES[family].defaults[key] == getattr(made, key)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"word_embed_proj_dim": 32}, "embeddings of width 32 in blocks of width 64"),
+        ({"do_layer_norm_before": False}, "do_layer_norm_before = False is not supported for opt"),
+        ({"activation_function": "gelu"}, "activation_function = 'gelu' is not supported for opt"),
+    ],
+)
+def test_an_opt_that_computes_something_else_is_refused(
+    change: dict[str, Any], words: str, tiny_copy: Callable[..., Path], fields: dict[str, Any]
+) -> None:
+    folder = tiny_copy(family="opt", tied=True)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(AffineQuantError, match=words) as caught:
+        affinequant.plan(folder, **fields)
+    assert caught.value.exit_code == 3

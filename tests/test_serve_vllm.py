@@ -147,7 +147,7 @@ def test_the_engine_computes_what_load_computes(case: dict[str, Any], made: Call
     assert_same(folder, got)
 
 
-@pytest.mark.parametrize("family", ["mistral", "qwen3", "gemma2", "gemma3", "phi3"])
+@pytest.mark.parametrize("family", ["mistral", "qwen3", "gemma2", "gemma3", "phi3", "opt"])
 def test_the_engine_computes_other_families_too(family: str, made: Callable[..., Path]) -> None:
     folder = made(scheme="w4a4", tier="online", family=family)
     with engine(folder) as llm:

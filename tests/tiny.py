@@ -69,6 +69,8 @@ def tiny_llama(
     architecture = architecture or getattr(transformers, FAMILIES[family].architectures[0])
     if family == "llama":
         settings |= {"attention_bias": bias, "mlp_bias": bias}
+    if family == "opt":
+        settings = {"ffn_dim": mlp} | settings
     settings = {"max_position_embeddings": 512, "pad_token_id": 1} | OWN.get(family, {}) | settings
     config = architecture.config_class(
         architectures=[architecture.__name__],

@@ -55,7 +55,7 @@ def skeleton(folder: Path, dtype: "torch.dtype") -> Any:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with init_empty_weights(include_buffers=False):
-        model = attending(AutoModelForCausalLM.from_config(config, dtype=dtype))
+        model = attending(AutoModelForCausalLM.from_config(config, dtype=dtype).eval())
     model.tie_weights()  # accelerate has put a new parameter in each place
     if (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
@@ -91,7 +91,8 @@ def pretrained(maker: Any, source: Path | None, folder: Path, dtype: Dtype, fix:
 
 def attending(model: Any) -> Any:
     """The model with an attention that computes what its config says: transformers takes one that does not cap scores."""
-    from affinequant.models.attention import caps_scores, register
+    from affinequant.models.attention import register
+    from affinequant.models.caps import caps_scores
 
     if caps_scores(model.config):
         model.set_attn_implementation(register())

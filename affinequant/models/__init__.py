@@ -14,11 +14,14 @@ from affinequant.models.keys import check_length as check_length
 from affinequant.models.keys import context_length as context_length
 from affinequant.models.llama import LLAMA
 from affinequant.models.mistral import MISTRAL
+from affinequant.models.opt import OPT
 from affinequant.models.phi3 import PHI3
 from affinequant.models.qwen2 import QWEN2
 from affinequant.models.qwen3 import QWEN3
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3, PHI3)}
+FAMILIES: dict[str, Family] = {
+    family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3, PHI3, OPT)
+}
 
 
 def resolve(config: Mapping[str, Any], *, where: str) -> tuple[Family, Dims]:
@@ -48,7 +51,7 @@ def resolve(config: Mapping[str, Any], *, where: str) -> tuple[Family, Dims]:
             "give the original 16-bit model",
             exit_code=PREFLIGHT,
         )
-    config = {**family.defaults, **{key: value for key, value in config.items() if value is not None}}
+    config = family.read(config)
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     for key, allowed in family.settings.items():
         value = next((table[key] for table in (config, rope) if table.get(key) is not None), allowed[0])

@@ -41,11 +41,6 @@ def register() -> str:
     return NAME
 
 
-def caps_scores(config: Any) -> bool:
-    """Whether a model caps its attention scores: then no attention of transformers but `eager`, and ours, computes it."""
-    return getattr(config, "attn_logit_softcapping", None) is not None
-
-
 def _capped(
     module: nn.Module,
     query: Tensor,

@@ -19,6 +19,7 @@ from affinequant.data.files import first_line
 from affinequant.errors import PREFLIGHT, AffineQuantError
 from affinequant.models import Dims, Family
 from affinequant.models.attention import OnAttention, register
+from affinequant.models.caps import capped_logits
 from affinequant.models.norms import check_norms
 from affinequant.models.source import Source
 from affinequant.models.source_files import broken
@@ -63,8 +64,8 @@ class Decoder:
         Raises:
             RuntimeError: an argument depends on the batch, which no supported family does.
         """
-        name = f"{self.family.embedding}.weight"
-        lent = {name: outer[name].to(self.device, self.dtype)}
+        names = [f"{module}.weight" for module in self.family.entries]
+        lent = {name: outer[name].to(self.device, self.dtype) for name in names}
         hidden, caught = [], list[tuple[Tensor, dict[str, Any]]]()
         for index, row in enumerate(ids.to(self.device), 1):
             caught = self._arguments(lent, row[None], self.dims.layers if index == len(ids) else 1)
@@ -112,12 +113,6 @@ class Decoder:
         weight = head[own if own in head else f"{self.family.embedding}.weight"]
         logits = nn.functional.linear(normed, weight, head.get(f"{self.family.head}.bias"))
         return capped_logits(logits, self.model.config)
-
-
-def capped_logits(logits: Float[Tensor, "*batch vocab"], config: Any) -> Float[Tensor, "*batch vocab"]:
-    """What a model makes of its head's output: cap tanh(x / cap) where its config has a cap."""
-    cap = getattr(config, "final_logit_softcapping", None)
-    return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 def check_device(name: str) -> None:
@@ -221,7 +216,8 @@ def run_block(
     handles, passed, tensors = [], dict(kwargs), dict(tensors)
     for member, output in (known or {}).items():
         tensors |= {name: tensors[name][:0] for name in (f"{member}.weight", f"{member}.bias") if name in tensors}
-        handles.append(block.get_submodule(member).register_forward_hook(lambda *_, output=output: output))
+        hooked = block.get_submodule(member)
+        handles.append(hooked.register_forward_hook(lambda *given, output=output: _shaped(output, given[-1])))
     for member, scale in (scales or {}).items():
         if (bias := f"{member}.bias") in tensors:
             tensors[bias] = tensors[bias] / scale
@@ -237,7 +233,7 @@ def run_block(
         passed["on_attention"] = asking
     if on_input is not None:
         for site, members in family.input_groups():
-            hook = _shared_hook(site, on_input)
+            hook = _shared_hook(site, on_input, x)
             handles += [block.get_submodule(member).register_forward_pre_hook(hook) for member in members]
     try:
         result = functional_call(block, tensors, (x,), passed)
@@ -249,15 +245,21 @@ def run_block(
     return result[0] if isinstance(result, tuple) else result
 
 
-def _shared_hook(site: str, on_input: OnInput) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+def _shared_hook(site: str, on_input: OnInput, like: Tensor) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+    """`on_input` is given [batch, tokens, features] as `like` has them, whatever a block makes of its tokens."""
     seen: list[tuple[Tensor, Tensor]] = []
 
     def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         if not seen or seen[0][0] is not args[0]:
-            seen[:] = [(args[0], on_input(site, args[0]))]
+            seen[:] = [(args[0], _shaped(on_input(site, _shaped(args[0], like)), args[0]))]
         return (seen[0][1], *args[1:])
 
     return hook
+
+
+def _shaped(x: Tensor, like: Tensor) -> Tensor:
+    """x with the leading axes of another."""
+    return x if x.shape[:-1] == like.shape[:-1] else x.reshape(*like.shape[:-1], -1)
 
 
 def like_on_disk(x: Tensor, folder: Path | None) -> Tensor:

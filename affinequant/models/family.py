@@ -11,6 +11,9 @@ End = tuple[str, Side]
 """A module of a block, or `module:part` of a fused one, and which side of it carries a site's features."""
 
 
+_CENTRED = "its norms take away the mean, which rotations do not leave alone"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinearSpec:
     """A linear of a block: weight [rows, columns], and a bias [rows] always or where the config's flag of that name is set.
@@ -35,7 +38,7 @@ class LinearSpec:
         return start, start + getattr(dims, self.rows[name])
 
     def has_bias(self, config: Mapping[str, Any]) -> bool:
-        """Whether a model of this config.json has the bias."""
+        """Whether a model of this config, as its family reads it, has the bias."""
         return bool(config.get(self.bias)) if isinstance(self.bias, str) else self.bias
 
 
@@ -87,12 +90,25 @@ class Family:
     """The kinds of layer, by name, in the order in which a block runs them."""
     settings: Mapping[str, tuple[Any, ...]]
     """Config keys whose value changes the computation, with the values that this description is right for."""
+    positions: str = ""
+    """The module that embeds positions, where they are learned."""
+    layer_norm: bool = False
+    """Whether norms take away the mean and add a bias: rotations of the residual stream do not commute with these."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """Config keys that may be absent, with what transformers takes them to be then."""
     dims: Callable[[Mapping[str, Any], str], Dims] = read_dims
     """(config, where it is from) -> the sizes."""
     kinds: Callable[[Mapping[str, Any], int], tuple[str, ...]] | None = None
     """(config, index of a block) -> the kinds of layer that it is made of; None where each has all of them."""
+
+    def read(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """A config.json with what it leaves out."""
+        return {**self.defaults, **{key: value for key, value in config.items() if value is not None}}
+
+    @property
+    def entries(self) -> tuple[str, ...]:
+        """The modules that make hidden states of tokens."""
+        return (self.embedding, self.positions) if self.positions else (self.embedding,)
 
     @property
     def linears(self) -> tuple[LinearSpec, ...]:
@@ -194,10 +210,11 @@ def resolve_sites(family: Family, dims: Dims, tp: int = 1) -> tuple[Site, ...]:
             name=spec.name if expert is None else f"{spec.name}.{expert}",
             kind=spec.kind,
             width=getattr(dims, spec.width),
-            heads=dims.kv_heads if spec.kind in ("rope", "heads") else 1,
+            heads=dims.kv_heads if spec.kind in ("rope", "scores", "heads") else 1,
             slices=tp if spec.kind in ("heads", "linear") else 1,
             sources=tuple(edge(end, spec, expert) for end in spec.sources),
             sinks=tuple(edge(end, spec, expert) for end in spec.sinks),
+            closed=_CENTRED if family.layer_norm and spec.kind == "residual" else "",
         )
 
     return tuple(

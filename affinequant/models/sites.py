@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Side = Literal["gain", "rows", "columns"]
-Kind = Literal["residual", "norm", "rope", "heads", "linear"]
+Kind = Literal["residual", "norm", "rope", "scores", "heads", "linear"]
 Structure = Literal["diagonal", "rope-pair", "per-head", "kronecker", "block", "dense", "hadamard", "orthogonal"]
 
 STRUCTURES: tuple[Structure, ...] = (
@@ -54,6 +54,8 @@ class Site:
     slices: int = 1
     sources: tuple[Edge, ...]
     sinks: tuple[Edge, ...]
+    closed: str = ""
+    """Why nothing may act there, whatever it is."""
 
     @property
     def head_width(self) -> int:
@@ -80,6 +82,10 @@ _FOLDS: Mapping[Kind, Mapping[Structure, str]] = {
     },
     "norm": {"diagonal": "a diagonal goes into the norm's gain"},
     "rope": {"rope-pair": "scaled rotations of a frequency pair commute with RoPE"},
+    "scores": dict.fromkeys(
+        ("diagonal", "rope-pair", "block", "per-head", "hadamard", "orthogonal"),
+        "one matrix per KV head goes into q and k",
+    ),
     "heads": {
         "diagonal": "one factor per value feature goes into v and o",
         "block": "one matrix per KV head goes into v and o",
@@ -104,6 +110,7 @@ _REFUSED: Mapping[Kind, str] = {
     "residual": "only orthogonal maps commute with the norms on the residual stream",
     "norm": "the norm's output has no heads",
     "rope": "not equivalent under RoPE: it does not commute with the rotation of positions",
+    "scores": "would act across heads, which attention keeps apart",
     "heads": "would act across heads or as a dense matrix as large as the layer itself",
     "linear": "a dense matrix here would cost as much as the layer itself, and heads mean nothing",
 }
@@ -114,6 +121,8 @@ def place(site: Site, structure: Structure) -> Placement:
 
     The cost is in floating-point operations per token of one block, multiply and add counted separately.
     """
+    if site.closed:
+        return Placement(how="refused", reason=site.closed)
     behind = [edge.module for edge in site.sources if edge.side == "gain"]
     if site.kind == "residual" and behind:
         return Placement(how="refused", reason=f"the gain of {behind[0]} acts on what a layer adds: no map passes it")
@@ -155,7 +164,7 @@ def rotation_factors(n: int) -> tuple[int, int]:
 def block_width(site: Site) -> int:
     """Width of one block of a block-diagonal transform: a head where there are heads, else the divisor of the width
     that is nearest to 64 by ratio."""
-    if site.kind in ("heads", "rope"):
+    if site.kind in ("heads", "scores", "rope"):
         return site.head_width
     width = site.width // site.slices
     divisors = [d for d in range(1, width + 1) if width % d == 0]

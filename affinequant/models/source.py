@@ -146,13 +146,15 @@ def check_tensors(source: Source, family: Family, dims: Dims) -> None:
     }
     if not dims.tied:
         shapes[f"{family.head}.weight"] = (dims.vocab, dims.hidden)
-    linears = set[str]()
+    if family.positions:
+        shapes[f"{family.positions}.weight"] = (*source.entries[f"{family.positions}.weight"].shape[:1], dims.hidden)
+    linears, config = set[str](), family.read(source.config)
     for index, block in enumerate(family.each_block(dims)):
         for linear in block.linears:
             name = f"{family.blocks}.{index}.{linear.name}"
             linears.add(name)
             shapes[f"{name}.weight"] = linear.shape(dims)
-            if linear.has_bias(source.config):
+            if linear.has_bias(config):
                 shapes[f"{name}.bias"] = linear.shape(dims)[:1]
         for norm in block.norms():
             shapes[f"{family.blocks}.{index}.{norm}.weight"] = (dims.hidden,)
