@@ -251,7 +251,8 @@ EXPERIMENT = Experiment(
     presets={
         "smoke": replace(MADE_UP, charts=("polar",), updates=2, every=1, tokens=16, pieces=8, widths=(16,)),
         "ci": MADE_UP,
-        "bench": replace(MADE_UP, model="demo", layers=4, tokens=128, updates=60, seconds=30.0, widths=(64, 576, 2048)),
+        # SmolLM2's first two blocks; 15 pieces of 120 judge.
+        "bench": replace(MADE_UP, model="demo", every=15, pieces=120, seconds=20.0, widths=(64, 576, 1024)),
     },
     stages=lambda config: arms(config.charts),
     build=build_trial,

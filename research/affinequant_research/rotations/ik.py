@@ -86,7 +86,7 @@ class Body:
         frame, place = generations[0], turns.new_zeros(len(turns), 1, 3, 1)
         found = [place]
         for parents, own, offset in zip(self.parents, generations[1:], offsets[1:], strict=True):
-            frame, place = frame[:, parents], place[:, parents]
+            frame, place = frame.index_select(1, parents), place.index_select(1, parents)
             place = place + frame @ offset
             frame = frame @ own
             found.append(place)
