@@ -23,8 +23,9 @@ from affinequant_research.schrodinger.bridge import (
 )
 from affinequant_research.schrodinger.likelihood import increments, least_squares, maximise, path_kl
 from affinequant_research.schrodinger.references import FAMILIES, Family, Velocity, gradient_field, numbers, still
-from affinequant_research.schrodinger.refine import Settings, chained, passes
+from affinequant_research.schrodinger.refine import Settings, passes
 from affinequant_research.schrodinger.regression import How
+from affinequant_research.schrodinger.scoring import chained
 from affinequant_research.schrodinger.systems import SYSTEMS
 from torch import Tensor
 
