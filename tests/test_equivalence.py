@@ -94,9 +94,9 @@ def tiny(family_name: str, shape: str) -> Tiny:
     base = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 112}
     config = architecture.config_class(
         **base
-        | {"num_hidden_layers": 2, "vocab_size": 96, "architectures": [architecture.__name__]}
+        | {"num_hidden_layers": 2, "vocab_size": 96, "architectures": [architecture.__name__], "pad_token_id": 1}
         | OWN.get(family_name, {})
-        | ({"ffn_dim": 112, "pad_token_id": 1} if family_name == "opt" else {})
+        | ({"ffn_dim": 112} if family_name == "opt" else {})
         | SHAPES[shape]
     )
     model = attending(architecture(config).double().eval().requires_grad_(False))

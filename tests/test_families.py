@@ -93,3 +93,22 @@ def test_an_opt_that_computes_something_else_is_refused(
     with pytest.raises(AffineQuantError, match=words) as caught:
         affinequant.plan(folder, **fields)
     assert caught.value.exit_code == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("Qwen3MoeForCausalLM", "models/qwen3.py is the nearest"),
+        ("RwkvForCausalLM", "to start from"),
+        (None, "models/llama.py"),
+    ],
+)
+def test_an_architecture_that_is_not_known_is_refused_by_name(
+    name: str | None, file: str, tiny_copy: Callable[..., Path], fields: dict[str, Any]
+) -> None:
+    folder = tiny_copy()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": [name] if name else []}))
+    with pytest.raises(AffineQuantError, match=f"unsupported architecture: {name or 'none named'}") as caught:
+        affinequant.plan(folder, **fields)
+    assert caught.value.exit_code == 3 and file in caught.value.fix

@@ -41,7 +41,7 @@ OWN: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 16},
     "gemma2": {**_WINDOWED, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
     "gemma3": {**_WINDOWED, "layer_types": ["sliding_attention", "full_attention"]},
-    "phi3": {"pad_token_id": 1},
+    "smollm3": {"no_rope_layers": [1, 0]},
 }
 """By family, what a tiny model of it needs in its config: sizes whose defaults are large, and what it alone has."""
 

@@ -1,6 +1,7 @@
 """Which networks are known, and which of them a config.json describes."""
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,10 +19,10 @@ from affinequant.models.opt import OPT
 from affinequant.models.phi3 import PHI3
 from affinequant.models.qwen2 import QWEN2
 from affinequant.models.qwen3 import QWEN3
+from affinequant.models.smollm3 import SMOLLM3
 
-FAMILIES: dict[str, Family] = {
-    family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3, PHI3, OPT)
-}
+_ALL = (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3, PHI3, SMOLLM3, OPT)
+FAMILIES: dict[str, Family] = {family.name: family for family in _ALL}
 
 
 def resolve(config: Mapping[str, Any], *, where: str) -> tuple[Family, Dims]:
@@ -33,16 +34,9 @@ def resolve(config: Mapping[str, Any], *, where: str) -> tuple[Family, Dims]:
     """
     check_keys(config, where)
     names = config.get("architectures") or []
-    supported = sorted(arch for family in FAMILIES.values() for arch in family.architectures)
     family = next((f for f in FAMILIES.values() if any(name in f.architectures for name in names)), None)
     if family is None:
-        found = ", ".join(map(str, names)) or f"none named (model_type {config.get('model_type')!r})"
-        raise AffineQuantError(
-            f"unsupported architecture: {found}",
-            where,
-            f"supported: {', '.join(supported)} (`affinequant list models`)",
-            exit_code=PREFLIGHT,
-        )
+        raise _unsupported(names, config.get("model_type"), where)
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "unknown")
         raise AffineQuantError(
@@ -66,3 +60,15 @@ def resolve(config: Mapping[str, Any], *, where: str) -> tuple[Family, Dims]:
     if family.kinds is not None:
         dims = replace(dims, kinds=tuple(family.kinds(config, index) for index in range(dims.layers)))
     return family, dims
+
+
+def _unsupported(names: Sequence[str], kind: Any, where: str) -> AffineQuantError:
+    """The refusal of an architecture, with the family whose name is nearest: a relative differs from it in a few lines."""
+    found = ", ".join(map(str, names)) or f"none named (model_type {kind!r})"
+    known = {arch: family.name for family in FAMILIES.values() for arch in family.architectures}
+    near = difflib.get_close_matches(str(names[0]) if names else "", known, n=1, cutoff=0.6)
+    start = (
+        f"models/{known[near[0]]}.py is the nearest to start from" if near else "models/llama.py is where to start from"
+    )
+    fix = f"supported: {', '.join(sorted(known))}. To add one ('Add a model' in the README), {start}"
+    return AffineQuantError(f"unsupported architecture: {found}", where, fix, exit_code=PREFLIGHT)
