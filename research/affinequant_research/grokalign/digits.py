@@ -39,6 +39,7 @@ from affinequant_research.grokalign.training import (
 from affinequant_research.rounded import rounded
 from affinequant_research.series import value_at
 
+PROTOTYPE = "measured: a prototype on the same digits"
 TARGET = "target for this stand-in; the paper's figure, on MNIST, is not comparable"
 PROBED = 64
 """Test samples whose Jacobians are looked at on the way."""
@@ -218,17 +219,15 @@ def _bits(found: Found) -> Figure:
     )
 
 
-def claims(config: Digits, *, faster: float, smaller: float, straighter: float) -> tuple[Claim, ...]:
-    """By which factor of updates the penalty gets there before weight decay, and what its Jacobians are at one update.
+def claims(config: Digits, *, faster: float, smaller: float) -> tuple[Claim, ...]:
+    """By which factor of updates the penalty gets there before weight decay, and how small its Jacobians are at one update.
     Weight decay that has not come there counts with its budget, which makes the claim harder to hold."""
-    prototype = "measured: a prototype on the same digits"
-    norm, cosine = f"jac_fro@u{config.compare_at}", f"centroid_cos@u{config.compare_at}"
+    norm = f"jac_fro@u{config.compare_at}"
     return (
         Claim(metric="grokalign/test_acc", op=">=", than=config.reach, source=TARGET),
-        Claim(metric="decay/test_acc_at_train", op="<=", than=0.45, source=f"{prototype}: there is a delay"),
+        Claim(metric="decay/test_acc_at_train", op="<=", than=0.45, source=f"{PROTOTYPE}: there is a delay"),
         Claim(metric="grokalign/updates", op="<=", than="decay/updates", factor=1 / faster, source=TARGET),
-        Claim(metric=f"grokalign/{norm}", op="<=", than=f"decay/{norm}", factor=smaller, source=prototype),
-        Claim(metric=f"grokalign/{cosine}", op=">=", than=f"decay/{cosine}", factor=straighter, source=prototype),
+        Claim(metric=f"grokalign/{norm}", op="<=", than=f"decay/{norm}", factor=smaller, source=PROTOTYPE),
     )
 
 
@@ -248,9 +247,16 @@ EXPERIMENT = Experiment(
     stages=lambda config: arms(config.arms, BENCH.arms),
     build=build,
     claims={
-        "ci": claims(CI, faster=2.5, smaller=0.6, straighter=1.5),
+        "ci": claims(CI, faster=2.5, smaller=0.6),
         "bench": (
-            *claims(BENCH, faster=5, smaller=0.4, straighter=3),
+            *claims(BENCH, faster=5, smaller=0.4),
+            Claim(
+                metric="grokalign/centroid_cos@u1400",
+                op=">=",
+                than="decay/centroid_cos@u1400",
+                factor=3,
+                source=PROTOTYPE,
+            ),
             Claim(metric="grokalign/seconds", op="<=", than="decay/seconds", factor=1 / 2.5, source=TARGET),
         ),
     },
