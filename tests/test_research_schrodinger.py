@@ -190,9 +190,9 @@ def test_the_gaussian_process_is_scikit_learns() -> None:
 
 
 def test_a_process_of_too_many_points_is_refused() -> None:
-    drawn = torch.zeros(70, 1, 100, 2, dtype=torch.float64)
-    with pytest.raises(AffineQuantError, match="7000 points"):
-        regression.process(drawn, drawn, torch.zeros(1, 70, dtype=torch.float64), 0.1)
+    drawn = torch.zeros(90, 1, 100, 2, dtype=torch.float64)
+    with pytest.raises(AffineQuantError, match="9000 points"):
+        regression.process(drawn, drawn, torch.zeros(1, 90, dtype=torch.float64), 0.1)
 
 
 def test_an_affine_map_is_found_and_a_ridge_draws_its_slope_to_nothing() -> None:
@@ -228,13 +228,13 @@ def test_a_family_moves_the_states_of_its_system(name: str) -> None:
 def test_true_paths_give_theta_back(name: str) -> None:
     family, of = FAMILIES[name], SYSTEMS[name]
     intervals = Intervals.between(of.times[::2], 0.02, of.sigma)
-    starts = torch.stack(of.snapshots(0, "data", particles=500).samples[:-1:2])
+    starts = torch.stack(of.snapshots(0, "data", particles=500, step=0.05).samples[:-1:2])
     truth = numbers(**of.true)
     seen = increments(
         intervals, simulate(Drift(intervals=intervals, sign=1, base=family.at(truth)), starts, generator())
     )
     exact = least_squares(family, seen)
-    climbed = maximise(family, family.start, seen.some(20_000, generator()), updates=300, rate=0.05)
+    climbed = maximise(family, family.start, seen.some(8000, generator()), updates=300, rate=0.05)
     for key, value in of.true.items():
         assert float(exact.theta[key]) == pytest.approx(value, rel=0.01, abs=0.003)
         assert float(climbed.theta[key]) == pytest.approx(value, rel=0.05, abs=0.01)
@@ -247,7 +247,7 @@ def test_least_squares_is_the_least_of_what_adam_climbs() -> None:
     )
     exact, climbed = (
         least_squares(dataclasses.replace(family, positive=frozenset()), seen),
-        maximise(dataclasses.replace(family, positive=frozenset()), family.start, seen, updates=2000, rate=0.05),
+        maximise(dataclasses.replace(family, positive=frozenset()), family.start, seen, updates=600, rate=0.1),
     )
     assert exact.loss <= climbed.loss + 1e-12
     assert climbed.loss == pytest.approx(exact.loss, rel=1e-3)
@@ -267,22 +267,20 @@ def rotation() -> Family:
 def test_refinement_lowers_the_divergence_and_finds_the_truth() -> None:
     family, sigma = rotation(), 0.5
     truth = numbers(turn=1.0, shrink=0.3)
-    intervals = Intervals.between((0.0, 1.0, 2.0, 3.0), 0.05, sigma)
-    cloud, clouds = gaussian(3 * M0, S0 / 4, 2000, 3), list[Tensor]()
+    intervals = Intervals.between((0.0, 1.0, 2.0, 3.0), 0.1, sigma)
+    cloud, clouds = gaussian(3 * M0, S0 / 4, 1500, 3), list[Tensor]()
     one = Drift(intervals=intervals.only(0), sign=1, base=family.at(truth))
     for _ in range(4):
         clouds.append(cloud)
         cloud = simulate(one, cloud[None], generator(len(clouds)))[-1, 0]
     reference, kls = still, []
-    for index in range(5):
-        found = bridge(
-            intervals, clouds, reference, How(ridge=1e-6), sweeps=6, particles=2000, generator=generator(index)
-        )
+    for _ in range(5):  # by the same random numbers: what changes is the reference
+        found = bridge(intervals, clouds, reference, How(ridge=1e-6), sweeps=5, particles=1500, generator=generator())
         theta = least_squares(family, increments(intervals, found.ahead, found.back)).theta
         kls += [float(path_kl(found, one).sum()) for one in (reference, family.at(theta))]
         reference = family.at(theta)
     for before, after in pairwise(kls):
-        assert after <= before * 1.03 + 0.05
+        assert after <= before * 1.01 + 0.01
     assert kls[-1] < 0.05 * kls[0]
     assert float(theta["turn"]) == pytest.approx(1.0, rel=0.05) and float(theta["shrink"]) == pytest.approx(
         0.3, rel=0.15

@@ -23,7 +23,7 @@ from affinequant_research.schrodinger.regression import REGRESSORS, Fitted, How
 
 Samples = Float[Tensor, "n d"]
 Paths = Float[Tensor, "steps+1 intervals particles d"]
-MEASURED = 500
+MEASURED = 250
 """Particles that the ends of bridges are measured by: the cost of W2 grows faster than their square."""
 
 

@@ -22,7 +22,7 @@ JITTER = 1e-6
 """On the diagonal of the Gaussian process, as the authors have it."""
 WIDTH = 1.5
 """Of a bump, in standard deviations of the particles."""
-POINTS = 6000
+POINTS = 8000
 """Most points of an exact Gaussian process: its kernel takes 8 n^2 bytes, twice."""
 
 
