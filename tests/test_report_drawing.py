@@ -9,7 +9,7 @@ import pytest
 from matplotlib.image import imread
 
 from affinequant.report.axes import SETTINGS, STRONGEST
-from affinequant.report.drawing import Drawing, draw
+from affinequant.report.drawing import MIDDLE, SMALL, WIDTH, Drawing, draw
 from affinequant.report.figure import Axis, Figure, Series
 
 VALUES = (1.0, 3.0, 2.0, 5.0)
@@ -86,6 +86,17 @@ def test_points_lie_at_their_places_and_a_line_goes_through_its_own() -> None:
     way = path(drawing, "stroke: var(--c2)")
     assert on_a_line(way[:, 0], np.array([*x, 2.0, 2.5])) and len(way) == 6
     assert "stroke-linecap: round" in drawing.svg and "2 values from 3 to 3.5" not in drawing.alt
+
+
+def test_few_panels_of_places_have_more_room_and_what_has_no_name_stands_back() -> None:
+    def panels(count: int) -> Figure:
+        series = tuple(Series(name="a" * (n > 0), panel=f"p{n}", x=(1.0, 2.0), y=(2.0, 1.0)) for n in range(count))
+        return Figure(kind="scatter", title="t", series=series)
+
+    wide = [float(re.findall(r'viewBox="0 0 (\d+)', draw(panels(count))[-1].svg)[0]) for count in (1, 2, 4, 5)]
+    assert wide == [WIDTH, MIDDLE, MIDDLE, SMALL]
+    unnamed, named = draw(panels(2))
+    assert len(path(unnamed, "stroke: var(--c5)")) == len(path(named, "stroke: var(--c1)")) == 4
 
 
 def test_many_points_take_little_room() -> None:

@@ -62,9 +62,11 @@ def colour_of(figure: Figure, name: str) -> str:
 
 
 def drawn_colour(figure: Figure, name: str) -> str:
-    """The stand-in colour of the series, or of the node of a graph, of that name."""
-    names = list(dict.fromkeys(name for one in figure.series for name in one.names or (one.name,)))
-    return _COLOURS[0] if is_ramp(figure) else _COLOURS[names.index(name) % len(_COLOURS)]
+    """The stand-in colour of the series, or of the node of a graph, of that name; what has none stands back behind the others."""
+    names = list(dict.fromkeys(name for one in figure.series for name in one.names or (one.name,) if name))
+    if is_ramp(figure) or not names:
+        return _COLOURS[0]
+    return _COLOURS[names.index(name) % len(_COLOURS) if name else -1]
 
 
 def is_ramp(figure: Figure) -> bool:

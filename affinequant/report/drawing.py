@@ -10,8 +10,11 @@ from affinequant.report.axes import DRAWN, SETTINGS, VARIABLES, shortened
 from affinequant.report.figure import Figure, Series
 from affinequant.report.graph import draw_graph, edges_of
 
-WIDTH, SMALL = 400, 160
-"""Of a figure and of one of several panels, in the units of the SVG: pixels where it is shown in its own size."""
+WIDTH, MIDDLE, SMALL = 400, 280, 160
+"""Of a figure, of one of few panels in which places are to be seen, and of one of several, in the units of the SVG: pixels
+where it is shown in its own size."""
+FEW = 4
+"""Panels of places that are so many at most."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,12 +30,19 @@ def draw(figure: Figure) -> tuple[Drawing, ...]:
     """Each panel as an SVG of its own, so that a page can set them side by side or one below the other."""
     import matplotlib
 
-    small, drawings = len(figure.panels) > 1 or figure.kind == "matrix", []
+    width, drawings = width_of(figure), []
     for name, series in figure.panels.items():
         # Names inside an SVG are the whole page's; those of matplotlib are hashes of this.
         with matplotlib.rc_context(SETTINGS | {"svg.hashsalt": f"{figure.key}/{figure.title}/{name}"}):
-            drawings.append(Drawing(name=name, svg=_svg(figure, series, small), alt=alternative(figure, name, series)))
+            drawings.append(Drawing(name=name, svg=_svg(figure, series, width), alt=alternative(figure, name, series)))
     return tuple(drawings)
+
+
+def width_of(figure: Figure) -> int:
+    """Of each of its panels."""
+    if len(figure.panels) == 1 and figure.kind != "matrix":
+        return WIDTH
+    return MIDDLE if figure.kind in ("scatter", "graph") and len(figure.panels) <= FEW else SMALL
 
 
 def alternative(figure: Figure, panel: str, series: Sequence[Series]) -> str:
@@ -52,13 +62,13 @@ def alternative(figure: Figure, panel: str, series: Sequence[Series]) -> str:
     return " ".join(said)
 
 
-def _svg(figure: Figure, series: Sequence[Series], small: bool) -> str:
+def _svg(figure: Figure, series: Sequence[Series], width: int) -> str:
     from io import StringIO
 
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure as Canvas
 
-    width, height = SMALL if small else WIDTH, _height(figure, series, small)
+    small, height = width == SMALL, _height(figure, series, width)
     left, bottom, right, top = _margins(figure, small)
     canvas = Canvas(figsize=(width / 72, height / 72))
     FigureCanvasSVG(canvas)
@@ -88,7 +98,8 @@ def _themed_tag(tag: str) -> str:
     return " ".join(tag.split()) if "base64" not in tag else tag
 
 
-def _height(figure: Figure, series: Sequence[Series], small: bool) -> float:
+def _height(figure: Figure, series: Sequence[Series], width: int) -> float:
+    small = width == SMALL
     _, bottom, _, top = _margins(figure, small)
     if figure.kind == "heat":
         return len(figure.y.names) * 16 + bottom + top
@@ -98,7 +109,7 @@ def _height(figure: Figure, series: Sequence[Series], small: bool) -> float:
     if figure.kind in ("bars", "interval"):
         return len(figure.y.names) * (10 + 13 * len(series)) + bottom + top
     if figure.kind in ("scatter", "graph"):
-        return SMALL - 20 if small else 300
+        return {WIDTH: 300, MIDDLE: 220}.get(width, 140)
     return 95 if small else 235
 
 

@@ -109,4 +109,4 @@ def _loop(axes: "Axes", place: Place, radius: float, width: float) -> Place:
     out = (place[0] / length, place[1] / length) if length > 1e-9 else (0.0, 1.0)
     x, y = (at + (radius + 0.6 * RING) * away for at, away in zip(place, out, strict=True))
     axes.add_patch(Circle((x, y), RING, fill=False, edgecolor=MUTED, linewidth=width))
-    return x + 2 * RING * out[0], y + 2 * RING * out[1]
+    return x + 2.8 * RING * out[0], y + 2 * RING * out[1]

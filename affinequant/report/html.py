@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from affinequant.report.axes import colour_of, is_ramp, scale_of
-from affinequant.report.drawing import Drawing, draw
+from affinequant.report.drawing import MIDDLE, Drawing, draw, width_of
 from affinequant.report.figure import Figure
 from affinequant.report.page import Code, Page, Table, Text
 from affinequant.report.tabled import numbers_of
@@ -56,7 +56,7 @@ def _figure(figure: Figure) -> dict[str, Any]:
         "panels": [{"name": one.name, "svg": markupsafe.Markup(one.svg), "alt": one.alt} for one in drawings],
         "wide": wide,
         "small": wide or figure.kind == "matrix",
-        "large": figure.kind == "matrix" and wide and len(drawings) <= LARGE,
+        "large": width_of(figure) == MIDDLE or (figure.kind == "matrix" and wide and len(drawings) <= LARGE),
         "ramp": (names[0], names[-1]) if is_ramp(figure) else None,
         "legend": [(name, colour_of(figure, name)) for name in names]
         if len(names) > 1 and figure.kind not in ("matrix", "graph") and not is_ramp(figure)

@@ -3,7 +3,7 @@
 A trial gives `pictures_of` its `pictures`, an experiment `drawn` its figures. Points are thinned: a page has many of them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 
 import numpy as np
@@ -116,11 +116,10 @@ def _attractor(found: Found, name: str, arms: Sequence[str], labels: tuple[str, 
     wide = np.ptp(known, axis=1) / 4
     low, high = known.min(1) - wide, known.max(1) + wide
     for arm in arms:
-        points, bent = np.array(first[f"{arm}/points"]).reshape(-1, 3), _relus(found, arm)
-        ranked = list(shares(points[:, 2].astype(np.int64)))[:COLOURED]
-        places = {**dict.fromkeys(points[:, 2], OTHERS), **{code: written(code, bent) for code in ranked}}
-        names = np.array([places[code] for code in points[:, 2]])
-        for region in [*sorted(written(code, bent) for code in ranked), OTHERS]:
+        points = np.array(first[f"{arm}/points"]).reshape(-1, 3)
+        labelled = region_names(first, arm)
+        names = np.array([labelled.get(int(code), OTHERS) for code in points[:, 2]])
+        for region in dict.fromkeys([*labelled.values(), OTHERS]):
             inside = points[names == region]
             if len(inside):
                 lines.append(Line(name=region, panel=arm, x=tuple(inside[:, 0]), y=tuple(inside[:, 1])))
@@ -141,13 +140,21 @@ def _attractor(found: Found, name: str, arms: Sequence[str], labels: tuple[str, 
     )
 
 
+def region_names(pictures: Mapping[str, Picture], arm: str) -> dict[int, str]:
+    """Code -> name of the regions that have a colour of their own in the figures of that arm, in their order."""
+    ranked = list(_shares(pictures[f"{arm}/points"]))[:COLOURED]
+    bent = int(pictures[f"{arm}/relus"][0][0])
+    return dict(sorted(((code, written(code, bent)) for code in ranked), key=lambda pair: pair[1]))
+
+
 def _graphs(found: Found, name: str, arms: Sequence[str]) -> Figure | None:
     graphs = []
     for seed, pictures in zip(found.seeds, found.pictures, strict=True):
         for arm in arms:
-            edges, bent = pictures.get(f"{arm}/edges", ()), _relus(found, arm)
+            edges, labelled = pictures.get(f"{arm}/edges", ()), region_names(pictures, arm)
+            bent = int(pictures[f"{arm}/relus"][0][0])
             found_codes = {int(code) for source, target, _ in edges for code in (source, target)}
-            known = sorted(found_codes, key=lambda code: written(code, bent))
+            known = sorted(found_codes, key=lambda code: (code not in labelled, written(code, bent)))
             cells = np.zeros((len(known), len(known)))
             for source, target, share in edges:
                 cells[known.index(int(source)), known.index(int(target))] = float(f"{share:.3g}")
@@ -224,7 +231,3 @@ def _agreements(found: Found, name: str, arms: Sequence[str]) -> Figure | None:
 
 def _shares(points: Picture) -> dict[int, float]:
     return shares(np.array(points).reshape(-1, 3)[:, 2].astype(np.int64))
-
-
-def _relus(found: Found, arm: str) -> int:
-    return int(found.pictures[0][f"{arm}/relus"][0][0])

@@ -25,7 +25,7 @@ from affinequant_research.alrnn.codes import (
     shares,
     written,
 )
-from affinequant_research.alrnn.drawing import drawn, pictures_of
+from affinequant_research.alrnn.drawing import OTHERS, drawn, pictures_of, region_names
 from affinequant_research.alrnn.freerun import Scores, distance, free_run, of_run, one_of
 from affinequant_research.alrnn.measures import Floats, n_step_error, padded
 from affinequant_research.alrnn.model import AlmostLinear
@@ -194,15 +194,16 @@ def figures(found: Found, name: str) -> list[Figure]:
 
 
 def _beats(found: Found, name: str) -> Figure:
-    lines = []
+    lines, first = [], found.pictures[0]
     for arm in found.config.arms:
-        first, bent = found.pictures[0], relus_of(arm)
+        labelled = region_names(first, arm)
         for key, panel in (("led", f"{arm}, led along the truth"), ("free", f"{arm}, free")):
             points = np.array(first[f"{arm}/{key}"]).reshape(-1, 3)
-            lines.append(Line(name="signal", panel=panel, x=tuple(points[:, 0]), y=tuple(points[:, 1]), joined=True))
-            for code in sorted(set(points[:, 2].astype(int))):
-                x, y, _ = points[points[:, 2] == code].T
-                lines.append(Line(name=written(code, bent), panel=panel, x=tuple(x), y=tuple(y)))
+            names = np.array([labelled.get(int(code), OTHERS) for code in points[:, 2]])
+            lines.append(Line(panel=panel, x=tuple(points[:, 0]), y=tuple(points[:, 1]), joined=True))
+            for region in dict.fromkeys([*labelled.values(), OTHERS]):
+                x, y, _ = points[names == region].T
+                lines.append(Line(name=region, panel=panel, x=tuple(x), y=tuple(y)))
     return Figure(
         kind="scatter",
         key=f"{name}_beats",
