@@ -9,6 +9,7 @@ reference), `pass.02`, ..., `refined`; see `passes`. Each pass has these scores:
 
 * `w2`, `w1`, `mmd_rbf` and `w2@t1`, ... at held-out times, of each interval's own paths from both its ends (unchained);
 * `w2_chained`: of particles that start at every snapshot and go through all intervals to both ends of time;
+  `w2_ahead` of those on their way forward alone;
 * `end_forward`, `end_backward`: W2 of half-bridges to the marginal that they should end in, the worst interval's; `end_mean`;
 * `theta.NAME` after the pass and `theta_error`, the worst relative error where the truth has parameters of these names;
 * `kl` of the bridges to the reference that they were made over, `kl_fitted` to the one fitted to them, `fit_loss`;

@@ -10,12 +10,12 @@ from affinequant_research.schrodinger.refine import Settings, experiment
 
 BENCH = Settings(
     system="repressilator",
-    passes=20,
+    passes=30,
     particles=400,
     dt=0.02,
     regressor="bent",
-    updates=40,
-    increments=4000,
+    updates=150,
+    increments=12_000,
     both_ways=False,
     relax=1.8,
 )

@@ -21,8 +21,9 @@ def measured(
     intervals = bridges.forward.intervals
     scores = apart([torch.cat(_at(bridges, when)) for when in held.times], held)
     chains = chained(bridges, train.samples, particles, generator)
-    for name, score in apart([chains(when) for when in held.times], held, ("w2",)).items():
-        scores[name.replace("w2", "w2_chained")] = score
+    for name, ways in (("w2_chained", slice(2)), ("w2_ahead", slice(1))):
+        made = [torch.cat(chains(when)[ways]) for when in held.times]
+        scores |= {key.replace("w2", name): score for key, score in apart(made, held, ("w2",)).items()}
     ends = [*bridges.ends.forward, *bridges.ends.backward]
     scores["end_mean"] = one(sum(ends) / len(ends))
     series: dict[str, Series] = {}
@@ -46,11 +47,11 @@ def _at(bridges: Bridges, when: float) -> tuple[Tensor, Tensor]:
 
 def chained(
     bridges: Bridges, marginals: Sequence[Samples], particles: int, generator: torch.Generator
-) -> Callable[[float], Tensor]:
+) -> Callable[[float], tuple[Tensor, Tensor]]:
     """Particles from every snapshot, forward through all later intervals and backward through all earlier ones.
 
     Returns:
-        Time -> all of them that are there, [n, d].
+        Time -> those that came forward and those that came backward, [n, d] each.
     """
     count = len(marginals) - 1
     ways = []
@@ -62,9 +63,9 @@ def chained(
             cloud = paths[interval][-1 if drift.sign > 0 else 0]
         ways.append(paths)
 
-    def at(when: float) -> Tensor:
+    def at(when: float) -> tuple[Tensor, Tensor]:
         interval, step = _place(bridges.forward.intervals, when)
-        return torch.cat([paths[interval][step] for paths in ways])
+        return ways[0][interval][step], ways[1][interval][step]
 
     return at
 
