@@ -216,7 +216,7 @@ def _beats(found: Found, name: str) -> Figure:
 
 
 ECG = Recording(source="ecgsyn", M=100, T=50, tau=10, noise=0.01, rate=2e-3, last_rate=1e-5, updates=20_000)
-FMRI = Recording(M=50, T=72, tau=7, noise=0.0, rate=5e-3, last_rate=1e-5, updates=20_000, steps=1000, smoothing=1.0)
+FMRI = Recording(M=50, T=72, tau=7, noise=0.0, rate=5e-3, last_rate=1e-5, updates=6000, steps=1000, smoothing=1.0)
 
 
 def few(arm: str) -> tuple[Claim, ...]:
