@@ -494,7 +494,10 @@ def test_eval_where_a_metric_fails_is_1(made: Path, text: Path, capsys: Capture,
     ("topic", "names"),
     [
         ("schemes", ["w4a4", "w4a16-g64"]),
-        ("models", ["llama", "LlamaForCausalLM"]),
+        (
+            "models",
+            ["llama", "LlamaForCausalLM", "gemma3", "all but gguf", "residual: the gain of post_attention_layernorm"],
+        ),
         ("transforms", ["hadamard", "residual, vo", "rope-pair"]),
         ("formats", ["auto", "compressed-tensors", "dense"]),
         ("presets", [*PRESETS, "residual=hadamard"]),

@@ -78,16 +78,18 @@ def _schemes() -> Listing:
 
 
 def _models() -> Listing:
+    from affinequant.formats.gguf_settings import ARCHITECTURES
     from affinequant.models import FAMILIES, Dims, resolve_sites
-    from affinequant.models.sites import STRUCTURES, place
+    from affinequant.models.sites import refusal
 
     dims, rows = Dims(layers=1, hidden=64, mlp=64, heads=4, kv_heads=2, head_dim=16, vocab=1, tied=False), []
     for name, family in FAMILIES.items():
-        sites = resolve_sites(family, dims)
-        folds = {site.name: any(place(site, one).how == "folded" for one in STRUCTURES) for site in sites}
-        closed = ", ".join(site for site, folded in folds.items() if not folded)
-        rows.append((name, ", ".join(family.architectures), ", ".join(folds), closed))
-    return Listing(columns=("family", "architectures in config.json", "sites", "where nothing folds"), rows=rows)
+        refused = {site.name: refusal(site) for site in resolve_sites(family, dims)}
+        words = "; ".join(f"{site}: {reason}" for site, reason in refused.items() if reason)
+        exports = "all" if name in ARCHITECTURES else "all but gguf"
+        rows.append((name, ", ".join(family.architectures), ", ".join(refused), exports, words))
+    columns = ("family", "architectures in config.json", "sites", "exports", "where nothing folds")
+    return Listing(columns=columns, rows=rows)
 
 
 def _transforms() -> Listing:
@@ -95,7 +97,8 @@ def _transforms() -> Listing:
     from affinequant.models.sites import Kind, Site, place
     from affinequant.transforms import TRANSFORMS, structures_of
 
-    kinds: dict[str, Kind] = {spec.name: spec.kind for family in FAMILIES.values() for spec in family.sites}
+    # Where families differ the first stands for most: OPT alone has no RoPE at qk.
+    kinds: dict[str, Kind] = {spec.name: spec.kind for family in reversed(FAMILIES.values()) for spec in family.sites}
     sites = [Site(name=name, kind=kind, width=64, sources=(), sinks=()) for name, kind in kinds.items()]
     rows = []
     for name, (structure, _, about) in TRANSFORMS.items():

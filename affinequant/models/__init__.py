@@ -70,5 +70,5 @@ def _unsupported(names: Sequence[str], kind: Any, where: str) -> AffineQuantErro
     start = (
         f"models/{known[near[0]]}.py is the nearest to start from" if near else "models/llama.py is where to start from"
     )
-    fix = f"supported: {', '.join(sorted(known))}. To add one ('Add a model' in the README), {start}"
+    fix = f"supported: {', '.join(sorted(known))} (`affinequant list models`). To add one ('Add a model' in the README), {start}"
     return AffineQuantError(f"unsupported architecture: {found}", where, fix, exit_code=PREFLIGHT)

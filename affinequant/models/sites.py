@@ -137,6 +137,12 @@ def place(site: Site, structure: Structure) -> Placement:
     return Placement(how="refused", reason=_REFUSED[site.kind])
 
 
+def refusal(site: Site) -> str:
+    """Why not even what folds at other sites of this kind folds at this one; "" where it does."""
+    placed = [place(site, structure) for structure in _FOLDS[site.kind]]
+    return "" if any(one.how == "folded" for one in placed) else placed[0].reason
+
+
 def kronecker_factors(site: Site) -> tuple[int, int]:
     """Sizes (n1, n2) of the two factors of a Kronecker product on a slice of what the site's sinks read.
 
