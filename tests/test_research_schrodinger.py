@@ -310,7 +310,13 @@ def test_bridges_that_stall_are_not_refined_on() -> None:
     assert caught.value.exit_code == QUALITY and "regressor=affine" in caught.value.fix
 
 
-def test_what_diverges_is_stalled() -> None:
+def test_particles_that_leave_all_bounds_are_told_of() -> None:
+    with pytest.raises(AffineQuantError, match="forward drift leave all bounds") as caught:
+        made(lambda x, t: 50 * x**3, dt=0.1, particles=50)
+    assert caught.value.where == "0 to 1" and caught.value.exit_code == QUALITY
+
+
+def test_an_end_that_is_no_number_is_stalled() -> None:
     moved = far("affine")
     assert stalled(dataclasses.replace(moved, ends=moved.ends._replace(forward=(math.inf, math.nan))), 0.75) == [0, 1]
 
@@ -386,6 +392,7 @@ def test_snapshots_of_a_file_stand_in_for_a_system(tmp_path: Path) -> None:
         ({"regressor": "afine"}, "affine"),
         ({"estimator": "sgd"}, "adam"),
         ({"passes": 0}, "positive"),
+        ({"relax": 2.0}, "relax"),
         ({"system": "repressilator", "estimator": "least-squares"}, "not linear"),
     ],
 )

@@ -53,6 +53,11 @@ class Intervals:
         """Of an index of paths: [intervals, 1, 1]; of several [steps, 1, 1, 1], a dimension in front."""
         return self.start + step * self.dt
 
+    def said(self, interval: int) -> str:
+        """From when to when one of them is."""
+        start, dt = float(self.start[interval]), float(self.dt[interval])
+        return f"{start:g} to {start + self.steps * dt:g}"
+
     def only(self, interval: int) -> "Intervals":
         """One of them."""
         one = slice(interval, interval + 1)
@@ -86,13 +91,25 @@ class Drift:
 
 @torch.no_grad()
 def simulate(drift: Drift, start: Float[Tensor, "intervals n d"], generator: torch.Generator) -> Paths:
-    """Euler-Maruyama from `start`, which stands at the end of the interval where the drift leads backward."""
+    """Euler-Maruyama from `start`, which stands at the end of the interval where the drift leads backward.
+
+    Raises:
+        AffineQuantError: particles leave all bounds (exit 4).
+    """
     intervals, paths = drift.intervals, [start]
     noise = torch.randn(intervals.steps, *start.shape, generator=generator, dtype=start.dtype)
     noise *= intervals.sigma * intervals.dt.sqrt()
     order = range(intervals.steps) if drift.sign > 0 else range(intervals.steps, 0, -1)
     for step, shock in zip(order, noise, strict=True):
         paths.append(paths[-1] + drift(step, paths[-1]) * intervals.dt + shock)
+    lost = (~paths[-1].isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
+    if lost:
+        raise AffineQuantError(
+            f"particles of a {'forward' if drift.sign > 0 else 'backward'} drift leave all bounds",
+            ", ".join(intervals.said(index) for index in lost),
+            "use a smaller dt, a larger ridge, more particles, or snapshots in between",
+            exit_code=QUALITY,
+        )
     return torch.stack(paths if drift.sign > 0 else paths[::-1])
 
 
@@ -192,8 +209,8 @@ def bridge(
 
 
 def _apart(one: Samples, other: Samples) -> float:
-    """W2 of the first of both, which are in no order; infinite where particles have diverged."""
-    return w2(one[:MEASURED], other[:MEASURED]) if bool(one.isfinite().all()) else math.inf
+    """W2 of the first of both, which are in no order."""
+    return w2(one[:MEASURED], other[:MEASURED])
 
 
 def stalled(bridges: Bridges, share: float) -> list[int]:
@@ -215,11 +232,9 @@ def refuse_stalled(bridges: Bridges, share: float, where: str) -> None:
         AffineQuantError: naming the intervals (exit 4).
     """
     if found := stalled(bridges, share):
-        start, dt = bridges.forward.intervals.start.flatten(), bridges.forward.intervals.dt.flatten()
         said = "; ".join(
-            f"{float(start[index]):g} to {float(start[index] + bridges.forward.intervals.steps * dt[index]):g}: forward "
-            f"{bridges.ends.forward[index]:.3g}, backward {bridges.ends.backward[index]:.3g} of "
-            f"{bridges.distances[index][0]:.3g}"
+            f"{bridges.forward.intervals.said(index)}: forward {bridges.ends.forward[index]:.3g}, "
+            f"backward {bridges.ends.backward[index]:.3g} of {bridges.distances[index][0]:.3g}"
             for index in found
         )
         raise AffineQuantError(

@@ -241,6 +241,10 @@ def _check(config: Settings) -> None:
     for key in ("passes", "sweeps", "particles", "dt", "updates", "increments", "transport"):
         if not getattr(config, key) > 0:
             raise AffineQuantError(f"{key} is {getattr(config, key)}", f"--set {key}", "give a positive number")
+    if not (config.ridge >= 0 and 0 < config.relax < 2):
+        raise AffineQuantError(
+            f"ridge is {config.ridge}, relax {config.relax}", "--set", "give ridge from 0 on, relax between 0 and 2"
+        )
     if config.estimator == "least-squares" and not FAMILIES[config.system].linear:
         raise AffineQuantError(
             f"the drift of {config.system} is not linear in its parameters", "--set estimator", "use estimator=adam"
