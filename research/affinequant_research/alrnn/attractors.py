@@ -160,7 +160,7 @@ def experiment(
     )
 
 
-LORENZ = Attractors(arms=("P2", "P1"), rate=5e-3, last_rate=2e-4)
+LORENZ = Attractors(arms=("P2", "P1"), rate=5e-3, last_rate=1e-4)
 ROESSLER = Attractors(system="roessler", arms=("P1",), T=300, tau=8, rate=5e-3, last_rate=1e-4, updates=10_000)
 LORENZ96 = Attractors(
     system="lorenz96", arms=("P50",), M=100, T=50, tau=20, rate=2e-3, last_rate=1e-4, updates=10_000, check_every=1000
