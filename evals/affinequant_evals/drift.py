@@ -16,6 +16,7 @@ judged before anything is quantised; and the checkpoints of one model are measur
 """
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -111,6 +112,7 @@ MEASURES: Mapping[str, Measure] = {
 """The first one is the score."""
 
 
+@functools.cache
 def directions(width: int) -> Float[Tensor, "width directions"]:
     """Orthogonal unit vectors, the same for each site of that width."""
     drawn = torch.randn(width, min(DIRECTIONS, width), generator=torch.Generator().manual_seed(width))
@@ -206,7 +208,11 @@ def score_drift(
 
     Args:
         tokenizer: the folder of the tokenizer that cut the texts.
+
+    Raises:
+        AffineQuantError: that device cannot be used (exit 3).
     """
+    target, kind = placed(device, dtype)
     metric = drift(compared, device=device, dtype=dtype, say=say)
     suite: Suite[Compared] = Suite(name="drift", metrics=(metric,))
     folder = compared.reader.source.folder
@@ -218,7 +224,6 @@ def score_drift(
         if run and again:
             run.forget(stage_of(metric))
         card = evaluate(compared, suite, run=run, say=say)
-    target, kind = placed(device, dtype)
     return replace(card, env={**card.env, "device": str(target), "dtype": str(kind).removeprefix("torch.")})
 
 
