@@ -44,6 +44,7 @@ measured, else why not (`affinequant list published` shows all).
 --drift asks whether the calibration text was the right one for other texts: how many times as far each is from it, in what
 the linears of the full-precision model read (sliced Wasserstein distance, site by site), as two halves of the calibration
 text are from each other. It needs no quantised model: `eval MODEL --drift-from TEXT --drift TEXTS` asks before the work.
+It tells which of two calibration texts suits a text better, not which of two texts loses more.
 
 --backend runs checkpoint and baseline elsewhere: transformers loads a folder as other programs do, vllm starts an engine, an
 address asks a server that has the checkpoint; then --baseline is another server's address, a model for this machine, or none.
