@@ -190,7 +190,7 @@ EXPERIMENT = Experiment(
     source="arXiv 2506.12284",
     presets={
         "smoke": dataclasses.replace(BENCH, width=60, hidden=16, train=20, test=20, updates=6, probe_every=2),
-        "ci": dataclasses.replace(BENCH, width=1000, hidden=256, noise=0.316, updates=300),
+        "ci": dataclasses.replace(BENCH, updates=BENCH.compare_at),
         "bench": BENCH,
         "paper": dataclasses.replace(
             BENCH, width=40_000, hidden=2048, noise=0.05, dtype="float64", updates=1000, probe_every=10
@@ -199,10 +199,7 @@ EXPERIMENT = Experiment(
     stages=lambda config: arms(config.arms, BENCH.arms),
     build=build,
     claims={
-        "ci": (
-            Claim(metric="grokalign/test_acc", op=">=", than=GENERALISED, source="arXiv 2506.12284, in kind"),
-            Claim(metric="grokalign/updates", op="<=", than="decay/updates", factor=0.5, source="measured: seed 0"),
-        ),
+        "ci": _claims()[:4],  # alignment takes all of the bench's updates
         "bench": _claims(),
     },
     figures=figures,
