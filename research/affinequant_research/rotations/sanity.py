@@ -159,7 +159,7 @@ EXPERIMENT = Experiment(
     presets={
         "smoke": Settings(representations=("6d", "quaternion"), updates=100, tested=2000, rounding_tested=500),
         "ci": Settings(representations=(*FEW, "5d", "6d"), updates=2000, tested=20_000, rounding_tested=2000),
-        "bench": Settings(),
+        "bench": Settings(rate=2e-3),
         "paper": Settings(updates=500_000, rate=1e-5, last_rate=1e-6, step_at=0.02),
     },
     stages=lambda config: arms(config.representations),
