@@ -52,10 +52,10 @@ class Settings:
     """`near`: how much more the joints beside the root count, as in the paper's code; `tested`: poses."""
 
     representations: tuple[str, ...] = COMPARED
-    updates: int = 6000
+    updates: int = 10_000
     rate: float = 1e-3
     batch: int = 64
-    width: int = 256
+    width: int = 512
     near: float = 10.0
     tested: int = 10_000
 
@@ -164,7 +164,7 @@ EXPERIMENT = Experiment(
     source="arXiv 1812.07035, inverse kinematics",
     presets={
         "smoke": replace(BENCH, representations=("6d",), updates=100, width=16, batch=4, tested=50),
-        "ci": replace(BENCH, representations=("quaternion", "6d"), updates=600, tested=2000),
+        "ci": replace(BENCH, representations=("quaternion", "6d"), updates=600, width=256, tested=2000),
         "bench": BENCH,
         "paper": replace(BENCH, updates=1_000_000, rate=1e-5, width=1024),
     },

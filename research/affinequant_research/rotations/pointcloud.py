@@ -33,7 +33,7 @@ class Settings:
     """`widths` of the PointNet's layers and of what reads its features; `shapes` to train on, and unseen ones to test."""
 
     representations: tuple[str, ...] = COMPARED
-    updates: int = 4000
+    updates: int = 8000
     rate: float = 3e-3
     batch: int = 32
     points: int = 64

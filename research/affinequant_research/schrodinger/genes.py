@@ -34,5 +34,9 @@ PRESETS = {
         system="genes", sweeps=10, particles=150, dt=0.05, regressor="gp", centred=False, updates=20, rate=0.01
     ),
 }
-CLAIMS: dict[str, tuple[Claim, ...]] = {}
+CLAIMS = {
+    "bench": (
+        Claim(metric="refined/w2", op="<=", than="vanilla/w2", source="derived: a reference that learns beats none"),
+    ),
+}
 EXPERIMENT = experiment("genes", "cells that part into two fates; W2 at times held out", PRESETS, CLAIMS)
