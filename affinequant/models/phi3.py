@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from affinequant.models.family import End, Layer, LinearSpec
 from affinequant.models.llama import ATTENTION, LLAMA, MLP
+from affinequant.models.sites import Side
 
 _FUSED = {
     "self_attn.q_proj": "self_attn.qkv_proj:q",
@@ -16,14 +17,12 @@ _FUSED = {
 
 
 def _fused(layer: Layer, linear: LinearSpec, last: LinearSpec) -> Layer:
+    def end(name: str, side: Side) -> End:
+        fused = _FUSED.get(name, name)
+        return (fused.partition(":")[0] if side == "columns" else fused, side)
+
     def ends(given: tuple[End, ...]) -> tuple[End, ...]:
-        whole = [
-            (_FUSED[name].split(":")[0] if side == "columns" else _FUSED[name], side)
-            if name in _FUSED
-            else (name, side)
-            for name, side in given
-        ]
-        return tuple(dict.fromkeys(whole))
+        return tuple(dict.fromkeys(end(*one) for one in given))
 
     sites = tuple(
         replace(

@@ -90,8 +90,8 @@ def _arrow(axes: "Axes", ends: tuple[Place, Place], radii: tuple[float, float], 
     x, y = (there - here for here, there in zip(*ends, strict=True))
     length = hypot(x, y) or 1.0
     along, side = (x / length, y / length), (y / length, -x / length)
-    rims = [
-        tuple(at + way * radius * a + BEND * radius * s for at, a, s in zip(end, along, side, strict=True))
+    rims: list[Place] = [
+        (end[0] + radius * (way * along[0] + BEND * side[0]), end[1] + radius * (way * along[1] + BEND * side[1]))
         for end, radius, way in zip(ends, radii, (1, -1), strict=True)
     ]
     bent = {"arrowstyle": "-|>", "connectionstyle": f"arc3,rad={BEND}", "mutation_scale": 9, "shrinkA": 1, "shrinkB": 1}

@@ -10,7 +10,7 @@ from affinequant.report.reading import Sources
 from affinequant.run.durable import write_text
 from affinequant.run.pages import is_page
 
-HTML, MARKDOWN = "report.html", "report.md"
+HTML = "report.html"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

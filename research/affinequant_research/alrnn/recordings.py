@@ -3,6 +3,7 @@
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -49,9 +50,10 @@ def ecg(source: str, steps: int) -> tuple[Floats, Floats]:
     _need("neurokit2", "neurokit2", "ecg")
     import neurokit2
 
+    simulate: Any = neurokit2.ecg_simulate  # its duration need not be whole
     needed = 2 * steps + max(LAGS)
-    signal = neurokit2.ecg_simulate(length=needed, duration=needed / ECGSYN_RATE, sampling_rate=int(ECGSYN_RATE),
-                                    method="ecgsyn", noise=0.0, random_state=0)  # fmt: skip
+    how = {"sampling_rate": int(ECGSYN_RATE), "method": "ecgsyn", "noise": 0.0, "random_state": 0}
+    signal = simulate(length=needed, duration=needed / ECGSYN_RATE, **how)
     series = scored(embedded(np.asarray(signal)), steps)
     return series[:steps], series[steps:]
 
