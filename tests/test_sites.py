@@ -3,6 +3,8 @@
 import dataclasses
 
 import pytest
+import torch
+import transformers
 
 from affinequant.models import FAMILIES, LLAMA, Dims, resolve_sites
 from affinequant.models.sites import (
@@ -15,6 +17,7 @@ from affinequant.models.sites import (
     place,
     rotation_factors,
 )
+from tests.tiny import OWN
 
 GQA = Dims(layers=2, hidden=64, mlp=128, heads=4, kv_heads=2, head_dim=24, vocab=320, tied=False)
 
@@ -43,14 +46,22 @@ def test_sizes_of_a_grouped_llama() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=list(FAMILIES))
 def test_every_edge_names_a_module_that_the_family_has(family) -> None:
+    """In the code that transformers has for it."""
+    architecture = getattr(transformers, family.architectures[0])
+    sizes = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 96, "pad_token_id": 1}
+    with torch.device("meta"):
+        model = architecture(architecture.config_class(**{**sizes, **OWN.get(family.name, {})}))
+    block = model.get_submodule(f"{family.blocks}.0")
     linears = {linear.name: linear for linear in family.linears}
-    norms = {norm for norm, _ in family.fused_norms()}
     for spec in family.sites:
-        for module, side in (*spec.sources, *spec.sinks):
-            if side == "gain":
-                assert module in norms
-            else:
-                assert module in linears or module in (family.embedding, family.head)
+        for name, side in (*spec.sources, *spec.sinks):
+            module, _, part = name.partition(":")
+            if module in (family.embedding, family.head):
+                assert model.get_submodule(module) is not None
+                continue
+            assert block.get_submodule(module) is not None
+            assert (module in linears) == (side != "gain")
+            assert not part or part in linears[module].rows
         assert set(spec.grouped) <= {module for module, _ in (*spec.sources, *spec.sinks)}
 
 
