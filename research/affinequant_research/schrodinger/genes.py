@@ -34,9 +34,12 @@ PRESETS = {
         system="genes", sweeps=10, particles=150, dt=0.05, regressor="gp", centred=False, updates=20, rate=0.01
     ),
 }
+BEATS = "derived: a reference that learns beats none"
 CLAIMS = {
+    "ci": (Claim(metric="refined/w2", op="<=", than="vanilla/w2", source=BEATS),),
     "bench": (
-        Claim(metric="refined/w2", op="<=", than="vanilla/w2", source="derived: a reference that learns beats none"),
+        Claim(metric="refined/w2", op="<=", than="vanilla/w2", source=BEATS),
+        Claim(metric="refined/w2", op="<=", than="vanilla/w2", factor=0.75, source="measured: .57 on seed 0"),
     ),
 }
 EXPERIMENT = experiment("genes", "cells that part into two fates; W2 at times held out", PRESETS, CLAIMS)
