@@ -16,7 +16,8 @@ from affinequant.deliver import Result, deliver, phases, publish, spent
 from affinequant.errors import AffineQuantError
 from affinequant.learning.network import Laps, peak_bytes
 from affinequant.learning.work import Work
-from affinequant.models.decoder import Decoder, check_device, compute_dtype, open_decoder
+from affinequant.models.decoder import Decoder, open_decoder
+from affinequant.models.device import check_device, compute_dtype
 from affinequant.models.source import read_through
 from affinequant.models.source_files import revision
 from affinequant.plan import Plan, with_weights

@@ -98,23 +98,33 @@ def test_beside_perplexity_and_without_names(made: Path, texts: Callable[[str], 
     assert card.baseline and card.env["backend"].startswith("affinequant")
 
 
-def test_inputs_are_those_that_calibration_sees(tiny: Callable[..., Path], texts: Callable[[str], str]) -> None:
+READERS = {
+    "llama": ("model.layers.1", ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")),
+    "opt": ("model.decoder.layers.1", ("self_attn.q_proj", "self_attn.out_proj", "fc1", "fc2")),
+}
+"""By family a block, and of each of its sites a linear that reads there; OPT embeds positions too."""
+
+
+@pytest.mark.parametrize("family", READERS)
+def test_inputs_are_those_that_calibration_sees(
+    family: str, tiny: Callable[..., Path], texts: Callable[[str], str]
+) -> None:
     """Against hooks in the whole model of transformers."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = tiny()
+    folder, (block, linears) = tiny(family=family), READERS[family]
     ids = calibration_tokens(texts("same"), AutoTokenizer.from_pretrained(folder), samples=6, seq_len=16, seed=0).ids
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     heard: dict[str, torch.Tensor] = {}
-    for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"):
-        module = model.get_submodule(f"model.layers.1.{name}")
+    for name in linears:
+        module = model.get_submodule(f"{block}.{name}")
         module.register_forward_pre_hook(lambda _, args, name=name: heard.update({name: args[0].detach()}))
     with torch.no_grad():
         model(ids)
     *_, (index, kept) = site_inputs(open_reader(folder), ids, lambda x: x)
     assert index == 1 and list(kept) == ["attn_in", "vo", "mlp_in", "mlp_mid"]
     for found, wanted in zip(kept.values(), heard.values(), strict=True):
-        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found, wanted.view_as(found), rtol=1e-4, atol=1e-5)
 
 
 def test_sliced_distance_is_that_of_pot() -> None:

@@ -128,7 +128,7 @@ def prepare(recipe: Recipe, args: argparse.Namespace, screen: Screen) -> "Plan":
 
     out = recipe.output_folder()
     if made.device == "cuda":
-        from affinequant.models.decoder import check_device
+        from affinequant.models.device import check_device
 
         check_device(made.device)
     check_output(out, made.source.folder, overwrite=args.overwrite, resume=args.resume)

@@ -23,7 +23,6 @@ from affinequant.models.caps import capped_logits
 from affinequant.models.norms import check_norms
 from affinequant.models.source import Source
 from affinequant.models.source_files import broken
-from affinequant.recipe.recipe import Dtype
 
 OnInput = Callable[[str, Tensor], Tensor]
 """(site, x) -> x: sees, and may replace, what the linears behind a site read."""
@@ -113,34 +112,6 @@ class Decoder:
         weight = head[own if own in head else f"{self.family.embedding}.weight"]
         logits = nn.functional.linear(normed, weight, head.get(f"{self.family.head}.bias"))
         return capped_logits(logits, self.model.config)
-
-
-def check_device(name: str) -> None:
-    """Whether torch can compute on a device of that kind here.
-
-    Raises:
-        AffineQuantError: it cannot, with the reason (exit 3).
-    """
-    if name != "cuda":
-        return
-    fix = "use --device cpu, or auto"
-    if not torch.backends.cuda.is_built():
-        what = f"the torch that is installed here ({torch.__version__}) is built without CUDA"
-        raise AffineQuantError(what, "--device cuda", f"install a CUDA build of torch, or {fix}", exit_code=PREFLIGHT)
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        if torch.cuda.is_available():
-            return
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
-    reason = f"CUDA_VISIBLE_DEVICES is {hidden!r}" if hidden is not None else "torch finds none"
-    reason = str(said[0].message).splitlines()[0] if said else reason
-    raise AffineQuantError(f"no CUDA device can be used: {reason}", "--device cuda", fix, exit_code=PREFLIGHT)
-
-
-def compute_dtype(name: Dtype, device: torch.device) -> torch.dtype:
-    """The dtype to compute in; `auto` is bfloat16 on a GPU and float32 elsewhere."""
-    auto = torch.bfloat16 if device.type == "cuda" else torch.float32
-    return {"auto": auto, "float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
 def open_decoder(

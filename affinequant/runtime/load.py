@@ -14,7 +14,7 @@ from affinequant.errors import AffineQuantError
 from affinequant.formats import check_readable
 from affinequant.formats.compressed_tensors import unpack_linear
 from affinequant.formats.reading import pretrained, skeleton
-from affinequant.models.decoder import check_device, compute_dtype
+from affinequant.models.device import check_device, compute_device, compute_dtype
 from affinequant.models.source import Source, open_source
 from affinequant.numbers import grid_of
 from affinequant.numbers.weights import dequantize
@@ -46,7 +46,7 @@ def load(
     check_device(device)
     check_engine()
     source = open_source(Path(path))
-    target = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    target = compute_device(device)
     kind = compute_dtype(dtype, target)
     ours = "affinequant" in (source.config.get("quantization_config") or {})
     model: Any = _quantized(source, target, kind, say or quiet) if ours else _plain(source.folder, kind, say or quiet)

@@ -15,12 +15,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-import torch
-
 import affinequant
 from affinequant.data.wheels import Say, quiet
 from affinequant.errors import PREFLIGHT, AffineQuantError, unknown_name
-from affinequant.models.decoder import compute_dtype
+from affinequant.models.device import compute_device, compute_dtype
 from affinequant.models.keys import context_length
 from affinequant.models.source import open_source
 from affinequant.progress import told_by_transformers
@@ -144,7 +142,7 @@ def check_machine(backend: Backend, device: Device, dtype: Dtype) -> None:
     if backend.url and (device != "auto" or dtype != "auto"):
         flag = "--device" if device != "auto" else "--dtype"
         raise AffineQuantError(f"{flag} is the server's own choice", flag, "leave it out")
-    there = "cuda" if torch.cuda.is_available() else "cpu"
+    there = compute_device("auto").type
     if backend.name == "vllm" and device not in ("auto", there):
         raise AffineQuantError(f"vLLM runs on {there} here", "--device", "leave it out")
 
@@ -196,7 +194,7 @@ def load_model(backend: Backend, folder: Path, *, device: Device, dtype: Dtype, 
         return affinequant.load(folder, device=device, dtype=dtype, say=say)
     from transformers import AutoModelForCausalLM
 
-    target = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    target = compute_device(device)
     with told_by_transformers(say):
         model: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=compute_dtype(dtype, target), device_map={"": target}, local_files_only=True
@@ -206,7 +204,7 @@ def load_model(backend: Backend, folder: Path, *, device: Device, dtype: Dtype, 
 
 @contextlib.contextmanager
 def _engine(folder: Path, tokenizer: Any, length: int, dtype: Dtype, say: Say) -> Iterator[tuple[Any, dict[str, str]]]:
-    target = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    target = compute_device("auto")
     kind = str(compute_dtype(dtype, target)).removeprefix("torch.")
     with _told_on_stderr():
         from affinequant_evals.vllm_model import Engine

@@ -24,7 +24,7 @@ import torch
 import affinequant
 import affinequant_evals
 from affinequant.data.wheels import Say, cache_folder, quiet
-from affinequant.models.decoder import compute_dtype
+from affinequant.models.device import compute_device, compute_dtype
 from affinequant.models.source import Source, open_source, read_through
 from affinequant.recipe.recipe import Device, Dtype
 from affinequant.run.durable import write_text
@@ -82,7 +82,7 @@ def context_of(
         tokenizer: the folder of the tokenizer that cuts the prompts, which a baseline has from the checkpoint.
         how: whatever else, e.g. the backend, as plain JSON values.
     """
-    target = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    target = compute_device(device)
     cpu = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
     return {
         "subject": content_of(folder, say),

@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from affinequant.models.decoder import compute_dtype
+from affinequant.models.device import compute_device, compute_dtype
 from affinequant.models.source import open_source
 from affinequant.recipe.recipe import Device, Dtype
 from affinequant_evals.logits import BUDGET
@@ -22,7 +22,7 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 def fit_together(folders: Sequence[Path], *, device: Device = "auto", dtype: Dtype = "auto") -> bool:
     """Whether all of these models can be in memory at once, with room left to compute."""
-    target = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    target = compute_device(device)
     width = compute_dtype(dtype, target).itemsize
     return sum(weight_bytes(folder, width) for folder in folders) + ROOM <= available_bytes(target)
 

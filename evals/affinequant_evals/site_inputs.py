@@ -10,7 +10,8 @@ from torch import Tensor
 
 from affinequant.data.wheels import Say, quiet
 from affinequant.models import Dims, Family, resolve
-from affinequant.models.decoder import check_device, compute_dtype, open_decoder, run_block, slices
+from affinequant.models.decoder import open_decoder, run_block, slices
+from affinequant.models.device import check_device, compute_device, compute_dtype
 from affinequant.models.source import Source, check_tensors, open_source, settle_tie
 from affinequant.progress import Steps
 from affinequant.recipe.recipe import Device, Dtype
@@ -50,7 +51,7 @@ def placed(device: Device, dtype: Dtype) -> tuple[torch.device, torch.dtype]:
         AffineQuantError: that device cannot be used (exit 3).
     """
     check_device(device)
-    target = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    target = compute_device(device)
     return target, compute_dtype(dtype, target)
 
 
@@ -74,7 +75,7 @@ def site_inputs(
     target, kind = placed(device, dtype)
     source, family, dims = reader.source, reader.family, reader.dims
     decoder = open_decoder(source, family, dims, target, kind)
-    hidden, given = decoder.embed(ids, source.read([f"{family.embedding}.weight"]))
+    hidden, given = decoder.embed(ids, source.read(f"{module}.weight" for module in family.entries))
     unknown = set(decoder.unknown(source.entries))
     for index in Steps(say, "blocks", dims.layers).each(range(dims.layers)):
         prefix = f"{family.blocks}.{index}"
