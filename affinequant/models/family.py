@@ -73,6 +73,30 @@ class Layer:
         """The linears that give what is added to the residual stream."""
         return tuple(linear.name for linear in self.linears if linear.rows == "hidden")
 
+    def with_site(self, name: str, **changes: Any) -> "Layer":
+        """The layer whose site `name` differs in these fields."""
+        sites = tuple(replace(spec, **changes) if spec.name == name else spec for spec in self.sites)
+        return replace(self, sites=sites)
+
+    def with_names(self, names: Mapping[str, str], linears: tuple[LinearSpec, ...]) -> "Layer":
+        """The layer with other linears. Ends of its sites are called by `names`, where these have them: a part of a fused
+        linear by `module:part`, which reads what the whole reads."""
+
+        def ends(given: tuple[End, ...]) -> tuple[End, ...]:
+            named = [(names.get(name, name), side) for name, side in given]
+            return tuple(dict.fromkeys((n.partition(":")[0] if side == "columns" else n, side) for n, side in named))
+
+        sites = tuple(
+            replace(
+                spec,
+                sources=ends(spec.sources),
+                sinks=ends(spec.sinks),
+                grouped=tuple(names.get(name, name) for name in spec.grouped),
+            )
+            for spec in self.sites
+        )
+        return replace(self, linears=linears, sites=sites)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:

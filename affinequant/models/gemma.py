@@ -10,16 +10,12 @@ from affinequant.models.family import Layer
 from affinequant.models.llama import ATTENTION, LLAMA, MLP
 from affinequant.models.qwen3 import NORMED
 
-_MLP_IN = replace(
-    next(spec for spec in MLP.sites if spec.name == "mlp_in"), sources=(("pre_feedforward_layernorm", "gain"),)
-)
-
 
 def _layers(attention: Layer) -> dict[str, Layer]:
-    sites = tuple(_MLP_IN if spec.name == _MLP_IN.name else spec for spec in MLP.sites)
+    mlp = MLP.with_site("mlp_in", sources=(("pre_feedforward_layernorm", "gain"),))
     return {
         "attention": replace(attention, post_norm="post_attention_layernorm"),
-        "mlp": replace(MLP, sites=sites, post_norm="post_feedforward_layernorm"),
+        "mlp": replace(mlp, post_norm="post_feedforward_layernorm"),
     }
 
 

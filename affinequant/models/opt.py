@@ -10,22 +10,12 @@ from affinequant.models.family import Layer, LinearSpec, SiteSpec
 from affinequant.models.llama import ATTENTION, LLAMA
 
 _NAMES = {"input_layernorm": "self_attn_layer_norm", "self_attn.o_proj": "self_attn.out_proj"}
-_ATTENTION = replace(
-    ATTENTION,
-    linears=tuple(
+_ATTENTION = ATTENTION.with_names(
+    _NAMES,
+    tuple(
         replace(linear, name=_NAMES.get(linear.name, linear.name), bias="enable_bias") for linear in ATTENTION.linears
     ),
-    sites=tuple(
-        replace(
-            spec,
-            kind="scores" if spec.kind == "rope" else spec.kind,
-            sources=tuple((_NAMES.get(name, name), side) for name, side in spec.sources),
-            sinks=tuple((_NAMES.get(name, name), side) for name, side in spec.sinks),
-            grouped=tuple(_NAMES.get(name, name) for name in spec.grouped),
-        )
-        for spec in ATTENTION.sites
-    ),
-)
+).with_site("qk", kind="scores")
 _MLP = Layer(
     linears=(
         LinearSpec(name="fc1", rows="mlp", columns="hidden", bias="enable_bias"),

@@ -4,13 +4,12 @@ from dataclasses import replace
 
 from affinequant.models.llama import ATTENTION, LLAMA, MLP
 
-_QK = replace(
-    next(spec for spec in ATTENTION.sites if spec.name == "qk"),
+NORMED = ATTENTION.with_site(
+    "qk",
     sources=(("self_attn.q_norm", "gain"),),
     sinks=(("self_attn.k_norm", "gain"),),
     grouped=("self_attn.q_norm",),
 )
-NORMED = replace(ATTENTION, sites=tuple(_QK if spec.name == _QK.name else spec for spec in ATTENTION.sites))
 """Attention whose queries and keys pass a norm each."""
 
 QWEN3 = replace(
