@@ -109,6 +109,25 @@ def tiny_copy(tiny: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
     return folder
 
 
+@pytest.fixture(scope="module")
+def tokenizer(tiny: Callable[..., Path]) -> Any:
+    """Byte-level, 266 tokens, adds no BOS."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tiny())
+
+
+@pytest.fixture(scope="module")
+def bos_tokenizer(tiny: Callable[..., Path]) -> Any:
+    """The same, but it starts each text with its BOS, as Llama's does."""
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoTokenizer
+
+    made: Any = AutoTokenizer.from_pretrained(tiny())
+    made.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return made
+
+
 @pytest.fixture(scope="session")
 def smollm2_w4a4(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded model at W4A4 by preset `fast` without its costly search for ranges, merged tier, made once for all

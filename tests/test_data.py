@@ -34,25 +34,6 @@ WORDS = (
 )
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tiny: Callable[..., Path]) -> Any:
-    """Byte-level, 266 tokens, adds no BOS."""
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(tiny())
-
-
-@pytest.fixture(scope="module")
-def bos_tokenizer(tiny: Callable[..., Path]) -> Any:
-    """The same, but it starts each text with its BOS, as Llama's does."""
-    from tokenizers.processors import TemplateProcessing
-    from transformers import AutoTokenizer
-
-    made: Any = AutoTokenizer.from_pretrained(tiny())
-    made.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    return made
-
-
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
     """A file of 3000 words in random order."""

@@ -17,25 +17,6 @@ from affinequant.errors import PREFLIGHT, USAGE, AffineQuantError
 TEXT = " ".join(random.Random(0).choices(["heron", "reed", "the", "an", "over", "bridge", "water", "in"], k=900))
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tiny: Callable[..., Path]) -> Any:
-    """One that adds no BOS."""
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(tiny())
-
-
-@pytest.fixture(scope="module")
-def bos_tokenizer(tiny: Callable[..., Path]) -> Any:
-    """One that starts each text with its BOS."""
-    from tokenizers.processors import TemplateProcessing
-    from transformers import AutoTokenizer
-
-    made: Any = AutoTokenizer.from_pretrained(tiny())
-    made.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    return made
-
-
 def test_windows_lie_side_by_side(tokenizer: Any) -> None:
     ids = encode(tokenizer, TEXT)
     windows = cut_windows("text", TEXT, tokenizer, seq_len=30, windows=4)
