@@ -82,9 +82,12 @@ class Layer:
         """The layer with other linears. Ends of its sites are called by `names`, where these have them: a part of a fused
         linear by `module:part`, which reads what the whole reads."""
 
+        def end(name: str, side: Side) -> End:
+            named = names.get(name, name)
+            return (named.partition(":")[0] if side == "columns" else named, side)
+
         def ends(given: tuple[End, ...]) -> tuple[End, ...]:
-            named = [(names.get(name, name), side) for name, side in given]
-            return tuple(dict.fromkeys((n.partition(":")[0] if side == "columns" else n, side) for n, side in named))
+            return tuple(dict.fromkeys(end(*one) for one in given))
 
         sites = tuple(
             replace(
