@@ -37,6 +37,7 @@ from affinequant_research.grokalign.training import (
 from affinequant_research.grokalign.xor import boundaries
 from affinequant_research.rounded import rounded
 from affinequant_research.running import run_experiment
+from affinequant_research.series import one_of
 from affinequant_research.summary import summary
 from torch import Tensor, nn
 
@@ -358,7 +359,7 @@ def test_seeds_are_one_line_with_a_band() -> None:
         {"decay/test_acc": ([0, 10, 20], [0.1, 0.5, 0.9])},
         {"decay/test_acc": ([0, 10, 20, 30], [0.2, 0.3, 0.4, 0.8])},
     ]
-    scores = [{"decay/ms_per_update": training.one(value)} for value in (100.0, 300.0)]
+    scores = [{"decay/ms_per_update": one_of(value)} for value in (100.0, 300.0)]
     found = Found(config=SimpleNamespace(arms=("decay",)), seeds=(0, 1), scores=tuple(scores), series=tuple(series))
     [line] = over(found, "digits", "test_acc", "", seconds=True).series
     assert line.x == pytest.approx((2, 4, 6)) and line.y == pytest.approx((0.4, 0.65, 0.85))

@@ -9,6 +9,7 @@ import operator
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
 
 from affinequant.errors import AffineQuantError, unknown_name
@@ -101,6 +102,11 @@ class Found:
     def values(self, name: str) -> list[float]:
         """A metric's value of each seed that has it."""
         return [scores[name].value for scores in self.scores if name in scores]
+
+    def mean(self, name: str) -> float | None:
+        """The mean of those; None where no seed has it."""
+        values = self.values(name)
+        return fmean(values) if values else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

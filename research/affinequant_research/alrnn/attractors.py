@@ -18,12 +18,13 @@ from affinequant.fit import FitReport
 from affinequant.report.figure import Figure
 from affinequant_research.alrnn.curves import by_relus, figures
 from affinequant_research.alrnn.drawing import pictures_of
-from affinequant_research.alrnn.freerun import Scores, distance, free_run, of_run, one_of
+from affinequant_research.alrnn.freerun import Scores, distance, free_run, of_run
 from affinequant_research.alrnn.measures import short
 from affinequant_research.alrnn.quantised import BITS, by_bits
 from affinequant_research.alrnn.systems import SYSTEMS, trajectories
 from affinequant_research.alrnn.training import Learner, Training, phase_of, relus_of
 from affinequant_research.experiment import Claim, Experiment, Found, Op, Picture, Series, Trial, arms
+from affinequant_research.series import one_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -32,7 +32,7 @@ def figures(found: Found, name: str) -> list[Figure]:
                     Line(
                         name=f"{arm}, {letters[part]}",
                         x=tuple(map(float, found.config.bits)),
-                        y=tuple(_mean(found, f"{arm}/{key}@{part}{bits}") for bits in found.config.bits),
+                        y=tuple(found.mean(f"{arm}/{key}@{part}{bits}") for bits in found.config.bits),
                     )
                     for arm in found.config.arms
                     for part in PARTS
@@ -85,8 +85,3 @@ def by_relus(found: Found) -> Figure:
         y=Axis(label="divergence of states", unit="nats", better="lower"),
         caption="The band is from the least to the largest of the seeds.",
     )
-
-
-def _mean(found: Found, name: str) -> float | None:
-    values = found.values(name)
-    return mean_score(values).value if values else None

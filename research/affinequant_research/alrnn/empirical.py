@@ -28,13 +28,14 @@ from affinequant_research.alrnn.codes import (
     written,
 )
 from affinequant_research.alrnn.drawing import OTHERS, drawn, pictures_of, region_names
-from affinequant_research.alrnn.freerun import Scores, distance, free_run, of_run, one_of
+from affinequant_research.alrnn.freerun import Scores, distance, free_run, of_run
 from affinequant_research.alrnn.measures import Floats, n_step_error, padded
 from affinequant_research.alrnn.model import AlmostLinear
 from affinequant_research.alrnn.recordings import ecg, fmri, rate_of
 from affinequant_research.alrnn.regions import cycles_near
 from affinequant_research.alrnn.training import Learner, Training, phase_of
 from affinequant_research.experiment import Claim, Experiment, Found, Picture, Series, Trial, arms
+from affinequant_research.series import one_of
 
 ONSET = 0.05
 """Seconds from the onset of a QRS complex to its R peak."""

@@ -11,6 +11,7 @@ from affinequant_research.alrnn.lyapunov import FORGOTTEN, spectrum
 from affinequant_research.alrnn.measures import divergence, of_attractor
 from affinequant_research.alrnn.model import AlmostLinear, Floats
 from affinequant_research.alrnn.regions import fixed_points
+from affinequant_research.series import one_of
 
 Scores = dict[str, tuple[Better, Score]]
 TRANSIENT = 1000
@@ -72,11 +73,6 @@ def at_bits(rounded: Sequence[tuple[str, AlmostLinear]], truth: Floats, steps: i
         found[f"settled@{name}"] = ("lower", one_of(_settled(model, known)))
         found |= _exponent(f"exponent@{name}", model, latent[:FOLLOWED], step)
     return found
-
-
-def one_of(value: float, **about: object) -> Score:
-    """A number of which there is one."""
-    return Score(value=float(value), stderr=None, n=1, about=about)
 
 
 def _settled(model: AlmostLinear, known: Sequence[int]) -> int:

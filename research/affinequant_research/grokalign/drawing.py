@@ -1,9 +1,8 @@
 """Lines of several arms over a clock, as figures of the report."""
 
 from affinequant.report.figure import Axis, Figure
-from affinequant.report.figure import Series as Line
 from affinequant_research.experiment import Found
-from affinequant_research.series import side_by_side
+from affinequant_research.series import over_seeds, side_by_side
 
 LABELS = {
     "test_acc": "test accuracy",
@@ -26,16 +25,7 @@ def over(found: Found, experiment: str, name: str, caption: str, *, seconds: boo
         rate = sum(rates) / len(rates) / 1000 if seconds else 1.0
         kept = [index for index, at in enumerate(updates) if at > 0]  # the clock is logarithmic
         at_once = [[row[index] for row in rows] for index in kept]
-        several = len(rows) > 1
-        lines.append(
-            Line(
-                name=arm,
-                x=tuple(rate * updates[index] for index in kept),
-                y=tuple(sum(values) / len(values) for values in at_once),
-                low=tuple(map(min, at_once)) if several else (),
-                high=tuple(map(max, at_once)) if several else (),
-            )
-        )
+        lines.append(over_seeds(arm, [rate * updates[index] for index in kept], at_once))
     clock = "seconds" if seconds else "updates"
     spread = " The band is from the lowest to the highest seed." if len(found.seeds) > 1 else ""
     return Figure(

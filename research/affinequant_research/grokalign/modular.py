@@ -27,8 +27,8 @@ from affinequant_research.grokalign.training import (
     geometry,
     hits,
     measured,
-    one,
 )
+from affinequant_research.series import one_of
 
 TOKENS = 3
 PROBED = 64
@@ -143,7 +143,9 @@ def build(config: Modular, seed: int, arm: str) -> Trial:
         measured("train_acc", "higher", lambda subject: hits(tell, train).cpu()),
         measured("test_acc", "higher", lambda subject: hits(tell, test).cpu()),
         measured("jac_fro", "lower", lambda subject: norms(256)),
-        Metric(name="fourier_gini", better="higher", function=lambda subject: one(fourier_gini(subject.tokens[:-1]))),
+        Metric(
+            name="fourier_gini", better="higher", function=lambda subject: one_of(fourier_gini(subject.tokens[:-1]))
+        ),
     )
     probes = {
         "train_acc": lambda: accuracy(tell, train),

@@ -22,7 +22,7 @@ from affinequant_research.grokalign.jacobian import (
     leading_share,
     row_alignment,
 )
-from affinequant_research.series import first_update
+from affinequant_research.series import first_update, one_of
 
 Batch = tuple[Tensor, Tensor]
 """Inputs, and what belongs to them."""
@@ -201,11 +201,6 @@ def suite_of(name: str, train: Batch, test: Batch, probed: Tensor, more: Sequenc
     return Suite(name=name, metrics=(*sides, *kinds, *more))
 
 
-def one(value: float) -> Score:
-    """A number of which there is one."""
-    return Score(value=value, stderr=None, n=1)
-
-
 def delays(fitted: FitReport, series: Mapping[str, Series], reach: float, learnt: float = 0.99) -> dict[str, Score]:
     """How long `test_acc` took to be `reach`, in updates and seconds, and `train_acc` to be `learnt`; what an update cost.
     Seconds are those of `fit`, probes included, at its mean rate."""
@@ -214,5 +209,5 @@ def delays(fitted: FitReport, series: Mapping[str, Series], reach: float, learnt
         "updates": first_update(series["test_acc"], ">=", reach),
         "seconds": first_update(series["test_acc"], ">=", reach, rate),
         "updates_to_train": first_update(series["train_acc"], ">=", learnt),
-        "ms_per_update": one(1000 * rate),
+        "ms_per_update": one_of(1000 * rate),
     }

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from affinequant_evals import Score
-from affinequant_evals.scores import Better, mean_score
+from affinequant_evals.scores import Better
 from jaxtyping import Float
 from torch import Tensor
 
@@ -48,7 +48,7 @@ def by_dimension(found: Found, arms: Sequence[str], unit: str = "degrees", capti
     """The largest and the mean error of each representation, sorted by its dimension."""
     drawn = sorted(arms, key=lambda arm: REPRESENTATIONS[arm].dims)
     series = tuple(
-        Series(name=name, y=tuple(_mean(found, f"{arm}/{metric}") for arm in drawn))
+        Series(name=name, y=tuple(found.mean(f"{arm}/{metric}") for arm in drawn))
         for name, metric in (("largest", "max"), ("mean", "mean"))
     )
     return Figure(
@@ -65,7 +65,7 @@ def by_percentile(found: Found, arms: Sequence[str], unit: str = "degrees") -> F
     """Errors from the median to the largest."""
     names = (*PERCENTILES, "max")
     series = tuple(
-        Series(name=arm, x=(1, 2, 3, 4, 5), y=tuple(_mean(found, f"{arm}/{name}") for name in names)) for arm in arms
+        Series(name=arm, x=(1, 2, 3, 4, 5), y=tuple(found.mean(f"{arm}/{name}") for name in names)) for arm in arms
     )
     return Figure(
         kind="line",
@@ -102,7 +102,7 @@ def by_bits(found: Found, arms: Sequence[str]) -> Figure:
         kind="line",
         title="error of the network with rounded weights",
         series=tuple(
-            Series(name=arm, x=x, y=tuple(_mean(found, f"{arm}/mean@w{bits}") for bits in BITS)) for arm in arms
+            Series(name=arm, x=x, y=tuple(found.mean(f"{arm}/mean@w{bits}") for bits in BITS)) for arm in arms
         ),
         x=Axis(label="weights", unit="bits"),
         y=Axis(label="mean error", unit="degrees", log=True),
@@ -120,8 +120,3 @@ def figures(
     return tuple(
         replace(figure, title=f"{name}: {figure.title}", key=f"{name}-{index}") for index, figure in enumerate(made)
     )
-
-
-def _mean(found: Found, name: str) -> float | None:
-    values = found.values(name)
-    return mean_score(values).value if values else None

@@ -43,7 +43,7 @@ from affinequant.transforms import LEARNED_ROTATIONS, build
 from affinequant_research.experiment import Claim, Experiment, Found, Series, Trial, arms
 from affinequant_research.rotations.angles import Scores
 from affinequant_research.rotations.learner import seeded
-from affinequant_research.series import value_at
+from affinequant_research.series import one_of, value_at
 
 VOCAB = 256
 REPEATS = 3
@@ -177,7 +177,7 @@ def build_trial(config: Settings, seed: int, chart: str) -> Trial:
         within = value_at(seen, config.seconds / step)
         return {
             "start": value_at(seen, 0),
-            "equal updates": Score(value=min(seen[1]), stderr=None, n=1),
+            "equal updates": one_of(min(seen[1])),
             "equal seconds": within,
             "step": Score(value=step, stderr=None, n=REPEATS),
         }

@@ -4,7 +4,6 @@ What a picture keeps is a plain matrix: rows (time, x, y) of particles, or (line
 """
 
 from collections.abc import Mapping, Sequence
-from statistics import fmean
 
 from torch import Tensor
 
@@ -12,6 +11,7 @@ from affinequant.report.figure import Axis, Figure
 from affinequant.report.figure import Series as Line
 from affinequant_research.experiment import Found, Picture
 from affinequant_research.schrodinger.systems import Snapshots
+from affinequant_research.series import over_seeds
 
 PARTICLES = 60
 """Of a snapshot that are drawn at most."""
@@ -82,19 +82,10 @@ def distances(
     Args:
         kinds: name -> the stage whose metrics `w2@t1`, ... they are, e.g. `vanilla`, `refined`, `oracle`.
     """
-    drawn = []
-    for name, stage in kinds.items():
-        values = [found.values(f"{stage}/{metric}@t{time:g}") for time in times]
-        band = len(found.seeds) > 1 and all(values)
-        drawn.append(
-            Line(
-                name=name,
-                x=tuple(times),
-                y=tuple(fmean(one) if one else None for one in values),
-                low=tuple(map(min, values)) if band else (),
-                high=tuple(map(max, values)) if band else (),
-            )
-        )
+    drawn = [
+        over_seeds(name, times, [found.values(f"{stage}/{metric}@t{time:g}") for time in times])
+        for name, stage in kinds.items()
+    ]
     return Figure(
         kind="line",
         key=f"{experiment}_{metric}",

@@ -4,16 +4,14 @@ The drift is linear in them, so that likelihood has a closed form; `--set estima
 """
 
 from affinequant_research.experiment import Claim
-from affinequant_research.schrodinger.refine import Settings, experiment
+from affinequant_research.schrodinger.refine import AUTHORS, SMOKE, Settings, experiment
 
 BENCH = Settings(system="lotka-volterra", passes=16, particles=400, estimator="least-squares", relax=1.5)
 PRESETS = {
-    "smoke": Settings(system="lotka-volterra", passes=2, sweeps=2, most_sweeps=20, particles=60, dt=0.1, updates=20),
+    "smoke": Settings(system="lotka-volterra", **SMOKE, updates=20),
     "ci": Settings(system="lotka-volterra", passes=10, estimator="least-squares", relax=1.5),
     "bench": BENCH,
-    "paper": Settings(
-        system="lotka-volterra", sweeps=10, particles=50, dt=0.02, regressor="gp", centred=False, updates=20
-    ),
+    "paper": Settings(system="lotka-volterra", particles=50, dt=0.02, **AUTHORS),
 }
 CLAIMS = {
     "ci": (

@@ -8,7 +8,7 @@ top of the affine here, for the vanilla bridges as for the refined ones.
 from dataclasses import replace
 
 from affinequant_research.experiment import Claim
-from affinequant_research.schrodinger.refine import Settings, experiment
+from affinequant_research.schrodinger.refine import AUTHORS, Settings, experiment
 
 BENCH = Settings(
     system="genes",
@@ -30,9 +30,7 @@ PRESETS = {
     ),
     "ci": replace(BENCH, passes=3, sweeps=2, particles=100, increments=3000),
     "bench": BENCH,
-    "paper": Settings(
-        system="genes", sweeps=10, particles=150, dt=0.05, regressor="gp", centred=False, updates=20, rate=0.01
-    ),
+    "paper": Settings(system="genes", particles=150, dt=0.05, **AUTHORS, rate=0.01),
 }
 BEATS = "derived: a reference that learns beats none"
 CLAIMS = {

@@ -22,6 +22,7 @@ What goes on to the next pass is theta and the drifts.
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from affinequant_evals import Score
@@ -38,8 +39,9 @@ from affinequant_research.schrodinger.loading import load_snapshots
 from affinequant_research.schrodinger.measures import oracle
 from affinequant_research.schrodinger.references import FAMILIES, Family, Theta, still
 from affinequant_research.schrodinger.regression import REGRESSORS, How
-from affinequant_research.schrodinger.scoring import about_theta, measured, one
+from affinequant_research.schrodinger.scoring import about_theta, measured
 from affinequant_research.schrodinger.systems import Snapshots, seeded, simulated, system
+from affinequant_research.series import one_of
 
 HERE = "affinequant_research.schrodinger.refine:"
 ESTIMATORS = ("adam", "least-squares")
@@ -85,6 +87,11 @@ class Settings:
     transport: float = 0.75
     data: str = ""
     sigma: float = 0.1
+
+
+SMOKE: Mapping[str, Any] = {"passes": 2, "sweeps": 2, "most_sweeps": 20, "particles": 60, "dt": 0.1}
+AUTHORS: Mapping[str, Any] = {"sweeps": 10, "regressor": "gp", "centred": False, "updates": 20}
+"""What presets `smoke` and `paper` of the experiments have in common."""
 
 
 def passes(config: Settings) -> tuple[str, ...]:
@@ -184,8 +191,8 @@ def pass_stage(work: Work, stage: Stage, carry: Carry) -> Carry:
     fitted = refined(family, theta, bridges, config, generator)
     scores, series = measured(bridges, train, held, config.particles, generator)
     kls = path_kl(bridges, reference).sum(), path_kl(bridges, family.at(fitted.theta)).sum()
-    scores |= {name: one(float(value)) for name, value in zip(("kl", "kl_fitted"), kls, strict=True)}
-    scores |= {"fit_loss": one(fitted.loss)} | about_theta(
+    scores |= {name: one_of(float(value)) for name, value in zip(("kl", "kl_fitted"), kls, strict=True)}
+    scores |= {"fit_loss": one_of(fitted.loss)} | about_theta(
         fitted.theta, {} if config.data else system(config.system).true
     )
     if stage.name == names[-1]:

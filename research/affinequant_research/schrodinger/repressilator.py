@@ -6,7 +6,7 @@ on forward paths alone, and drifts have bumps on top of the affine.
 """
 
 from affinequant_research.experiment import Claim
-from affinequant_research.schrodinger.refine import Settings, experiment
+from affinequant_research.schrodinger.refine import AUTHORS, SMOKE, Settings, experiment
 
 BENCH = Settings(
     system="repressilator",
@@ -20,7 +20,7 @@ BENCH = Settings(
     relax=1.8,
 )
 PRESETS = {
-    "smoke": Settings(system="repressilator", passes=2, sweeps=2, most_sweeps=20, particles=60, dt=0.1, updates=20),
+    "smoke": Settings(system="repressilator", **SMOKE, updates=20),
     "ci": Settings(
         system="repressilator",
         passes=8,
@@ -32,9 +32,7 @@ PRESETS = {
         regressor="bent",
     ),
     "bench": BENCH,
-    "paper": Settings(
-        system="repressilator", sweeps=10, particles=50, dt=0.01, regressor="gp", centred=False, updates=20
-    ),
+    "paper": Settings(system="repressilator", particles=50, dt=0.01, **AUTHORS),
 }
 CLAIMS = {
     "ci": (

@@ -12,6 +12,7 @@ from affinequant_research.schrodinger.likelihood import as_numbers
 from affinequant_research.schrodinger.measures import apart
 from affinequant_research.schrodinger.references import Theta
 from affinequant_research.schrodinger.systems import Snapshots
+from affinequant_research.series import one_of
 
 
 def measured(
@@ -25,10 +26,10 @@ def measured(
         made = [torch.cat(chains(when)[ways]) for when in held.times]
         scores |= {key.replace("w2", name): score for key, score in apart(made, held, ("w2",)).items()}
     ends = [*bridges.ends.forward, *bridges.ends.backward]
-    scores["end_mean"] = one(sum(ends) / len(ends))
+    scores["end_mean"] = one_of(sum(ends) / len(ends))
     series: dict[str, Series] = {}
     for name, values in bridges.ends._asdict().items():
-        scores[f"end_{name}"] = one(max(values))
+        scores[f"end_{name}"] = one_of(max(values))
         series[f"end_{name}"] = (intervals.start.flatten().tolist(), list(values))
     return scores, series
 
@@ -73,11 +74,6 @@ def chained(
 def about_theta(theta: Theta, true: Mapping[str, float]) -> dict[str, Score]:
     """The parameters that are numbers, and the worst relative error of those that the truth has."""
     values = as_numbers(theta)
-    scores = {f"theta.{name}": one(value) for name, value in values.items()}
+    scores = {f"theta.{name}": one_of(value) for name, value in values.items()}
     errors = [abs(values[name] / known - 1) for name, known in true.items() if name in values and known]
-    return scores | ({"theta_error": one(max(errors))} if errors else {})
-
-
-def one(value: float) -> Score:
-    """A number of which there is one."""
-    return Score(value=value, stderr=None, n=1)
+    return scores | ({"theta_error": one_of(max(errors))} if errors else {})

@@ -5,15 +5,13 @@ seen; the law is linear, so bridges that are affine at each time are exact and t
 """
 
 from affinequant_research.experiment import Claim
-from affinequant_research.schrodinger.refine import Settings, experiment
+from affinequant_research.schrodinger.refine import AUTHORS, SMOKE, Settings, experiment
 
 PRESETS = {
-    "smoke": Settings(
-        system="springs", passes=2, sweeps=2, most_sweeps=20, particles=60, dt=0.1, estimator="least-squares"
-    ),
+    "smoke": Settings(system="springs", **SMOKE, estimator="least-squares"),
     "ci": Settings(system="springs", passes=8, dt=0.1, estimator="least-squares"),
     "bench": Settings(system="springs", passes=20, estimator="least-squares"),
-    "paper": Settings(system="springs", sweeps=10, particles=80, dt=0.02, regressor="gp", centred=False, updates=20),
+    "paper": Settings(system="springs", particles=80, dt=0.02, **AUTHORS),
 }
 BEATS = "derived: a reference of the right family; measured on seed 0"
 CLAIMS = {

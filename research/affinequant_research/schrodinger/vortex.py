@@ -5,13 +5,13 @@ far a family is from currents as they are is not to be seen.
 """
 
 from affinequant_research.experiment import Claim
-from affinequant_research.schrodinger.refine import Settings, experiment
+from affinequant_research.schrodinger.refine import AUTHORS, SMOKE, Settings, experiment
 
 PRESETS = {
-    "smoke": Settings(system="vortex", passes=2, sweeps=2, most_sweeps=20, particles=60, dt=0.1, updates=20),
+    "smoke": Settings(system="vortex", **SMOKE, updates=20),
     "ci": Settings(system="vortex", passes=5, dt=0.1),
     "bench": Settings(system="vortex", passes=12),
-    "paper": Settings(system="vortex", sweeps=10, particles=50, dt=0.02, regressor="gp", centred=False, updates=20),
+    "paper": Settings(system="vortex", particles=50, dt=0.02, **AUTHORS),
 }
 BEATS = "derived: a reference of the right family; measured on seed 0"
 CLAIMS = {
