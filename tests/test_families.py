@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import affinequant
@@ -112,3 +113,13 @@ def test_an_architecture_that_is_not_known_is_refused_by_name(
     with pytest.raises(AffineQuantError, match=f"unsupported architecture: {name or 'none named'}") as caught:
         affinequant.plan(folder, **fields)
     assert caught.value.exit_code == 3 and file in caught.value.fix
+
+
+def test_positions_that_are_missing_are_named(tiny_copy: Callable[..., Path], fields: dict[str, Any]) -> None:
+    folder = tiny_copy(family="opt", tied=True)
+    stored = load_file(folder / "model.safetensors")
+    stored.pop("model.decoder.embed_positions.weight")
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(AffineQuantError, match=r"model\.decoder\.embed_positions\.weight is missing") as caught:
+        affinequant.plan(folder, **fields)
+    assert caught.value.exit_code == 3

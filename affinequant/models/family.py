@@ -11,9 +11,6 @@ End = tuple[str, Side]
 """A module of a block, or `module:part` of a fused one, and which side of it carries a site's features."""
 
 
-_CENTRED = "its norms take away the mean, which rotations do not leave alone"
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinearSpec:
     """A linear of a block: weight [rows, columns], and a bias [rows] always or where the config's flag of that name is set.
@@ -241,9 +238,17 @@ def resolve_sites(family: Family, dims: Dims, tp: int = 1) -> tuple[Site, ...]:
             slices=tp if spec.kind in ("heads", "linear") else 1,
             sources=tuple(edge(end, spec, expert) for end in spec.sources),
             sinks=tuple(edge(end, spec, expert) for end in spec.sinks),
-            closed=_CENTRED if family.layer_norm and spec.kind == "residual" else "",
+            closed=_stream_closed(family) if spec.kind == "residual" else "",
         )
 
     return tuple(
         site(spec, expert) for spec in family.sites for expert in (range(dims.experts) if spec.each_expert else (None,))
     )
+
+
+def _stream_closed(family: Family) -> str:
+    """Why no map passes the residual stream; "" where rotations do."""
+    if family.layer_norm:
+        return "its norms take away the mean, which rotations do not leave alone"
+    behind = next((layer.post_norm for layer in family.layers.values() if layer.post_norm), "")
+    return f"the gain of {behind} acts on what a layer adds: no map passes it" if behind else ""

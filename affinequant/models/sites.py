@@ -123,13 +123,10 @@ def place(site: Site, structure: Structure) -> Placement:
     """
     if site.closed:
         return Placement(how="refused", reason=site.closed)
-    behind = [edge.module for edge in site.sources if edge.side == "gain"]
-    if site.kind == "residual" and behind:
-        return Placement(how="refused", reason=f"the gain of {behind[0]} acts on what a layer adds: no map passes it")
-    if site.kind == "rope" and behind and structure in _FOLDS["rope"]:
-        return Placement(
-            how="refused", reason=f"the gain of {behind[0]} acts between the linear and RoPE: no map passes it"
-        )
+    first = site.sources[0] if site.sources else None
+    if first and first.side == "gain" and site.kind == "rope" and structure in _FOLDS["rope"]:
+        reason = f"the gain of {first.module} acts between the linear and RoPE: no map passes it"
+        return Placement(how="refused", reason=reason)
     if structure in _FOLDS[site.kind]:
         return Placement(how="folded", reason=_FOLDS[site.kind][structure])
     if structure in _ONLINE.get(site.kind, {}):

@@ -147,7 +147,8 @@ def check_tensors(source: Source, family: Family, dims: Dims) -> None:
     if not dims.tied:
         shapes[f"{family.head}.weight"] = (dims.vocab, dims.hidden)
     if family.positions:
-        shapes[f"{family.positions}.weight"] = (*source.entries[f"{family.positions}.weight"].shape[:1], dims.hidden)
+        table = source.entries.get(f"{family.positions}.weight")
+        shapes[f"{family.positions}.weight"] = (*(table.shape[:1] if table else ()), dims.hidden)
     linears, config = set[str](), family.read(source.config)
     for index, block in enumerate(family.each_block(dims)):
         for linear in block.linears:
