@@ -73,6 +73,29 @@ class Measurements:
 AFFINEQUANT_TASKS = ("piqa", "arc_easy", "arc_challenge", "boolq", "hellaswag", "winogrande")
 FLATQUANT_TASKS = ("piqa", "hellaswag", "arc_easy", "arc_challenge", "winogrande", "lambada_openai")
 
+_PAPER = Measurements(
+    about="as AffineQuant was evaluated: WikiText-2 test, the older C4, six tasks without shots; needs a hub",
+    texts=("wikitext2", "c4"),
+    tasks=AFFINEQUANT_TASKS,
+    num_fewshot=0,
+    bos="first",
+    mean="paper",
+)
+_FLATQUANT = replace(
+    _PAPER,
+    about="as FlatQuant was evaluated: WikiText-2 test, the newer C4, six tasks without shots; needs a hub",
+    texts=("wikitext2", "c4-new"),
+    tasks=FLATQUANT_TASKS,
+    mean="flatquant",
+)
+
+
+def _tasks_of(suite: Measurements) -> Measurements:
+    """A paper's suite without its texts."""
+    about = f"the tasks of {suite.mean} alone, which need no hub: {', '.join(suite.tasks)}"
+    return replace(suite, about=about, texts=(), bos="no", mean=f"{suite.mean}-tasks")
+
+
 SUITES: dict[str, Measurements] = {
     "quick": Measurements(
         about="perplexity on 6 windows of the demo's text and 100 documents of four tasks; no hub needed",
@@ -82,36 +105,7 @@ SUITES: dict[str, Measurements] = {
         limit=100,
         mean="quick",
     ),
-    "paper": Measurements(
-        about="as AffineQuant was evaluated: WikiText-2 test, the older C4, six tasks without shots; needs a hub",
-        texts=("wikitext2", "c4"),
-        tasks=AFFINEQUANT_TASKS,
-        num_fewshot=0,
-        bos="first",
-        mean="paper",
-    ),
-    "paper-tasks": Measurements(
-        about=f"the tasks of paper alone, which need no hub: {', '.join(AFFINEQUANT_TASKS)}",
-        tasks=AFFINEQUANT_TASKS,
-        num_fewshot=0,
-        bos="no",
-        mean="paper-tasks",
-    ),
-    "flatquant": Measurements(
-        about="as FlatQuant was evaluated: WikiText-2 test, the newer C4, six tasks without shots; needs a hub",
-        texts=("wikitext2", "c4-new"),
-        tasks=FLATQUANT_TASKS,
-        num_fewshot=0,
-        bos="first",
-        mean="flatquant",
-    ),
-    "flatquant-tasks": Measurements(
-        about=f"the tasks of flatquant alone, which need no hub: {', '.join(FLATQUANT_TASKS)}",
-        tasks=FLATQUANT_TASKS,
-        num_fewshot=0,
-        bos="no",
-        mean="flatquant-tasks",
-    ),
+    **{suite.mean: suite for one in (_PAPER, _FLATQUANT) for suite in (one, _tasks_of(one))},
 }
 
 
