@@ -117,12 +117,7 @@ def _attractor(found: Found, name: str, arms: Sequence[str], labels: tuple[str, 
     low, high = known.min(1) - wide, known.max(1) + wide
     for arm in arms:
         points = np.array(first[f"{arm}/points"]).reshape(-1, 3)
-        labelled = region_names(first, arm)
-        names = np.array([labelled.get(int(code), OTHERS) for code in points[:, 2]])
-        for region in dict.fromkeys([*labelled.values(), OTHERS]):
-            inside = points[names == region]
-            if len(inside):
-                lines.append(Line(name=region, panel=arm, x=tuple(inside[:, 0]), y=tuple(inside[:, 1])))
+        lines += by_region(points, region_names(first, arm), arm)
         fixed = [one for one in first[f"{arm}/fixed"] if (low <= one).all() and (one <= high).all()]
         if fixed:
             lines.append(
@@ -138,6 +133,17 @@ def _attractor(found: Found, name: str, arms: Sequence[str], labels: tuple[str, 
         caption=f"Of seed {found.seeds[0]}. In each colour the model is one affine map. Digits say which units are on; "
         "fixed points are the real ones of regions with a hundredth of the steps.",
     )
+
+
+def by_region(points: Floats, labelled: Mapping[int, str], panel: str) -> list[Line]:
+    """Points (x, y, code) as a series for each region that has any, in the order of their colours."""
+    names = np.array([labelled.get(int(code), OTHERS) for code in points[:, 2]])
+    inside = {region: points[names == region] for region in dict.fromkeys([*labelled.values(), OTHERS])}
+    return [
+        Line(name=region, panel=panel, x=tuple(some[:, 0]), y=tuple(some[:, 1]))
+        for region, some in inside.items()
+        if len(some)
+    ]
 
 
 def region_names(pictures: Mapping[str, Picture], arm: str) -> dict[int, str]:

@@ -27,7 +27,7 @@ from affinequant_research.alrnn.codes import (
     shares,
     written,
 )
-from affinequant_research.alrnn.drawing import OTHERS, drawn, pictures_of, region_names
+from affinequant_research.alrnn.drawing import by_region, drawn, pictures_of, region_names
 from affinequant_research.alrnn.freerun import Scores, distance, free_run, of_run
 from affinequant_research.alrnn.measures import Floats, n_step_error, padded
 from affinequant_research.alrnn.model import AlmostLinear
@@ -208,11 +208,8 @@ def _beats(found: Found, name: str) -> Figure:
         labelled = region_names(first, arm)
         for key, panel in (("led", f"{arm}, led along the truth"), ("free", f"{arm}, free")):
             points = np.array(first[f"{arm}/{key}"]).reshape(-1, 3)
-            names = np.array([labelled.get(int(code), OTHERS) for code in points[:, 2]])
             lines.append(Line(panel=panel, x=tuple(points[:, 0]), y=tuple(points[:, 1]), joined=True))
-            for region in dict.fromkeys([*labelled.values(), OTHERS]):
-                x, y, _ = points[names == region].T
-                lines.append(Line(name=region, panel=panel, x=tuple(x), y=tuple(y)))
+            lines += by_region(points, labelled, panel)
     return Figure(
         kind="scatter",
         key=f"{name}_beats",
