@@ -21,7 +21,7 @@ LAYERS = [
     {"models"},
     {"transforms"},
     {"formats", "costs"},
-    {"stages"},
+    {"stages", "advice"},
     {"plan", "rounding", "runtime"},
     {"learning", "serve"},
     {"verify", "fit"},

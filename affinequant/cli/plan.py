@@ -2,9 +2,11 @@
 
 import argparse
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from affinequant.advice import HARDWARE, advice, gains, this_cpu
 from affinequant.cli.arguments import Parser, add_recipe, recipe_of
 from affinequant.cli.output import Screen, minutes, size
 from affinequant.recipe.recipe import Recipe
@@ -19,15 +21,20 @@ For each site the table says what becomes of its transform: folded into the weig
 run time; its cost is given), or refused. -v adds what every other transform would be there. Minutes and gigabytes are
 arithmetic, not measurements. A config.json without weights is enough.
 
+--for says what another device would gain from this scheme and its neighbours: sm_80, sm_86, sm_89, sm_90, sm_100, cpu-amx,
+cpu-vnni, cpu-avx2. On GPUs these are bounds, by bytes and by rates of products; on CPUs measurements.
+
 examples:
   affinequant plan meta-llama/Llama-2-70b-hf --w4a4 --cpu-memory 64GB
   affinequant plan ./my-llama --w4a16-g128 --preset fast --json
+  affinequant plan ./my-llama --w4a4 --for sm_90
 """
 
 
 def add_arguments(parser: Parser) -> None:
-    """MODEL and the recipe's flags."""
+    """MODEL, the device that is asked about, and the recipe's flags."""
     parser.add_argument("model", metavar="MODEL", nargs="?", help=model_help())
+    parser.add_argument("--for", metavar="DEVICE", dest="target", help="what that device gains from the scheme")
     add_recipe(parser)
 
 
@@ -41,8 +48,10 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
     from affinequant.plan import plan
 
     recipe = recipe_of(args)
+    if args.target:
+        gains(args.target, recipe.scheme)  # before anything is fetched
     fetch_demo(recipe.model, screen)
-    print_plan(plan(recipe), screen)
+    print_plan(plan(recipe), screen, args.target or "")
     return 0
 
 
@@ -71,8 +80,8 @@ def header(made: "Plan") -> dict[str, str]:
     return lines | {"note" + " " * index: note for index, note in enumerate(made.notes)}
 
 
-def print_plan(made: "Plan", screen: Screen) -> None:
-    """The plan as tables, or as JSON."""
+def print_plan(made: "Plan", screen: Screen, target: str = "") -> None:
+    """The plan as tables, or as JSON; with what the device `target` gains, or the CPU at hand where it is to be used."""
     from affinequant.transforms.placements import block_flops
 
     block = block_flops(made.family, made.dims)
@@ -86,7 +95,7 @@ def print_plan(made: "Plan", screen: Screen) -> None:
     screen.facts(_figures(made))
     for note in made.notes:
         screen.print(f"note: {note}")
-    value = made.to_json()
+    value = made.to_json() | {"advice": _advice(made, screen, target)}
     for site in value["sites"]:
         site["percent_of_block"] = round(100 * site["flops_per_token"] / block, 3)
     screen.result(value)
@@ -103,6 +112,27 @@ def _print_sites(made: "Plan", block: int, screen: Screen) -> None:
         rows.append([name, transform, how, cost, f"{100 * placement.flops / block:.1f} %", placement.reason])
     columns = ["site", "transform", "placement", "FLOPs/token", "of the block", "reason"]
     screen.table(columns, rows, right=(3, 4))
+
+
+def _advice(made: "Plan", screen: Screen, target: str) -> dict[str, Any] | None:
+    device = target or (this_cpu() if made.device == "cpu" else "")
+    if not device:
+        return None
+    found, text = gains(device, made.recipe.scheme), advice(device, made.recipe.scheme)
+    hardware = HARDWARE[device]
+    if target:
+        screen.print()
+        columns = ["scheme", "one token", "many tokens", "what the figures are"]
+        rows = [[gain.scheme, _times(gain.one), _times(gain.many), gain.basis] for gain in found]
+        screen.table(columns, rows, right=(1, 2), title=f"what a linear gains on {device} ({hardware.about})")
+    for said in (hardware.note if target else "", text):
+        if said:
+            screen.print(f"{device}: {said}")
+    return {"device": device, "gains": [asdict(gain) for gain in found], "note": hardware.note, "text": text}
+
+
+def _times(value: float | None) -> str:
+    return "?" if value is None else f"{value:.1f}x"
 
 
 def _print_choices(made: "Plan", block: int, screen: Screen) -> None:
