@@ -95,7 +95,8 @@ def print_plan(made: "Plan", screen: Screen, target: str = "") -> None:
     screen.facts(_figures(made))
     for note in made.notes:
         screen.print(f"note: {note}")
-    value = made.to_json() | {"advice": _advice(made, screen, target)}
+    value = made.to_json()
+    value["advice"] = _advice(made, screen, target)
     for site in value["sites"]:
         site["percent_of_block"] = round(100 * site["flops_per_token"] / block, 3)
     screen.result(value)
