@@ -288,6 +288,10 @@ def test_units_that_switch_together_are_seen() -> None:
     found = of_run(model, np.ones((2000, 1)) + np.random.default_rng(0).random((2000, 1)), 2000, 1.0)
     assert found["regions"][1].value == 2 and set(found["regions"][1].about) == {"0", "3"}
     assert found["apart"][1].value == 1
+    assert found["changes"][1].value == 2 and found["changes"][1].about == {
+        "00 to 11": pytest.approx(0.5, abs=1e-3),
+        "11 to 00": pytest.approx(0.5, abs=1e-3),
+    }
 
 
 def test_more_than_ten_dimensions_are_compared_by_mixtures() -> None:

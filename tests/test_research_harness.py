@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -41,9 +42,6 @@ class Square:
 
     def loss(self, batch: Tensor) -> Tensor:
         return (self.w - batch).square().mean()
-
-    def progress(self, t: float) -> list[torch.nn.Parameter]:
-        return []
 
 
 def build(config: Settings, seed: int, arm: str) -> Trial:
@@ -222,6 +220,8 @@ def test_the_command_lists_runs_and_judges(
         "quick",
     ]
     assert json.loads((tmp_path / "out/report.json").read_text()) == report
+    errors = [result["metrics"]["quick/error"]["value"] for result in report["results"]]
+    assert report["tables"][0]["rows"][1][1] == f"{fmean(errors):.4g} ({min(errors):.4g} to {max(errors):.4g})"
     impossible = Claim(metric="quick/error", op="<=", than=0.0, source="derived")
 
     harder = dataclasses.replace(TOY, claims={"ci": (impossible,)})

@@ -23,7 +23,9 @@ _SIGNS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.
 
 
 class Objective(Protocol):
-    """Something to minimise. `state()` and `load(state)`, if it has them, are for what it knows beside its parameters."""
+    """Something to minimise. If it has `progress(t)`, that is told before each step how far training is, 0 to 1, and returns
+    the parameters whose optimizer state starts afresh. `state()` and `load(state)`, if it has them, are for what it knows
+    beside its parameters."""
 
     def groups(self) -> Sequence[Group]:
         """What is trained."""
@@ -32,10 +34,6 @@ class Objective(Protocol):
     def loss(self, batch: Any) -> Loss | Iterator[tuple[Sequence[str], Loss]]:
         """What is minimised. An iterator makes several updates of one batch: each item names groups and gives a loss that
         moves them alone, and the next is asked for when they have moved."""
-        ...
-
-    def progress(self, t: float) -> Sequence[torch.nn.Parameter]:
-        """Told before each step how far training is, 0 to 1; returns parameters whose optimizer state starts afresh."""
         ...
 
 
@@ -155,10 +153,11 @@ class _State:
         """Mean loss of the epoch, or None at the first non-finite value."""
         start, total, terms = self._copies(), 0.0, {}
         count, accumulate = self.config.steps_per_epoch, self.config.accumulate
+        progress = getattr(self.objective, "progress", lambda t: ())
         span = max(1, self.config.epochs * count)
         for index, batch in enumerate(batches):
             t = min(1.0, (self.epoch * count + index) / span)
-            for parameter in self.objective.progress(t):
+            for parameter in progress(t):
                 self.optimizer.state.pop(parameter, None)
             size = min(accumulate, count - index // accumulate * accumulate)
             ends = (index + 1) % accumulate == 0 or index + 1 == count

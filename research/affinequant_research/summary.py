@@ -10,6 +10,8 @@ from affinequant_research.experiment import Experiment, Method
 from affinequant_research.running import found
 
 Results = Sequence[Mapping[str, Any]]
+ENOUGH = 4
+"""Seeds from which an interval of their mean says something: of two it is 13 times as wide as they are apart."""
 
 
 def summary(method: Method, preset: str, done: Sequence[tuple[Experiment, Any, Results]]) -> dict[str, Any]:
@@ -78,14 +80,17 @@ def _stages(pairs: Any) -> list[str]:
 
 
 def _shown(results: Results, name: str) -> str:
-    """The mean over seeds and its 95 % interval; `>` before what was cut off by the budget on any of them."""
+    """The mean over seeds and its 95 % interval, which two or three do not give: then the least and the greatest. `>` is
+    before what was cut off by the budget on any of them."""
     scores = [result["metrics"][name] for result in results if name in result["metrics"]]
     if not scores:
         return ""
-    score = mean_score([one["value"] for one in scores])
-    cut = "> " if any(one["about"].get("censored") for one in scores) else ""
-    interval = score.interval
-    return cut + _number(score.value) + (f" [{_number(interval[0])}, {_number(interval[1])}]" if interval else "")
+    values = [one["value"] for one in scores]
+    score = mean_score(values)
+    shown = ("> " if any(one["about"].get("censored") for one in scores) else "") + _number(score.value)
+    if 1 < len(values) < ENOUGH:
+        return f"{shown} ({_number(min(values))} to {_number(max(values))})"
+    return shown + (f" [{_number(score.interval[0])}, {_number(score.interval[1])}]" if score.interval else "")
 
 
 def _claims(results: Results) -> list[dict[str, Any]]:

@@ -5,8 +5,8 @@ M - P + k, written with the first of these units first: `01` is the region in wh
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
 
+import networkx
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
@@ -14,9 +14,6 @@ from scipy.optimize import linear_sum_assignment
 from affinequant.errors import AffineQuantError
 from affinequant_research.alrnn.measures import Floats, has_diverged
 from affinequant_research.alrnn.model import AlmostLinear
-
-if TYPE_CHECKING:
-    import networkx
 
 Codes = NDArray[np.integer]
 MOST_BENT = 52
@@ -82,13 +79,10 @@ def graph_of(codes: Codes, bent: int, least: float = 0.0) -> "networkx.DiGraph[s
 
     Args:
         least: share of steps from which a region is there.
-
-    Raises:
-        AffineQuantError: networkx is not installed (exit 2).
     """
     known = visited(codes, least)
     counts, parts = transitions(codes, known), shares(codes)
-    graph = _networkx().DiGraph()
+    graph = networkx.DiGraph()
     graph.add_nodes_from((written(code, bent), {"share": parts[code]}) for code in known)
     for i, j in zip(*np.nonzero(counts), strict=True):
         edge = written(known[i], bent), written(known[j], bent)
@@ -102,7 +96,7 @@ def minimal_graph(codes: Codes, bent: int, least: float = RARE) -> "networkx.DiG
     graph = graph_of(codes, bent, least)
     if not graph:
         return graph
-    parts = sorted(_networkx().strongly_connected_components(graph), key=lambda part: (-len(part), sorted(part)))
+    parts = sorted(networkx.strongly_connected_components(graph), key=lambda part: (-len(part), sorted(part)))
     kept = graph.subgraph(parts[0]).copy()
     kept.remove_edges_from([(node, node) for node in kept])
     return kept
@@ -143,13 +137,3 @@ def along(model: AlmostLinear, series: Floats, interval: int) -> Floats:
         if has_diverged(state):
             state = model.start(observed)
     return latent
-
-
-def _networkx() -> Any:
-    try:
-        import networkx
-    except ImportError:
-        raise AffineQuantError(
-            "networkx is not installed", "graphs of regions", "pip install 'affinequant[research]'"
-        ) from None
-    return networkx

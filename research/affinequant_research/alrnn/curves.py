@@ -1,7 +1,5 @@
 """Figures of how attractors were learnt: checkpoints over updates, what rounding leaves, how many ReLUs it takes."""
 
-from affinequant_evals import mean_score
-
 from affinequant.report.figure import Axis, Figure
 from affinequant.report.figure import Series as Line
 from affinequant_research.alrnn.drawing import drawn
@@ -9,6 +7,7 @@ from affinequant_research.alrnn.quantised import PARTS
 from affinequant_research.alrnn.systems import SYSTEMS
 from affinequant_research.alrnn.training import relus_of
 from affinequant_research.experiment import Found
+from affinequant_research.series import over_seeds
 
 
 def figures(found: Found, name: str) -> list[Figure]:
@@ -66,22 +65,13 @@ def _checkpoints(found: Found, name: str) -> Figure:
 def by_relus(found: Found) -> Figure:
     """The divergence of states of each arm over its number of ReLUs."""
     names = [name for name in found.scores[0] if "/d_stsp@bins" in name or "/d_stsp@gmm" in name]
-    by_arm = {name.split("/")[0]: found.values(name) for name in names}
-    scored = [mean_score(values) for values in by_arm.values()]
+    by_arm = {relus_of(name.split("/")[0]): found.values(name) for name in names}
     return Figure(
         kind="line",
         key="relus",
         title="divergence of states against the number of ReLUs",
-        series=(
-            Line(
-                name="mean over seeds",
-                x=tuple(float(relus_of(arm)) for arm in by_arm),
-                y=tuple(score.value for score in scored),
-                low=tuple(min(values) for values in by_arm.values()),
-                high=tuple(max(values) for values in by_arm.values()),
-            ),
-        ),
+        series=(over_seeds("mean over seeds", list(map(float, by_arm)), list(by_arm.values())),),
         x=Axis(label="ReLUs of all units"),
         y=Axis(label="divergence of states", unit="nats", better="lower"),
-        caption="The band is from the least to the largest of the seeds.",
+        caption="The band, of several seeds, is from the least to the largest.",
     )

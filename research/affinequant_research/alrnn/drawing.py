@@ -6,6 +6,7 @@ A trial gives `pictures_of` its `pictures`, an experiment `drawn` its figures. P
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 
+import networkx
 import numpy as np
 
 from affinequant.report.figure import Axis, Figure
@@ -182,11 +183,7 @@ def _graphs(found: Found, name: str, arms: Sequence[str]) -> Figure | None:
 
 
 def _layout(cells: Floats) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Places of the nodes by how they hang together, by networkx where it is installed; else the report makes a circle."""
-    try:
-        import networkx
-    except ImportError:
-        return (), ()
+    """Places of the nodes by how they hang together."""
     graph = networkx.from_numpy_array((cells + cells.T) > 0)
     found = networkx.kamada_kawai_layout(graph, pos=networkx.circular_layout(graph))
     return tuple(float(found[n][0].round(3)) for n in graph), tuple(float(found[n][1].round(3)) for n in graph)

@@ -6,7 +6,15 @@ from typing import Any
 import numpy as np
 from affinequant_evals import Better, Score
 
-from affinequant_research.alrnn.codes import RARE, region_codes, shares, topological_entropy, transitions, visited
+from affinequant_research.alrnn.codes import (
+    RARE,
+    minimal_graph,
+    region_codes,
+    shares,
+    topological_entropy,
+    transitions,
+    visited,
+)
 from affinequant_research.alrnn.lyapunov import FORGOTTEN, spectrum
 from affinequant_research.alrnn.measures import divergence, of_attractor
 from affinequant_research.alrnn.model import AlmostLinear, Floats
@@ -35,8 +43,9 @@ def of_run(model: AlmostLinear, truth: Floats, steps: int, step: float, **how: A
     """How far a free run is from the truth, which regions it is in, and how fast what is near parts.
 
     `regions` are those with a hundredth of the steps; `apart` is the share of transitions between two of these whose codes
-    differ in more than one unit; `entropy` is topological, of their graph with and without the steps that stay; `settled`
-    counts real fixed points of theirs that attract, which chaos has none of. Where a run diverges at once, the last of all
+    differ in more than one unit; `changes` are the edges of their minimal graph, `about` with the share of all steps of each;
+    `entropy` is topological, of their graph with and without the steps that stay; `settled` counts real fixed points of
+    theirs that attract, which chaos has none of. Where a run diverges at once, the last of all
     of these are not there.
 
     Args:
@@ -48,12 +57,14 @@ def of_run(model: AlmostLinear, truth: Floats, steps: int, step: float, **how: A
     known = visited(codes, RARE)
     counts = transitions(codes, known)
     far = np.array([[(one ^ other).bit_count() > 1 for other in known] for one in known], dtype=bool)
+    changes = minimal_graph(codes, model.P).edges(data="share")
     parts = {str(code): share for code, share in shares(codes).items()}
     return {
         **of_attractor(truth, latent[:, : model.N], steps=steps, **how),
         "regions": ("lower", one_of(len(known), **parts)),
         "regions_touched": ("lower", one_of(len(parts))),
         "apart": ("lower", one_of(counts[far].sum() / max(counts.sum(), 1) if known else 0)),
+        "changes": ("lower", one_of(len(changes), **{f"{one} to {other}": share for one, other, share in changes})),
         "entropy": ("higher", one_of(topological_entropy(counts))),
         "entropy_of_changes": ("higher", one_of(topological_entropy(counts, loops=False))),
         "settled": ("lower", one_of(_settled(model, known))),

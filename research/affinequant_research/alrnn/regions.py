@@ -7,7 +7,7 @@ regions, one after the other, else *virtual*: then it still shapes how trajector
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import groupby, pairwise, product
+from itertools import groupby
 
 import numpy as np
 from numpy.typing import NDArray
@@ -95,19 +95,6 @@ def fixed_points(model: AlmostLinear, codes: Iterable[int]) -> dict[int, Cycle]:
     """The fixed point of each of these regions that has one."""
     found = {int(code): cycle_through(model, [int(code)]) for code in codes}
     return {code: one for code, one in found.items() if one is not None}
-
-
-def closed_words(counts: NDArray[np.integer], longest: int) -> list[tuple[int, ...]]:
-    """Every cyclic sequence of places of up to `longest` steps that follow one another in a matrix of transitions; each once,
-    from its least rotation, without those that are a shorter one again. For few regions and few steps: all are tried."""
-    edges = np.asarray(counts) > 0
-    found = []
-    for length in range(1, longest + 1):
-        for word in product(range(len(edges)), repeat=length):
-            turned = [word[n:] + word[:n] for n in range(1, length)]
-            if all(word < one for one in turned) and all(edges[pair] for pair in pairwise((*word, word[0]))):
-                found.append(word)
-    return found
 
 
 def cycles_near(model: AlmostLinear, latent: Floats, longest: int, most: int = 100) -> list[Cycle]:

@@ -71,10 +71,6 @@ class Learner:
         start = torch.cat([batch[0], self.L @ batch[0]])
         return (self.rollout(self.A, self.W, self.h, start, batch) - batch[1:]).square().mean()
 
-    def progress(self, t: float) -> Sequence[nn.Parameter]:
-        """Nothing changes on the way."""
-        return ()
-
     def model(self) -> AlmostLinear:
         """The network as it stands, in float64."""
         weights = {name: getattr(self, name).detach().double().numpy() for name in "AWhL"}

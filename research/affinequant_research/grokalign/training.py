@@ -122,10 +122,6 @@ class Aligned:
             terms["jacobian"] = self.penalty(outputs, inputs)
         yield (self.group.name,), terms
 
-    def progress(self, t: float) -> list[nn.Parameter]:
-        """Nothing changes on the way."""
-        return []
-
     def state(self) -> dict[str, Any]:
         """Grokfast's running means."""
         return {"means": self.grokfast.means if self.grokfast else []}

@@ -30,10 +30,6 @@ class Learner:
         """What is measured."""
         return self.measure(batch)
 
-    def progress(self, t: float) -> Sequence[nn.Parameter]:
-        """Nothing changes over training."""
-        return ()
-
 
 def perceptron(*widths: int) -> nn.Sequential:
     """Linears with leaky ReLUs of slope 0.01 between them, as the paper's code has them."""

@@ -77,10 +77,6 @@ class Likelihood:
         """What is minimised."""
         return squared(self.family.drift(batch.x, batch.t, self.theta), batch)
 
-    def progress(self, t: float) -> Sequence[nn.Parameter]:
-        """Nothing changes on the way."""
-        return ()
-
 
 def squared(drift: Tensor, seen: Increments) -> Tensor:
     """Mean over time of |velocity - drift|^2."""

@@ -227,9 +227,6 @@ class _Left:
         x, done, left = batch
         return ((_perceptron(self.weights, self.scale, x, done) - left) / self.scale[2]).square().mean()
 
-    def progress(self, t: float) -> list[nn.Parameter]:
-        return []
-
 
 def residual(
     x: States, velocity: States, ridge: float, generator: torch.Generator, *, width: int = 32, updates: int = 200
