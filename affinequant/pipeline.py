@@ -98,7 +98,7 @@ def _open(made: Plan, workspace: Workspace, listen: Progress, *, overwrite: bool
     for note in made.notes:
         if note not in known:
             listen.say(f"note: {note}")
-    decoder, tokens = _decoder(made), _tokens(made, listen)
+    decoder, tokens = decoder_of(made), tokens_of(made, listen)
     content = read_through(made.source, listen.say) | {"files": made.side.content()}
     fingerprint = _fingerprint(made, tokens, content)
     if overwrite:
@@ -132,7 +132,12 @@ def make_stages(work: Work) -> None:
     run_stages(stages[first + len(blocks) :], run, work, carry)
 
 
-def _decoder(made: Plan) -> Decoder:
+def decoder_of(made: Plan) -> Decoder:
+    """The model's own code, empty, where and in what the recipe computes.
+
+    Raises:
+        AffineQuantError: transformers cannot make it (see `open_decoder`).
+    """
     device = torch.device(made.device)
     dtype = compute_dtype(made.recipe.dtype, device)
     return open_decoder(
@@ -140,7 +145,12 @@ def _decoder(made: Plan) -> Decoder:
     )
 
 
-def _tokens(made: Plan, listen: Progress) -> Tokens:
+def tokens_of(made: Plan, listen: Progress) -> Tokens:
+    """The calibration samples that the recipe asks for.
+
+    Raises:
+        AffineQuantError: no tokenizer, no such text, or too little of it.
+    """
     recipe = made.recipe
     tokenizer = load_tokenizer(made.source.folder, made.dims.vocab, trust_remote_code=recipe.trust_remote_code)
     return calibration_tokens(

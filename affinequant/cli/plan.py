@@ -2,6 +2,7 @@
 
 import argparse
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,9 @@ from typing import TYPE_CHECKING, Any
 from affinequant.advice import HARDWARE, advice, gains, this_cpu
 from affinequant.cli.arguments import Parser, add_recipe, recipe_of
 from affinequant.cli.output import Screen, minutes, size
+from affinequant.cli.report import add_report, check_report
+from affinequant.cli.sensitivity import measure, print_sensitivity, write_page
+from affinequant.errors import AffineQuantError
 from affinequant.recipe.recipe import Recipe
 from affinequant.recipe.scheme import SCHEMES
 
@@ -21,6 +25,10 @@ For each site the table says what becomes of its transform: folded into the weig
 run time; its cost is given), or refused. -v adds what every other transform would be there. Minutes and gigabytes are
 arithmetic, not measurements. A config.json without weights is enough.
 
+--sensitivity measures what the rest is arithmetic for: every site of every block is rounded alone, to nearest and without
+transforms, and the table says by how many nats per token the model's predictions diverge (2 samples of 512 tokens of the
+calibration text; minutes on a small model, and four times that on one of twice as many blocks). --report makes a page of it.
+
 --for says what another device would gain from this scheme and its neighbours: sm_80, sm_86, sm_89, sm_90, sm_100, cpu-amx,
 cpu-vnni, cpu-avx2. On GPUs these are bounds, by bytes and by rates of products; on CPUs measurements.
 
@@ -28,6 +36,7 @@ examples:
   affinequant plan meta-llama/Llama-2-70b-hf --w4a4 --cpu-memory 64GB
   affinequant plan ./my-llama --w4a16-g128 --preset fast --json
   affinequant plan ./my-llama --w4a4 --for sm_90
+  affinequant plan demo --w4a4 --sensitivity --report where.html
 """
 
 
@@ -35,6 +44,9 @@ def add_arguments(parser: Parser) -> None:
     """MODEL, the device that is asked about, and the recipe's flags."""
     parser.add_argument("model", metavar="MODEL", nargs="?", help=model_help())
     parser.add_argument("--for", metavar="DEVICE", dest="target", help="what that device gains from the scheme")
+    text = "measure which sites of which blocks suffer when they alone are rounded"
+    parser.add_argument("--sensitivity", action="store_true", help=text)
+    add_report(parser)
     add_recipe(parser)
 
 
@@ -50,8 +62,15 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
     recipe = recipe_of(args)
     if args.target:
         gains(args.target, recipe.scheme)  # before anything is fetched
+    if args.report is not None and not args.sensitivity:
+        raise AffineQuantError("a plan alone has no page", "--report", "add --sensitivity")
+    check_report(args.report, Path())
     fetch_demo(recipe.model, screen)
-    print_plan(plan(recipe), screen, args.target or "")
+    made = plan(recipe)
+    found = measure(made, screen) if args.sensitivity else None
+    print_plan(made, screen, args.target or "", found)
+    if found and args.report is not None:
+        write_page(found, args.report, screen)
     return 0
 
 
@@ -80,8 +99,9 @@ def header(made: "Plan") -> dict[str, str]:
     return lines | {"note" + " " * index: note for index, note in enumerate(made.notes)}
 
 
-def print_plan(made: "Plan", screen: Screen, target: str = "") -> None:
-    """The plan as tables, or as JSON; with what the device `target` gains, or the CPU at hand where it is to be used."""
+def print_plan(made: "Plan", screen: Screen, target: str = "", sensitivity: Mapping[str, Any] | None = None) -> None:
+    """The plan as tables, or as JSON; with what the device `target` gains, or the CPU at hand where it is to be used, and
+    what has been measured."""
     from affinequant.transforms.placements import block_flops
 
     block = block_flops(made.family, made.dims)
@@ -97,6 +117,9 @@ def print_plan(made: "Plan", screen: Screen, target: str = "") -> None:
         screen.print(f"note: {note}")
     value = made.to_json()
     value["advice"] = _advice(made, screen, target)
+    if sensitivity:
+        print_sensitivity(sensitivity, screen)
+        value["sensitivity"] = sensitivity
     for site in value["sites"]:
         site["percent_of_block"] = round(100 * site["flops_per_token"] / block, 3)
     screen.result(value)

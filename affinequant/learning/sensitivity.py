@@ -1,0 +1,97 @@
+"""Which parts of a network suffer: how far predictions diverge when one block's linears at one site alone are rounded."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from affinequant.data.tokens import Tokens
+from affinequant.learning.divergence import divergence, mean_loss
+from affinequant.learning.network import block_job, block_reader, read_outer
+from affinequant.models.decoder import Decoder
+from affinequant.numbers.weights import fake_quantize, weight_range
+from affinequant.plan import Plan
+from affinequant.rounding.job import BlockJob
+from affinequant.transforms.fold import Tensors
+
+SAMPLES, LENGTH = 2, 512
+"""Of how many calibration samples, and of how many of their tokens, the divergence is the mean; fewer where there are."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sensitivity:
+    """What rounding the linears that read `site` in one block costs, with what they read: `kl` in nats per token."""
+
+    block: int
+    site: str
+    linears: tuple[str, ...]
+    weights: int
+    kl: float
+
+
+def looked_at(made: Plan) -> Plan:
+    """The plan with as few samples as are looked at."""
+    recipe = made.recipe
+    few = {"samples": min(recipe.samples, SAMPLES), "seq_len": min(recipe.seq_len, LENGTH)}
+    return replace(made, recipe=replace(recipe, **few))
+
+
+@torch.no_grad()
+def sensitivities(
+    made: Plan, decoder: Decoder, tokens: Tokens, advance: Callable[[], None] = lambda: None
+) -> list[Sensitivity]:
+    """Round each site of each block alone, to nearest and without transforms, and let the rest be in full precision.
+
+    One pass over the blocks: behind each of them there is a stream more for each of its sites, and all streams go on
+    together, so that weights are read once and one block of them is in memory. `advance` is called behind each block.
+    Operations grow with the square of the number of blocks.
+    """
+    outer, read = read_outer(made, decoder), block_reader(made, decoder)
+    clean, kwargs = decoder.embed(tokens.ids, outer)
+    found, streams = list[Sensitivity](), list[Tensor]()
+    for index in range(made.dims.layers):
+        job, tensors = block_job(made, decoder, index, kwargs), read(index)
+        streams = [job.run_all(tensors, stream) for stream in streams]
+        for site, linears in _groups(job).items():
+            rounding = functools.partial(_round_input, job, site)
+            streams.append(job.run_all(_rounded(job, tensors, linears), clean, rounding))
+            weights = sum(tensors[f"{linear}.weight"].numel() for linear in linears)
+            found.append(Sensitivity(block=index, site=site, linears=linears, weights=weights, kl=0.0))
+        clean = job.run_all(tensors, clean)
+        advance()
+    head = decoder.head(outer)
+
+    def kl(batch: tuple[Tensor, Tensor]) -> Tensor:
+        student, teacher = (part.to(decoder.device, decoder.dtype) for part in batch)
+        return divergence(decoder, teacher, head, student, lambda x: decoder.logits(x, head))
+
+    return [replace(one, kl=mean_loss(kl, stream, clean)) for one, stream in zip(found, streams, strict=True)]
+
+
+def _groups(job: BlockJob) -> dict[str, tuple[str, ...]]:
+    """Site -> the linears that read it; of all experts together."""
+    groups: dict[str, tuple[str, ...]] = {}
+    for name, linears in job.family.input_groups():
+        groups[_site(name)] = (*groups.get(_site(name), ()), *linears)
+    return groups
+
+
+def _site(name: str) -> str:
+    """`mlp_mid` of `mlp_mid.3`, the input of one expert."""
+    return name.partition(".")[0]
+
+
+def _round_input(job: BlockJob, site: str, name: str, x: Tensor) -> Tensor:
+    return job.site_input(name)(x) if _site(name) == site else x
+
+
+def _rounded(job: BlockJob, tensors: Tensors, linears: tuple[str, ...]) -> dict[str, Float[Tensor, "rows columns"]]:
+    rounded = dict(tensors)
+    for linear in linears:
+        weight = tensors[f"{linear}.weight"].float()
+        low, high = weight_range(weight, job.weight_grid)
+        rounded[f"{linear}.weight"] = fake_quantize(weight, low, high, job.weight_grid, job.store)
+    return rounded
