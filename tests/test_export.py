@@ -198,6 +198,35 @@ def test_ranges_that_engines_ignore_are_said_to_be_lost(made: Make, tmp_path: Pa
     assert report["activations"].endswith("the narrowed ranges of the source do not carry over")
 
 
+def test_humming_declares_four_bits_of_what_it_rounds(made: Make, tmp_path: Path) -> None:
+    report = export(made("w4a4-sym"), "humming", tmp_path / "out")
+    assert report["activations"].endswith("over its full range; the narrowed ranges of the source do not carry over")
+    assert "activations in 16 bits" in report["verified"]["read_by"] and report["verified"]["divergence"] == 0
+    config = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    group, ours = config["config_groups"]["group_0"], config["affinequant"]
+    assert config["format"] == "pack-quantized" and set(ours["input_clip"].values()) == {1.0}
+    wanted = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+    assert {name: group["input_activations"][name] for name in wanted} == wanted
+    stored, source = load_file(tmp_path / "out/model.safetensors"), load_file(made("w4a4-sym") / "model.safetensors")
+    assert all(torch.equal(tensor, source[name]) for name, tensor in stored.items())
+    with pytest.raises(AffineQuantError, match="--scheme w4a4-sym"):
+        export(made("w4a4"), "humming", tmp_path / "other")
+
+
+@pytest.mark.vllm
+@pytest.mark.filterwarnings("default")
+def test_vllm_takes_humming_s_folder_for_int4_activations(made: Make, tmp_path: Path) -> None:
+    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
+
+    export(made("w4a4-sym"), "humming", tmp_path / "out")
+    read = CompressedTensorsConfig.from_config(
+        json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    )
+    parts = read.target_scheme_map["Linear"]
+    scheme = read._get_scheme_from_parts(parts["weights"], parts["input_activations"], format=read.quant_format)
+    assert type(scheme).__name__ == "CompressedTensorsWNA4Int"
+
+
 def with_transform(folder: Path) -> Path:
     """The folder in our own form, one of its transforms acting at run time."""
     stored, config = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())

@@ -188,7 +188,7 @@ def test_a_head_untied_by_a_rotation_is_stored(tiny: Tiny, tmp_path: Path) -> No
     assert torch.equal(logits(load(tmp_path)), expected)
 
 
-SCHEME_OF = {"int-quantized": "w8a8"}
+SCHEME_OF = {"int-quantized": "w8a8", "humming": "w4a4-sym"}
 """Where a format does not take W4A4."""
 SHARDED = [form for form in FORMATS if form != "gguf"]
 

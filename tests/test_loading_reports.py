@@ -59,7 +59,7 @@ def test_a_tensor_too_many_is_heard(tiny: Tiny, tmp_path: Path, said: list[str])
 def test_every_format(form: str, tied: bool, tiny: Tiny, tmp_path: Path, said: list[str]) -> None:
     from transformers import GgufConfig
 
-    scheme = "w8a8" if form == "int-quantized" else "w4a4"
+    scheme = {"int-quantized": "w8a8", "humming": "w4a4-sym"}.get(form, "w4a4")
     find_format(form).write(rounded(tiny(hidden=128, mlp=256, tied=tied), scheme), tmp_path)
     gguf = {"gguf_file": "model.gguf", "quantization_config": GgufConfig(dequantize=True)}
     model = load(tmp_path, **(gguf if form == "gguf" else {}))

@@ -16,7 +16,7 @@ _FORMATS = "\n".join(f"  {name:<{_WIDTH}}  {find_format(name).ABOUT}" for name i
 EPILOG = f"""
 formats:
 {_FORMATS}
-  compressed-tensors, int-quantized, affinequant, gptq and gguf hold the same integers; dense rounds their product with
+  compressed-tensors, int-quantized, humming, affinequant, gptq and gguf hold the same integers; dense rounds their product with
   the scale to 16 bits; nvfp4 and mxfp4 round every weight again. Nothing is trained. What a format cannot hold (an online
   transform outside `affinequant`, zero points, biases, sizes) is refused with the reason.
 

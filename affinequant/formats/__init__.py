@@ -21,6 +21,7 @@ FORMATS: dict[str, str] = {
     "affinequant": "affinequant.formats.native",
     "dense": "affinequant.formats.dense",
     "int-quantized": "affinequant.formats.int_quantized",
+    "humming": "affinequant.formats.humming",
     "gptq": "affinequant.formats.gptq",
     "gguf": "affinequant.formats.gguf",
     "nvfp4": "affinequant.formats.float4:NVFP4",

@@ -134,8 +134,8 @@ def quantization_config(
     activation = scheme.activation
     group = {
         "targets": ["Linear"],
-        "weights": _arguments(scheme.weight),
-        "input_activations": _arguments(activation) if activation and declared else None,
+        "weights": arguments(scheme.weight),
+        "input_activations": arguments(activation) if activation and declared else None,
         "output_activations": None,
     }
     return {
@@ -242,7 +242,8 @@ def _check_size(tensor: Tensor, size: tuple[int, int], name: str) -> None:
         raise AffineQuantError(f"a tensor of size {tuple(tensor.shape)} where {size} was expected", name, _AGAIN)
 
 
-def _arguments(number: NumberFormat) -> dict[str, Any]:
+def arguments(number: NumberFormat) -> dict[str, Any]:
+    """A number format as compressed-tensors declares it."""
     return {
         "num_bits": number.bits,
         "type": "int",

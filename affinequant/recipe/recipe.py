@@ -23,7 +23,7 @@ Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16"]
 Offload = Literal["auto", "cpu", "disk"]
 Format = Literal["auto", "compressed-tensors", "affinequant", "dense"]
-EXPORTS = ("int-quantized", "gptq", "gguf", "nvfp4", "mxfp4")
+EXPORTS = ("int-quantized", "humming", "gptq", "gguf", "nvfp4", "mxfp4")
 """Formats that are made from a finished folder."""
 Schedule = Literal["constant", "cosine"]
 Start = Literal["closed-form", "hadamard"]
