@@ -293,7 +293,7 @@ def _activations(job: _Job) -> str:
     cache = "; keys and values in 16 bits, unlike the source's" if schemes[1].kv and not schemes[0].kv else ""
     if new is None:
         return ("16 bits" if old is None else f"16 bits; the {old.bits} bits of the source are not declared") + cache
-    grid = f"{new.bits} bits per token"
+    grid = f"{new.bits} bits per token" + (f" and {new.group_size} inputs" if new.group_size else "")
     if new == old and job.found.clips == job.there.clips:
         return f"{grid}, as in the source{cache}"
     lost = "; the narrowed ranges of the source do not carry over" if job.there.clipped else ""

@@ -11,6 +11,7 @@ from affinequant_kernels.weight import Weight
 ENGINES = ["compiled", *engines.CANDIDATES]
 SHAPES = [(1, 96), (3, 4128), (17, 1024), (600, 96)]
 KINDS = [("channel", 4), ("integer", 4), ("group", 4), ("channel", 8), ("group", 8)]
+IN_GROUPS = [("channel, rows in groups", 4), ("group, rows in groups", 4), ("channel, rows in groups", 8)]
 
 
 @pytest.fixture(params=ENGINES)
@@ -39,7 +40,7 @@ def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 def sample(kind: str, bits: int, with_zero: bool, n: int, k: int) -> Weight:
     generator = torch.Generator().manual_seed(k + bits)
     low, high = -(1 << (bits - 1)), 1 << (bits - 1)
-    groups = k // 32
+    groups, (kind, *in_groups) = k // 32, kind.split(", ")
     codes = torch.randint(low, high, (n, k), dtype=torch.int8, generator=generator)
     codes[0], codes[1] = low, high - 1
     scale = torch.rand(n, groups if kind == "group" else 1, generator=generator) * 0.01 + 1e-3
@@ -47,7 +48,8 @@ def sample(kind: str, bits: int, with_zero: bool, n: int, k: int) -> Weight:
     if kind == "group" and bits == 8:
         zero = zero.zero_()  # more would not fit int8
     mul = torch.randint(1, 9, (n, groups), dtype=torch.uint8, generator=generator) if kind == "integer" else None
-    return prepare_weight(codes, scale, zero if with_zero else None, bits=bits, mul=mul)
+    act_group = 32 if in_groups else 0
+    return prepare_weight(codes, scale, zero if with_zero else None, bits=bits, mul=mul, act_group=act_group)
 
 
 def rows(m: int, k: int, dtype: torch.dtype) -> torch.Tensor:
@@ -57,7 +59,7 @@ def rows(m: int, k: int, dtype: torch.dtype) -> torch.Tensor:
     return x.to(dtype)
 
 
-@pytest.mark.parametrize("kind, bits", KINDS)
+@pytest.mark.parametrize("kind, bits", KINDS + IN_GROUPS)
 @pytest.mark.parametrize("with_zero", [False, True])
 @pytest.mark.parametrize("act_bits", [4, 8])
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -68,7 +70,7 @@ def test_linear_dyn_equals_reference(
         weight = sample(kind, bits, with_zero, 40, k)
         bias = torch.randn(40, generator=torch.Generator().manual_seed(9))
         types = [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float32, torch.float16)]
-        if kind != "group":
+        if weight.scale.ndim == weight.colsum.ndim == 1:
             types.append((torch.bfloat16, torch.int32))
         for dtype, out_dtype in types:
             x = rows(m, k, dtype)
@@ -85,9 +87,9 @@ def test_linear_dyn_equals_reference(
 @pytest.mark.parametrize("m, k", [(0, 64), (1, 1), (5, 127), (70, 4096), (3, 300_000)])
 def test_row_quant_equals_reference(bits: int, symmetric: bool, dtype: torch.dtype, m: int, k: int) -> None:
     x = rows(m, max(k, 4), dtype)[:, :k].contiguous()
-    for clip in (1.0, 0.73, 0.01):
-        got = quant.row_quant(x, bits=bits, symmetric=symmetric, clip=clip)
-        wanted = reference.row_quant(x, bits=bits, symmetric=symmetric, clip=clip)
+    for clip, group in ((1.0, 0), (0.73, 0), (0.01, 0), (0.9, 32 if k % 32 == 0 else 1)):
+        got = quant.row_quant(x, bits=bits, symmetric=symmetric, clip=clip, group=group)
+        wanted = reference.row_quant(x, bits=bits, symmetric=symmetric, clip=clip, group=group)
         for name, have, want in zip(got._fields, got, wanted, strict=True):
             assert torch.equal(have, want), (name, clip)
 

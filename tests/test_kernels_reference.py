@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from affinequant_kernels import layout, prepare_weight, reference, slice_columns, slice_rows
-from affinequant_kernels.weight import Weight, integer_weight, unpack
+from affinequant_kernels.weight import Weight, integer_weight, row_group, unpack
 
 
 def codes(n: int, k: int, bits: int = 4, seed: int = 0) -> torch.Tensor:
@@ -106,6 +106,44 @@ def test_linear_is_the_product_of_the_dequantised_values(kind: str, bits: int, a
     got = reference.linear_dyn(x, weight, bias, act_bits=act_bits, act_symmetric=symmetric)
     # Only fp32 rounding of the epilogue separates them.
     assert (got.double() - wanted).abs().max() < 1e-5 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("kind, bits", [("channel", 4), ("group", 4), ("channel", 8)])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_rows_in_groups_each_have_a_scale_and_a_zero_point(kind: str, bits: int, symmetric: bool) -> None:
+    k, size = 192, 32
+    whole = sample(kind, 10, k, k // size, bits)
+    weight = prepare_weight(unpack(whole.qweight, k), whole.scale, whole.zero, bits=bits, act_group=size)
+    assert weight.colsum.shape == (10, k // size) and row_group(weight, k) == size and row_group(whole, k) == 0
+    x = torch.randn(7, k, generator=torch.Generator().manual_seed(2)) + 0.5
+    x[:, :size] *= 100
+    rows = reference.row_quant(x, bits=4, symmetric=symmetric, clip=0.9, group=size)
+    apart = [reference.row_quant(part, bits=4, symmetric=symmetric, clip=0.9) for part in x.split(size, 1)]
+    for have, parts in zip(rows, zip(*apart, strict=True), strict=True):
+        assert torch.equal(have, torch.cat([part.view(7, -1) for part in parts], 1))
+    values = (rows.q.double().view(7, -1, size) - rows.zero.double().unsqueeze(2)) * rows.scale.double().unsqueeze(2)
+    wanted = values.flatten(1) @ dequantise(weight, k).t() + 1.0
+    got = reference.linear_dyn(x, weight, torch.ones(10), act_symmetric=symmetric, clip=0.9)
+    assert (got.double() - wanted).abs().max() < 1e-5 * wanted.abs().max()
+    cut = slice_columns(weight, k, 64, 160)
+    assert torch.equal(cut.colsum, weight.colsum[:, 2:5]) and row_group(cut, 96) == size
+
+
+@pytest.mark.parametrize(
+    "groups, mul, act_group, message",
+    [
+        (1, False, 50, "act_group: expected a size that divides 192 columns, got 50"),
+        (3, False, 32, "act_group: expected the 64 columns of the weight's own groups, got 32"),
+        (6, True, 32, "mul: expected none beside rows in groups"),
+    ],
+)
+def test_groups_of_rows_that_no_product_has(groups: int, mul: bool, act_group: int, message: str) -> None:
+    multipliers = torch.ones(4, groups, dtype=torch.uint8) if mul else None
+    scale = torch.ones(4, 1 if mul else groups)
+    with pytest.raises(ValueError, match=message):
+        prepare_weight(codes(4, 192), scale, mul=multipliers, act_group=act_group)
+    with pytest.raises(ValueError, match="multiples of the group size 64"):
+        slice_columns(prepare_weight(codes(4, 192), torch.ones(4), act_group=64), 192, 0, 96)
 
 
 @pytest.mark.parametrize("kind", ["channel", "integer"])

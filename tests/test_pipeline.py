@@ -48,7 +48,9 @@ def report_path(report: Any) -> Path:
     return Path(report["plan"]["out"])
 
 
-@pytest.mark.parametrize("scheme", ["w4a16", "w4a16-g32", "w4a8", "w4a4-sym", "w4a4-g32", "w8a8", "w4a16-sym"])
+@pytest.mark.parametrize(
+    "scheme", ["w4a16", "w4a16-g32", "w4a8", "w4a4-sym", "w4a4-g32", "w4a8-ag32", "w8a8", "w4a16-sym"]
+)
 def test_every_scheme(scheme: str, quantize: Callable[..., affinequant.Result]) -> None:
     clip = {"activation_clip": "none"} if scheme == "w8a8" else {}
     report = quantize(preset="fast", scheme=scheme, tier="merged", **clip).report
@@ -64,7 +66,7 @@ def test_every_shape_online(shape: dict[str, Any], tiny: Make, quantize: Callabl
     assert not report["plan"]["untied_bytes"]
 
 
-@pytest.mark.parametrize("scheme", ["w4a16", "w4a16-g32", "w4a8", "w4a4-sym", "w8a8", "w4a8kv4"])
+@pytest.mark.parametrize("scheme", ["w4a16", "w4a16-g32", "w4a8", "w4a4-sym", "w8a8", "w4a8kv4", "w4a4-g32-ag32"])
 def test_every_scheme_online(scheme: str, quantize: Callable[..., affinequant.Result]) -> None:
     report = quantize(preset="fast", scheme=scheme, tier="online").report
     assert report["verified"]["passed"] and report["verified"]["compared"]

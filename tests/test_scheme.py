@@ -1,6 +1,7 @@
 """Scheme names to numbers."""
 
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -57,6 +58,8 @@ def test_every_listed_scheme_is_its_own_name(name: str) -> None:
         "w4a4kv4kv4",
         "w4a4-x",
         "w4a4-sym-g32",
+        "w4a4-ag",
+        "w4a4-ag32-g32",
         "4/4",
         "w4a4 w8a8",
     ],
@@ -103,6 +106,38 @@ def test_a_cache_in_bits_that_nothing_stores(text: str, near: str) -> None:
     with pytest.raises(AffineQuantError, match="KV cache in") as caught:
         Scheme.parse(text)
     assert near in caught.value.fix and caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "weights"),
+    [
+        ("w4a4-ag64", "w4a4-ag64", None),
+        ("W4A4-G64-AG64", "w4a4-g64-ag64", 64),
+        ("w4a8kv4-g32-ag32-sym", "w4a8kv4-g32-ag32-sym", 32),
+        ("w8a8-ag128-sym", "w8a8-ag128", None),
+    ],
+)
+def test_activations_in_groups(text: str, name: str, weights: int | None) -> None:
+    scheme, size = Scheme.parse(text), int(re.findall(r"ag(\d+)", name)[0])
+    without = Scheme.parse(text.lower().replace(f"-ag{size}", ""))
+    assert scheme.name == name and Scheme.parse(scheme.name) == scheme and scheme.weight == without.weight
+    assert scheme.activation and without.activation and scheme.weight.group_size == weights
+    assert scheme.activation == replace(without.activation, granularity="group", group_size=size)
+    assert not scheme.engines_round_activations
+
+
+@pytest.mark.parametrize(
+    ("text", "what", "fix"),
+    [
+        ("w4a4-g128-ag64", "weights in groups of 128 and activations in groups of 64", "-g64-ag64"),
+        ("w4a16-ag64", "activations that stay in 16 bits", "leave -ag64 out"),
+        ("w4a4-ag0", "group of 0", "-ag64"),
+    ],
+)
+def test_groups_of_activations_that_nothing_computes(text: str, what: str, fix: str) -> None:
+    with pytest.raises(AffineQuantError, match=what) as caught:
+        Scheme.parse(text)
+    assert fix in caught.value.fix and caught.value.exit_code == 2
 
 
 def test_stock_engines_round_the_activations_of_one_scheme() -> None:

@@ -39,6 +39,23 @@ def test_it_transforms_and_then_rounds() -> None:
     assert torch.equal(replace(both, grid=None)(x), turned) and SiteInput()(x) is x and acting({}) is None
 
 
+def test_each_group_of_a_token_has_a_grid_of_its_own() -> None:
+    """Within slices too, and learned through its extremes: as if a group were a token."""
+    plain, grouped = (Scheme.parse(name).activation for name in ("w4a4", "w4a4-g8-ag8"))
+    assert plain and grouped
+    x, width = random(2, 5, 32).requires_grad_(), 8
+    by_hand = SiteInput(grid=grid_of(plain), clip=0.9).rounded(x.unflatten(-1, (-1, width)), through=True).flatten(-2)
+    (wanted,) = torch.autograd.grad(by_hand.square().sum(), x)
+    for slices in (1, 2):
+        site = SiteInput(grid=grid_of(grouped), clip=0.9, slices=slices)
+        assert torch.equal(site(x), by_hand)
+        (grad,) = torch.autograd.grad(site.rounded(x, through=True).square().sum(), x)
+        assert torch.equal(grad, wanted)
+    assert not torch.equal(by_hand, SiteInput(grid=grid_of(plain), clip=0.9)(x))
+    with pytest.raises(ValueError, match="no 8 slices in groups of 8"):
+        SiteInput(grid=grid_of(grouped), slices=8)(x)
+
+
 def test_it_learns_with_all_that_acts() -> None:
     grid = grid_of(Scheme.parse("w4a4").activation)  # pyright: ignore[reportArgumentType]
     x, turn, clip = random(5, 32).requires_grad_(), random(32, 32, seed=4).requires_grad_(), torch.tensor(0.8)
@@ -51,14 +68,15 @@ def test_it_learns_with_all_that_acts() -> None:
 
 @pytest.mark.parametrize("slices", [1, 2])
 @pytest.mark.parametrize("online", ONLINE)
-@pytest.mark.parametrize("scheme", ["w4a4", "w4a8-sym", "w8a8"])
+@pytest.mark.parametrize("scheme", ["w4a4", "w4a8-sym", "w8a8", "w4a4-ag16", "w4a8-g16-ag16-sym"])
 def test_the_run_time_reads_the_same(scheme: str, online: str, slices: int) -> None:
     """The integer linear's product is that of the rounded input with the weights that its integers stand for."""
     parsed, matrices, width = Scheme.parse(scheme), ONLINE[online], 32 * slices
     assert parsed.activation is not None
     limits = (parsed.weight.code_min, parsed.weight.code_max + 1)
     codes = torch.randint(*limits, (16, width), dtype=torch.int8, generator=torch.Generator().manual_seed(5))
-    scale, zero = random(16, 1, seed=6).abs() + 0.1, None if parsed.weight.symmetric else torch.ones(16, 1).char()
+    scale = random(16, parsed.weight.groups(width), seed=6).abs() + 0.1
+    zero = None if parsed.weight.symmetric else torch.ones_like(scale).char()
     settings = {"bits": parsed.weight.bits, "activation": parsed.activation, "clip": 0.9, "slices": slices}
     linear = IntegerLinear(codes, scale, zero, None, matrices=in_order(matrices) if matrices else [], **settings)
 

@@ -71,8 +71,9 @@ def _schemes() -> Listing:
     from affinequant.recipe.scheme import SCHEMES
 
     pattern = (
-        "wNaM[kvK][-gG][-sym|-asym]",
-        "w 4 or 8, a 4, 8 or 16, KV cache 4 or 8 bits; groups of G; symmetric or not",
+        "wNaM[kvK][-gG][-agG][-sym|-asym]",
+        "w 4 or 8, a 4, 8 or 16, KV cache 4 or 8 bits; a scale per G inputs of weights (g) and of a token's activations "
+        "(ag), where both of one G; symmetric or not",
     )
     return Listing(columns=("name", "about"), rows=[*SCHEMES.items(), pattern])
 

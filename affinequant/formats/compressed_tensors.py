@@ -62,6 +62,8 @@ def without_kernel(scheme: Scheme) -> str | None:
     weight = scheme.weight
     if scheme.activation and weight.bits == 8 and weight.granularity == "group" and not weight.symmetric:
         return "8-bit weights in asymmetric groups have no integer kernel; leave out the group or add -sym"
+    if scheme.activation and scheme.activation.group_size and weight.bits == 8 and not weight.symmetric:
+        return "8-bit asymmetric weights have no integer kernel for activations in groups; leave out -ag or add -sym"
     return None
 
 

@@ -35,6 +35,8 @@ def supports(scheme: Scheme, placements: Mapping[str, Placement], *, clipped: bo
         return f"weights have zero points, which engines of this form do not read{other}"
     if not activation.symmetric:
         return "activations have zero points, for which not every engine of this form has a kernel"
+    if activation.group_size:
+        return "engines of this form quantise activations with one scale per token, not in groups"
     if weight.bits == 8 and weight.group_size:
         return "engines run W8A8 with one scale per output channel, not in groups"
     if clipped:

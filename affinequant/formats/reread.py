@@ -139,9 +139,10 @@ def _resolved(text: str, old: Scheme) -> Scheme:
 
 
 def _named(weight: NumberFormat, activation: NumberFormat | None) -> Scheme:
-    """The scheme of these weights with activations as wide as given, as symmetric as the weights."""
+    """The scheme of these weights with activations as wide and in groups as given, as symmetric as the weights."""
     bits = activation.bits if activation else 16
     name = f"w{weight.bits}a{bits}" + (f"-g{weight.group_size}" if weight.group_size else "")
+    name += f"-ag{activation.group_size}" if activation and activation.group_size else ""
     return Scheme.parse(f"{name}-{'sym' if weight.symmetric else 'asym'}")
 
 

@@ -11,8 +11,9 @@ Granularity = Literal["channel", "group", "token", "head"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NumberFormat:
-    """What a number is stored as: `bits` wide, with one scale per output channel, per group of inputs, per token, or per
-    token and head. Its arithmetic is the Grid that `numbers.GRIDS` has for its `kind`.
+    """What a number is stored as: `bits` wide, with one scale per output channel, per group of inputs (of a channel; of a
+    token where it is `dynamic`), per token, or per token and head. Its arithmetic is the Grid that `numbers.GRIDS` has for
+    its `kind`.
 
     Per head, an asymmetric grid starts at the smallest value itself; elsewhere zero is one of its points.
     """
@@ -54,16 +55,18 @@ class Scheme:
 
     @staticmethod
     def parse(text: str) -> "Scheme":
-        """Read `w4a4`, `w4a16-g64`, `w4a8-sym`, `w4a4kv4`, ...
+        """Read `w4a4`, `w4a16-g64`, `w4a4-g64-ag64`, `w4a8-sym`, `w4a4kv4`, ...
 
         Weights are asymmetric per output channel and activations asymmetric per token unless the name says `sym`;
-        `gN` gives weights one scale per N inputs; `w8a8` is symmetric, the form that engines have kernels for. `kvN`
-        stores keys and values in N bits with a scale and an offset per token and head, whatever the rest is.
+        `gN` gives weights one scale per N inputs, `agN` activations one per token and N inputs; `w8a8` is symmetric, the
+        form that engines have kernels for. `kvN` stores keys and values in N bits with a scale and an offset per token and
+        head, whatever the rest is.
 
         Raises:
-            AffineQuantError: unknown name (with the nearest known one), or bits that nothing here can store.
+            AffineQuantError: unknown name (with the nearest known one), bits that nothing here can store, or groups that
+                no product of integers has.
         """
-        match = re.fullmatch(r"w(\d+)a(\d+)(?:kv(\d+))?(?:-g(\d+))?(?:-(sym|asym))?", text.strip().lower())
+        match = re.fullmatch(_NAME, text.strip().lower())
         if match is None:
             raise unknown_name("scheme", text, SCHEMES, where="--scheme", listing="schemes")
         weight_bits, act_bits = int(match[1]), int(match[2])
@@ -76,30 +79,37 @@ class Scheme:
                 "--scheme",
                 f"use kv{4 if kv_bits < 6 else 8}, or leave it out: the cache then stays in 16 bits",
             )
-        group = int(match[4]) if match[4] else None
-        if group == 0:
-            raise AffineQuantError("a group of 0 inputs", "--scheme", "use -g32, -g64 or -g128, or leave it out")
+        group, act_group = (int(size) if size else None for size in match.group(4, 5))
+        _check_groups(text, group, act_group, act_bits)
         default = "sym" if (weight_bits, act_bits) == (8, 8) else "asym"
-        symmetric = (match[5] or default) == "sym"
+        symmetric = (match[6] or default) == "sym"
         weight = NumberFormat(
             bits=weight_bits, symmetric=symmetric, granularity="group" if group else "channel", group_size=group
         )
         activation = (
             None
             if act_bits == 16
-            else NumberFormat(bits=act_bits, symmetric=symmetric, granularity="token", dynamic=True)
+            else NumberFormat(
+                bits=act_bits,
+                symmetric=symmetric,
+                granularity="group" if act_group else "token",
+                group_size=act_group,
+                dynamic=True,
+            )
         )
         kv = None if kv_bits == 16 else NumberFormat(bits=kv_bits, symmetric=False, granularity="head", dynamic=True)
-        name = f"w{weight_bits}a{act_bits}" + (f"kv{kv_bits}" if kv else "") + (f"-g{group}" if group else "")
-        name += f"-{match[5]}" if match[5] and match[5] != default else ""
+        name = f"w{weight_bits}a{act_bits}" + (f"kv{kv_bits}" if kv else "")
+        name += (f"-g{group}" if group else "") + (f"-ag{act_group}" if act_group else "")
+        name += f"-{match[6]}" if match[6] and match[6] != default else ""
         return Scheme(name=name, weight=weight, activation=activation, kv=kv)
 
     @property
     def engines_round_activations(self) -> bool:
-        """Whether stock engines quantise the activations themselves: symmetric W8A8, one scale per channel."""
+        """Whether stock engines quantise the activations themselves: symmetric W8A8, one scale per channel and token."""
         weight, activation = self.weight, self.activation
         return (
             activation is not None
+            and activation.granularity == "token"
             and (weight.bits, activation.bits) == (8, 8)
             and (weight.symmetric, activation.symmetric) == (True, True)
             and weight.granularity == "channel"
@@ -115,8 +125,27 @@ class Scheme:
         return 16.0 if self.kv is None else self.kv.bits + 32 / head_width
 
 
+_NAME = r"w(\d+)a(\d+)(?:kv(\d+))?(?:-g(\d+))?(?:-ag(\d+))?(?:-(sym|asym))?"
+
+
+def _check_groups(text: str, weight: int | None, activation: int | None, bits: int) -> None:
+    if 0 in (weight, activation):
+        of = "-g" if weight == 0 else "-ag"
+        raise AffineQuantError("a group of 0 inputs", "--scheme", f"use {of}32, {of}64 or {of}128, or leave it out")
+    if activation and bits == 16:
+        what = f"scheme {text!r} groups activations that stay in 16 bits"
+        raise AffineQuantError(what, "--scheme", f"leave -ag{activation} out, or use a4 or a8")
+    if activation and weight not in (None, activation):
+        raise AffineQuantError(
+            f"scheme {text!r} has weights in groups of {weight} and activations in groups of {activation}",
+            "--scheme",
+            f"use one size for both (-g{activation}-ag{activation}), or leave -g{weight} out: a scale per channel goes with all",
+        )
+
+
 SCHEMES: dict[str, str] = {
     "w4a4": "4-bit weights per channel, 4-bit activations per token",
+    "w4a4-g64-ag64": "4-bit weights and 4-bit activations, both in groups of 64 inputs",
     "w4a4kv4": "as w4a4, with keys and values in 4 bits per token and head",
     "w4a8": "4-bit weights per channel, 8-bit activations per token",
     "w4a16": "4-bit weights per channel, 16-bit activations",

@@ -38,19 +38,19 @@ def _followed(act: Callable[[], T]) -> T:
 
 
 class IntegerLinear(nn.Module):
-    """y = (x P) W^T + b with W kept as integers, and x P quantised token by token where the scheme says so.
+    """y = (x P) W^T + b with W kept as integers, and x P quantised, by tokens or groups of them, where the scheme says so.
 
     Args:
         codes: signed weight codes; value = (code - zero) * scale.
         matrices: those of P, in the order in which they act (`transforms.online.in_order`); empty for none.
-        activation: the grid of a token; None leaves activations as they are.
+        activation: the grid of a token, or of each group of its features; None leaves activations as they are.
         clip: ratio by which a token's range is narrowed.
         dtype: the type that x will have. The matrices are rounded to it once instead of at every call; later
             `.to(dtype)` rounds the given ones again.
         slices: into how many equal parts x is cut, each of them transformed and quantised by itself.
 
     Raises:
-        ValueError: codes, scales or zeros that do not fit each other, or slices that cut a group of weights.
+        ValueError: codes, scales or zeros that do not fit each other, or slices that cut a group of weights or activations.
     """
 
     def __init__(
@@ -70,7 +70,8 @@ class IntegerLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = codes.shape
         self.bits, self.activation, self.clip = bits, activation, clip
-        weight, width = prepare_weight(codes, scale, zero, bits=bits), self.in_features // slices
+        group, width = activation.group_size if activation else None, self.in_features // slices
+        weight = prepare_weight(codes, scale, zero, bits=bits, act_group=group or 0)
         self.parts = nn.ModuleList(
             _Part(
                 weight if slices == 1 else slice_columns(weight, self.in_features, width * i, width * (i + 1)),
@@ -96,6 +97,7 @@ class IntegerLinear(nn.Module):
     def extra_repr(self) -> str:
         """Sizes and formats, for print(model)."""
         bits = self.activation.bits if self.activation else WEIGHT_ONLY
+        bits = f"{bits}-ag{self.activation.group_size}" if self.activation and self.activation.group_size else bits
         slices = f", slices={len(self.parts)}" if len(self.parts) > 1 else ""
         return f"{self.in_features}, {self.out_features}, w{self.bits}a{bits}, clip={self.clip:.4g}{slices}"
 

@@ -196,7 +196,7 @@ def check_slices(recipe: Recipe, dims: Dims) -> None:
     Raises:
         AffineQuantError: with the numbers of ranks that can (exit 3).
     """
-    group = recipe.parsed_scheme.weight.group_size or 1
+    group = max(_groups(recipe).values(), default=1)
 
     def fits(tp: int) -> bool:
         whole = dims.heads % tp == 0 and dims.mlp % tp == 0 and (dims.kv_heads % tp == 0 or tp % dims.kv_heads == 0)
@@ -214,26 +214,35 @@ def check_slices(recipe: Recipe, dims: Dims) -> None:
         )
 
 
+def _groups(recipe: Recipe) -> dict[str, int]:
+    """The scheme's sizes of groups by the words that ask for them: where weights and activations have some, of one size."""
+    weight, activation = recipe.parsed_scheme.weight, recipe.parsed_scheme.activation
+    sizes = {"-g": weight.group_size, "-ag": activation.group_size if activation else None}
+    return {word: size for word, size in sizes.items() if size}
+
+
 def check_groups(recipe: Recipe, family: Family, dims: Dims) -> None:
     """Whether the scheme's groups divide every linear's inputs, and packed storage its widths.
 
     Raises:
         AffineQuantError: with the nearest group that does (exit 3).
     """
-    group = recipe.parsed_scheme.weight.group_size
+    groups = _groups(recipe)
     shapes = [linear.shape(dims) for linear in family.linears]
     rows, widths = (sorted(set(sizes)) for sizes in zip(*shapes, strict=True))
+    group = next(iter(groups.values()), None)
     if group and any(width % group for width in widths):
         common = math.gcd(*widths)
         fits = [size for size in range(8, common + 1, 8) if common % size == 0]
         near = min(fits, key=lambda size: abs(math.log(size / group)), default=None)
         wrong = ", ".join(str(width) for width in widths if width % group)
-        fix = recipe.scheme.replace(f"-g{group}", f"-g{near}" if near else "")
+        fix = recipe.scheme
+        for word in groups:
+            fix = fix.replace(f"{word}{group}", f"{word}{near}" if near else "")
         raise AffineQuantError(
             f"groups of {group} do not divide {wrong} inputs",
             "--scheme",
-            f"use {fix!r}"
-            + (f": {near} is the nearest that divides all of {widths}" if near else ", one scale per channel"),
+            f"use {fix!r}" + (f": {near} is the nearest that divides all of {widths}" if near else ", without groups"),
             exit_code=PREFLIGHT,
         )
     if any(width % 8 for width in widths + rows):

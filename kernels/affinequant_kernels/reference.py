@@ -5,6 +5,8 @@ Rules that all implementations share:
 * A linear layer's accumulator is an exact int32. Its epilogue is fp32, in the order
   float(acc) * weight_scale * activation_scale + bias, and then one rounding to the output's type.
 * An activation is (q - zero) * scale per row, a weight (code - zero) * mul * scale (see weight.py).
+* Rows in groups, each with its own scale and zero point, have an exact int32 a group, and float(acc) * weight_scale *
+  activation_scale is added over the groups in ascending order, in fp32. A weight's scale per channel acts on the whole sum.
 
 Shapes: m rows (tokens), k input features, n output features, g groups.
 """
@@ -19,13 +21,13 @@ from jaxtyping import Float, Float16, Int8, Int32, UInt8
 from torch import Tensor
 
 from affinequant_kernels.checks import check_quant
-from affinequant_kernels.weight import Weight, integer_weight, kind_of, unpack
+from affinequant_kernels.weight import Weight, integer_weight, kind_of, row_group, unpack
 
 SCALE_FLOOR = 1e-8
 
 
 class Rows(NamedTuple):
-    """Quantised rows: value = (q - zero) * scale."""
+    """Quantised rows: value = (q - zero) * scale. In groups all but q have a second axis, [m, g]."""
 
     q: Tensor  # int8 [m, k]
     scale: Tensor  # float32 [m]
@@ -38,8 +40,15 @@ def _divide(x: Tensor, by: float) -> Tensor:
     return x / torch.full_like(x, by)
 
 
-def row_quant(x: Float[Tensor, "m k"], *, bits: int = 4, symmetric: bool = True, clip: float = 1.0) -> Rows:
-    """Quantise each row with its own scale.
+def in_groups(rows: Rows, m: int, k: int) -> Rows:
+    """Rows [m, k] from their groups, each of which was quantised as if it were a row."""
+    return Rows(rows.q.view(m, k), *(part.view(m, k // rows.q.shape[1]) for part in rows[1:]))
+
+
+def row_quant(
+    x: Float[Tensor, "m k"], *, bits: int = 4, symmetric: bool = True, clip: float = 1.0, group: int = 0
+) -> Rows:
+    """Quantise each row with its own scale; or each `group` columns of it, where that is not 0.
 
     symmetric:   s = max(max|x| * clip / qmax, 1e-8);      q = rne(clamp(x * (1/s), -qmax-1, qmax)); zero = 0
     asymmetric:  lo = min(min x, 0) * clip; hi = max(max x, 0) * clip; s = max((hi - lo) / (2^bits - 1), 1e-8)
@@ -48,6 +57,8 @@ def row_quant(x: Float[Tensor, "m k"], *, bits: int = 4, symmetric: bool = True,
     with qmax = 2^(bits-1) - 1. A row that holds NaN or infinity gets a scale of NaN or infinity, and unspecified codes.
     """
     check_quant(bits, clip)
+    if group:
+        return in_groups(row_quant(x.reshape(-1, group), bits=bits, symmetric=symmetric, clip=clip), *x.shape)
     x = x.float()
     half = 1 << (bits - 1)
     low, high = float(-half), float(half - 1)
@@ -82,8 +93,8 @@ def accumulator(q: Int8[Tensor, "m k"], zero: Int32[Tensor, " m"] | None, weight
 
 def linear(
     q: Int8[Tensor, "m k"],
-    scale: Float[Tensor, " m"],
-    zero: Int32[Tensor, " m"] | None,
+    scale: Float[Tensor, m * g],
+    zero: Int32[Tensor, m * g] | None,
     weight: Weight,
     bias: Float[Tensor, " n"] | None = None,
     out_dtype: torch.dtype = torch.float32,
@@ -91,31 +102,37 @@ def linear(
     """Quantised rows times a quantised weight, [m, n].
 
     Kind "group" adds float(acc_g) * scale_g over the groups in ascending order, in fp32, and then subtracts
-    float(zero) * colsum. `out_dtype` int32 gives the accumulator itself (not for kind "group").
+    float(zero) * colsum. `out_dtype` int32 gives the accumulator itself (not for kind "group"). Rows in groups need
+    a weight that was prepared for them.
     """
-    if kind_of(weight.scale, weight.mul) == "group":
-        y = _group_sum(q, weight)
+    if scale.ndim == 2:
+        y = _group_sum(q, scale, zero, weight)
+        y = y * weight.scale if weight.scale.ndim == 1 else y
+    elif kind_of(weight.scale, weight.mul) == "group":
+        y = _group_sum(q, None, None, weight)
         if zero is not None:
             y = y - zero.float().unsqueeze(1) * weight.colsum
+        y = y * scale.unsqueeze(1)
     else:
         acc = accumulator(q, zero, weight)
         if out_dtype == torch.int32:
             return acc
-        y = acc.float() * weight.scale
-    y = y * scale.unsqueeze(1)
+        y = acc.float() * weight.scale * scale.unsqueeze(1)
     if bias is not None:
         y = y + bias.float()
     return y.to(out_dtype)
 
 
-def _group_sum(q: Int8[Tensor, "m k"], weight: Weight) -> Float[Tensor, "m n"]:
-    groups = weight.scale.shape[1]
-    size = q.shape[1] // groups
+def _group_sum(q: Tensor, scale: Tensor | None, zero: Tensor | None, weight: Weight) -> Float[Tensor, "m n"]:
+    """Over the groups of the weight, or of the rows, with their scale [m, g] and zero; with each scale that is a group's."""
     value = integer_weight(unpack(weight.qweight, q.shape[1]), weight.zero, None)
+    groups = weight.scale.shape[1] if scale is None else scale.shape[1]
     y = torch.zeros(q.shape[0], value.shape[0], device=q.device)
-    for g in range(groups):
-        columns = slice(g * size, (g + 1) * size)
-        y = y + integer_matmul(q[:, columns], value[:, columns]).float() * weight.scale[:, g]
+    for g, (rows, columns) in enumerate(zip(q.chunk(groups, 1), value.chunk(groups, 1), strict=True)):
+        acc = integer_matmul(rows, columns)
+        acc = acc if zero is None else acc - zero[:, g].unsqueeze(1) * weight.colsum[:, g]
+        part = acc.float() if weight.scale.ndim == 1 else acc.float() * weight.scale[:, g]
+        y = y + (part if scale is None else part * scale[:, g].unsqueeze(1))
     return y
 
 
@@ -129,8 +146,8 @@ def linear_dyn(
     clip: float = 1.0,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """`row_quant` and then `linear`."""
-    rows = row_quant(x, bits=act_bits, symmetric=act_symmetric, clip=clip)
+    """`row_quant`, in groups where the weight was prepared for them, and then `linear`."""
+    rows = row_quant(x, bits=act_bits, symmetric=act_symmetric, clip=clip, group=row_group(weight, x.shape[1]))
     return linear(rows.q, rows.scale, None if act_symmetric else rows.zero, weight, bias, out_dtype or x.dtype)
 
 
@@ -171,9 +188,10 @@ def kron_quant(
     bits: int = 4,
     symmetric: bool = True,
     clip: float = 1.0,
+    group: int = 0,
 ) -> Rows:
     """`row_quant` of `kron_apply`."""
-    return row_quant(kron_apply(x, left, right), bits=bits, symmetric=symmetric, clip=clip)
+    return row_quant(kron_apply(x, left, right), bits=bits, symmetric=symmetric, clip=clip, group=group)
 
 
 def block_quant(
@@ -183,9 +201,10 @@ def block_quant(
     bits: int = 4,
     symmetric: bool = True,
     clip: float = 1.0,
+    group: int = 0,
 ) -> Rows:
     """`row_quant` of `block_apply`."""
-    return row_quant(block_apply(x, matrices), bits=bits, symmetric=symmetric, clip=clip)
+    return row_quant(block_apply(x, matrices), bits=bits, symmetric=symmetric, clip=clip, group=group)
 
 
 def rmsnorm_apply(

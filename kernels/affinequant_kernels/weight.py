@@ -8,6 +8,9 @@
 | "integer" | [n]       | None or [n, g]   | uint8 [n, g] | one int32 over all of k: (code - zero) * mul fits int8   |
 | "group"   | [n, g]    | None or [n, g]   | None         | int32 within a group, fp32 across groups                 |
 
+What it is multiplied by is quantised in whole rows, or in groups of columns, each with its own scale and zero point: the
+weight says which by its `colsum`. Beside groups of rows a weight has one scale and zero per channel, or groups as large.
+
 Shapes: n rows (output features), k columns (input features), g groups of k/g consecutive columns.
 """
 
@@ -32,7 +35,9 @@ class Weight(NamedTuple):
     scale: Tensor  # float32 [n] or [n, g]
     zero: Tensor | None  # int8 [n] or [n, g]
     mul: Tensor | None  # uint8 [n, g]
-    colsum: Tensor  # int32 [n]: sum over k of (code - zero) * mul; kind "group": float32 [n], of (code - zero) * scale
+    # int32 [n]: sum over k of (code - zero) * mul; kind "group": float32 [n], of (code - zero) * scale.
+    # For rows in groups int32 [n, g]: sums over the columns of each, of code - zero.
+    colsum: Tensor
 
     def to(self, device: torch.device | str) -> Weight:
         """The same weight on another device."""
@@ -44,6 +49,11 @@ def kind_of(scale: Tensor, mul: Tensor | None) -> Kind:
     if scale.ndim == 2:
         return "group"
     return "channel" if mul is None else "integer"
+
+
+def row_group(weight: Weight, k: int) -> int:
+    """Columns that share a scale and a zero point in the rows which this weight of k columns multiplies; 0: all of them."""
+    return k // weight.colsum.shape[1] if weight.colsum.ndim == 2 else 0
 
 
 def unpack(qweight: Tensor, k: int) -> Int8[Tensor, "n k"]:
@@ -63,10 +73,13 @@ def integer_weight(codes: Int8[Tensor, "n k"], zero: Tensor | None, mul: Tensor 
 
 
 def column_sum(
-    codes: Int8[Tensor, "n k"], scale: Tensor, zero: Tensor | None, mul: Tensor | None
-) -> Float[Tensor, " n"] | Int[Tensor, " n"]:
-    """What an activation zero point is multiplied by: `Weight.colsum`. Groups are added in order, in fp32."""
+    codes: Int8[Tensor, "n k"], scale: Tensor, zero: Tensor | None, mul: Tensor | None, act_group: int = 0
+) -> Float[Tensor, " n"] | Int[Tensor, n * g]:
+    """What an activation zero point is multiplied by: `Weight.colsum`. Groups of a weight are added in order, in fp32;
+    those of rows stay apart."""
     value = integer_weight(codes, zero, mul)
+    if act_group:
+        return value.unflatten(1, (-1, act_group)).sum(2, dtype=torch.int32)
     if kind_of(scale, mul) != "group":
         return value.sum(1, dtype=torch.int32)
     sums = value.unflatten(1, (scale.shape[1], -1)).sum(2, dtype=torch.int32).float() * scale
@@ -83,12 +96,14 @@ def prepare_weight(
     *,
     bits: int = 4,
     mul: UInt8[Tensor, "n g"] | None = None,
+    act_group: int = 0,
 ) -> Weight:
     """Pack signed codes and their scales. Everything is checked here, once, so that the ops need not look at values.
 
     A scale or zero of shape [n, 1] counts as per channel. A zero per group beside a scale per channel makes kind
-    "integer". Raises ValueError for codes out of range, groups that do not divide k, scales that are not finite, or
-    (code - zero) * mul that does not fit int8.
+    "integer". `act_group`: the columns of a row that share a scale where rows are quantised in groups; 0 for whole rows.
+    Raises ValueError for codes out of range, groups that do not divide k or are not those of the rows, scales that are
+    not finite, or (code - zero) * mul that does not fit int8.
     """
     if bits not in (4, 8):
         raise fail("bits", "4 or 8", bits)
@@ -102,9 +117,19 @@ def prepare_weight(
         groups = mul.shape[1] if mul is not None else scale.shape[1]
         zero = zero.unsqueeze(1).expand(n, groups).contiguous()
     _check_parts(codes, scale, zero, mul, bits)
+    _check_act_group(codes.shape[1], scale, mul, act_group)
     scale = scale.float().contiguous()
     qweight = layout.pack_hs128(codes) if bits == 4 else codes
-    return Weight(qweight, scale, zero, mul, column_sum(codes, scale, zero, mul))
+    return Weight(qweight, scale, zero, mul, column_sum(codes, scale, zero, mul, act_group))
+
+
+def _check_act_group(k: int, scale: Tensor, mul: Tensor | None, size: int) -> None:
+    if size and (size < 0 or k % size):
+        raise fail("act_group", f"a size that divides {k} columns", size)
+    if size and mul is not None:
+        raise fail("mul", "none beside rows in groups", list(mul.shape))
+    if size and scale.ndim == 2 and k // scale.shape[1] != size:
+        raise fail("act_group", f"the {k // scale.shape[1]} columns of the weight's own groups", size)
 
 
 def _check_parts(codes: Tensor, scale: Tensor, zero: Tensor | None, mul: Tensor | None, bits: int) -> None:
@@ -144,21 +169,22 @@ def slice_rows(weight: Weight, start: int, stop: int) -> Weight:
 def slice_columns(weight: Weight, k: int, start: int, stop: int) -> Weight:
     """The shard of a row-parallel layer: input features start..stop of k. Adding the shards' outputs gives the whole.
 
-    Any range will do at per-channel kinds (it is repacked); with groups, start and stop must lie on group boundaries.
+    Any range will do at per-channel kinds (it is repacked); with groups, of the weight or of the rows, start and stop must
+    lie on group boundaries.
     """
     if not 0 <= start < stop <= k:
         raise fail("start, stop", f"a range within {k} columns", (start, stop))
     codes = unpack(weight.qweight, k)[:, start:stop].contiguous()
     groups = next((t.shape[1] for t in (weight.mul, weight.scale) if t is not None and t.ndim == 2), None)
-    parts = [weight.scale, weight.zero, weight.mul]
+    parts, act_group = [weight.scale, weight.zero, weight.mul], row_group(weight, k)
+    size = act_group if groups is None else k // groups
+    if size and (start % size or stop % size):
+        raise fail("start, stop", f"multiples of the group size {size}", (start, stop))
     if groups is not None:
-        size = k // groups
-        if start % size or stop % size:
-            raise fail("start, stop", f"multiples of the group size {size}", (start, stop))
         cut = slice(start // size, stop // size)
         parts = [t if t is None or t.ndim == 1 else t[:, cut].contiguous() for t in parts]
     scale, zero, mul = parts
     assert scale is not None
     bits = 4 if weight.qweight.dtype == torch.uint8 else 8
     qweight = layout.pack_hs128(codes) if bits == 4 else codes
-    return Weight(qweight, scale, zero, mul, column_sum(codes, scale, zero, mul))
+    return Weight(qweight, scale, zero, mul, column_sum(codes, scale, zero, mul, act_group))

@@ -24,7 +24,7 @@ from affinequant_kernels.checks import WEIGHT_ONLY
 from affinequant_kernels.cpu import engines, native
 from affinequant_kernels.cpu.candidates import EXACT, Candidate, Held
 from affinequant_kernels.cpu.quant import SERIAL_ELEMENTS, THREADED_ELEMENTS, row_quant
-from affinequant_kernels.weight import Weight, integer_weight, kind_of, unpack
+from affinequant_kernels.weight import Weight, integer_weight, kind_of, row_group, unpack
 
 T = TypeVar("T")
 
@@ -72,7 +72,7 @@ def clear_cache(*, dead_only: bool = False) -> None:
 
 
 def _plan(weight: Weight, k: int, using: str, whole: bool) -> _Plan:
-    groups = weight.scale.shape[1] if weight.scale.ndim == 2 else 1
+    groups = max(t.shape[1] if t.ndim == 2 else 1 for t in (weight.scale, weight.colsum))
     parts, engine = (weight.qweight, weight.zero, weight.mul), engines.CANDIDATES[using]
     if engine.views and groups == 1 and weight.qweight.dtype == torch.int8:
         return _Plan(engine, None, whole)  # kept, they would keep the weight alive for ever
@@ -106,8 +106,8 @@ def _largest(weight: Weight) -> int:
 
 def linear(
     q: Int8[Tensor, "m k"],
-    scale: Float[Tensor, " m"],
-    zero: Int32[Tensor, " m"] | None,
+    scale: Float[Tensor, m * g],
+    zero: Int32[Tensor, m * g] | None,
     weight: Weight,
     bias: Float[Tensor, " n"] | None,
     out_dtype: torch.dtype,
@@ -131,10 +131,10 @@ def _engine_for(
     m: int, k: int, zero: Tensor | None, weight: Weight, out_dtype: torch.dtype, act_bits: int
 ) -> tuple[str, bool]:
     """The fastest engine for this product, and whether its integers may be too large for fp32 and must be whole."""
-    largest, grouped = _largest(weight), kind_of(weight.scale, weight.mul) == "group"
+    largest, grouped = _largest(weight), kind_of(weight.scale, weight.mul) == "group" and not row_group(weight, k)
     # The product and the zero point's correction, each at most this, must both and in their difference be exact. Where
     # nothing is taken off, a product that is rounded once to fp32 is what the reference has too.
-    bound = 2 * (1 << (act_bits - 1)) * largest * k
+    bound = 2 * (1 << (act_bits - 1)) * largest * (row_group(weight, k) or k)
     rounded = grouped or (zero is None and out_dtype != torch.int32)
     whole = _by_rowsum(weight) or not (rounded or bound < EXACT)
     return engines.choose(min(m, CHUNK_ROWS), largest, whole), whole
@@ -149,6 +149,8 @@ def _chunk(
     bias: Tensor | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
+    if scale.ndim == 2:
+        return _rows_in_groups(plan, q, scale, zero, weight, bias).to(out_dtype)
     if kind_of(weight.scale, weight.mul) == "group":
         y = _groups(plan, q, weight)
         if zero is not None:
@@ -161,7 +163,7 @@ def _chunk(
     if zero is None and not plan.whole and out_dtype != torch.int32:
         y = plan.engine.product(q, held, weight.scale, None)
     else:
-        acc = _accumulate(plan, held, q, zero, weight)
+        acc = _accumulate(plan, held, q, zero, weight, weight.colsum)
         if out_dtype == torch.int32:
             return acc.to(torch.int32)
         y = acc.float().mul_(weight.scale)
@@ -187,7 +189,9 @@ def _scaled(y: Float[Tensor, "m n"], scale: Tensor, bias: Tensor | None, out_dty
     return out
 
 
-def _accumulate(plan: _Plan, held: Held, q: Tensor, zero: Tensor | None, weight: Weight) -> Tensor:
+def _accumulate(
+    plan: _Plan, held: Held, q: Tensor, zero: Tensor | None, weight: Weight, colsum: Int32[Tensor, " n"]
+) -> Tensor:
     """The corrected accumulator: int32, or the same integers in fp32 where `_engine_for` found them to fit."""
     acc = plan.engine.product(q, held, None, None)
     if plan.whole:
@@ -195,7 +199,7 @@ def _accumulate(plan: _Plan, held: Held, q: Tensor, zero: Tensor | None, weight:
     if _by_rowsum(weight):
         assert weight.zero is not None
         acc -= q.sum(1, dtype=torch.int32).unsqueeze(1) * weight.zero
-    return acc if zero is None else acc.addr_(zero.to(acc.dtype), weight.colsum.to(acc.dtype), alpha=-1)
+    return acc if zero is None else acc.addr_(zero.to(acc.dtype), colsum.to(acc.dtype), alpha=-1)
 
 
 def _groups(plan: _Plan, q: Tensor, weight: Weight) -> Float[Tensor, "m n"]:
@@ -204,6 +208,24 @@ def _groups(plan: _Plan, q: Tensor, weight: Weight) -> Float[Tensor, "m n"]:
     for part, held, scale in zip(q.chunk(len(parts), 1), parts, scales, strict=True):
         y = plan.engine.product(part.contiguous(), held, scale, y)
     return y
+
+
+def _rows_in_groups(
+    plan: _Plan, q: Tensor, scale: Tensor, zero: Tensor | None, weight: Weight, bias: Tensor | None
+) -> Float[Tensor, "m n"]:
+    y, colsum, per_row = (
+        torch.zeros(q.shape[0], len(weight.scale)),
+        weight.colsum.t().contiguous(),
+        weight.scale.ndim == 1,
+    )
+    weights = None if per_row else weight.scale.t().contiguous()
+    for g, (rows, held) in enumerate(zip(q.chunk(len(colsum), 1), _held(plan, weight), strict=True)):
+        shift = None if zero is None else zero[:, g]
+        part = _accumulate(plan, held, rows.contiguous(), shift, weight, colsum[g]).float()
+        part = part if weights is None else part.mul_(weights[g])
+        y.add_(part.mul_(scale[:, g].unsqueeze(1)))
+    y = y.mul_(weight.scale) if per_row else y
+    return y if bias is None else y.add_(bias)
 
 
 def linear_dyn(
@@ -221,13 +243,14 @@ def linear_dyn(
     if act_bits == WEIGHT_ONLY:
         return _weight_only(reference.transform(x, factors).to(x.dtype), weight, bias, out_dtype)
     settings = {"bits": act_bits, "symmetric": act_symmetric, "clip": clip}
-    if native.available() is None:
+    group = row_group(weight, x.shape[1])
+    if native.available() is None and not group:
         layer = _native(weight, x, factors)
         if layer.served and out_dtype in native.TYPES and _at_once(x.shape[0], layer, weight):
             return native.linear(layer, x, bias, out_dtype=out_dtype, **settings)
         rows = native.rows(layer, x, **settings)
     else:
-        rows = row_quant(reference.transform(x, factors), with_rowsum=False, **settings)
+        rows = row_quant(reference.transform(x, factors), group=group, with_rowsum=False, **settings)
     return linear(rows.q, rows.scale, None if act_symmetric else rows.zero, weight, bias, out_dtype, act_bits)
 
 

@@ -21,8 +21,13 @@ BLOCK_ELEMENTS = 1 << 19
 MAGIC = 12582912.0  # 1.5 * 2^23: adding it leaves no fraction, and rounds to nearest even
 
 
-def row_quant(x: Float[Tensor, "m k"], *, bits: int, symmetric: bool, clip: float, with_rowsum: bool = True) -> Rows:
+def row_quant(
+    x: Float[Tensor, "m k"], *, bits: int, symmetric: bool, clip: float, group: int = 0, with_rowsum: bool = True
+) -> Rows:
     """As `reference.row_quant`."""
+    if group:
+        settings = {"bits": bits, "symmetric": symmetric, "clip": clip, "with_rowsum": with_rowsum}
+        return reference.in_groups(row_quant(x.reshape(-1, group), **settings), *x.shape)
     m, k = x.shape
     rows = Rows(torch.empty(m, k, dtype=torch.int8), torch.empty(m), torch.zeros(m, dtype=torch.int32), torch.empty(0))
     together = m if x.numel() > SERIAL_ELEMENTS else max(1, THREADED_ELEMENTS // max(k, 1))
@@ -76,14 +81,14 @@ def _round_(x: Tensor) -> Tensor:
     return x.round_() if x.numel() > THREADED_ELEMENTS else x.add_(MAGIC).sub_(MAGIC)
 
 
-def kron_quant(x: Tensor, left: Tensor, right: Tensor, *, bits: int, symmetric: bool, clip: float) -> Rows:
+def kron_quant(x: Tensor, left: Tensor, right: Tensor, *, bits: int, symmetric: bool, clip: float, group: int) -> Rows:
     """As `reference.kron_quant`."""
-    return row_quant(reference.kron_apply(x, left, right), bits=bits, symmetric=symmetric, clip=clip)
+    return row_quant(reference.kron_apply(x, left, right), bits=bits, symmetric=symmetric, clip=clip, group=group)
 
 
-def block_quant(x: Tensor, matrices: Tensor, *, bits: int, symmetric: bool, clip: float) -> Rows:
+def block_quant(x: Tensor, matrices: Tensor, *, bits: int, symmetric: bool, clip: float, group: int) -> Rows:
     """As `reference.block_quant`."""
-    return row_quant(reference.block_apply(x, matrices), bits=bits, symmetric=symmetric, clip=clip)
+    return row_quant(reference.block_apply(x, matrices), bits=bits, symmetric=symmetric, clip=clip, group=group)
 
 
 def rmsnorm_quant(

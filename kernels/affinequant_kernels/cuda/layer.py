@@ -9,10 +9,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from affinequant_kernels import reference
-from affinequant_kernels.checks import WEIGHT_ONLY
+from affinequant_kernels.checks import WEIGHT_ONLY, fail
 from affinequant_kernels.cuda import gemm, gemm_group, quant, transform
 from affinequant_kernels.reference import Rows
-from affinequant_kernels.weight import Weight
+from affinequant_kernels.weight import Weight, row_group
 
 
 def linear_dyn(
@@ -29,6 +29,8 @@ def linear_dyn(
     """As `reference.linear_dyn` of `reference.transform(x, factors)`; as `reference.w4a16_linear` with WEIGHT_ONLY."""
     if act_bits == WEIGHT_ONLY:
         return gemm_group.w4a16_linear(reference.transform(x, factors).to(x.dtype), weight, bias, out_dtype)
+    if row_group(weight, x.shape[1]):
+        raise fail("weight", "one for whole rows on this device", "one for rows in groups")
     rows = _rows(x, factors, bits=act_bits, symmetric=act_symmetric, clip=clip)
     zero = None if act_symmetric else rows.zero
     return gemm.linear(rows.q, rows.scale, zero, rows.rowsum, weight, bias, out_dtype)

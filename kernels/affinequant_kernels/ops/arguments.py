@@ -23,21 +23,23 @@ _OUT = (*FLOATS, torch.int32)
 # Rows that are quantised.
 
 
-def check_rows(x: Tensor, bits: int, clip: float) -> None:
-    """x [m, k] of floats, and the settings of a quantiser."""
+def check_rows(x: Tensor, bits: int, clip: float, group: int = 0) -> None:
+    """x [m, k] of floats, the settings of a quantiser, and a group that divides k, or 0."""
     check_tensor("x", x, (None, None), FLOATS)
     check_quant(bits, clip)
+    if group < 0 or (group and x.shape[1] % group):
+        raise fail("group", f"0, or a size that divides {x.shape[1]} columns", group)
 
 
-def check_kron(x: Tensor, left: Tensor, right: Tensor, bits: int, clip: float) -> None:
+def check_kron(x: Tensor, left: Tensor, right: Tensor, bits: int, clip: float, group: int) -> None:
     """Two square matrices whose sizes multiply to x's width."""
-    check_rows(x, bits, clip)
+    check_rows(x, bits, clip, group)
     _check_factor(x, left, right)
 
 
-def check_block(x: Tensor, matrices: Tensor, bits: int, clip: float) -> None:
+def check_block(x: Tensor, matrices: Tensor, bits: int, clip: float, group: int) -> None:
     """Square matrices [blocks, b, b] that fill x's width, or one that divides it."""
-    check_rows(x, bits, clip)
+    check_rows(x, bits, clip, group)
     _check_factor(x, matrices)
 
 
@@ -97,14 +99,26 @@ def check_weight(k: int, device: torch.device, weight: Weight, bias: Tensor | No
         raise fail("w_mul" if mul is not None else "w_scale", f"a number of groups that divides {k} columns", groups)
     if zero is not None:
         check_tensor("w_zero", zero, (n,) if groups is None else (n, groups), (torch.int8,), device)
-    check_tensor("w_colsum", colsum, (n,), (torch.float32 if grouped else torch.int32,), device)
+    in_groups = colsum.ndim == 2  # what is multiplied by it
+    if in_groups:
+        _check_act_groups(k, groups, mul, colsum.shape[1])
+    sums = (n, None) if in_groups else (n,)
+    check_tensor("w_colsum", colsum, sums, (torch.int32 if in_groups or not grouped else torch.float32,), device)
     if bias is not None:
         check_tensor("bias", bias, (n,), FLOATS, device)
-    if out_dtype not in _OUT or (grouped and out_dtype == torch.int32):
+    if out_dtype not in _OUT or ((grouped or in_groups) and out_dtype == torch.int32):
         raise fail("out_dtype", "a float type, or int32 without a scale per group", out_dtype)
     # The accumulator, zero points included, must fit int32.
     if k * 255 * (255 if not four else 128) >= 1 << 31:
         raise fail("k", "an accumulator within int32", f"{k} columns")
+
+
+def _check_act_groups(k: int, groups: int | None, mul: Tensor | None, count: int) -> None:
+    if count == 0 or k % count or mul is not None or groups not in (None, count):
+        wanted = (
+            f"as many groups as the weight has, {groups}" if groups else f"a number of groups that divides {k} columns"
+        )
+        raise fail("w_colsum", "no groups beside multipliers" if mul is not None else wanted, count)
 
 
 def check_product(
@@ -118,11 +132,11 @@ def check_product(
 ) -> None:
     """Rows as a quantiser makes them, and a weight that fits them."""
     check_tensor("q", q, (None, None), (torch.int8,))
-    m = q.shape[0]
-    check_tensor("scale", scale, (m,), (torch.float32,), q.device)
+    shape = (q.shape[0], *weight.colsum.shape[1:])
+    check_tensor("scale", scale, shape, (torch.float32,), q.device)
     for name, part in (("zero", zero), ("rowsum", rowsum)):
         if part is not None:
-            check_tensor(name, part, (m,), (torch.int32,), q.device)
+            check_tensor(name, part, shape, (torch.int32,), q.device)
     check_weight(q.shape[1], q.device, weight, bias, out_dtype)
 
 

@@ -17,12 +17,14 @@ from torch import Tensor
 
 from affinequant_kernels.cuda import configs
 from affinequant_kernels.reference import Rows
-from affinequant_kernels.weight import Weight, kind_of
+from affinequant_kernels.weight import Weight, kind_of, row_group
 
 
-def row_quant(x: Float[Tensor, "m k"], *, bits: int = 4, symmetric: bool = True, clip: float = 1.0) -> Rows:
-    """Quantise each row with its own scale; see `reference.row_quant`."""
-    return Rows(*torch.ops.affq.row_quant(x.contiguous(), bits, symmetric, clip))
+def row_quant(
+    x: Float[Tensor, "m k"], *, bits: int = 4, symmetric: bool = True, clip: float = 1.0, group: int = 0
+) -> Rows:
+    """Quantise each row, or each `group` columns of it, with its own scale; see `reference.row_quant`."""
+    return Rows(*torch.ops.affq.row_quant(x.contiguous(), bits, symmetric, clip, group))
 
 
 def linear(
@@ -35,10 +37,11 @@ def linear(
     bias: Float[Tensor, " n"] | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Quantise x per row to `act_bits` and multiply by a quantised weight: [..., k] -> [..., n].
+    """Quantise x to `act_bits` and multiply by a quantised weight: [..., k] -> [..., n].
 
-    W4A4, W4A8 and W8A8 alike: the weight knows its own width. `out_dtype` defaults to x's type; int32 gives the integer
-    accumulator. See `reference.linear_dyn` for the arithmetic. Raises ValueError for anything that does not fit.
+    Per row, or in the groups that the weight was prepared for (`prepare_weight(act_group=...)`). W4A4, W4A8 and W8A8
+    alike: the weight knows its own width. `out_dtype` defaults to x's type; int32 gives the integer accumulator. See
+    `reference.linear_dyn` for the arithmetic. Raises ValueError for anything that does not fit.
     """
     return torch.ops.affq.w4a4_linear_dyn(x.contiguous(), *weight, bias, act_bits, act_symmetric, clip, out_dtype)
 
@@ -54,7 +57,7 @@ def online_linear(
     bias: Float[Tensor, " n"] | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Transform x, quantise it per row to `act_bits` and multiply: [..., k] -> [..., n].
+    """Transform x, quantise it to `act_bits` as `linear` does, and multiply: [..., k] -> [..., n].
 
     Args:
         matrices: what acts on x, as the module says; empty for none.
@@ -94,7 +97,8 @@ def warm(
     if device.type != "cuda" or alike in _WARM:
         return []
     bits = 4 if weight.qweight.dtype == torch.uint8 else 8
-    rows = configs.rows_to_meet(weight.qweight.shape[0], k, kind_of(weight.scale, weight.mul), bits, device)
+    kind = "group" if row_group(weight, k) else kind_of(weight.scale, weight.mul)
+    rows = configs.rows_to_meet(weight.qweight.shape[0], k, kind, bits, device)
     settings = {"act_bits": act_bits, "act_symmetric": act_symmetric, "bias": bias, "out_dtype": out_dtype}
     for m in rows:
         online_linear(torch.zeros(m, k, dtype=dtype, device=device), matrices, weight, **settings)

@@ -8,9 +8,9 @@ from torch import Tensor
 from affinequant_kernels.weight import Weight
 
 
-def rows(x: Tensor) -> tuple[Tensor, ...]:
-    """Quantised rows of x [m, k]."""
-    return _rows(x, x.shape[1])
+def rows(x: Tensor, group: int = 0) -> tuple[Tensor, ...]:
+    """Quantised rows of x [m, k], or of groups of its columns."""
+    return _rows(x, x.shape[1], group)
 
 
 def rows_and_hidden(x: Tensor) -> tuple[Tensor, ...]:
@@ -23,10 +23,10 @@ def rows_of_half(gate_up: Tensor) -> tuple[Tensor, ...]:
     return _rows(gate_up, gate_up.shape[1] // 2)
 
 
-def _rows(x: Tensor, k: int) -> tuple[Tensor, ...]:
-    m, whole = x.shape[0], torch.int32
-    q, scale = x.new_empty((m, k), dtype=torch.int8), x.new_empty((m,), dtype=torch.float32)
-    return q, scale, x.new_empty((m,), dtype=whole), x.new_empty((m,), dtype=whole)
+def _rows(x: Tensor, k: int, group: int = 0) -> tuple[Tensor, ...]:
+    size, whole = (x.shape[0], k // group) if group else (x.shape[0],), torch.int32
+    q, scale = x.new_empty((x.shape[0], k), dtype=torch.int8), x.new_empty(size, dtype=torch.float32)
+    return q, scale, x.new_empty(size, dtype=whole), x.new_empty(size, dtype=whole)
 
 
 def product(q: Tensor, weight: Weight, out_dtype: torch.dtype) -> Tensor:

@@ -77,21 +77,22 @@ def _layer(linear_dyn: Run) -> Run:
 _WEIGHT = "Tensor qweight, Tensor w_scale, Tensor? w_zero, Tensor? w_mul, Tensor w_colsum, Tensor? bias"
 _ROWS = "Tensor q, Tensor scale, Tensor zero, Tensor rowsum"
 _QUANTISER = "int bits=4, bool symmetric=True, float clip=1.0"
+_IN_GROUPS = f"{_QUANTISER}, int group=0"
 _DYNAMIC = f"{_WEIGHT}, int act_bits=4, bool act_symmetric=True, float clip=1.0, ScalarType? out_dtype=None"
 _ON_CPU, _ON_CUDA = _layer(layer.linear_dyn), _layer(_cuda("layer", "linear_dyn"))
 
 OPS = {
     # Rows of integers from rows of floats, alone or at the end of what computes them.
     "row_quant": Op(
-        f"Tensor x, {_QUANTISER}", _ROWS,
+        f"Tensor x, {_IN_GROUPS}", _ROWS,
         arguments.check_rows, shapes.rows, quant.row_quant, _cuda("quant", "row_quant"),
     ),
     "kron_quant": Op(
-        f"Tensor x, Tensor left, Tensor right, {_QUANTISER}", _ROWS,
+        f"Tensor x, Tensor left, Tensor right, {_IN_GROUPS}", _ROWS,
         arguments.check_kron, shapes.rows, quant.kron_quant, _cuda("transform", "kron_quant"),
     ),
     "block_quant": Op(
-        f"Tensor x, Tensor matrices, {_QUANTISER}", _ROWS,
+        f"Tensor x, Tensor matrices, {_IN_GROUPS}", _ROWS,
         arguments.check_block, shapes.rows, quant.block_quant, _cuda("transform", "block_quant"),
     ),
     "rmsnorm_quant": Op(
