@@ -132,12 +132,14 @@ def test_a_layer_in_one_call_is_the_references_at_any_size(m: int, n: int, k: in
 @compiled
 @pytest.mark.parametrize("size", [24, 32, 64, 128, 384])
 @pytest.mark.parametrize("with_zero", [True, False])
-def test_a_layer_in_groups_in_one_call_is_the_references(size: int, with_zero: bool) -> None:
+@pytest.mark.parametrize("of", ["the weight", "rows", "both"])
+def test_a_layer_in_groups_in_one_call_is_the_references(of: str, size: int, with_zero: bool) -> None:
     k, n = 3 * size, 7
     codes = torch.randint(-8, 8, (n, k), dtype=torch.int8, generator=GENERATOR)
     codes[0], codes[1] = -8, 7
-    zero = torch.randint(-8, 8, (n, 3), dtype=torch.int8, generator=GENERATOR) if with_zero else None
-    given = prepare_weight(codes, torch.rand(n, 3, generator=GENERATOR) + 0.01, zero)
+    groups, act_group = 1 if of == "rows" else 3, 0 if of == "the weight" else size
+    zero = torch.randint(-8, 8, (n, groups), dtype=torch.int8, generator=GENERATOR) if with_zero else None
+    given = prepare_weight(codes, torch.rand(n, groups, generator=GENERATOR) + 0.01, zero, act_group=act_group)
     assert native.serves(given, k) == (native.multiplies() and size != 24)
     if not native.serves(given, k):
         return

@@ -243,14 +243,15 @@ def linear_dyn(
     if act_bits == WEIGHT_ONLY:
         return _weight_only(reference.transform(x, factors).to(x.dtype), weight, bias, out_dtype)
     settings = {"bits": act_bits, "symmetric": act_symmetric, "clip": clip}
-    group = row_group(weight, x.shape[1])
-    if native.available() is None and not group:
+    if native.available() is None:
         layer = _native(weight, x, factors)
         if layer.served and out_dtype in native.TYPES and _at_once(x.shape[0], layer, weight):
             return native.linear(layer, x, bias, out_dtype=out_dtype, **settings)
         rows = native.rows(layer, x, **settings)
     else:
-        rows = row_quant(reference.transform(x, factors), group=group, with_rowsum=False, **settings)
+        rows = row_quant(
+            reference.transform(x, factors), group=row_group(weight, x.shape[1]), with_rowsum=False, **settings
+        )
     return linear(rows.q, rows.scale, None if act_symmetric else rows.zero, weight, bias, out_dtype, act_bits)
 
 
@@ -258,7 +259,7 @@ def _at_once(m: int, layer: native.Layer, weight: Weight) -> bool:
     """Whether m rows go through the compiled code in one call: it multiplies as fast as any, or it alone needs no product
     for each group, or, with AVX512-VNNI, where others multiply as fast but only it reads 4 bits, rows are few."""
     if native.multiplies():
-        if weight.scale.ndim == 2:
+        if weight.scale.ndim == 2 or weight.colsum.ndim == 2:
             return engines.overridden() in (None, "native")
         return engines.choose(min(m, CHUNK_ROWS), _largest(weight), False) == "native"
     few = FEW_ROWS if layer.n * layer.k < LARGE else FEW_ROWS_OF_LARGE

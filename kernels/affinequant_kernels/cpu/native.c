@@ -33,11 +33,13 @@ typedef struct {
 
 typedef struct {
     int64_t n, k, factors, kind;
-    int64_t group;           // columns that share a scale, of NIBBLES and with AVX2 alone: 32, 64 or whole blocks; 0: all
+    // Columns that share a scale, of the weight, of rows or of both, of NIBBLES and with AVX2 alone: 32, 64 or whole blocks;
+    // 0: all. Whether those of the weight, and into how many groups rows are quantised; 0: a row has one scale.
+    int64_t group, weight_groups, row_groups;
     const void *codes;
     const float *scale;      // [n], or [groups, n]
     const int8_t *zero;      // the same, or null
-    const int32_t *colsum;   // [n], in groups of fp32, or null where rows have no zero points
+    const int32_t *colsum;   // [n], in groups of fp32, for rows in groups [groups, n]; null where rows have no zero points
     const Factor *factor;
 } Layer;
 
@@ -45,9 +47,9 @@ typedef struct {
     int8_t *q;               // [m, stride], zeros after column k
     int16_t *wide;           // the same, or null where nobody reads it
     int64_t stride;
-    float *scale;            // [m]
-    int32_t *zero, *sum;     // [m]
-    int32_t *groups;         // [m, groups]: sums within groups, or null
+    float *scale;            // [m], in groups [m, groups]
+    int32_t *zero, *sum;     // the same
+    int32_t *groups;         // [m, groups]: sums within groups of the weight, or null
 } Rows;
 
 static const void *at(const void *x, enum type type, int64_t index)
@@ -92,12 +94,15 @@ static void widen(Rows rows, int64_t row)
         rows.wide[i] = rows.q[i];
 }
 
-// As reference.row_quant, for one row of fp32.
-static void quantise(const float *x, int64_t k, int bits, int symmetric, float clip, Rows rows, int64_t row)
+// How many scales a row has, and sums within groups beside them.
+static int64_t scales(const Layer *layer) { return layer->row_groups ? layer->row_groups : 1; }
+static int64_t apart(const Layer *layer) { return layer->group && !layer->row_groups ? layer->k / layer->group : 0; }
+
+// As reference.row_quant, for one row of fp32, or a group of it; `at` its place among the scales.
+static void quantise(const float *x, int64_t k, int bits, int symmetric, float clip, Rows rows, int8_t *q, int64_t at)
 {
     const float half = (float)(1 << (bits - 1));
     int32_t low, high;
-    int8_t *q = rows.q + row * rows.stride;
     float scale, inverse, shift = 0.0f;
     extremes(x, k, &low, &high);
     if (low < (INFINITE ^ -1) || high > INFINITE) // a NaN
@@ -116,15 +121,13 @@ static void quantise(const float *x, int64_t k, int bits, int symmetric, float c
         if (!symmetric)
             shift = fminf(fmaxf(nearbyintf(-bottom * inverse) - half, -half), half - 1.0f);
     }
-    rows.scale[row] = scale;
-    rows.zero[row] = rows.sum[row] = 0;
-    memset(q + k, 0, rows.stride - k);
+    rows.scale[at] = scale;
+    rows.zero[at] = rows.sum[at] = 0;
     if (isfinite(scale)) {
-        rows.zero[row] = (int32_t)shift;
-        rows.sum[row] = to_codes(x, k, inverse, shift, half, q);
+        rows.zero[at] = (int32_t)shift;
+        rows.sum[at] = to_codes(x, k, inverse, shift, half, q);
     } else
         memset(q, 0, k);
-    widen(rows, row);
 }
 
 // A row that is quantised already.
@@ -167,7 +170,12 @@ static void quantise_row(const Layer *layer, const void *x, enum type type, int 
         next = here;
         here = (float *)value;
     }
-    quantise(value, k, bits, symmetric, clip, rows, row);
+    const int64_t groups = scales(layer), size = k / groups;
+    int8_t *q = rows.q + row * rows.stride;
+    for (int64_t g = 0; g < groups; g++)
+        quantise(value + g * size, size, bits, symmetric, clip, rows, q + g * size, row * groups + g);
+    memset(q + k, 0, rows.stride - k);
+    widen(rows, row);
     if (rows.groups)
         sum_groups(layer, rows, row);
 }
@@ -188,21 +196,20 @@ static void multiply(const Layer *layer, Rows rows, int64_t row, int64_t end, in
 // Bytes that m rows take for a layer, and where in them what lies.
 static int64_t rows_size(const Layer *layer, int64_t m)
 {
-    int64_t groups = layer->group ? layer->k / layer->group : 0;
-    return m * (12 + 4 * groups + whole(layer->k) * (layer->kind == WIDE ? 3 : 1));
+    return m * (12 * scales(layer) + 4 * apart(layer) + whole(layer->k) * (layer->kind == WIDE ? 3 : 1));
 }
 
 static Rows rows_in(const Layer *layer, int64_t m, char *memory)
 {
-    const int64_t k = whole(layer->k);
+    const int64_t k = whole(layer->k), count = m * scales(layer);
     float *scale = (float *)memory;
-    int32_t *sums = (int32_t *)scale + m, *groups = layer->group ? sums + 2 * m : NULL;
-    int32_t *next = groups ? groups + m * (layer->k / layer->group) : sums + 2 * m;
+    int32_t *sums = (int32_t *)scale + count, *groups = sums + 2 * count, *next = groups + m * apart(layer);
     int16_t *wide = layer->kind == WIDE ? (int16_t *)next : NULL;
-    return (Rows){wide ? (int8_t *)(wide + m * k) : (int8_t *)next, wide, k, scale, sums, sums + m, groups};
+    return (Rows){wide ? (int8_t *)(wide + m * k) : (int8_t *)next, wide, k, scale, sums, sums + count,
+                  apart(layer) ? groups : NULL};
 }
 
-// Rows x [m, k] through the layer's factors and a quantiser, into q [m, k], scale, zero and sum [m]. Returns 0, or 1: no memory.
+// Rows x [m, k] through the layer's factors and a quantiser, into q [m, k], scale, zero and sum [m, groups]. Returns 0, or 1: no memory.
 int affq_rows(const Layer *layer, const void *x, int x_type, int64_t m, int bits, int symmetric, float clip, int threads,
               int8_t *q, float *scale, int32_t *zero, int32_t *sum)
 {
@@ -267,7 +274,7 @@ int affq_multiplies(void) { return MULTIPLIES; }
 // The product alone: out int32 [m, n] of q [m, k] and codes of a kind. Returns 0, or 1: no memory.
 int affq_product(const void *codes, int kind, int64_t n, int64_t k, const int8_t *q, int64_t m, int threads, int32_t *out)
 {
-    const Layer layer = {n, k, 0, kind, 0, codes, NULL, NULL, NULL, NULL};
+    const Layer layer = {n, k, 0, kind, 0, 0, 0, codes, NULL, NULL, NULL, NULL};
     const int64_t count = together(&layer, m);
     char *scratch = malloc(rows_size(&layer, count) + 64);
     if (!scratch)

@@ -1,7 +1,7 @@
 """native.c: compiled once by the machine's own C compiler, kept in the cache, checked against the reference, and called.
 
-It serves layers with a scale per row: with AVX512-VNNI those of 4-bit codes, with AVX2 those of 8 bits too, and it is one of
-the ways to multiply that `engines.py` times. `layer.py` decides when. Where there is no such CPU or no compiler, or
+It serves layers with a scale per row: with AVX512-VNNI those of 4-bit codes, with AVX2 those of 8 bits and of groups too, and
+it is one of the ways to multiply that `engines.py` times. `layer.py` decides when. Where there is no such CPU or no compiler, or
 AFFQ_NATIVE=0, everything goes the way of `layer.py`. `affinequant env` tells which it is.
 """
 
@@ -24,7 +24,7 @@ from torch import Tensor
 from affinequant_kernels import reference
 from affinequant_kernels.cache import check_private, private_folder
 from affinequant_kernels.reference import Rows
-from affinequant_kernels.weight import Weight, integer_weight, kind_of, prepare_weight, unpack
+from affinequant_kernels.weight import Weight, integer_weight, kind_of, prepare_weight, row_group, unpack
 
 SOURCE = Path(__file__).with_name("native.c")
 UNITS = {
@@ -50,8 +50,11 @@ class _Factor(ctypes.Structure):
     ]
 
 
+_GROUPS = ("group", "weight_groups", "row_groups")
+
+
 class _Layer(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int64) for name in ("n", "k", "factors", "kind", "group")] + [
+    _fields_ = [(name, ctypes.c_int64) for name in ("n", "k", "factors", "kind", *_GROUPS)] + [
         (name, ctypes.c_void_p) for name in ("codes", "scale", "zero", "colsum", "factor")
     ]
 
@@ -63,6 +66,7 @@ class Layer:
     address: int
     n: int
     k: int
+    row_groups: int  # into how many groups `rows` quantises each; 0: whole rows
     served: bool  # `serves` of the weight: otherwise `rows` alone may be asked
     held: tuple[object, ...]
 
@@ -85,33 +89,36 @@ def prepare(weight: Weight, k: int, factors: Sequence[tuple[Tensor, ...]], dtype
         right = second[0] if second else first
         place.right, place.columns = address(right), right.shape[-1]
     pointer = ctypes.addressof(made) if factors else None
-    served = serves(weight, k)
-    codes, scale, zero = _as_read(weight, k) if served else weight[:3]
-    held += [t for t in (codes, scale, zero) if not any(t is own for own in weight)]  # the weight's own would never die
-    n, kind = weight.qweight.shape[0], NIBBLES if codes.dtype == torch.uint8 else WIDE
-    parts = [None if t is None else t.data_ptr() for t in (codes, scale, zero, weight.colsum)]
-    layer = _Layer(n, k, len(factors), kind, k // scale.shape[0] if served and scale.ndim == 2 else 0, *parts, pointer)
-    return Layer(ctypes.addressof(layer), n, k, served, (layer, made, *held))
+    served, row_size = serves(weight, k), row_group(weight, k)
+    read = _as_read(weight, k) if served else (*weight[:3], weight.colsum)
+    held += [t for t in read if not any(t is own for own in weight)]  # the weight's own would never die
+    n, kind = weight.qweight.shape[0], NIBBLES if read[0].dtype == torch.uint8 else WIDE
+    parts = [None if t is None else t.data_ptr() for t in read]
+    of_weight, of_rows = weight.scale.ndim == 2, k // row_size if row_size else 0
+    size = row_size or (k // weight.scale.shape[1] if of_weight else 0)
+    layer = _Layer(n, k, len(factors), kind, size if served else 0, of_weight, of_rows, *parts, pointer)
+    return Layer(ctypes.addressof(layer), n, k, of_rows, served, (layer, made, *held))
 
 
-def _as_read(weight: Weight, k: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Codes, scale and zero points: with multipliers their products, in groups [groups, n]; else the weight's own memory."""
-    codes, scale, zero = weight.qweight, weight.scale, weight.zero
+def _as_read(weight: Weight, k: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """Codes, scale, zero points and column sums: with multipliers their products, in groups [groups, n]; else the weight's
+    own memory."""
     if weight.mul is not None:
-        return integer_weight(unpack(codes, k), zero, weight.mul).to(torch.int8), scale, None
-    if scale.ndim == 2:
-        return codes, scale.t().contiguous(), None if zero is None else zero.t().contiguous()
-    return codes, scale, zero
+        codes = integer_weight(unpack(weight.qweight, k), weight.zero, weight.mul).to(torch.int8)
+        return codes, weight.scale, None, weight.colsum
+    parts = (weight.scale, weight.zero, weight.colsum)
+    scale, zero, colsum = (t.t().contiguous() if t is not None and t.ndim == 2 else t for t in parts)
+    return weight.qweight, scale, zero, colsum  # pyright: ignore[reportReturnType]
 
 
 def serves(weight: Weight, k: int) -> bool:
     """Whether the compiled code knows this kind of weight: 4 bits with a scale and at most a zero point per row; with AVX2
-    also 8 bits, multipliers, and 4 bits with a scale per group of a size that fits its registers."""
+    also 8 bits, multipliers, and 4 bits with groups, the weight's or the rows', of a size that fits its registers."""
     more = _MULTIPLIES == [True]  # of the code that is loaded: `available` asks too, before it says so
-    kind, four = kind_of(weight.scale, weight.mul), weight.qweight.dtype == torch.uint8
-    if kind == "channel":
+    kind, four, of_rows = kind_of(weight.scale, weight.mul), weight.qweight.dtype == torch.uint8, row_group(weight, k)
+    if kind == "channel" and not of_rows:
         return four or more
-    size = k // weight.scale.shape[1] if kind == "group" else BLOCK
+    size = k // weight.scale.shape[1] if kind == "group" else of_rows or BLOCK
     return four and more and (size in (32, 64) or size % BLOCK == 0)
 
 
@@ -137,7 +144,8 @@ def rows(layer: Layer, x: Tensor, *, bits: int, symmetric: bool, clip: float) ->
     """x [m, k] through a prepared layer's factors and quantiser, as `reference.row_quant` of the transformed x."""
     m = x.shape[0]
     q = torch.empty(m, layer.k, dtype=torch.int8)
-    scale, zero, total = torch.empty(m), torch.empty(m, dtype=torch.int32), torch.empty(m, dtype=torch.int32)
+    size = (m, layer.row_groups) if layer.row_groups else (m,)
+    scale, zero, total = torch.empty(size), *(torch.empty(size, dtype=torch.int32) for _ in range(2))
     threads = torch.get_num_threads() if x.numel() > SERIAL // 64 else 1
     failed = _loaded().affq_rows(
         layer.address,

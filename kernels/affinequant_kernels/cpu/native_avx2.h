@@ -303,11 +303,10 @@ static __m128i offset(const Layer *layer, const int8_t *zero, int64_t at, int64_
     return off;
 }
 
-// y times the row's scale, plus bias, to four places of the output.
-static inline void store_four(__m128 y, const Layer *layer, Rows rows, int64_t row, int64_t at, int64_t left,
+// y plus bias to four places of the output.
+static inline void store_four(__m128 y, const Layer *layer, int64_t row, int64_t at, int64_t left,
                               const float *bias, void *out, enum type type)
 {
-    y = _mm_mul_ps(y, _mm_set1_ps(rows.scale[row]));
     if (bias)
         y = _mm_add_ps(y, _mm_maskload_ps(bias + at, mask_of(left)));
     at += row * layer->n;
@@ -338,8 +337,10 @@ static inline __attribute__((always_inline)) void channel_tile(
         value = _mm_sub_epi32(value, _mm_mullo_epi32(colsum, _mm_set1_epi32(rows.zero[row + i])));
         if (type == INTEGER)
             _mm_maskstore_epi32((int32_t *)out + (row + i) * n + at, mask, value);
-        else
-            store_four(_mm_mul_ps(_mm_cvtepi32_ps(value), scale), layer, rows, row + i, at, left, bias, out, type);
+        else {
+            __m128 y = _mm_mul_ps(_mm_mul_ps(_mm_cvtepi32_ps(value), scale), _mm_set1_ps(rows.scale[row + i]));
+            store_four(y, layer, row + i, at, left, bias, out, type);
+        }
     }
 }
 
@@ -365,12 +366,14 @@ static inline __attribute__((always_inline)) __m128i sums_of_16(int step, const 
     return _mm_add_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
 }
 
-// The same with a scale per group, of NIBBLES; `step` columns of a group at a time, which is all of it up to a block.
+// The same with a scale per group of the weight, of the rows or of both, of NIBBLES; `step` columns of a group at a time, which is all of it up to a block.
 static inline __attribute__((always_inline)) void group_tile(
     int height, int step, const Layer *layer, Rows rows, int64_t row, int64_t at, const float *bias, void *out, enum type type)
 {
     const int64_t n = layer->n, left = n - at < 4 ? n - at : 4, stride = rows.stride, groups = layer->k / layer->group;
     const __m128i mask = mask_of(left);
+    const int by_row = layer->row_groups > 0;
+    const int32_t *sum_of = by_row ? rows.sum : rows.groups;
     const uint8_t *codes[4];
     __m128 y[4];
     for (int r = 0; r < 4; r++)
@@ -400,17 +403,30 @@ static inline __attribute__((always_inline)) void group_tile(
             for (int i = 0; i < height; i++)
                 total[i] = _mm_add_epi32(total[i], sums_of_16(step, sum[i]));
         }
-        __m128i off = offset(layer, layer->zero ? layer->zero + g * n : NULL, at, left);
-        __m128 scale = _mm_maskload_ps(layer->scale + g * n + at, mask);
+        const int64_t here = layer->weight_groups ? g * n : 0;
+        __m128i off = offset(layer, layer->zero ? layer->zero + here : NULL, at, left);
+        __m128i colsum = by_row ? _mm_maskload_epi32(layer->colsum + g * n + at, mask) : _mm_setzero_si128();
+        __m128 scale = _mm_maskload_ps(layer->scale + here + at, mask);
         for (int i = 0; i < height; i++) {
-            __m128i lost = _mm_mullo_epi32(off, _mm_set1_epi32(rows.groups[(row + i) * groups + g]));
-            y[i] = _mm_add_ps(y[i], _mm_mul_ps(_mm_cvtepi32_ps(_mm_sub_epi32(total[i], lost)), scale));
+            const int64_t place = (row + i) * groups + g;
+            __m128i value = _mm_sub_epi32(total[i], _mm_mullo_epi32(off, _mm_set1_epi32(sum_of[place])));
+            if (by_row)
+                value = _mm_sub_epi32(value, _mm_mullo_epi32(colsum, _mm_set1_epi32(rows.zero[place])));
+            __m128 part = _mm_cvtepi32_ps(value);
+            if (!by_row || layer->weight_groups)
+                part = _mm_mul_ps(part, scale);
+            if (by_row)
+                part = _mm_mul_ps(part, _mm_set1_ps(rows.scale[place]));
+            y[i] = _mm_add_ps(y[i], part);
         }
     }
-    __m128 colsum = _mm_maskload_ps((const float *)layer->colsum + at, mask);
     for (int i = 0; i < height; i++) {
-        __m128 zero = _mm_set1_ps((float)rows.zero[row + i]);
-        store_four(_mm_sub_ps(y[i], _mm_mul_ps(zero, colsum)), layer, rows, row + i, at, left, bias, out, type);
+        if (!by_row) {
+            __m128 zero = _mm_set1_ps((float)rows.zero[row + i]), colsum = _mm_maskload_ps((const float *)layer->colsum + at, mask);
+            y[i] = _mm_mul_ps(_mm_sub_ps(y[i], _mm_mul_ps(zero, colsum)), _mm_set1_ps(rows.scale[row + i]));
+        } else if (!layer->weight_groups)
+            y[i] = _mm_mul_ps(y[i], _mm_maskload_ps(layer->scale + at, mask));
+        store_four(y[i], layer, row + i, at, left, bias, out, type);
     }
 }
 
