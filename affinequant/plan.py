@@ -29,6 +29,7 @@ from affinequant.transforms.placements import (
     check_slices,
     choice_bytes,
     choosing,
+    first_of,
     fitted,
     online_bytes,
     place_all,
@@ -100,7 +101,8 @@ class Plan:
         """What each block chooses from at a site, where it does."""
         if self.recipe.transforms.get(name) != AUTO:
             return {}
-        return {"candidates": list(candidates(self.sites[name], self.recipe, block_flops(self.family, self.dims)))}
+        block = block_flops(self.family, self.dims)
+        return {"candidates": list(candidates(first_of(self.sites)[name], self.recipe, block))}
 
 
 def plan(model: Recipe | str | Path, **fields: Any) -> Plan:
@@ -143,6 +145,14 @@ def _planned(recipe: Recipe, folder: Path, has_weights: bool) -> Plan:
     recipe, left_out = fitted(recipe, sites)
     placements = place_all(recipe, sites, block_flops(family, dims))
     check_groups(recipe, family, dims)
+    looks = recipe.rounding != "nearest" or "search" in (recipe.weight_clip, recipe.activation_clip)
+    if dims.experts and (looks or recipe.epochs):
+        raise AffineQuantError(
+            f"{family.name} is rounded to nearest alone as yet: what each expert reads is not gathered",
+            "--rounding",
+            "use --preset fast --rounding nearest --weight-clip none --activation-clip none",
+            exit_code=PREFLIGHT,
+        )
     reason = find_format(recipe.format, placements).supports(
         recipe.parsed_scheme, placements, clipped=recipe.activation_clip != "none"
     )

@@ -16,7 +16,8 @@ from torch.overrides import TorchFunctionMode
 
 from affinequant.formats.reading import attending
 from affinequant.models import FAMILIES, Family, resolve, resolve_sites
-from affinequant.models.sites import Site, place
+from affinequant.models.experts import split_experts
+from affinequant.models.sites import Site, in_expert, place
 from affinequant.runtime.cache import quantize_cache
 from affinequant.transforms import TRANSFORMS, build, structures_of
 from affinequant.transforms.fold import Tensors, fold, rotate_block, rotate_outer
@@ -48,7 +49,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         }
     },
 }
-SHAPES_OF = {"llama": tuple(SHAPES)}
+SHAPES_OF = {"llama": tuple(SHAPES), "mixtral": ("tied", "gqa"), "qwen2_moe": ("gqa",), "qwen3_moe": ("gqa",)}
 """The shapes of a family; relatives of Llama need those alone in which they may differ."""
 FAMILY_SHAPES = [
     (family, shape) for family in FAMILIES for shape in SHAPES_OF.get(family, ("gqa", "tied", "wide-heads"))
@@ -61,7 +62,7 @@ class Tiny(NamedTuple):
     model: Any
     family: Family
     sites: dict[str, Site]
-    layers: int
+    blocks: tuple[tuple[Family, dict[str, Site]], ...]
     state: Tensors
     logits: Tensor
 
@@ -99,7 +100,7 @@ def tiny(family_name: str, shape: str) -> Tiny:
         | ({"ffn_dim": 112} if family_name == "opt" else {})
         | SHAPES[shape]
     )
-    model = attending(architecture(config).double().eval().requires_grad_(False))
+    model = attending(split_experts(architecture(config).double().eval().requires_grad_(False), family))
     generator = torch.Generator().manual_seed(7)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
@@ -109,10 +110,13 @@ def tiny(family_name: str, shape: str) -> Tiny:
         parameter.copy_(centre + spread * noise)
     model.tie_weights()
     known, dims = resolve(config.to_dict(), where=shape)
-    assert known is family
+    assert known.name == family_name
     state = dict(model.named_parameters())
-    sites = {site.name: site for site in resolve_sites(family, dims)}
-    return Tiny(model, family, sites, dims.layers, state, logits_of(model, state))
+    sites, *inside = (
+        {site.name: site for site in resolve_sites(one, dims)} for one in (known, *known.each_block(dims))
+    )
+    blocks = tuple(zip(known.each_block(dims), inside, strict=True))
+    return Tiny(model, known, sites, blocks, state, logits_of(model, state))
 
 
 def randomised(name: str, site: Site, seed: int) -> Any:
@@ -131,7 +135,7 @@ def each_block(
     case: Tiny, act: Callable[[Tensors, int], Tensors], outer: Callable[[Tensors], Tensors] = dict
 ) -> Tensors:
     """The model's weights with `act` applied to every block and `outer` to the rest."""
-    blocks = [f"{case.family.blocks}.{index}." for index in range(case.layers)]
+    blocks = [f"{case.family.blocks}.{index}." for index in range(len(case.blocks))]
     result = outer({name: tensor for name, tensor in case.state.items() if not name.startswith(tuple(blocks))})
     for index, prefix in enumerate(blocks):
         part = {name[len(prefix) :]: tensor for name, tensor in case.state.items() if name.startswith(prefix)}
@@ -144,7 +148,9 @@ def rotated(case: Tiny, rotation: Any, then: Callable[[Tensors, int], Tensors] =
     site = case.sites["residual"]
     return each_block(
         case,
-        lambda part, index: then(rotate_block(part, case.family, site, rotation), index),
+        lambda part, index: then(
+            rotate_block(part, case.blocks[index][0], case.blocks[index][1]["residual"], rotation), index
+        ),
         lambda part: rotate_outer(part, case.family, site, rotation),
     )
 
@@ -154,10 +160,13 @@ def applied(case: Tiny, site_name: str, transform: str) -> Tensors:
     site = case.sites[site_name]
     if site.kind == "residual":
         return rotated(case, randomised(transform, site, 11))
-    offset = case.family.norm_offset
-    return each_block(
-        case, lambda part, index: fold(part, site, randomised(transform, site, 11 + index), norm_offset=offset)
-    )
+
+    def at_site(part: Tensors, index: int) -> Tensors:
+        here = case.blocks[index][1].get(site_name)  # not all blocks have the same sites
+        chosen = randomised(transform, site, 11 + index)
+        return fold(part, here, chosen, norm_offset=case.family.norm_offset) if here else part
+
+    return each_block(case, at_site)
 
 
 def distance(case: Tiny, state: Tensors) -> float:
@@ -175,6 +184,8 @@ def at(how: str) -> list[tuple[str, str, str]]:
     found = []
     for family in FAMILIES:
         for name, site in tiny(family, "gqa").sites.items():
+            if in_expert(name) and not name.endswith(".1"):
+                continue  # one of them stands for all
             for transform in TRANSFORMS:
                 folded = place(site, structures_of(transform, where="test")[0]).how == "folded"
                 if folded == (how == "folded"):
@@ -204,8 +215,9 @@ def test_everything_at_once_changes_no_logit(family: str, shape: str) -> None:
     case = tiny(family, shape)
 
     def all_sites(part: Tensors, index: int) -> Tensors:
-        for position, (name, site) in enumerate(case.sites.items()):
-            for transform in folding(case.sites, name) if site.kind != "residual" else []:
+        sites = case.blocks[index][1]
+        for position, (name, site) in enumerate(sites.items()):
+            for transform in folding(sites, name) if site.kind != "residual" else []:
                 chosen = randomised(transform, site, 100 * index + position)
                 part = fold(part, site, chosen, norm_offset=case.family.norm_offset)
         return part
@@ -241,7 +253,7 @@ def test_what_acts_after_rope_changes_no_logit(family: str, shape: str) -> None:
     online = [t for t in TRANSFORMS if place(site, structures_of(t, where="test")[0]).how == "online"]
     assert online == ["hadamard"]
     width, copies = site.head_width, site.sources[0].copies
-    modules = [f"{case.family.blocks}.{index}.{case.family.attention}" for index in range(case.layers)]
+    modules = [f"{case.family.blocks}.{index}.{case.family.attention}" for index in range(len(case.blocks))]
     for name in (*online, "+".join(online * 2)):
         made = {module: randomised(name, site, 11 + index).online() for index, module in enumerate(modules)}
         assert all(matrix.shape == (1, width, width) for parts in made.values() for matrix in parts.values())

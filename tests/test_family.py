@@ -1,4 +1,4 @@
-"""What a family can say beyond Llama: fused linears, experts, norms behind a layer, blocks that differ, and what is refused."""
+"""What a family can say beyond Llama: fused linears, norms behind a layer, blocks that differ, and what is refused."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,19 +14,19 @@ import affinequant
 from affinequant.errors import AffineQuantError
 from affinequant.formats import left_alone
 from affinequant.models import FAMILIES, LLAMA, Dims, resolve, resolve_sites
-from affinequant.models.family import Family, Layer, LinearSpec, SiteSpec
+from affinequant.models.family import Family
 from affinequant.models.norms import check_norms
 from affinequant.models.sites import STRUCTURES, place
 from affinequant.models.source import open_source
 from affinequant.recipe.recipe import CHOICE_SITES, EVERY
 from affinequant.recipe.recipe import resolve as resolve_recipe
-from affinequant.transforms.fold import fold, fuse_gains
+from affinequant.transforms.fold import fold
 from affinequant.transforms.placements import choosing
 from tests.made_up import MADE_UP, MadeUpConfig, MadeUpForCausalLM
 from tests.test_equivalence import TOLERANCE, folding, logits_of, randomised
 from tests.tiny import rounded, tiny_llama
 
-DIMS = Dims(layers=2, hidden=16, mlp=12, heads=4, kv_heads=2, head_dim=4, vocab=10, tied=True, experts=3)
+DIMS = Dims(layers=2, hidden=16, mlp=12, heads=4, kv_heads=2, head_dim=4, vocab=10, tied=True)
 
 
 def block_sites(family: Family, dims: Dims, index: int) -> dict[str, Any]:
@@ -74,64 +74,6 @@ def test_nothing_passes_a_norm_behind_a_layer() -> None:
     assert "mix_norm_out" in place(residual, "hadamard").reason
     assert MADE_UP.writers() == ("mixer.out", "down")
     assert MADE_UP.norms() == ("mix_norm_in", "norm_in", "mix_norm_out", "norm_out")
-
-
-EXPERTS = Layer(
-    linears=(
-        LinearSpec(name="mlp.experts.gate_up_proj", rows={"gate": "mlp", "up": "mlp"}, columns="hidden"),
-        LinearSpec(name="mlp.experts.down_proj", rows="hidden", columns="mlp"),
-    ),
-    sites=(
-        SiteSpec(
-            name="mlp_in",
-            kind="norm",
-            width="hidden",
-            sources=(("post_attention_layernorm", "gain"),),
-            sinks=(("mlp.gate", "columns"), ("mlp.experts.gate_up_proj", "columns")),
-        ),
-        SiteSpec(
-            name="mlp_mid",
-            kind="linear",
-            width="mlp",
-            sources=(("mlp.experts.gate_up_proj:up", "rows"),),
-            sinks=(("mlp.experts.down_proj", "columns"),),
-            each_expert=True,
-        ),
-    ),
-)
-MIXTURE = replace(LLAMA, name="mixture", layers={**LLAMA.layers, "mlp": EXPERTS})
-
-
-def of_experts(tensors: dict[str, Tensor], x: Tensor) -> Tensor:
-    """A layer of three experts behind its norm; every token asks all of them."""
-    x = nn.functional.rms_norm(x, x.shape[-1:]) * tensors["post_attention_layernorm.weight"]
-    share = (x @ tensors["mlp.gate.weight"].mT).softmax(-1)
-    gate, up = torch.einsum("tn,ern->etr", x, tensors["mlp.experts.gate_up_proj"]).chunk(2, -1)
-    each = torch.einsum("etm,enm->etn", nn.functional.silu(gate) * up, tensors["mlp.experts.down_proj"])
-    return torch.einsum("te,etn->tn", share, each)
-
-
-def test_every_expert_has_a_site_of_its_own_and_all_read_one() -> None:
-    sites = {site.name: site for site in resolve_sites(MIXTURE, DIMS)}
-    assert [name for name in sites if name.startswith("mlp")] == ["mlp_in", "mlp_mid.0", "mlp_mid.1", "mlp_mid.2"]
-    edge = sites["mlp_mid.2"].sources[0]
-    assert (edge.module, edge.rows, edge.expert) == ("mlp.experts.gate_up_proj", (12, 24), 2)
-    shapes = {"post_attention_layernorm.weight": (16,), "mlp.gate.weight": (3, 16)}
-    shapes |= {"mlp.experts.gate_up_proj": (3, 24, 16), "mlp.experts.down_proj": (3, 16, 12)}
-    generator = torch.Generator().manual_seed(0)
-    before = {name: torch.randn(shape, dtype=torch.float64, generator=generator) for name, shape in shapes.items()}
-    x = torch.randn(5, 16, dtype=torch.float64, generator=generator)
-    after, expected = dict(before), of_experts(before, x)
-    for number, name in enumerate(("mlp_in", "mlp_mid.0", "mlp_mid.2")):
-        after = fold(after, sites[name], randomised("diagonal", sites[name], number))
-    down = after["mlp.experts.down_proj"]
-    assert torch.equal(down[1], before["mlp.experts.down_proj"][1]) and not torch.equal(
-        down[2], before["mlp.experts.down_proj"][2]
-    )
-    torch.testing.assert_close(of_experts(after, x), expected, rtol=1e-10, atol=1e-10)
-    fused = fuse_gains(before, [MIXTURE.fused_norms()[1]], 0.0)
-    assert bool((fused["post_attention_layernorm.weight"] == 1).all())
-    torch.testing.assert_close(of_experts(fused, x), expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.fixture
@@ -195,8 +137,10 @@ def test_what_reads_a_norm_and_is_no_linear_of_the_family_is_left_alone(
     tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     contents = rounded(tiny(), "w4a4")
+    sinks = (("mlp.gate", "columns"), ("mlp.gate_proj", "columns"), ("mlp.up_proj", "columns"))
+    gated = replace(LLAMA, layers={**LLAMA.layers, "mlp": LLAMA.layers["mlp"].with_site("mlp_in", sinks=sinks)})
     assert left_alone(contents) == ["lm_head"]
-    monkeypatch.setitem(FAMILIES, "llama", replace(MIXTURE, head="output"))
+    monkeypatch.setitem(FAMILIES, "llama", replace(gated, head="output"))
     assert left_alone(contents) == ["output", "model.layers.0.mlp.gate", "model.layers.1.mlp.gate"]
 
 

@@ -41,7 +41,7 @@ def test_scaled_rotary_embeddings_are_the_same_algebra(rope: dict[str, Any]) -> 
     assert resolve(CONFIG | {"rope_parameters": rope}, where="here")[0] is LLAMA
 
 
-@pytest.mark.parametrize("name", ["GPT2LMHeadModel", "Qwen3MoeForCausalLM", "MixtralForCausalLM"])
+@pytest.mark.parametrize("name", ["GPT2LMHeadModel", "DeepseekV3ForCausalLM", "DbrxForCausalLM"])
 def test_an_unknown_architecture_is_named_with_those_that_are_known(name: str) -> None:
     error = refused({"architectures": [name]})
     assert name in error.what and "LlamaForCausalLM" in error.fix

@@ -6,7 +6,8 @@ import pytest
 import torch
 import transformers
 
-from affinequant.models import FAMILIES, LLAMA, Dims, resolve_sites
+from affinequant.models import FAMILIES, LLAMA, Dims, resolve, resolve_sites
+from affinequant.models.experts import split_experts
 from affinequant.models.sites import (
     STRUCTURES,
     Edge,
@@ -48,21 +49,27 @@ def test_sizes_of_a_grouped_llama() -> None:
 def test_every_edge_names_a_module_that_the_family_has(family) -> None:
     """In the code that transformers has for it."""
     architecture = getattr(transformers, family.architectures[0])
-    sizes = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 96, "pad_token_id": 1}
+    sizes = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes |= {"vocab_size": 96, "pad_token_id": 1}
     with torch.device("meta"):
         model = architecture(architecture.config_class(**{**sizes, **OWN.get(family.name, {})}))
-    block = model.get_submodule(f"{family.blocks}.0")
-    linears = {linear.name: linear for linear in family.linears}
-    for spec in family.sites:
-        for name, side in (*spec.sources, *spec.sinks):
-            module, _, part = name.partition(":")
-            if module in (family.embedding, family.head):
-                assert model.get_submodule(module) is not None
-                continue
-            assert block.get_submodule(module) is not None
-            assert (module in linears) == (side != "gain")
-            assert not part or part in linears[module].rows
-        assert set(spec.grouped) <= {module for module, _ in (*spec.sources, *spec.sinks)}
+    known, dims = resolve({**model.config.to_dict(), "architectures": [*family.architectures]}, where="")
+    split_experts(model, known)
+    for index, of_block in enumerate(known.each_block(dims)):
+        block = model.get_submodule(f"{family.blocks}.{index}")
+        linears = {linear.name: linear for linear in of_block.linears}
+        prefix = f"{family.blocks}.{index}."
+        plain = {name.removeprefix(prefix) for name in known.left_alone(dims) if name.startswith(prefix)}
+        for spec in of_block.sites:
+            for name, side in (*spec.sources, *spec.sinks):
+                module, _, part = name.partition(":")
+                if module in (family.embedding, family.head):
+                    assert model.get_submodule(module) is not None
+                    continue
+                assert block.get_submodule(module) is not None
+                assert (module in linears) == (side != "gain" and module not in plain)
+                assert not part or part in linears[module].rows
+            assert set(spec.grouped) <= {module for module, _ in (*spec.sources, *spec.sinks)}
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=list(FAMILIES))

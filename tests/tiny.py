@@ -12,6 +12,7 @@ from torch import Tensor
 
 from affinequant.formats import Contents
 from affinequant.models import FAMILIES
+from affinequant.models.experts import split_experts
 from affinequant.recipe.presets import PRESETS
 from affinequant.recipe.scheme import Scheme
 from affinequant.rounding.job import BlockJob
@@ -36,12 +37,16 @@ SLIDING = {"family": "qwen2", "use_sliding_window": True, "sliding_window": 12, 
 
 
 _WINDOWED = {"sliding_window": 12, "head_dim": 16, "query_pre_attn_scalar": 16}
+_MIXED = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 OWN: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 12},
     "qwen3": {"head_dim": 16},
     "gemma2": {**_WINDOWED, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
     "gemma3": {**_WINDOWED, "layer_types": ["sliding_attention", "full_attention"]},
     "smollm3": {"no_rope_layers": [1, 0]},
+    "mixtral": {"num_local_experts": 4},
+    "qwen2_moe": {**_MIXED, "shared_expert_intermediate_size": 48},
+    "qwen3_moe": {**_MIXED, "norm_topk_prob": True, "mlp_only_layers": [1]},
 }
 """By family, what a tiny model of it needs in its config: sizes whose defaults are large, and what it alone has."""
 
@@ -88,7 +93,7 @@ def tiny_llama(
     generator = torch.Generator().manual_seed(seed)
     model = architecture(config).bfloat16()
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in split_experts(model, FAMILIES[family]).named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             scale = 0.3 if name.endswith("bias") else parameter.shape[-1] ** -0.5
             centre = 1 - FAMILIES[family].norm_offset

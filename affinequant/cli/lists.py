@@ -81,11 +81,13 @@ def _schemes() -> Listing:
 def _models() -> Listing:
     from affinequant.formats.gguf_settings import ARCHITECTURES
     from affinequant.models import FAMILIES, Dims, resolve_sites
-    from affinequant.models.sites import refusal
+    from affinequant.models.sites import named, refusal
 
-    dims, rows = Dims(layers=1, hidden=64, mlp=64, heads=4, kv_heads=2, head_dim=16, vocab=1, tied=False), []
+    of_experts = {"experts": 1, "expert": 64, "shared": 64}
+    dims = Dims(layers=1, hidden=64, mlp=64, heads=4, kv_heads=2, head_dim=16, vocab=1, tied=False, **of_experts)
+    rows = []
     for name, family in FAMILIES.items():
-        refused = {site.name: refusal(site) for site in resolve_sites(family, dims)}
+        refused = {named(site.name): refusal(site) for site in resolve_sites(family.sized(dims), dims)}
         words = "; ".join(f"{site}: {reason}" for site, reason in refused.items() if reason)
         exports = "all" if name in ARCHITECTURES else "all but gguf"
         rows.append((name, ", ".join(family.architectures), ", ".join(refused), exports, words))

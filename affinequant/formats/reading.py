@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from affinequant.data.files import first_line
 from affinequant.errors import AffineQuantError
+from affinequant.models import resolve
+from affinequant.models.source import Source, unquantized
 
 if TYPE_CHECKING:  # a plan asks `supports`, and must not wait for torch
     import torch
@@ -46,16 +48,21 @@ def from_tensors(folder: Path, tensors: "Mapping[str, Tensor]", dtype: Dtype, **
     return pretrained(maker, None, folder, dtype, _AGAIN, config=described, state_dict=dict(tensors))
 
 
-def skeleton(folder: Path, dtype: "torch.dtype") -> Any:
-    """The model without weights: parameters stay on `meta`, buffers that follow from the config exist."""
+def skeleton(source: Source, dtype: "torch.dtype") -> Any:
+    """The model without weights: parameters stay on `meta`, buffers that follow from the config exist. Its modules are
+    called as the files call them, experts one by one."""
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
+    from affinequant.models.experts import split_experts
+
+    folder = source.folder
     config: Any = AutoConfig.from_pretrained(folder, local_files_only=True)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with init_empty_weights(include_buffers=False):
         model = attending(AutoModelForCausalLM.from_config(config, dtype=dtype).eval())
+    split_experts(model, resolve(unquantized(source.config), where=str(folder / "config.json"))[0])
     model.tie_weights()  # accelerate has put a new parameter in each place
     if (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)

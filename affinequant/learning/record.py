@@ -24,6 +24,7 @@ from torch import Tensor
 
 from affinequant.learning.objective import BlockObjective
 from affinequant.models.decoder import slices, spread
+from affinequant.models.sites import in_expert
 from affinequant.rounding.job import BlockJob
 from affinequant.transforms import Transform
 from affinequant.transforms.banded import Banded
@@ -176,9 +177,13 @@ class Noise:
         if part.start < self.passed.get(site, 0):
             return
         self.passed[site] = part.stop
-        chosen = self.chosen[part].to(x.device)
-        exact = x[chosen].double()
-        error = (rounded[chosen].double() - exact).square().sum(-1)
+        if in_expert(site):
+            stride = round(self.chosen.numel() / int(self.chosen.sum()))
+            exact, given = (value.flatten(0, -2)[::stride].double() for value in (x, rounded))
+        else:
+            chosen = self.chosen[part].to(x.device)
+            exact, given = x[chosen].double(), rounded[chosen].double()
+        error = (given - exact).square().sum(-1)
         self.shares.setdefault(site, []).append(error / _positive(exact.square().sum(-1)))
 
     def sqnr(self) -> dict[str, float | None]:

@@ -24,6 +24,7 @@ from affinequant.learning.record import Trace
 from affinequant.learning.starts import build_transforms, sites_that_look
 from affinequant.learning.work import Work
 from affinequant.models.decoder import Decoder
+from affinequant.models.sites import named
 from affinequant.plan import Plan
 from affinequant.progress import Steps
 from affinequant.rounding.job import HELD_OUT, BlockJob
@@ -53,7 +54,7 @@ class RoundedInputs(nn.Module):
         looking = sites_that_look(job)
         folded, online = build_transforms(job, load(job.index), {})
         for name, _ in job.family.input_groups():
-            if job.recipe.transforms.get(name) in LEARNED_ROTATIONS and job.sites[name].kind == "heads":
+            if job.recipe.transforms.get(named(name)) in LEARNED_ROTATIONS and job.sites[name].kind == "heads":
                 self.values = folded[name]  # pyright: ignore[reportAttributeAccessIssue]
             elif name in looking:
                 self.left.add(name)

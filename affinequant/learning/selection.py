@@ -105,7 +105,7 @@ def _measure(job: BlockJob, tensors: Tensors, name: str, at: str, seen: Seen) ->
     weights V of the site's linears, against what they give in full precision."""
     site, count = job.sites[at], max(1, len(seen.rows) // HELD_OUT)
     x, start = seen.rows[-count:], Seen(seen.rows[:-count].abs().amax(0), seen.rows[:-count])
-    w = torch.cat([tensors[f"{edge.module}.weight"] for edge in site.sinks])
+    w = torch.cat([tensors[f"{reader}.weight"] for reader in site.readers])
     y = x @ w.mT
     if name != "none":
         alone = replace(job, recipe=replace(job.recipe, transforms={at: name}))

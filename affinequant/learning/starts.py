@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from affinequant.models.decoder import spread
-from affinequant.models.sites import Site, block_width, kronecker_factors
+from affinequant.models.sites import Site, block_width, in_expert, kronecker_factors, named
 from affinequant.recipe.recipe import AUTO
 from affinequant.rounding.job import BlockJob
 from affinequant.transforms import OnlineTransform, Transform, build, split_parts, structures_of
@@ -37,6 +37,7 @@ class Watch:
         seed: decides which of their tokens are kept: about `rows`.
         """
         self.chosen = spread(samples, tokens, rows, seed)
+        self.stride = round(self.chosen.numel() / int(self.chosen.sum()))
         self.passed: dict[str, int] = {}
         self.largest: dict[str, Tensor] = {}
         self.rows: dict[str, list[Tensor]] = {}
@@ -47,13 +48,21 @@ class Watch:
         self.largest[site] = torch.maximum(self.largest[site], seen) if site in self.largest else seen
         # As they are: divided by their sizes, tokens gave a worse start (1.74 against 1.50 times full precision).
         start = self.passed.get(site, 0)
+        if in_expert(site):
+            self._note_routed(site, value.detach().flatten(0, -2), start)
+            return value
         self.passed[site] = start + len(value)
         chosen = self.chosen[start : start + len(value)].to(value.device)
         self.rows.setdefault(site, []).append(value.detach()[chosen].float())
         return value
 
+    def _note_routed(self, site: str, rows: Tensor, passed: int) -> None:
+        """Of what was sent to one expert as large a share as of everything."""
+        self.passed[site] = passed + len(rows)
+        self.rows.setdefault(site, []).append(rows[-passed % self.stride :: self.stride].float())
+
     def seen(self) -> dict[str, Seen]:
-        """By site, what was remembered."""
+        """By site, what was remembered; an expert that no token was sent to has seen nothing."""
         return {site: Seen(self.largest[site], torch.cat(self.rows[site])) for site in self.largest}
 
 
@@ -79,7 +88,7 @@ def build_transforms(
     folded, online = {}, {}
     for name, (first, second) in _wanted(job).items():
         site = job.sites[name]
-        weights = [tensors[f"{edge.module}.weight"] for edge in site.sinks]
+        weights = [tensors[f"{reader}.weight"] for reader in site.readers]
         start = None
         if name in seen:
             if site.kind == "heads" and first == "block":
@@ -105,9 +114,9 @@ def build_transforms(
 def _wanted(job: BlockJob) -> dict[str, tuple[str, str]]:
     """Site to the names of what folds and what stays online there."""
     return {
-        name: split_parts(job.recipe.transforms[name], site)
+        name: split_parts(job.recipe.transforms[named(name)], site)
         for name, site in job.sites.items()
-        if name in job.recipe.transforms and site.kind != "residual"
+        if named(name) in job.recipe.transforms and site.kind != "residual"
     }
 
 

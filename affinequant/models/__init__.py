@@ -8,25 +8,29 @@ from typing import Any
 from affinequant.errors import PREFLIGHT, AffineQuantError
 from affinequant.models.dims import Dims as Dims
 from affinequant.models.family import Family as Family
-from affinequant.models.family import resolve_sites as resolve_sites
 from affinequant.models.gemma import GEMMA2, GEMMA3
 from affinequant.models.keys import check_keys
 from affinequant.models.keys import check_length as check_length
 from affinequant.models.keys import context_length as context_length
 from affinequant.models.llama import LLAMA
 from affinequant.models.mistral import MISTRAL
+from affinequant.models.mixtral import MIXTRAL
 from affinequant.models.opt import OPT
 from affinequant.models.phi3 import PHI3
 from affinequant.models.qwen2 import QWEN2
+from affinequant.models.qwen2_moe import QWEN2_MOE
 from affinequant.models.qwen3 import QWEN3
+from affinequant.models.qwen3_moe import QWEN3_MOE
+from affinequant.models.sized_sites import resolve_sites as resolve_sites
 from affinequant.models.smollm3 import SMOLLM3
 
-_ALL = (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3, PHI3, SMOLLM3, OPT)
+_ALL = (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3, PHI3, SMOLLM3, OPT, MIXTRAL, QWEN2_MOE, QWEN3_MOE)
 FAMILIES: dict[str, Family] = {family.name: family for family in _ALL}
 
 
 def resolve(config: Mapping[str, Any], *, where: str) -> tuple[Family, Dims]:
-    """The family and sizes that a config.json describes.
+    """The family and sizes that a config.json describes: where kinds of layer or experts are many, the family with those that
+    this model has.
 
     Raises:
         AffineQuantError: a key of a wrong type, an architecture or a setting that no family here computes rightly, a size
@@ -59,7 +63,7 @@ def resolve(config: Mapping[str, Any], *, where: str) -> tuple[Family, Dims]:
     dims = family.dims(config, where)
     if family.kinds is not None:
         dims = replace(dims, kinds=tuple(family.kinds(config, index) for index in range(dims.layers)))
-    return family, dims
+    return family.sized(dims), dims
 
 
 def _unsupported(names: Sequence[str], kind: Any, where: str) -> AffineQuantError:

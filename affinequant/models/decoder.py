@@ -20,7 +20,9 @@ from affinequant.errors import PREFLIGHT, AffineQuantError
 from affinequant.models import Dims, Family
 from affinequant.models.attention import OnAttention, register
 from affinequant.models.caps import capped_logits
+from affinequant.models.experts import split_experts
 from affinequant.models.norms import check_norms
+from affinequant.models.sites import in_expert
 from affinequant.models.source import Source
 from affinequant.models.source_files import broken
 
@@ -129,11 +131,15 @@ def open_decoder(
         AffineQuantError: transformers cannot make it out of its config.json, one of its parameters has no tensor in
             the source, or a norm is none that transforms are folded into (exit 3).
     """
-    model = _empty_model(source.folder, trust_remote_code)
+    model = split_experts(_empty_model(source.folder, trust_remote_code), family)
     there = {*source.entries, *([f"{family.head}.weight"] if dims.tied else [])}
     missing = [name for name, _ in model.named_parameters() if source.entries and name not in there]
     if missing:  # transformers would make up what is not there
         raise broken(f"tensor {missing[0]} is missing, which the model's own code asks for", source.folder)
+    for name, parameter in model.named_parameters():
+        if name in source.entries and source.entries[name].shape != parameter.shape:
+            shapes = f"{list(source.entries[name].shape)}, the model's own code asks for {list(parameter.shape)}"
+            raise broken(f"tensor {name} has shape {shapes}", source.folder)
     model.eval().requires_grad_(False)
     check_norms(model, family, dims, str(source.folder))
     for name, buffer in list(model.named_buffers()):
@@ -203,9 +209,9 @@ def run_block(
 
         passed["on_attention"] = asking
     if on_input is not None:
-        for site, members in family.input_groups():
+        for site, modules in family.taps():
             hook = _shared_hook(site, on_input, x)
-            handles += [block.get_submodule(member).register_forward_pre_hook(hook) for member in members]
+            handles += [block.get_submodule(module).register_forward_pre_hook(hook) for module in modules]
     try:
         result = functional_call(block, tensors, (x,), passed)
     finally:
@@ -217,12 +223,14 @@ def run_block(
 
 
 def _shared_hook(site: str, on_input: OnInput, like: Tensor) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
-    """`on_input` is given [batch, tokens, features] as `like` has them, whatever a block makes of its tokens."""
+    """`on_input` is given [batch, tokens, features] as `like` has them, whatever a block makes of its tokens; within an
+    expert it is one sample of those that were sent there."""
     seen: list[tuple[Tensor, Tensor]] = []
 
     def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         if not seen or seen[0][0] is not args[0]:
-            seen[:] = [(args[0], _shaped(on_input(site, _shaped(args[0], like)), args[0]))]
+            x = args[0][None] if in_expert(site) else _shaped(args[0], like)
+            seen[:] = [(args[0], _shaped(on_input(site, x), args[0]))]
         return (seen[0][1], *args[1:])
 
     return hook

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from affinequant.errors import PREFLIGHT, AffineQuantError
 
-Width = Literal["hidden", "mlp", "query", "value"]
+Width = Literal["hidden", "mlp", "query", "value", "expert", "shared"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,7 +22,11 @@ class Dims:
     vocab: int
     tied: bool
     experts: int = 0
-    """In a layer of experts, how many; `mlp` is then the width of one."""
+    """In a layer of experts, how many."""
+    expert: int = 0
+    """The width of one of them; `mlp` is that of blocks without."""
+    shared: int = 0
+    """The width of the one that every token goes through, where there is one."""
     kinds: tuple[tuple[str, ...], ...] = ()
     """By block, the kinds of layer that it is made of; empty where every block has all that its family has."""
 
@@ -37,6 +41,24 @@ class Dims:
         return self.kv_heads * self.head_dim
 
 
+def read_size(config: Mapping[str, Any], key: str, where: str, default: int | None = None) -> int:
+    """A size by the key that config.json has it under.
+
+    Raises:
+        AffineQuantError: it is missing or impossible (exit 3).
+    """
+    value = config.get(key)
+    value = default if value is None else value
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise AffineQuantError(
+            f"{key} = {value!r}",
+            where,
+            f"config.json must give {key} as a positive whole number",
+            exit_code=PREFLIGHT,
+        )
+    return value
+
+
 def read_dims(config: Mapping[str, Any], where: str) -> Dims:
     """The sizes of a decoder whose config.json calls them as Llama's does.
 
@@ -45,16 +67,7 @@ def read_dims(config: Mapping[str, Any], where: str) -> Dims:
     """
 
     def size(key: str, default: int | None = None) -> int:
-        value = config.get(key)
-        value = default if value is None else value
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise AffineQuantError(
-                f"{key} = {value!r}",
-                where,
-                f"config.json must give {key} as a positive whole number",
-                exit_code=PREFLIGHT,
-            )
-        return value
+        return read_size(config, key, where, default)
 
     hidden, heads = size("hidden_size"), size("num_attention_heads")
     dims = Dims(

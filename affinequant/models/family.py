@@ -1,11 +1,11 @@
 """What a network is, as data: where its blocks, norms and linears are, and the sites between them."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from affinequant.models.dims import Dims, Width, read_dims
-from affinequant.models.sites import Edge, Kind, Side, Site
+from affinequant.models.sites import Kind, Side
 
 End = tuple[str, Side]
 """A module of a block, or `module:part` of a fused one, and which side of it carries a site's features."""
@@ -41,8 +41,8 @@ class LinearSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SiteSpec:
-    """A site before sizes are known. `grouped` ends see each KV head once per query head it serves. With `each_expert`
-    there is one in every expert, whose edges name parameters [experts, rows, columns]."""
+    """A site before sizes are known. `grouped` ends see each KV head once per query head it serves. Where its ends have `*`
+    for the number of an expert it is one site that all experts share, or with `each_expert` one in every expert."""
 
     name: str
     kind: Kind
@@ -54,17 +54,28 @@ class SiteSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertNames:
+    """How files call a layer of experts: the module of router and experts within a block, and gate, up and down of each
+    expert N in `MODULE.experts.N`."""
+
+    module: str = "mlp"
+    linears: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Layer:
     """A kind of layer: a part of a block that reads the residual stream behind a norm and adds to it.
 
     Its linears whose rows are `hidden` give what is added, through the norm `post_norm` where there is one. `attention`
-    is the module, named within the block, inside which queries meet keys; "" where none do.
+    is the module, named within the block, inside which queries meet keys; "" where none do. In a layer of `experts` a `*`
+    in the name of a linear, and in an end of a site, stands for the number of each (`for_experts`).
     """
 
     linears: tuple[LinearSpec, ...]
     sites: tuple[SiteSpec, ...]
     attention: str = ""
     post_norm: str = ""
+    experts: ExpertNames | None = None
 
     def writers(self) -> tuple[str, ...]:
         """The linears that give what is added to the residual stream."""
@@ -74,6 +85,29 @@ class Layer:
         """The layer whose site `name` differs in these fields."""
         sites = tuple(replace(spec, **changes) if spec.name == name else spec for spec in self.sites)
         return replace(self, sites=sites)
+
+    def for_experts(self, count: int) -> "Layer":
+        """The layer with the linears and sites of so many experts, each by its name."""
+        if self.experts is None:
+            return self
+
+        def ends(given: tuple[End, ...], numbers: Iterable[int]) -> tuple[End, ...]:
+            named = ((name.replace("*", str(number)), side) for number in numbers for name, side in given)
+            return tuple(dict.fromkeys(named))
+
+        def of(spec: SiteSpec, name: str, numbers: Iterable[int]) -> SiteSpec:
+            sources, sinks = (ends(given, numbers) for given in (spec.sources, spec.sinks))
+            return replace(spec, name=name, sources=sources, sinks=sinks, each_expert=False)
+
+        single = (linear for linear in self.linears if "*" not in linear.name)
+        many = [linear for linear in self.linears if "*" in linear.name]
+        each = (replace(one, name=one.name.replace("*", str(number))) for number in range(count) for one in many)
+        sites = (
+            of(spec, f"{spec.name}.{number}", [number]) if spec.each_expert else of(spec, spec.name, range(count))
+            for spec in self.sites
+            for number in (range(count) if spec.each_expert else (0,))
+        )
+        return replace(self, linears=(*single, *each), sites=tuple(sites))
 
     def with_names(self, names: Mapping[str, str], linears: tuple[LinearSpec, ...]) -> "Layer":
         """The layer with other linears. Ends of its sites are called by `names`, where these have them: a part of a fused
@@ -153,6 +187,14 @@ class Family:
         """The module, named within its block, inside which queries meet keys; "" where none do."""
         return next((layer.attention for layer in self.layers.values() if layer.attention), "")
 
+    def sized(self, dims: Dims) -> "Family":
+        """The family of a model of this size: its experts by number, and no kind of layer that no block has."""
+        used = {kind for kinds in dims.kinds for kind in kinds} or self.layers
+        if not dims.experts and len(used) == len(self.layers):
+            return self
+        layers = {kind: layer.for_experts(dims.experts) for kind, layer in self.layers.items() if kind in used}
+        return replace(self, layers=layers)
+
     def at(self, dims: Dims, index: int) -> "Family":
         """What block `index` is made of: the family with no other kinds of layer."""
         if not dims.kinds:
@@ -169,9 +211,24 @@ class Family:
         order = {linear.name: position for position, linear in enumerate(self.linears)}
         for spec in (spec for layer in self.layers.values() for spec in layer.sites):
             if spec.kind in ("norm", "heads", "linear"):
-                groups[spec.name] = [module for module, side in spec.sinks if module in order and side == "columns"]
+                members = [module for module, side in spec.sinks if module in order and side == "columns"]
+                groups.setdefault(spec.name, []).extend(members)
         return tuple(
             (site, tuple(members)) for site, members in sorted(groups.items(), key=lambda pair: order[pair[1][0]])
+        )
+
+    def taps(self) -> tuple[tuple[str, tuple[str, ...]], ...]:
+        """(site, modules that are called with the tensor there): the linears of `input_groups`, and for all experts that
+        share an input the module of all, which is given every token once."""
+        shared = {
+            linear.name: f"{layer.experts.module}.experts"
+            for layer in self.layers.values()
+            for linear in layer.linears
+            if layer.experts and linear.rows == "expert"
+        }
+        return tuple(
+            (site, tuple(dict.fromkeys(shared.get(member, member) for member in members)))
+            for site, members in self.input_groups()
         )
 
     def norms(self) -> tuple[str, ...]:
@@ -211,44 +268,3 @@ class Family:
             sinks += [end for spec in layer.sites if spec.kind == "norm" for end in spec.sinks]
         sinks.append((self.head, "columns"))
         return SiteSpec(name="residual", kind="residual", width="hidden", sources=tuple(sources), sinks=tuple(sinks))
-
-
-def resolve_sites(family: Family, dims: Dims, tp: int = 1) -> tuple[Site, ...]:
-    """The family's sites with their sizes; with `tp` slices of those whose sinks tensor parallelism cuts by columns."""
-    copies = dims.heads // dims.kv_heads
-    linears = {linear.name: linear for linear in family.linears}
-
-    def edge(end: End, spec: SiteSpec, expert: int | None) -> Edge:
-        module, _, part = end[0].partition(":")
-        return Edge(
-            module=module,
-            side=end[1],
-            copies=copies if end[0] in spec.grouped else 1,
-            scope="model" if module in (family.embedding, family.head) else "block",
-            rows=linears[module].part(part, dims) if part else None,
-            expert=expert,
-        )
-
-    def site(spec: SiteSpec, expert: int | None) -> Site:
-        return Site(
-            name=spec.name if expert is None else f"{spec.name}.{expert}",
-            kind=spec.kind,
-            width=getattr(dims, spec.width),
-            heads=dims.kv_heads if spec.kind in ("rope", "scores", "heads") else 1,
-            slices=tp if spec.kind in ("heads", "linear") else 1,
-            sources=tuple(edge(end, spec, expert) for end in spec.sources),
-            sinks=tuple(edge(end, spec, expert) for end in spec.sinks),
-            closed=_stream_closed(family) if spec.kind == "residual" else "",
-        )
-
-    return tuple(
-        site(spec, expert) for spec in family.sites for expert in (range(dims.experts) if spec.each_expert else (None,))
-    )
-
-
-def _stream_closed(family: Family) -> str:
-    """Why no map passes the residual stream; "" where rotations do."""
-    if family.layer_norm:
-        return "its norms take away the mean, which rotations do not leave alone"
-    behind = next((layer.post_norm for layer in family.layers.values() if layer.post_norm), "")
-    return f"the gain of {behind} acts on what a layer adds: no map passes it" if behind else ""

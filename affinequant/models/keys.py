@@ -35,6 +35,10 @@ def _is_ids(value: Any) -> bool:
     return all(isinstance(item, int) and not isinstance(item, bool) for item in items)
 
 
+def _is_indices(value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+
+
 Check = Callable[[Any], bool]
 _COUNT: tuple[Check, str] = (_is_count, "a positive whole number")
 _NUMBER: tuple[Check, str] = (_is_number, "a positive number")
@@ -56,6 +60,11 @@ KEYS: dict[str, tuple[Check, str]] = {
     "hidden_act": _TEXT,
     "use_sliding_window": _FLAG,
     "sliding_window": _COUNT,
+    "mlp_only_layers": (_is_indices, "a list of the numbers of blocks"),
+    "decoder_sparse_step": _COUNT,
+    "num_experts_per_tok": _COUNT,
+    "norm_topk_prob": _FLAG,
+    "qkv_bias": _FLAG,
     "layer_types": (_is_names, "a list of names"),
     "partial_rotary_factor": _NUMBER,
     "rms_norm_eps": _NUMBER,
@@ -76,6 +85,7 @@ ROPE_KEYS: dict[str, tuple[Check, str]] = {
 SIZES = (
     *("hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size", "vocab_size"),
     *("num_key_value_heads", "head_dim"),
+    *("num_experts", "num_local_experts", "moe_intermediate_size", "shared_expert_intermediate_size"),
 )
 
 
@@ -85,7 +95,10 @@ def check_keys(config: Mapping[str, Any], where: str) -> None:
     Raises:
         AffineQuantError: naming the key, its value and what it must be (exit 3).
     """
-    _check(config, KEYS | dict.fromkeys(SIZES, _COUNT), "", where)
+    known = KEYS | dict.fromkeys(SIZES, _COUNT)
+    if config.get("use_sliding_window") is False:  # whatever the window is then, transformers itself writes 0
+        known.pop("sliding_window")
+    _check(config, known, "", where)
     for name in ("rope_parameters", "rope_scaling"):
         _check(config.get(name) or {}, ROPE_KEYS, f"{name}.", where)
 

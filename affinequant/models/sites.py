@@ -27,7 +27,8 @@ class Edge:
     `module` is named relative to its block (`scope="block"`) or to the whole model. `side` says which part of it
     carries the site's features: a norm's gain, a linear's output rows, or its input columns. `copies` is how many
     consecutive heads share one head of the transform (query heads per KV head). Of a fused linear, `rows` are the first
-    of its rows that is meant and the first behind; of a parameter [experts, rows, columns], `expert` is the one meant.
+    of its rows that is meant and the first behind. What is `plain` stays in 16 bits (a router): it reads what its norm
+    gives, not what a transform at run time makes of that.
     """
 
     module: str
@@ -35,7 +36,7 @@ class Edge:
     copies: int = 1
     scope: Literal["block", "model"] = "block"
     rows: tuple[int, int] | None = None
-    expert: int | None = None
+    plain: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +59,11 @@ class Site:
     """Why nothing may act there, whatever it is."""
 
     @property
+    def readers(self) -> tuple[str, ...]:
+        """The linears among its sinks whose inputs are transformed and rounded."""
+        return tuple(edge.module for edge in self.sinks if not edge.plain)
+
+    @property
     def head_width(self) -> int:
         """Features of one head."""
         return self.width // self.heads
@@ -70,6 +76,16 @@ class Placement:
     how: Literal["folded", "online", "refused"]
     reason: str
     flops: int = 0
+
+
+def named(site: str) -> str:
+    """What a recipe calls a site: those of the experts of a layer, `mlp_mid.3` or `mlp_mid.shared`, share a name."""
+    return site.partition(".")[0]
+
+
+def in_expert(site: str) -> bool:
+    """Whether tokens come by there only as far as they were sent to one expert."""
+    return site.partition(".")[2].isdigit()
 
 
 _BLOCK = 64

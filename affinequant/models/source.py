@@ -140,6 +140,13 @@ def check_tensors(source: Source, family: Family, dims: Dims) -> None:
             "merge it into the model first: peft's merge_and_unload(), then save_pretrained",
             exit_code=PREFLIGHT,
         )
+    if fused := next((name for name in source.entries if name.endswith(".experts.down_proj")), None):
+        raise AffineQuantError(
+            f"tensor {fused} holds all experts of a layer in one, which is transformers' own layout and no engine's",
+            str(source.folder),
+            "save the model as it was published, expert by expert: save_pretrained(..., save_original_format=True)",
+            exit_code=PREFLIGHT,
+        )
     shapes: dict[str, tuple[int, ...]] = {
         f"{family.embedding}.weight": (dims.vocab, dims.hidden),
         f"{family.norm}.weight": (dims.hidden,),

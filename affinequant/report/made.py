@@ -137,7 +137,7 @@ def _linears(report: Object) -> list[dict[str, tuple[int, int]]]:
         return []
     return [
         {linear.name: linear.shape(dims) for linear in block.linears}
-        for block in FAMILIES[plan["family"]].each_block(dims)
+        for block in FAMILIES[plan["family"]].sized(dims).each_block(dims)
     ]
 
 

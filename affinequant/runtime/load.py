@@ -188,7 +188,7 @@ def open_empty(source: Source, device: torch.device, dtype: torch.dtype) -> Any:
     declared = source.config.get("quantization_config") or {}
     if "affinequant" in declared:
         check_readable(declared["affinequant"], str(source.folder / "config.json"))
-    model = skeleton(source.folder, dtype)
+    model = skeleton(source, dtype)
     if "affinequant" in declared:
         pack_cache(source, model)
     for name, buffer in list(model.named_buffers()):

@@ -1,7 +1,6 @@
 """Transforms into weights. Pure functions: the same code shapes the weights in training and, in fp64, for good."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -28,8 +27,8 @@ def fold(
 
     Names are relative to the scope: `self_attn.v_proj.weight` [rows, columns]. Differentiable in the transform's
     parameters; computed in the dtype of the tensors. Edges whose tensors are absent are skipped only when they belong
-    to the other scope. With `online`, P acts on activations at run time, so the sources are left as they are; between
-    RoPE and attention P and P^-T both do, on queries and keys, so no tensor changes.
+    to the other scope. With `online`, P acts on activations at run time, so the sources are left as they are, and what
+    reads them plainly; between RoPE and attention P and P^-T both do, on queries and keys, so no tensor changes.
 
     Raises:
         KeyError: a tensor of this scope is missing.
@@ -39,7 +38,7 @@ def fold(
     sinks = () if online and site.kind == "rope" else site.sinks
     for edges, action in ((sources, transform.on_activations), (sinks, transform.on_weights)):
         for edge in edges:
-            if edge.scope == scope:
+            if edge.scope == scope and not (online and edge.plain):
                 _act(result, edge, action, norm_offset)
     return result
 
@@ -75,8 +74,7 @@ def fuse_gains(
             raise ValueError(f"{norm} has a bias, which cannot be fused")
         gain = result[f"{norm}.weight"] + norm_offset
         for reader in readers:
-            weight = _weight(result, reader)
-            result[weight] = result[weight] * gain
+            result[f"{reader}.weight"] = result[f"{reader}.weight"] * gain
         result[f"{norm}.weight"] = torch.ones_like(gain) - norm_offset
     return result
 
@@ -96,7 +94,7 @@ def rotate_outer(tensors: Mapping[str, Tensor], family: Family, site: Site, rota
 
 
 def _act(tensors: Tensors, edge: Edge, action: Action, norm_offset: float) -> None:
-    weight, bias = _weight(tensors, edge.module), f"{edge.module}.bias"
+    weight, bias = f"{edge.module}.weight", f"{edge.module}.bias"
     if edge.side == "gain":
         tensors[weight] = action(tensors[weight] + norm_offset, edge.copies) - norm_offset
         if bias in tensors:
@@ -109,16 +107,8 @@ def _act(tensors: Tensors, edge: Edge, action: Action, norm_offset: float) -> No
         tensors[weight] = _on_part(tensors[weight], edge, lambda part: action(part, edge.copies))
 
 
-def _weight(tensors: Mapping[str, Tensor], module: str) -> str:
-    """The name of a module's weight. Experts keep theirs in parameters, which have the names of edges themselves."""
-    return module if module in tensors else f"{module}.weight"
-
-
 def _on_part(tensor: Tensor, edge: Edge, action: Callable[[Tensor], Tensor]) -> Tensor:
-    """A linear's tensor with `action` on the expert, and of that on the rows, which the edge means."""
-    if edge.expert is not None:
-        before, part, behind = tensor.tensor_split((edge.expert, edge.expert + 1))
-        return torch.cat([before, _on_part(part[0], replace(edge, expert=None), action)[None], behind])
+    """A linear's tensor with `action` on the rows which the edge means."""
     if edge.rows is not None:
         before, part, behind = tensor.tensor_split(edge.rows)
         return torch.cat([before, action(part), behind])

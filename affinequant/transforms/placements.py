@@ -7,7 +7,7 @@ from typing import Any
 
 from affinequant.errors import PREFLIGHT, AffineQuantError, unknown_name
 from affinequant.models import Dims, Family
-from affinequant.models.sites import Kind, Placement, Site, online_numbers, place
+from affinequant.models.sites import Kind, Placement, Site, named, online_numbers, place
 from affinequant.recipe.presets import PRESETS
 from affinequant.recipe.recipe import AUTO, CHOICE_SITES, EVERY, Recipe
 from affinequant.transforms import LEARNED_ROTATIONS, names_at, split_parts, structures_of
@@ -41,23 +41,24 @@ def choosing(recipe: Recipe, family: Family) -> Recipe:
     """The recipe with the family's own sites in the place of all that can choose, where it asks for those."""
     if recipe.transforms.get(EVERY) != AUTO:
         return recipe
-    own = [site for site, _ in family.input_groups()]
-    named = recipe.transforms | {site: AUTO for site in own if site not in recipe.transforms}
+    own = list(dict.fromkeys(named(site) for site, _ in family.input_groups()))
+    asked = recipe.transforms | {site: AUTO for site in own if site not in recipe.transforms}
     gone = {EVERY, *(site for site in CHOICE_SITES if site not in own)}
     return replace(
-        recipe, transforms={site: name for site, name in named.items() if site not in gone and name != "none"}
+        recipe, transforms={site: name for site, name in asked.items() if site not in gone and name != "none"}
     )
 
 
 def fitted(recipe: Recipe, sites: Mapping[str, Site]) -> tuple[Recipe, tuple[str, ...]]:
     """The recipe without what its preset asks for and these sites refuse, and a note of each that went: a preset is for
     all families. What was named beside the preset stays, to be refused by name."""
+    first = first_of(sites)
     base = PRESETS[recipe.preset].fields(recipe.tier, kv=recipe.parsed_scheme.kv is not None).get("transforms", {})
     gone = {}
     for name, chosen in recipe.transforms.items():
         if base.get(name) != chosen or chosen == AUTO:
             continue
-        parts = [place(sites[name], one) for one in structures_of(chosen, where="--preset")] if name in sites else []
+        parts = [place(first[name], one) for one in structures_of(chosen, where="--preset")] if name in first else []
         reason = next(
             (part.reason for part in parts if part.how == "refused"), "" if parts else "there is no such site"
         )
@@ -67,9 +68,18 @@ def fitted(recipe: Recipe, sites: Mapping[str, Site]) -> tuple[Recipe, tuple[str
     return replace(recipe, transforms=kept), tuple(gone.values())
 
 
+def first_of(sites: Mapping[str, Site]) -> dict[str, Site]:
+    """By the name that a recipe has for it, one site for all that share the name: the widest."""
+    found: dict[str, Site] = {}
+    for name, site in sites.items():
+        if named(name) not in found or site.width > found[named(name)].width:
+            found[named(name)] = site
+    return found
+
+
 def place_all(recipe: Recipe, sites: Mapping[str, Site], block: int) -> dict[str, Placement]:
-    """Site by site what becomes of its transform, the cost being that of all its online parts; of one that each block
-    chooses, the most that any could cost.
+    """Site by site, by the names that a recipe has for them, what becomes of its transform, the cost being that of all its
+    online parts; of one that each block chooses, the most that any could cost; of one in every expert, that of each.
 
     Args:
         block: operations per token of a block's linears (`block_flops`).
@@ -78,11 +88,12 @@ def place_all(recipe: Recipe, sites: Mapping[str, Site], block: int) -> dict[str
         AffineQuantError: an unknown site or transform, one that is refused there, or one that stays online in the merged
             tier.
     """
+    first = first_of(sites)
     for name in recipe.transforms:
-        if name not in sites:
-            raise unknown_name("site", name, sites, where="--transform")
+        if name not in first:
+            raise unknown_name("site", name, first, where="--transform")
     placements = {}
-    for name, site in sites.items():
+    for name, site in first.items():
         chosen = recipe.transforms.get(name)
         if chosen is None:
             placements[name] = Placement(how="folded", reason="nothing to fold")
@@ -154,10 +165,11 @@ def settled(
 ) -> dict[str, Placement]:
     """The placements as they came out, from the reports of the blocks: of a chosen transform the most that any block
     took."""
-    result = dict(placements)
-    for name in {site for block in blocks for site in block.get("transforms", {})}:
-        taken = {block["transforms"][name]["transform"] for block in blocks if name in block.get("transforms", {})}
-        cost = max(flops_of(one, sites[name]) for one in taken)
+    result, first = dict(placements), first_of(sites)
+    chosen = [(named(site), one["transform"]) for block in blocks for site, one in block.get("transforms", {}).items()]
+    for name in dict(chosen):
+        taken = {transform for site, transform in chosen if site == name}
+        cost = max(flops_of(one, first[name]) for one in taken)
         reason = f"chosen block by block: {', '.join(sorted(taken))}"
         result[name] = Placement(how="online" if cost else "folded", reason=reason, flops=cost)
     return result
@@ -169,15 +181,15 @@ def online_bytes(recipe: Recipe, family: Family, sites: Mapping[str, Site]) -> i
     `choice_bytes`."""
     after_rope = [(spec.name, (family.attention,)) for spec in family.sites if spec.kind == "rope"]
     readers = (*family.input_groups(), *after_rope)
-    groups = [(name, members) for name, members in readers if recipe.transforms.get(name, AUTO) != AUTO]
-    return sum(len(members) * _numbers(recipe.transforms[name], sites[name]) * 4 for name, members in groups)
+    groups = [(name, members) for name, members in readers if recipe.transforms.get(named(name), AUTO) != AUTO]
+    return sum(len(members) * _numbers(recipe.transforms[named(name)], sites[name]) * 4 for name, members in groups)
 
 
 def choice_bytes(recipe: Recipe, family: Family, block: int, sites: Mapping[str, Site]) -> int:
     """The most that a block of this family can keep beyond `online_bytes` where it chooses. `block`: `block_flops`."""
     total = 0
     for name, members in family.input_groups():
-        if recipe.transforms.get(name) == AUTO:
+        if recipe.transforms.get(named(name)) == AUTO:
             sizes = [_numbers(one, sites[name]) for one in candidates(sites[name], recipe, block)]
             total += 4 * len(members) * max(sizes)
     return total

@@ -1,0 +1,44 @@
+"""The sites of a family with their sizes: what transforms are placed at."""
+
+from affinequant.models.dims import Dims
+from affinequant.models.family import End, Family, SiteSpec
+from affinequant.models.sites import Edge, Site
+
+
+def resolve_sites(family: Family, dims: Dims, tp: int = 1) -> tuple[Site, ...]:
+    """The family's sites with their sizes; with `tp` slices of those whose sinks tensor parallelism cuts by columns."""
+    copies = dims.heads // dims.kv_heads
+    linears = {linear.name: linear for linear in family.linears}
+
+    def edge(end: End, spec: SiteSpec) -> Edge:
+        module, _, part = end[0].partition(":")
+        return Edge(
+            module=module,
+            side=end[1],
+            copies=copies if end[0] in spec.grouped else 1,
+            scope="model" if module in (family.embedding, family.head) else "block",
+            rows=linears[module].part(part, dims) if part else None,
+            plain=spec.kind == "norm" and end[1] == "columns" and module not in linears,
+        )
+
+    def site(spec: SiteSpec) -> Site:
+        return Site(
+            name=spec.name,
+            kind=spec.kind,
+            width=getattr(dims, spec.width),
+            heads=dims.kv_heads if spec.kind in ("rope", "scores", "heads") else 1,
+            slices=tp if spec.kind in ("heads", "linear") else 1,
+            sources=tuple(edge(end, spec) for end in spec.sources),
+            sinks=tuple(edge(end, spec) for end in spec.sinks),
+            closed=_stream_closed(family) if spec.kind == "residual" else "",
+        )
+
+    return tuple(site(spec) for spec in family.sites)
+
+
+def _stream_closed(family: Family) -> str:
+    """Why no map passes the residual stream; "" where rotations do."""
+    if family.layer_norm:
+        return "its norms take away the mean, which rotations do not leave alone"
+    behind = next((layer.post_norm for layer in family.layers.values() if layer.post_norm), "")
+    return f"the gain of {behind} acts on what a layer adds: no map passes it" if behind else ""
