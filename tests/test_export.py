@@ -213,6 +213,26 @@ def test_humming_declares_four_bits_of_what_it_rounds(made: Make, tmp_path: Path
         export(made("w4a4"), "humming", tmp_path / "other")
 
 
+def test_few_bits_are_held_by_compressed_tensors_and_refused_elsewhere(made: Make, tmp_path: Path) -> None:
+    report = export(made("w2a16-g32"), "compressed-tensors", tmp_path / "out")
+    assert report["verified"]["largest_logit_difference"] < 1e-4
+    for form in ("gptq", "gguf"):
+        with pytest.raises(AffineQuantError, match="2-bit weights"):
+            export(made("w2a16-g32"), form, tmp_path / form)
+
+
+def test_three_bits_are_exported_where_the_library_reads_them(made: Make, tmp_path: Path) -> None:
+    from affinequant.formats.packing import library_packs
+
+    if library_packs(3):
+        report = export(made("w3a16-g32"), "compressed-tensors", tmp_path / "out")
+        assert report["verified"]["largest_logit_difference"] < 1e-4
+    else:
+        with pytest.raises(AffineQuantError, match="packs 3-bit weights another way"):
+            export(made("w3a16-g32"), "compressed-tensors", tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.vllm
 @pytest.mark.filterwarnings("default")
 def test_vllm_takes_humming_s_folder_for_int4_activations(made: Make, tmp_path: Path) -> None:

@@ -49,7 +49,11 @@ def report_path(report: Any) -> Path:
 
 
 @pytest.mark.parametrize(
-    "scheme", ["w4a16", "w4a16-g32", "w4a8", "w4a4-sym", "w4a4-g32", "w4a8-ag32", "w8a8", "w4a16-sym"]
+    "scheme",
+    [
+        *("w4a16", "w4a16-g32", "w4a8", "w4a4-sym", "w4a4-g32", "w4a8-ag32", "w8a8", "w4a16-sym", "w3a16-g32"),
+        "w2a16-g32-sym",
+    ],
 )
 def test_every_scheme(scheme: str, quantize: Callable[..., affinequant.Result]) -> None:
     clip = {"activation_clip": "none"} if scheme == "w8a8" else {}
@@ -66,7 +70,9 @@ def test_every_shape_online(shape: dict[str, Any], tiny: Make, quantize: Callabl
     assert not report["plan"]["untied_bytes"]
 
 
-@pytest.mark.parametrize("scheme", ["w4a16", "w4a16-g32", "w4a8", "w4a4-sym", "w8a8", "w4a8kv4", "w4a4-g32-ag32"])
+@pytest.mark.parametrize(
+    "scheme", ["w4a16", "w4a16-g32", "w4a8", "w4a4-sym", "w8a8", "w4a8kv4", "w4a4-g32-ag32", "w3a16"]
+)
 def test_every_scheme_online(scheme: str, quantize: Callable[..., affinequant.Result]) -> None:
     report = quantize(preset="fast", scheme=scheme, tier="online").report
     assert report["verified"]["passed"] and report["verified"]["compared"]

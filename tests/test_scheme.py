@@ -18,6 +18,8 @@ TABLE = [
     ("w4a8", "w4a8", 4, False, None, 8),
     ("w4a16-g64", "w4a16-g64", 4, False, 64, 16),
     ("w4a16-g128-sym", "w4a16-g128-sym", 4, True, 128, 16),
+    ("w3a16-g64", "w3a16-g64", 3, False, 64, 16),
+    ("w2a16-g32-sym", "w2a16-g32-sym", 2, True, 32, 16),
     ("w8a16", "w8a16", 8, False, None, 16),
     ("w8a8", "w8a8", 8, True, None, 8),
     ("w8a8-sym", "w8a8", 8, True, None, 8),
@@ -72,7 +74,8 @@ def test_what_is_no_scheme_is_refused_with_the_list(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "near"), [("w4a17", "w4a16"), ("w3a16", "w4a16"), ("w4a16g64", "w4a16-g64"), ("w8a4", "w8a8")]
+    ("text", "near"),
+    [("w4a17", "w4a16"), ("w5a16", "w4a16"), ("w3a4", "w4a4"), ("w4a16g64", "w4a16-g64"), ("w8a4", "w8a8")],
 )
 def test_bits_that_nothing_stores_name_the_nearest(text: str, near: str) -> None:
     with pytest.raises(AffineQuantError, match=f"did you mean '{near}'"):
@@ -162,6 +165,7 @@ def test_codes_are_signed_and_ranges_follow_the_bits() -> None:
         ("w4a4-sym", 4096, 4 + 16 / 4096),
         ("w4a16-g64", 4096, 4 + 20 / 64),
         ("w4a16-g128-sym", 4096, 4 + 16 / 128),
+        ("w3a16-g64", 4096, 3 + 19 / 64),
         ("w8a8", 1024, 8 + 16 / 1024),
     ],
 )

@@ -235,7 +235,7 @@ def test_small_scales_survive_in_float16(made: Callable[..., Path], tmp_path: Pa
 def test_unpacking_needs_a_byte_for_each_code_and_little_more(monkeypatch: pytest.MonkeyPatch) -> None:
     from compressed_tensors import compressors
 
-    from affinequant.formats import compressed_tensors as packing
+    from affinequant.formats import packing
 
     codes = torch.randint(-8, 8, (37, 43), generator=torch.Generator().manual_seed(0), dtype=torch.int8)
     packed, unpack, sizes = compressors.pack_to_int32(codes, 4), compressors.unpack_from_int32, []
@@ -246,10 +246,10 @@ def test_unpacking_needs_a_byte_for_each_code_and_little_more(monkeypatch: pytes
 
     monkeypatch.setattr(compressors, "unpack_from_int32", watched)
     monkeypatch.setattr(packing, "_UNPACKED", 5 * 43 + 1)
-    assert torch.equal(packing.unpack_rows(packed, 4, 43), codes)
+    assert torch.equal(packing.unpack(packed, 4, 43), codes)
     assert sizes == [5 * 43] * 7 + [2 * 43]
     monkeypatch.setattr(packing, "_UNPACKED", 1)
-    assert torch.equal(packing.unpack_rows(packed, 4, 43), codes) and max(sizes[8:]) == 43
+    assert torch.equal(packing.unpack(packed, 4, 43), codes) and max(sizes[8:]) == 43
 
 
 def test_experts_are_refused_by_name() -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from affinequant.errors import AffineQuantError
 from affinequant.formats import SHARD_BYTES, VERSION, Contents, Shapes, left_alone, online_reason, split_stage
+from affinequant.formats.packing import library_packs, pack, unpack, words
 from affinequant.formats.reading import Dtype, in_transformers
 from affinequant.formats.shards import copy_source, write_json, write_shards
 from affinequant.models.sites import Placement
@@ -34,10 +35,6 @@ WEIGHT_ONLY = False
 _AGAIN = "write or fetch the folder again"
 
 
-_UNPACKED = 2**22
-"""Codes that are unpacked at once."""
-
-
 def supports(scheme: Scheme, placements: Mapping[str, Placement], *, clipped: bool = False) -> str | None:
     """None, or why this cannot be written in the form that stock engines compute correctly."""
     if online := online_reason(placements, "stock engines cannot do"):
@@ -48,8 +45,11 @@ def supports(scheme: Scheme, placements: Mapping[str, Placement], *, clipped: bo
 
 
 def refuses(contents: Contents, shapes: Shapes) -> str | None:
-    """None: sizes that cannot be packed are refused before anything is quantised."""
-    return None
+    """None, or that what would read it back packs such codes differently; any size can be written."""
+    bits = contents.scheme.weight.bits
+    if library_packs(bits):
+        return None
+    return f"the compressed-tensors that is installed packs {bits}-bit weights another way; 0.20 reads what is written here"
 
 
 def reload(out: Path, dtype: Dtype) -> tuple[Any, str]:
@@ -172,7 +172,6 @@ def our_config(contents: Contents, found: Mapping[str, Any]) -> dict[str, Any]:
 def pack_stage(stage: Mapping[str, Tensor], contents: Contents, *, whole: bool) -> dict[str, Tensor]:
     """One stage under the names and in the layout of compressed-tensors; other tensors pass through."""
     import torch
-    from compressed_tensors.compressors import pack_to_int32
 
     weight, dtype = contents.scheme.weight, getattr(torch, contents.dtype)
     packed, integers = split_stage(stage, contents)
@@ -183,25 +182,11 @@ def pack_stage(stage: Mapping[str, Tensor], contents: Contents, *, whole: bool) 
         if whole:
             packed[f"{name}.weight"] = codes
             continue
-        packed[f"{name}.weight_packed"] = pack_to_int32(codes, weight.bits)
+        packed[f"{name}.weight_packed"] = pack(codes, weight.bits)
         packed[f"{name}.weight_shape"] = torch.tensor(codes.shape, dtype=torch.int64)
         if zero is not None:
-            packed[f"{name}.weight_zero_point"] = pack_to_int32(zero, weight.bits, packed_dim=0)
+            packed[f"{name}.weight_zero_point"] = pack(zero.T.contiguous(), weight.bits).T.contiguous()
     return packed
-
-
-def unpack_rows(packed: Tensor, bits: int, columns: int) -> Tensor:
-    """Codes int8 [N, columns] of words int32 [N, ceil(columns * bits / 32)]; the library makes an int32 of every code, so it
-    is given some rows at a time."""
-    import torch
-    from compressed_tensors.compressors import unpack_from_int32
-
-    codes = torch.empty(len(packed), columns, dtype=torch.int8, device=packed.device)
-    step = max(1, _UNPACKED // columns)
-    for start in range(0, len(packed), step):
-        part = packed[start : start + step]
-        codes[start : start + step] = unpack_from_int32(part, bits, torch.Size((len(part), columns)))
-    return codes
 
 
 def unpack_linear(source: Source, name: str, weight: NumberFormat) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -210,25 +195,22 @@ def unpack_linear(source: Source, name: str, weight: NumberFormat) -> tuple[Tens
     Raises:
         AffineQuantError: a tensor is missing, or its size is not what the others say.
     """
-    from compressed_tensors.compressors import unpack_from_int32
-
     parts = ["weight_scale", *([] if weight.symmetric else ["weight_zero_point"])]
     whole = f"{name}.weight" in source.entries
     tensors = _read(source, name, [*parts, *(["weight"] if whole else ["weight_packed", "weight_shape"])])
-    scale, per_word = tensors["weight_scale"].float(), 32 // weight.bits
+    scale = tensors["weight_scale"].float()
     if whole:
         codes = tensors["weight"]
     else:
         rows, columns = tensors["weight_shape"].tolist()
-        _check_size(tensors["weight_packed"], (rows, -(-columns // per_word)), f"{name}.weight_packed")
-        codes = unpack_rows(tensors["weight_packed"], weight.bits, columns)
+        _check_size(tensors["weight_packed"], (rows, words(columns, weight.bits)), f"{name}.weight_packed")
+        codes = unpack(tensors["weight_packed"], weight.bits, columns)
     _check_size(scale, (codes.shape[0], weight.groups(codes.shape[1])), f"{name}.weight_scale")
     if weight.symmetric:
         return codes, scale, None
     packed = tensors["weight_zero_point"]
-    _check_size(packed, (-(-scale.shape[0] // per_word), scale.shape[1]), f"{name}.weight_zero_point")
-    # Some releases of the library answer with a transposed view, which the kernels do not take.
-    return codes, scale, unpack_from_int32(packed, weight.bits, scale.shape, packed_dim=0).contiguous()
+    _check_size(packed, (words(len(scale), weight.bits), scale.shape[1]), f"{name}.weight_zero_point")
+    return codes, scale, unpack(packed.T, weight.bits, len(scale)).T.contiguous()
 
 
 def _read(source: Source, name: str, parts: list[str]) -> dict[str, Tensor]:

@@ -59,6 +59,8 @@ def supports(scheme: Scheme, placements: Mapping[str, Placement], *, clipped: bo
     """None, or why this cannot be written: transforms at run time, or 8-bit weights with zero points."""
     if online := online_reason(placements, "llama.cpp cannot do"):
         return online
+    if scheme.weight.bits not in (4, 8):
+        return f"{scheme.weight.bits}-bit weights; the types written here have 4 or 8"
     if scheme.weight.bits == 8 and not scheme.weight.symmetric:
         return "GGUF has no 8-bit type with zero points"
     group = scheme.weight.group_size

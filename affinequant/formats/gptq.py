@@ -32,6 +32,10 @@ PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
 def supports(scheme: Scheme, placements: Mapping[str, Placement], *, clipped: bool = False) -> str | None:
     """None, or why this cannot be written: a plain linear has no place for a transform at run time."""
+    if scheme.weight.bits not in (4, 8):
+        return (
+            f"{scheme.weight.bits}-bit weights, for which few GPTQ engines have a kernel; compressed-tensors holds them"
+        )
     return online_reason(placements, "no GPTQ engine does")
 
 

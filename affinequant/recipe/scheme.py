@@ -59,8 +59,8 @@ class Scheme:
 
         Weights are asymmetric per output channel and activations asymmetric per token unless the name says `sym`;
         `gN` gives weights one scale per N inputs, `agN` activations one per token and N inputs; `w8a8` is symmetric, the
-        form that engines have kernels for. `kvN` stores keys and values in N bits with a scale and an offset per token and
-        head, whatever the rest is.
+        form that engines have kernels for. Weights of 2 and 3 bits go with 16-bit activations alone. `kvN` stores keys and
+        values in N bits with a scale and an offset per token and head, whatever the rest is.
 
         Raises:
             AffineQuantError: unknown name (with the nearest known one), bits that nothing here can store, or groups that
@@ -70,7 +70,8 @@ class Scheme:
         if match is None:
             raise unknown_name("scheme", text, SCHEMES, where="--scheme", listing="schemes")
         weight_bits, act_bits = int(match[1]), int(match[2])
-        if weight_bits not in (4, 8) or act_bits not in (4, 8, 16) or (weight_bits, act_bits) == (8, 4):
+        allowed = {2: (16,), 3: (16,), 4: (4, 8, 16), 8: (8, 16)}
+        if act_bits not in allowed.get(weight_bits, ()):
             raise unknown_name("scheme", text, SCHEMES, where="--scheme", listing="schemes")
         kv_bits = int(match[3]) if match[3] else 16
         if kv_bits not in (4, 8, 16):
@@ -151,6 +152,7 @@ SCHEMES: dict[str, str] = {
     "w4a16": "4-bit weights per channel, 16-bit activations",
     "w4a16-g64": "4-bit weights in groups of 64, 16-bit activations",
     "w4a16-g128": "4-bit weights in groups of 128, 16-bit activations",
+    "w3a16-g64": "3-bit weights in groups of 64, 16-bit activations",
     "w8a8": "8-bit symmetric weights and activations",
 }
 """What `affinequant list schemes` shows and what has a flag of its own; `Scheme.parse` reads every combination."""

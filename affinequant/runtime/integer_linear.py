@@ -71,7 +71,8 @@ class IntegerLinear(nn.Module):
         self.out_features, self.in_features = codes.shape
         self.bits, self.activation, self.clip = bits, activation, clip
         group, width = activation.group_size if activation else None, self.in_features // slices
-        weight = prepare_weight(codes, scale, zero, bits=bits, act_group=group or 0)
+        # The kernels have no narrower layout than that of 4 bits, which holds the codes of fewer.
+        weight = prepare_weight(codes, scale, zero, bits=max(bits, 4), act_group=group or 0)
         self.parts = nn.ModuleList(
             _Part(
                 weight if slices == 1 else slice_columns(weight, self.in_features, width * i, width * (i + 1)),

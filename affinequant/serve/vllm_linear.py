@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, Protocol
 
 import torch
@@ -18,7 +19,7 @@ from vllm.model_executor.parameter import (
     PackedvLLMParameter,
 )
 
-from affinequant.formats.compressed_tensors import unpack_rows
+from affinequant.formats.packing import unpack, words
 from affinequant.recipe.scheme import NumberFormat
 from affinequant.runtime.integer_linear import IntegerLinear
 from affinequant.transforms.online import check_online, in_order
@@ -106,7 +107,7 @@ class AffineQuantLinear(LinearMethodBase):
         self.loaded: dict[str, Loaded] = {}
         self.ready = False
         self.dtype = params_dtype
-        load, per_word = extra_weight_attrs["weight_loader"], 32 // fmt.bits
+        load, per_word = extra_weight_attrs["weight_loader"], Fraction(32, fmt.bits)
         groups = fmt.groups(columns)
 
         def add(name: str, kind: type[BasevLLMParameter], data: Tensor, **settings: Any) -> None:
@@ -119,14 +120,14 @@ class AffineQuantLinear(LinearMethodBase):
         if self.config.whole:
             add("weight", ModelWeightParameter, torch.empty(rows, columns, dtype=torch.int8), output_dim=0, input_dim=1)
         else:
-            data = torch.empty(rows, -(-columns // per_word), dtype=torch.int32)
+            data = torch.empty(rows, words(columns, fmt.bits), dtype=torch.int32)
             packing = {"output_dim": 0, "input_dim": 1, "packed_dim": 1, "packed_factor": per_word}
             add("weight_packed", PackedvLLMParameter, data, **packing)
             add("weight_shape", BasevLLMParameter, torch.empty(2, dtype=torch.int64))
         if not fmt.symmetric:
             self._check_rows(output_partition_sizes, output_size, per_word)
             kind = PackedvLLMParameter if fmt.granularity == "group" else PackedColumnParameter
-            data = torch.zeros(-(-rows // per_word), groups, dtype=torch.int32)
+            data = torch.zeros(words(rows, fmt.bits), groups, dtype=torch.int32)
             add("weight_zero_point", kind, data, packed_dim=0, packed_factor=per_word, **by_rows)
         self.parts = {part: f"online_{part.replace('.', '_')}" for part in online}
         for part, shape in online.items():
@@ -158,18 +159,14 @@ class AffineQuantLinear(LinearMethodBase):
         Raises:
             ValueError: a tensor that was not loaded, values that are not finite, or matrices that define no transform.
         """
-        from compressed_tensors.compressors import unpack_from_int32
-
         for name, loaded in self.loaded.items():
             if not loaded.whole and loaded.seen != self.count:
                 raise ValueError(f"{self.prefix}: the checkpoint lacks {name} of {', '.join(self.members)}")
         fmt, tensors = self.config.weight, {name: getattr(layer, name).data for name in self.loaded}
         scale, zero = tensors["weight_scale"], None
-        codes = (
-            tensors["weight"] if self.config.whole else unpack_rows(tensors["weight_packed"], fmt.bits, self.size[1])
-        )
+        codes = tensors["weight"] if self.config.whole else unpack(tensors["weight_packed"], fmt.bits, self.size[1])
         if not fmt.symmetric:
-            zero = unpack_from_int32(tensors["weight_zero_point"], fmt.bits, scale.shape, packed_dim=0).contiguous()
+            zero = unpack(tensors["weight_zero_point"].T, fmt.bits, len(scale)).T.contiguous()
         online = {part: tensors[name] for part, name in self.parts.items()}
         for name in self.loaded:
             delattr(layer, name)
@@ -220,7 +217,7 @@ class AffineQuantLinear(LinearMethodBase):
         """The layer on a batch of tokens."""
         return layer.integers(x, bias)  # pyright: ignore[reportCallIssue]
 
-    def _check_rows(self, sizes: list[int], output_size: int, per_word: int) -> None:
+    def _check_rows(self, sizes: list[int], output_size: int, per_word: Fraction) -> None:
         if sizes != [output_size] and any(size % per_word for size in sizes):
             raise ValueError(
                 f"{self.prefix}: {sizes} rows per rank, and zero points are packed {per_word} rows to a word: use a "
