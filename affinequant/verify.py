@@ -3,7 +3,8 @@
 Every tensor is compared bit for bit with what the run has committed, which no order of sums can blur. Then each block is
 put together as `affinequant.load` does it and given the input that the run's own block gets. Both start from the same
 numbers every time, so that roundings which flip do not add up over the blocks, and most tokens of a block have none: the
-median over tokens tells another computation from the order of a sum.
+median over tokens tells another computation from the order of a sum. Of many experts most have few tokens or none, and the
+median would not see them: once more each is given an equal share of the tokens, whatever the router says.
 """
 
 import json
@@ -23,7 +24,8 @@ from affinequant.formats.compressed_tensors import checkpoint_config, our_config
 from affinequant.formats.dense import dense_stage
 from affinequant.learning.distill import Continuous
 from affinequant.models.caps import capped_logits
-from affinequant.models.source import open_source, unquantized
+from affinequant.models.experts import Experts
+from affinequant.models.source import by_block, open_source, unquantized
 from affinequant.rounding.job import BlockJob
 from affinequant.runtime.load import fill, open_empty
 from affinequant.transforms.fold import Tensors
@@ -102,7 +104,7 @@ class _Reader:
     def run(self, out: Path, advance: Callable[[], None]) -> None:
         """Everything there is to compare."""
         self.source = open_source(out)
-        self.unseen = set(self.source.entries)
+        self.unseen, self.of = set(self.source.entries), by_block(self.source)
         self._compare_configs()
         self._compare_tensors(self.committed.outer)
         for stage in self.committed.copied:
@@ -116,13 +118,13 @@ class _Reader:
             stage, name = self.committed.block(job.index), f"{family.blocks}.{job.index}"
             self._compare_tensors(stage)
             self._fill(model, f"{name}.")
-            y = model.get_submodule(name)(x, **kwargs[job.index])
-            y = y[0] if isinstance(y, tuple) else y
-            model.set_submodule(name, nn.Identity())
-            expected = self._as_committed(job, stage, x)
-            self.hidden.append(_off(y, expected, (expected - x).norm(dim=-1)))
+            block = model.get_submodule(name)
+            y, expected, off = self._both(block, kwargs[job.index], job, stage, x)
+            self.hidden.append(_median(off))
             if not self.hidden[-1] <= TOLERANCE:
                 self.wrong.append(f"block {job.index} computes something else: {self.hidden[-1]:.2g} off")
+            self._compare_experts(block, kwargs[job.index], job, stage, x)
+            model.set_submodule(name, nn.Identity())
             x = expected
             advance()
         self._compare_heads(model, y, x)
@@ -165,10 +167,10 @@ class _Reader:
         weight = self.contents.scheme.weight
         rest, integers = (self._dense(stage), {}) if self.dense else split_stage(stage, self.contents)
         for name, tensor in rest.items():
-            self._compare(name, tensor, self.source.read([name])[name] if name in self.unseen else None)
+            self._compare(name, tensor, self.of(name).read([name])[name] if name in self.unseen else None)
             self.unseen.discard(name)
         for name, parts in integers.items():
-            read = unpack_linear(self.source, name, weight)
+            read = unpack_linear(self.of(name), name, weight)
             packed = PARTS if weight.symmetric else (*PARTS, "weight_zero_point")
             self.unseen -= {f"{name}.{part}" for part in packed}
             for part, committed, there in zip(("codes", "scale", "zero"), parts, read, strict=True):
@@ -201,6 +203,36 @@ class _Reader:
         prefix = f"{self.decoder.family.blocks}.{job.index}."
         return job.run({name.removeprefix(prefix): tensor for name, tensor in self._dense(stage).items()}, x)
 
+    def _both(
+        self, block: nn.Module, kwargs: dict[str, Any], job: BlockJob, stage: Tensors, x: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What the block that was read gives, what the run's own gives, and by token how far one is from the other, relative
+        to what the block adds to the stream."""
+        y = block(x, **kwargs)
+        y = y[0] if isinstance(y, tuple) else y
+        expected = self._as_committed(job, stage, x)
+        return y, expected, (y - expected).norm(dim=-1) / _positive((expected - x).norm(dim=-1))
+
+    def _compare_experts(
+        self, block: nn.Module, kwargs: dict[str, Any], job: BlockJob, stage: Tensors, x: Tensor
+    ) -> None:
+        """The same with each expert on an equal share of the tokens."""
+        own = self.decoder.block(job.index)
+        found = [one for each in (block, own) for one in each.modules() if isinstance(one, Experts)]
+        if not found:
+            return
+        handles = [one.register_forward_pre_hook(_in_turn) for one in found]
+        try:
+            off = self._both(block, kwargs, job, stage, x)[2].flatten()
+        finally:
+            for handle in handles:
+                handle.remove()
+        turns = _turns(len(off), len(found[0]))
+        for expert in range(len(found[0])):
+            one = _median(off[(turns == expert).any(1)])
+            if not one <= TOLERANCE:
+                self.wrong.append(f"expert {expert} of block {job.index} computes something else: {one:.2g} off")
+
     def _compare_embedding(self, model: Any) -> Sequence[dict[str, Any]]:
         """What is embedded; returns what the model that was read gives each of its blocks beside it."""
         names = self.decoder.family.entries
@@ -231,10 +263,27 @@ class _Reader:
             self.wrong.append("the final norm or the head computes something else")
 
 
-def _off(y: Tensor, expected: Tensor, scale: Tensor) -> float:
-    """At the median token, how far `y` is from `expected`, relative to `scale`; infinity where a number is not finite."""
-    off = (y - expected).norm(dim=-1) / scale.clamp_min(torch.finfo(y.dtype).tiny)
+def _median(off: Tensor) -> float:
+    """Infinity where a number is not finite."""
     return float(off.median()) if bool(off.isfinite().all()) else float("inf")
+
+
+def _positive(scale: Tensor) -> Tensor:
+    return scale.clamp_min(torch.finfo(scale.dtype).tiny)
+
+
+def _turns(tokens: int, experts: int) -> Int[Tensor, "tokens each"]:
+    """To which experts each token is sent in turn; to several where there are more experts than tokens."""
+    each = -(-experts // tokens)
+    return torch.arange(tokens * each).reshape(tokens, each) % experts
+
+
+def _in_turn(experts: nn.Module, given: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """A hook before `Experts`: what the router says is left aside."""
+    assert isinstance(experts, Experts)
+    hidden, _, weights = given
+    turns = _turns(len(hidden), len(experts)).to(hidden.device)
+    return hidden, turns, torch.ones_like(turns, dtype=weights.dtype)
 
 
 def _losses(logits: Tensor, targets: Tensor) -> Tensor:

@@ -61,7 +61,7 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
 
 def _kernels(args: argparse.Namespace, screen: Screen) -> int:
     device = choice(args.device, Device, "--device")
-    from affinequant.runtime.load import benchmark
+    from affinequant.runtime.measured import benchmark
 
     result, table = benchmark(
         device=device,

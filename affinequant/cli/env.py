@@ -114,6 +114,6 @@ def _engines() -> dict[str, dict[str, Any]]:
 
 
 def _self_test() -> dict[str, dict[str, Any]]:
-    from affinequant.runtime.load import self_test
+    from affinequant.runtime.measured import self_test
 
     return self_test()

@@ -17,7 +17,7 @@ from affinequant.models.sites import Placement
 from affinequant.models.source import Source, open_source, unquantized
 from affinequant.recipe.scheme import NumberFormat, Scheme
 from affinequant.run.run import Run
-from affinequant.transforms.online import parts_of
+from affinequant.transforms.online import module_of
 
 _WRITTEN_ANEW = ("version", "scheme", "weight", "activation", "kv", "input_clip", "online", "written_by")
 """Entries of our key that follow from the contents; all others are carried along."""
@@ -56,7 +56,8 @@ def read_finished(folder: Path) -> Finished:
     inside = re.compile(rf"({re.escape(family.blocks)}\.(\d+))\.")
     linears = _linears(source, inside)
     placements = {name: Placement(**one) for name, one in ours.get("placements", {}).items()}
-    online = [name for name in linears if parts_of(source.entries, name)]
+    beside = {module_of(name) for name in source.entries} - {""}
+    online = [name for name in linears if name in beside]
     if online and not any(placement.how == "online" for placement in placements.values()):
         placements[online[0]] = Placement(how="online", reason="its matrices are in the folder")
     scheme = Scheme.parse(ours["scheme"])
@@ -161,10 +162,11 @@ def _stages(
     source: Source, linears: tuple[str, ...], inside: re.Pattern[str], scheme: Scheme, clips: Mapping[str, float]
 ) -> Iterator[dict[str, Tensor]]:
     for names in _by_block(source.entries, linears, inside).values():
-        mine = {name for name in linears if f"{name}.weight_scale" in names}
-        stage = source.read(name for name in names if name.rpartition(".")[0] not in mine or _beside(name))
+        there = source.holding(names)
+        mine = {name for name in linears if f"{name}.weight_scale" in there.entries}
+        stage = there.read(name for name in names if name.rpartition(".")[0] not in mine or _beside(name))
         for name in sorted(mine):
-            codes, scale, zero = unpack_linear(source, name, scheme.weight)
+            codes, scale, zero = unpack_linear(there, name, scheme.weight)
             _check_finite(scale, f"{name}.weight_scale", source.folder)
             stage |= {f"{name}.codes": codes, f"{name}.scale": scale}
             if zero is not None:
@@ -199,10 +201,10 @@ def _linears(source: Source, inside: re.Pattern[str]) -> tuple[str, ...]:
 
 def _shapes(source: Source, linears: tuple[str, ...]) -> Shapes:
     shapes = {name: entry.shape for name, entry in source.entries.items() if not name.endswith("weight_shape")}
-    for name in linears:
-        if f"{name}.weight_shape" in source.entries:
-            rows, columns = source.read([f"{name}.weight_shape"])[f"{name}.weight_shape"].tolist()
-            shapes[f"{name}.weight"] = rows, columns
+    packed = [f"{name}.weight_shape" for name in linears if f"{name}.weight_shape" in source.entries]
+    for name, shape in source.read(packed).items():
+        rows, columns = shape.tolist()
+        shapes[name.removesuffix("_shape")] = rows, columns
     return shapes
 
 

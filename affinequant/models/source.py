@@ -1,10 +1,12 @@
 """Files in: what is in a model folder, checked from headers before anything is read."""
 
+import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,22 +21,27 @@ from affinequant.progress import Steps
 if TYPE_CHECKING:
     from torch import Tensor
 
+_BLOCK = re.compile(r".*?\.\d+\.")
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """A model folder: its config and, where weights are there, its table of tensors; `notes` says what was left out."""
+    """A model folder: its config and, where weights are there, its table of tensors; `notes` says what was left out, and
+    `held` are tensors that have been read."""
 
     folder: Path
     config: Mapping[str, Any]
     entries: Mapping[str, Entry]
     notes: tuple[str, ...] = ()
+    held: "Mapping[str, Tensor]" = field(default_factory=dict, repr=False, compare=False)
 
     def read(self, names: Iterable[str], device: str = "cpu") -> "dict[str, Tensor]":
         """Those tensors, one file opened at a time."""
         from safetensors import safe_open
 
+        if self.held:
+            return {name: self.held[name].to(device) for name in names}
         wanted: dict[str, list[str]] = {}
         for name in names:
             wanted.setdefault(self.entries[name].file, []).append(name)
@@ -43,6 +50,11 @@ class Source:
             with safe_open(self.folder / file, framework="pt", device=device) as handle:
                 found |= {name: handle.get_tensor(self.entries[name].key) for name in members}
         return found
+
+    def holding(self, names: Iterable[str]) -> "Source":
+        """The same with these tensors alone, in memory."""
+        held = self.read(names)
+        return replace(self, entries={name: self.entries[name] for name in held}, held=held)
 
     def names_under(self, prefix: str) -> list[str]:
         """Names of the tensors inside a module."""
@@ -102,6 +114,28 @@ def open_source(folder: Path, *, weights: bool = True) -> Source:
         raise AffineQuantError(what, str(path), fix, exit_code=PREFLIGHT)
     entries, notes = find_weights(folder, config) if weights else ({}, ())
     return Source(folder=folder, config=config, entries=entries, notes=notes)
+
+
+def by_block(source: Source) -> Callable[[str], Source]:
+    """Name of a tensor or module -> the source with what its block has, held in memory until another block is asked for: to open
+    a file takes as long as it has tensors, and those of a mixture of experts are tens of thousands.
+
+    What lies in no block, or in one of which there is nothing, is left to the source itself.
+    """
+    blocks: dict[str, list[str]] = {}
+    for name in source.entries:
+        if found := _BLOCK.match(name):
+            blocks.setdefault(found[0], []).append(name)
+
+    @functools.lru_cache(maxsize=1)
+    def held(block: str) -> Source:
+        return source.holding(blocks[block])
+
+    def of(name: str) -> Source:
+        found = _BLOCK.match(name)
+        return held(found[0]) if found and found[0] in blocks else source
+
+    return of
 
 
 def unquantized(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,11 +2,11 @@
 
 import functools
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from affinequant_kernels import linear, prepare_weight
 from torch import Tensor, nn
 
 from affinequant.data.wheels import quiet
@@ -15,7 +15,7 @@ from affinequant.formats import check_readable
 from affinequant.formats.compressed_tensors import unpack_linear
 from affinequant.formats.reading import pretrained, skeleton
 from affinequant.models.device import check_device, compute_device, compute_dtype
-from affinequant.models.source import Source, open_source
+from affinequant.models.source import Source, by_block, open_source
 from affinequant.numbers import grid_of
 from affinequant.numbers.weights import dequantize
 from affinequant.progress import Steps, told_by_transformers
@@ -52,64 +52,6 @@ def load(
     model: Any = _quantized(source, target, kind, say or quiet) if ours else _plain(source.folder, kind, say or quiet)
     check_finite(model, source.folder)
     return model.to(target).eval()
-
-
-def self_test() -> dict[str, dict[str, Any]]:
-    """Whether the integer kernels give on this CPU what their reference gives, bit for bit, on random layers.
-
-    By the name of the case: `passed`, and `text` in words.
-    """
-    from affinequant_kernels import reference
-    from affinequant_kernels.cpu import engines, native
-
-    few, random, results = native.available() or "compiled", torch.Generator().manual_seed(0), {}
-    cases = (("w4a4", 4, 4, 1), ("w4a8", 4, 8, 1), ("w4a4 in groups", 4, 4, 3), ("w8a8", 8, 8, 1))
-    for name, bits, act_bits, groups in cases:
-        low, high = -(2 ** (bits - 1)), 2 ** (bits - 1)
-        codes = torch.randint(low, high, (96, 192), generator=random, dtype=torch.int8)
-        scale = torch.rand(96, groups, generator=random) + 0.01
-        zero = None if bits == 8 else torch.randint(low, high, (96, groups), generator=random, dtype=torch.int8)
-        weight = prepare_weight(codes, scale, zero, bits=bits)
-        symmetric, passed, worst = zero is None, True, 0.0
-        for tokens in (3, 33):  # few and many go different ways
-            x = torch.randn(tokens, 192, generator=random)
-            fast = linear(x, weight, act_bits=act_bits, act_symmetric=symmetric, clip=0.9)
-            slow = reference.linear_dyn(x, weight, act_bits=act_bits, act_symmetric=symmetric, clip=0.9)
-            passed &= torch.equal(fast, slow)
-            worst = max(worst, float((fast - slow).abs().max()))
-        text = "equals its reference" if passed else f"DIFFERS by {worst:.3g}"
-        results[name] = {"passed": passed, "text": f"{text} ({engines.summary(bits)}; few tokens: {few})"}
-    return results
-
-
-def benchmark(
-    *,
-    device: Device,
-    shapes: str | None,
-    rows: str | None,
-    rounds: int,
-    minutes: float,
-    out: Path | None,
-    say: Callable[[str], None],
-) -> tuple[dict[str, Any], str]:
-    """Time the integer kernels next to torch's linears on this machine: the figures, and the same as a table.
-
-    Raises:
-        AffineQuantError: a size, number, device or folder that cannot be.
-    """
-    from affinequant_kernels.bench import benchmark as timing
-    from affinequant_kernels.bench import report
-
-    try:
-        settings = timing.Settings.read(device, shapes, rows, rounds, minutes)
-        timing.make_folder(out)
-    except ValueError as problem:
-        option, _, what = str(problem).partition(": ")
-        raise AffineQuantError(what, f"--{option}", "`affinequant bench --help` shows what can be given") from None
-    result = timing.run(settings, say)
-    if out is not None:
-        say(timing.write(result, out))
-    return result, report.table(result)
 
 
 def replace_linears(
@@ -213,18 +155,21 @@ def fill(
     """
     declared = source.config.get("quantization_config") or {}
     if "affinequant" in declared:
+        entries = {name: entry for name, entry in source.entries.items() if name.startswith(under)}
+        of = by_block(replace(source, entries=entries))
 
         def make(name: str, module: nn.Linear) -> nn.Module:
-            made = read_linear(source, name, module, device)
+            made = read_linear(of(name), name, module, device)
             advance()
             return made
 
         replace_linears(model, declared["ignore"], make, under)
-    for name, parameter in list(model.named_parameters()):
-        if parameter.is_meta and name.startswith(under):
-            module, _, leaf = name.rpartition(".")
-            value = _read(source, name, like=parameter).to(device, dtype)
-            setattr(model.get_submodule(module), leaf, nn.Parameter(value, requires_grad=False))
+    left = {name: one for name, one in model.named_parameters() if one.is_meta and name.startswith(under)}
+    of = by_block(replace(source, entries={name: source.entries[name] for name in left if name in source.entries}))
+    for name, parameter in left.items():
+        module, _, leaf = name.rpartition(".")
+        value = _read(of(name), name, like=parameter).to(device, dtype)
+        setattr(model.get_submodule(module), leaf, nn.Parameter(value, requires_grad=False))
 
 
 def _quantized(

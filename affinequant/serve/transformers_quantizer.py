@@ -28,7 +28,7 @@ from transformers.utils.quantization_config import CompressedTensorsConfig, Quan
 from affinequant.errors import AffineQuantError
 from affinequant.formats import check_readable
 from affinequant.formats.native import STEM
-from affinequant.models.source import Source, open_source
+from affinequant.models.source import Source, by_block, open_source
 from affinequant.recipe.scheme import NumberFormat
 from affinequant.runtime.load import check_finite, keep_from_saving, pack_cache, read_linear, replace_linears
 from affinequant.transforms.online import stored_name
@@ -119,8 +119,10 @@ class AffineQuantizer(HfQuantizer):
         model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *unused}
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        of = by_block(self._source)
         for name, place in _places(model):
-            model.set_submodule(name, read_linear(self._source, place.name, place.linear[0], place.room.device))
+            made = read_linear(of(place.name), place.name, place.linear[0], place.room.device)
+            model.set_submodule(name, made)
         # transformers keeps the file's dtype where it renames a tensor.
         for name, parameter in model.named_parameters():
             parameter.data = parameter.data.to(self._dtypes.get(name, parameter.dtype))

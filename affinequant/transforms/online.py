@@ -57,6 +57,12 @@ def stored_name(module: str, part: str) -> str:
     return f"{module}.{_PREFIX}{part.replace('.', '_')}"
 
 
+def module_of(stored: str) -> str:
+    """The module beside which a tensor of that name is kept (`stored_name`); "" of any other tensor."""
+    module, _, leaf = stored.rpartition(".")
+    return module if leaf.startswith(_PREFIX) else ""
+
+
 def parts_of(names: Iterable[str], module: str) -> dict[str, str]:
     """Part to stored name, of those among `names` that are kept beside `module`."""
     start = f"{module}.{_PREFIX}"

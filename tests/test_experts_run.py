@@ -1,0 +1,135 @@
+"""Mixtures of experts at work: loaded on integers, verified expert by expert, and what is exported of them."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors
+import torch
+from torch import Tensor, nn
+
+import affinequant
+from affinequant import deliver
+from affinequant.models import FAMILIES
+from affinequant.models.source import open_source
+from affinequant.runtime import load as runtime
+from affinequant.runtime.integer_linear import IntegerLinear
+from affinequant.verify import TOLERANCE, Committed
+from tests.test_verify import Written, change
+
+Tiny = Callable[..., Path]
+Make = Callable[..., Path]
+MIXTURES = [name for name, family in FAMILIES.items() if any(layer.experts for layer in family.layers.values())]
+NEAREST = {"preset": "fast", "rounding": "nearest", "weight_clip": "none", "activation_clip": "none"}
+IDS = torch.randint(2, 320, (2, 24), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def made(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Make:
+    """made(family, scheme, tier): a finished folder, written once; tests must not change it."""
+    folder = tmp_path_factory.mktemp("made")
+    (folder / "text.txt").write_text(" ".join(f"{i} brown hares in field {i % 17}" for i in range(1500)))
+
+    def make(family: str, scheme: str = "w4a4", tier: str = "merged", **shape: Any) -> Path:
+        out = folder / "-".join(map(str, (family, scheme, tier, *shape.values())))
+        if not out.exists():
+            fields = {"samples": 4, "seq_len": 32, "data": folder / "text.txt", **NEAREST}
+            affinequant.quantize(tiny(family=family, **shape), scheme=scheme, tier=tier, out=out, **fields)
+        return out
+
+    return make
+
+
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    return model(IDS, use_cache=False).logits.float()
+
+
+# Loading.
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+@pytest.mark.parametrize("tier", ["merged", "online"])
+def test_every_expert_multiplies_integers_and_text_comes_out(
+    family: str, tier: str, made: Make, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = made(family, "w4a4", tier)
+    capfd.readouterr()
+    model: Any = affinequant.load(folder)
+    assert "xpected" not in "".join(capfd.readouterr())
+    scales = {name.removesuffix(".weight_scale") for name in open_source(folder).entries if name.endswith("_scale")}
+    assert {name for name, module in model.named_modules() if isinstance(module, IntegerLinear)} == scales
+    assert sum(".experts." in name for name in scales) >= 4 * 3
+    routers = [module for name, module in model.named_modules() if name.endswith(("mlp.gate", "moe.gate"))]
+    assert routers and all(router.weight.dtype == torch.float32 for router in routers)
+    text = model.generate(IDS[:1, :8], max_new_tokens=6, do_sample=False, eos_token_id=None)
+    longer = torch.cat([IDS[:1, :8], text[:, 8:]], 1)
+    with torch.no_grad():
+        again = model(longer, use_cache=False).logits[0, 7:-1].argmax(-1)
+    assert torch.equal(again, text[0, 8:])
+
+
+def test_a_file_is_opened_for_every_block_and_not_for_every_linear(made: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the tensors of 128 experts in 48 blocks each opening takes tens of milliseconds."""
+    opened: list[Path] = []
+    plainly = safetensors.safe_open
+
+    def watched(file: Path, **settings: Any) -> Any:
+        opened.append(file)
+        return plainly(file, **settings)
+
+    folder = made("mixtral", "w4a4", "online")
+    monkeypatch.setattr(safetensors, "safe_open", watched)
+    affinequant.load(folder)
+    assert len(opened) <= 2 * 2 + 3  # linears and the rest of two blocks; embedding, norm, head
+
+
+# Verification.
+
+
+@pytest.fixture(scope="module")
+def written(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Written:
+    """A mixture of sixteen experts, one for each token, with what its run held it against."""
+    kept: list[Written] = []
+    folder = tmp_path_factory.mktemp("written")
+    (folder / "text.txt").write_text(" ".join(f"{i} black swans on lake {i % 19}" for i in range(1500)))
+
+    def seen(out: Path, contents: Any, committed: Committed, jobs: Any, *rest: Any, **options: Any) -> Any:
+        blocks = [committed.block(job.index) for job in jobs]
+        whole = Committed(outer=committed.outer, block=blocks.__getitem__, copied=list(committed.copied))
+        kept.append(Written(out, (contents, whole, jobs, *rest), options))
+        return kept[0].check(out)
+
+    source = tiny(family="qwen3_moe", num_experts=16, num_experts_per_tok=1)
+    fields = {"samples": 4, "seq_len": 32, "data": folder / "text.txt", "out": folder / "out", **NEAREST}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(deliver, "verify", seen)
+        affinequant.quantize(source, scheme="w4a4", tier="online", **fields)
+    return kept[0]
+
+
+def test_one_scale_of_one_expert_is_noticed(written: Written, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(written.out, tmp_path / "out"))
+    name = "model.layers.0.mlp.experts.3.up_proj"
+    change(out, f"{name}.weight_scale", lambda scale: (scale.float() * 1.02).to(scale))
+    assert f"{name}.scale is not what the run has" in written.check(out)["wrong"]
+
+
+def test_an_expert_that_computes_something_else_is_named(written: Written, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few tokens come to it: the output of its block does not show it at the median."""
+    read = runtime.read_linear
+
+    def wrong(source: Any, name: str, *rest: Any) -> nn.Module:
+        made = read(source, name, *rest)
+        if name == "model.layers.0.mlp.experts.3.down_proj":
+            made.register_forward_hook(lambda *given: given[-1] * 1.1)
+        return made
+
+    assert written.check(written.out)["passed"]
+    monkeypatch.setattr(runtime, "read_linear", wrong)
+    checked = written.check(written.out)
+    assert checked["hidden"] < TOLERANCE and not checked["passed"]
+    [line] = checked["wrong"]
+    assert line.startswith("expert 3 of block 0 computes something else")
