@@ -26,8 +26,8 @@ def text(tmp_path: Path) -> Path:
     return tmp_path / "text.txt"
 
 
-def measured(folder: Path, text: Path, scheme: str) -> tuple[list[Sensitivity], torch.Tensor]:
-    made = plan(folder, data=text, samples=2, seq_len=16, scheme=scheme, device="cpu")
+def measured(folder: Path, text: Path, scheme: str, **fields: str) -> tuple[list[Sensitivity], torch.Tensor]:
+    made = plan(folder, data=text, samples=2, seq_len=16, scheme=scheme, device="cpu", **fields)
     tokens = tokens_of(made, Silent())
     return sensitivities(made, decoder_of(made), tokens), tokens.ids
 
@@ -61,6 +61,12 @@ def test_activations_count_and_more_bits_cost_less(tiny: Tiny, text: Path) -> No
     weights, both, wide = ([one.kl for one in measured(tiny(), text, name)[0]] for name in ("w4a16", "w4a4", "w8a8"))
     assert all(one < other for one, other in zip(weights, both, strict=True))
     assert all(one < other / 10 for one, other in zip(wide, both, strict=True))
+
+
+def test_experts_count_as_one(tiny: Tiny, text: Path) -> None:
+    found, _ = measured(tiny(family="qwen2_moe"), text, "w4a4", preset="rtn")
+    assert {one.site for one in found} == {"attn_in", "vo", "mlp_in", "mlp_mid"} and all(one.kl > 0 for one in found)
+    assert {len(one.linears) for one in found if one.site == "mlp_mid"} == {4 + 1}
 
 
 def test_few_samples_are_looked_at(tiny: Tiny, text: Path) -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from affinequant.cli.output import Screen
-from affinequant.progress import Steps
 
 if TYPE_CHECKING:
     from affinequant.plan import Plan
@@ -29,8 +28,7 @@ def measure(made: "Plan", screen: Screen) -> dict[str, Any]:
     began = time.perf_counter()
     made = looked_at(with_weights(made))
     tokens = tokens_of(made, screen.listener())
-    advance = Steps(screen.say, "blocks", made.dims.layers)
-    found = [asdict(one) for one in sensitivities(made, decoder_of(made), tokens, advance)]
+    found = [asdict(one) for one in sensitivities(made, decoder_of(made), tokens, screen.say)]
     worst = sorted(found, key=lambda one: -one["kl"])[:WORST]
     samples, length = tokens.ids.shape
     about = f"{samples} samples of {length} tokens of {made.recipe.data}"

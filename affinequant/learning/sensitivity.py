@@ -12,8 +12,10 @@ from affinequant.data.tokens import Tokens
 from affinequant.learning.divergence import divergence, mean_loss
 from affinequant.learning.network import block_job, block_reader, read_outer
 from affinequant.models.decoder import Decoder
+from affinequant.models.sites import named
 from affinequant.numbers.weights import fake_quantize, weight_range
 from affinequant.plan import Plan
+from affinequant.progress import Steps
 from affinequant.rounding.job import BlockJob
 from affinequant.transforms.fold import Tensors
 
@@ -41,18 +43,18 @@ def looked_at(made: Plan) -> Plan:
 
 @torch.no_grad()
 def sensitivities(
-    made: Plan, decoder: Decoder, tokens: Tokens, advance: Callable[[], None] = lambda: None
+    made: Plan, decoder: Decoder, tokens: Tokens, say: Callable[[str], None] = lambda text: None
 ) -> list[Sensitivity]:
     """Round each site of each block alone, to nearest and without transforms, and let the rest be in full precision.
 
     One pass over the blocks: behind each of them there is a stream more for each of its sites, and all streams go on
-    together, so that weights are read once and one block of them is in memory. `advance` is called behind each block.
-    Operations grow with the square of the number of blocks.
+    together, so that weights are read once and one block of them is in memory. Operations grow with the square of the
+    number of blocks. `say` is told how far it is.
     """
     outer, read = read_outer(made, decoder), block_reader(made, decoder)
     clean, kwargs = decoder.embed(tokens.ids, outer)
     found, streams = list[Sensitivity](), list[Tensor]()
-    for index in range(made.dims.layers):
+    for index in Steps(say, "blocks", made.dims.layers).each(range(made.dims.layers)):
         job, tensors = block_job(made, decoder, index, kwargs), read(index)
         streams = [job.run_all(tensors, stream) for stream in streams]
         for site, linears in _groups(job).items():
@@ -61,31 +63,26 @@ def sensitivities(
             weights = sum(tensors[f"{linear}.weight"].numel() for linear in linears)
             found.append(Sensitivity(block=index, site=site, linears=linears, weights=weights, kl=0.0))
         clean = job.run_all(tensors, clean)
-        advance()
     head = decoder.head(outer)
 
     def kl(batch: tuple[Tensor, Tensor]) -> Tensor:
         student, teacher = (part.to(decoder.device, decoder.dtype) for part in batch)
         return divergence(decoder, teacher, head, student, lambda x: decoder.logits(x, head))
 
-    return [replace(one, kl=mean_loss(kl, stream, clean)) for one, stream in zip(found, streams, strict=True)]
+    ends = Steps(say, "comparing", len(streams)).each(streams)
+    return [replace(one, kl=mean_loss(kl, stream, clean)) for one, stream in zip(found, ends, strict=True)]
 
 
 def _groups(job: BlockJob) -> dict[str, tuple[str, ...]]:
     """Site -> the linears that read it; of all experts together."""
     groups: dict[str, tuple[str, ...]] = {}
     for name, linears in job.family.input_groups():
-        groups[_site(name)] = (*groups.get(_site(name), ()), *linears)
+        groups[named(name)] = (*groups.get(named(name), ()), *linears)
     return groups
 
 
-def _site(name: str) -> str:
-    """`mlp_mid` of `mlp_mid.3`, the input of one expert."""
-    return name.partition(".")[0]
-
-
 def _round_input(job: BlockJob, site: str, name: str, x: Tensor) -> Tensor:
-    return job.site_input(name)(x) if _site(name) == site else x
+    return job.site_input(name)(x) if named(name) == site else x
 
 
 def _rounded(job: BlockJob, tensors: Tensors, linears: tuple[str, ...]) -> dict[str, Float[Tensor, "rows columns"]]:
