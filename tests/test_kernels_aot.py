@@ -75,7 +75,7 @@ def test_every_kernel_is_among_the_cases() -> None:
     import importlib
 
     covered = {case.kernel for case in aot.cases()}
-    for module in ("gemm", "gemm_group", "quant", "transform", "kv"):
+    for module in ("gemm", "gemm_group", "weight_only", "quant", "transform", "kv"):
         names = vars(importlib.import_module(f"affinequant_kernels.cuda.{module}"))
         assert {name for name in names if name.endswith("_kernel")} <= covered
 

@@ -18,9 +18,9 @@ if not INTERPRETED and not torch.cuda.is_available():
     pytest.skip("needs CUDA, or the interpreter (test_kernels_interpreter.py runs it)", allow_module_level=True)
 
 from affinequant_kernels import prepare_weight, reference
-from affinequant_kernels.cuda import gemm, gemm_group, kv, quant, transform
+from affinequant_kernels.cuda import gemm, kv, quant, transform, weight_only
 from affinequant_kernels.cuda.configs import Config
-from affinequant_kernels.weight import Weight
+from affinequant_kernels.weight import Weight, row_group
 
 # The interpreter's own habits: it turns 1-element arrays into numbers, and numpy tells of NaN and overflow.
 pytestmark = [
@@ -35,7 +35,7 @@ OUTPUTS = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat
 N = 72  # not a multiple of any tile
 
 
-def weight_of(kind: str, bits: int, with_zero: bool, group: int, k: int) -> Weight:
+def weight_of(kind: str, bits: int, with_zero: bool, group: int, k: int, act_group: int = 0) -> Weight:
     generator = torch.Generator().manual_seed(k + group)
     low, high = -(1 << (bits - 1)), 1 << (bits - 1)
     codes = torch.randint(low, high, (N, k), dtype=torch.int8, generator=generator)
@@ -48,7 +48,8 @@ def weight_of(kind: str, bits: int, with_zero: bool, group: int, k: int) -> Weig
     # 8 * 15 + 8 fits int8 with any zero point; without one the multiplier may reach 16.
     top = 9 if with_zero else 17
     mul = torch.randint(1, top, (N, groups), dtype=torch.uint8, generator=generator) if kind == "integer" else None
-    return prepare_weight(codes, scale, zero if with_zero else None, bits=bits, mul=mul).to(DEVICE)
+    zero = zero if with_zero else None
+    return prepare_weight(codes, scale, zero, bits=bits, mul=mul, act_group=act_group).to(DEVICE)
 
 
 def input_of(m: int, k: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -61,10 +62,11 @@ def input_of(m: int, k: int, dtype: torch.dtype = torch.float32) -> torch.Tensor
 
 
 def check_linear(m: int, k: int, weight: Weight, config: Config | None, act_bits: int, symmetric: bool) -> None:
-    rows = reference.row_quant(input_of(m, k), bits=act_bits, symmetric=symmetric)
+    group = row_group(weight, k)
+    rows = reference.row_quant(input_of(m, k), bits=act_bits, symmetric=symmetric, group=group)
     zero = None if symmetric else rows.zero
     bias = torch.linspace(-1, 1, N, device=DEVICE) if m % 2 else None
-    kinds = [*OUTPUTS, torch.int32] if weight.scale.ndim == 1 else OUTPUTS
+    kinds = [*OUTPUTS, torch.int32] if weight.scale.ndim == 1 and not group else OUTPUTS
     for out_dtype in kinds:
         got = gemm.linear(rows.q, rows.scale, zero, rows.rowsum, weight, bias, out_dtype, config)
         wanted = reference.linear(rows.q, rows.scale, zero, weight, bias, out_dtype)
@@ -103,6 +105,26 @@ def test_linear_of_every_kind(
 ) -> None:
     for m in (1, 19):
         check_linear(m, k, weight_of(kind, bits, with_zero, group, k), None, act_bits, symmetric)
+
+
+ROWS_IN_GROUPS = [
+    ("channel", 4, True, 64, 192),
+    ("channel", 4, False, 32, 160),
+    ("channel", 4, True, 256, 512),
+    ("channel", 8, False, 64, 192),
+    ("group", 4, True, 32, 160),
+    ("group", 4, False, 64, 192),
+    ("group", 4, True, 128, 256),
+]
+
+
+@pytest.mark.parametrize("kind, bits, with_zero, group, k", ROWS_IN_GROUPS)
+@pytest.mark.parametrize("act_bits, symmetric", [(4, False), (8, True)])
+def test_linear_of_rows_in_groups(
+    kind: str, bits: int, with_zero: bool, group: int, k: int, act_bits: int, symmetric: bool
+) -> None:
+    for m in (1, 19):
+        check_linear(m, k, weight_of(kind, bits, with_zero, group, k, group), None, act_bits, symmetric)
 
 
 CONFIGS = {
@@ -177,6 +199,12 @@ def test_every_code_times_every_code() -> None:
 
 def test_group_sizes_that_no_kernel_has_are_refused() -> None:
     rows = reference.row_quant(input_of(2, 96))
+    with pytest.raises(ValueError, match=r"group size: expected .*, got 24"):
+        inside = reference.row_quant(input_of(2, 96), group=24)
+        gemm.linear(*inside, weight_of("channel", 4, True, 24, 96, 24), None, torch.float32)
+    with pytest.raises(ValueError, match="w_zero: expected none beside 8-bit codes and rows in groups"):
+        inside = reference.row_quant(input_of(2, 96), group=32)
+        gemm.linear(*inside, weight_of("channel", 8, True, 32, 96, 32), None, torch.float32)
     for kind in ("group", "integer"):
         with pytest.raises(ValueError, match=r"group size: expected .*, got 24"):
             gemm.linear(rows.q, rows.scale, None, None, weight_of(kind, 4, True, 24, 96), None, torch.float32)
@@ -189,11 +217,11 @@ def test_weights_only_product(kind: str, bits: int, with_zero: bool, group: int,
         x = torch.randn(m, k, generator=torch.Generator().manual_seed(m)).to(DEVICE)
         bias = torch.linspace(-1, 1, N, device=DEVICE)
         wanted = reference.w4a16_linear(x.double(), weight, bias)
-        got = gemm_group.w4a16_linear(x, weight, bias, torch.float32)
+        got = weight_only.w4a16_linear(x, weight, bias, torch.float32)
         # fp32 sums of k terms.
         assert (got - wanted).abs().max() <= 2e-6 * wanted.abs().max()
         for split in (2, 5):  # the second leaves programs without columns
-            got = gemm_group.w4a16_linear(x, weight, bias if m > 1 else None, torch.float32, split=split)
+            got = weight_only.w4a16_linear(x, weight, bias if m > 1 else None, torch.float32, split=split)
             assert (got - wanted + (bias if m == 1 else 0)).abs().max() <= 2e-6 * wanted.abs().max()
 
 
@@ -206,9 +234,9 @@ def test_weights_only_product(kind: str, bits: int, with_zero: bool, group: int,
 @pytest.mark.parametrize("m, k", [(1, 64), (17, 200), (4, 9000)])
 def test_row_quant(bits: int, symmetric: bool, dtype: torch.dtype, m: int, k: int) -> None:
     x = input_of(m, k, dtype)
-    for clip in (1.0, 0.73, 0.01):
-        got = quant.row_quant(x, bits=bits, symmetric=symmetric, clip=clip)
-        wanted = reference.row_quant(x, bits=bits, symmetric=symmetric, clip=clip)
+    for clip, group in ((1.0, 0), (0.73, 0), (0.01, 0), (0.9, k // 8)):
+        got = quant.row_quant(x, bits=bits, symmetric=symmetric, clip=clip, group=group)
+        wanted = reference.row_quant(x, bits=bits, symmetric=symmetric, clip=clip, group=group)
         for name, have, want in zip(got._fields, got, wanted, strict=True):
             assert torch.equal(have, want), (name, clip)
 
@@ -237,10 +265,11 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 
 def check_fused(
-    rows: reference.Rows, y: torch.Tensor, wanted: torch.Tensor, symmetric: bool, dtype: torch.dtype
+    rows: reference.Rows, y: torch.Tensor, wanted: torch.Tensor, symmetric: bool, dtype: torch.dtype, group: int = 0
 ) -> None:
     assert (y - wanted.float()).abs().max() <= TOLERANCE[dtype] * wanted.abs().max()
-    for name, have, want in zip(rows._fields, rows, reference.row_quant(y, symmetric=symmetric, clip=0.9), strict=True):
+    again = reference.row_quant(y, symmetric=symmetric, clip=0.9, group=group)
+    for name, have, want in zip(rows._fields, rows, again, strict=True):
         assert torch.equal(have, want), name
 
 
@@ -289,6 +318,23 @@ def test_kron_quant(symmetric: bool, dtype: torch.dtype, n1: int, n2: int) -> No
     check_fused(rows, y, reference.kron_apply(x, left, right), symmetric, dtype)
     full = x.double() @ torch.kron(left.to(dtype).double(), right.to(dtype).double())
     assert (y - full).abs().max() <= TOLERANCE[dtype] * full.abs().max()
+
+
+@pytest.mark.parametrize("dtype", FUSED_TYPES)
+@pytest.mark.parametrize("n1, n2, group", [(6, 64, 64), (6, 64, 32), (4, 32, 64), (4, 48, 64), (130, 16, 32)])
+def test_kron_quant_in_groups(dtype: torch.dtype, n1: int, n2: int, group: int) -> None:
+    generator = torch.Generator().manual_seed(n1)
+    x = torch.randn(3, n1 * n2, generator=generator).to(dtype).to(DEVICE)
+    left, right = (torch.randn(n, n, generator=generator).to(DEVICE) for n in (n1, n2))
+    fused = dtype != torch.float32 and transform.groups_fit(n1, n2, group) and n1 <= 128
+    assert fused == (dtype != torch.float32 and n2 != 48 and n1 != 130)
+    for symmetric in (True, False):
+        y = torch.empty(3, n1 * n2, device=DEVICE)
+        rows = transform.kron_quant(x, left, right, bits=4, symmetric=symmetric, clip=0.9, group=group, y=y)
+        check_fused(rows, y, reference.kron_apply(x, left, right), symmetric, dtype, group)
+    blocks = torch.randn(1, n2, n2, generator=generator).to(DEVICE)
+    rows = transform.block_quant(x, blocks, bits=4, symmetric=False, clip=0.9, group=group, y=y)
+    check_fused(rows, y, reference.block_apply(x, blocks), False, dtype, group)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

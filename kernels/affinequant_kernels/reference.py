@@ -93,8 +93,8 @@ def accumulator(q: Int8[Tensor, "m k"], zero: Int32[Tensor, " m"] | None, weight
 
 def linear(
     q: Int8[Tensor, "m k"],
-    scale: Float[Tensor, m * g],
-    zero: Int32[Tensor, m * g] | None,
+    scale: Float[Tensor, " m *g"],
+    zero: Int32[Tensor, " m *g"] | None,
     weight: Weight,
     bias: Float[Tensor, " n"] | None = None,
     out_dtype: torch.dtype = torch.float32,

@@ -74,7 +74,7 @@ def integer_weight(codes: Int8[Tensor, "n k"], zero: Tensor | None, mul: Tensor 
 
 def column_sum(
     codes: Int8[Tensor, "n k"], scale: Tensor, zero: Tensor | None, mul: Tensor | None, act_group: int = 0
-) -> Float[Tensor, " n"] | Int[Tensor, n * g]:
+) -> Float[Tensor, " n"] | Int[Tensor, " n *g"]:
     """What an activation zero point is multiplied by: `Weight.colsum`. Groups of a weight are added in order, in fp32;
     those of rows stay apart."""
     value = integer_weight(codes, zero, mul)

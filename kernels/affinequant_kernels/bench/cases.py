@@ -78,7 +78,9 @@ def cases() -> list[Case]:
     """Every kernel, in the shapes that the dispatch uses most."""
     from affinequant_kernels.cuda.transform import block_terms, tile_sizes
 
-    group: dict[str, object] = {**_FLAGS, "BITS": 4, "EVEN": True, "BN": 128, "BM": 64, "ASM": True}
+    group: dict[str, object] = {
+        **_FLAGS, "BITS": 4, "EVEN": True, "BN": 128, "BM": 64, "ASM": True, "OF_W": True, "OF_A": False
+    }  # fmt: skip
     fused: dict[str, object] = {"BITS": 4, "SYMMETRIC": False, "STORE_Y": False}
     kron = {"x_ptr": "*bf16", "left_ptr": "*bf16", "right_ptr": "*bf16", **_QUANT, "M": _I, "clip": _F}
     left = {"half_ptr": "*bf16", "left_ptr": "*bf16", **_QUANT, "M": _I, "clip": _F}
@@ -117,14 +119,20 @@ def cases() -> list[Case]:
         Case(name="group 64", module="gemm_group", kernel="group_kernel", types=_GROUP, warps=8, registers=144,
              shuffles=8,
              product=True, values=group | {"GROUP_SIZE": 64, "HAS_ZW": False}),
-        Case(name="w4a16", module="gemm_group", kernel="a16_kernel", types=_A16, warps=4, registers=255,
+        *(
+            Case(name=f"group {size} of rows{' and weights' * both}", module="gemm_group", kernel="group_kernel", warps=8,
+                 types=_GROUP | {"colsum_ptr": "*i32"}, registers=255, shuffles=8, product=True,
+                 values=group | {"GROUP_SIZE": size, "OF_W": both, "OF_A": True})
+            for size, both in ((64, False), (64, True), (128, True))
+        ),
+        Case(name="w4a16", module="weight_only", kernel="a16_kernel", types=_A16, warps=4, registers=255,
              values={"BITS": 4, "GROUPED": True, "AFFINE": False, "HAS_ZW": True, "HAS_BIAS": True, "EVEN": True,
                      "BN": 64, "BM": 16, "J": 64, "SPLIT": 1, "FP32": False}),
-        Case(name="w4a16 split", module="gemm_group", kernel="a16_kernel", types=_A16 | {"out_ptr": "*fp32"}, warps=4,
+        Case(name="w4a16 split", module="weight_only", kernel="a16_kernel", types=_A16 | {"out_ptr": "*fp32"}, warps=4,
              registers=255,
              values={"BITS": 4, "GROUPED": True, "AFFINE": False, "HAS_ZW": True, "HAS_BIAS": False, "EVEN": True,
                      "BN": 64, "BM": 16, "J": 64, "SPLIT": 4, "FP32": False}),
-        Case(name="w4a16 finish", module="gemm_group", kernel="a16_finish_kernel", types=_A16_FINISH, warps=4,
+        Case(name="w4a16 finish", module="weight_only", kernel="a16_finish_kernel", types=_A16_FINISH, warps=4,
              registers=64,
              values={"GROUPED": False, "HAS_BIAS": True, "SPLIT": 8, "BN": 128, "BM": 4}),
         _rows("row_quant", 96),
@@ -134,9 +142,11 @@ def cases() -> list[Case]:
         Case(name="rmsnorm_quant", module="quant", kernel="rmsnorm_kernel", types=norm, warps=8, registers=128,
              values=fused | {"HAS_RESIDUAL": True, "BK": 4096}),
         Case(name="kron_quant 64x64", module="transform", kernel="kron_kernel", types=kron, warps=4, stages=1,
-             values=fused | {"N1": 64, "N2": 64, "P1": 64, "P2": 64, "FP32": False}),
+             values=fused | {"N1": 64, "N2": 64, "P1": 64, "P2": 64, "FP32": False, "GROUP": 0}),
         Case(name="kron_quant 86x128", module="transform", kernel="kron_kernel", types=kron, warps=8, stages=1,
-             values=fused | {"N1": 86, "N2": 128, "P1": 128, "P2": 128, "FP32": False}),
+             values=fused | {"N1": 86, "N2": 128, "P1": 128, "P2": 128, "FP32": False, "GROUP": 0}),
+        Case(name="kron_quant 86x128 groups of 64", module="transform", kernel="kron_kernel", types=kron, warps=8, stages=1,
+             values=fused | {"N1": 86, "N2": 128, "P1": 128, "P2": 128, "FP32": False, "GROUP": 64}),
         *(
             Case(name=f"kron_quant {n1}x{n2} {kind}, tiles", module="transform", kernel="left_kernel", warps=4, stages=2,
                  types=left | dict.fromkeys(("half_ptr", "left_ptr"), f"*{kind}"),

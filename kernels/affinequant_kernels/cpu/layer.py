@@ -106,8 +106,8 @@ def _largest(weight: Weight) -> int:
 
 def linear(
     q: Int8[Tensor, "m k"],
-    scale: Float[Tensor, m * g],
-    zero: Int32[Tensor, m * g] | None,
+    scale: Float[Tensor, " m *g"],
+    zero: Int32[Tensor, " m *g"] | None,
     weight: Weight,
     bias: Float[Tensor, " n"] | None,
     out_dtype: torch.dtype,

@@ -50,7 +50,7 @@ def _divisor_split(tiles: int, steps: int, wanted: int) -> int:
 
 
 def a16_tile(m: int, n: int, k: int, device: torch.device) -> tuple[int, int]:
-    """Tokens of a tile of `gemm_group.w4a16_linear`, and programs per tile."""
+    """Tokens of a tile of `weight_only.w4a16_linear`, and programs per tile."""
     bm = 16 if m <= 16 else 32 if m <= 32 else 64
     processors = device_facts(device.index)[1] if device.type == "cuda" else 8
     return bm, _divisor_split(-(-n // 64) * -(-m // bm), -(-k // 128), 2 * processors)

@@ -206,9 +206,9 @@ def gemv_kernel(
 
 def linear(
     q: Int8[Tensor, "m k"],
-    scale: Float[Tensor, " m"],
-    zero: Int32[Tensor, " m"] | None,
-    rowsum: Int32[Tensor, " m"] | None,
+    scale: Float[Tensor, " m *g"],
+    zero: Int32[Tensor, " m *g"] | None,
+    rowsum: Int32[Tensor, " m *g"] | None,
     weight: Weight,
     bias: Float[Tensor, " n"] | None,
     out_dtype: torch.dtype,
@@ -220,7 +220,7 @@ def linear(
     out = torch.empty(m, n, dtype=out_dtype, device=q.device)
     if m == 0:
         return out
-    kind = kind_of(weight.scale, weight.mul)
+    kind = "group" if scale.ndim == 2 else kind_of(weight.scale, weight.mul)
     bits = 4 if weight.qweight.dtype == torch.uint8 else 8
     config = config or configs.lookup(m, n, k, kind, bits, q.device)
     if kind == "group":

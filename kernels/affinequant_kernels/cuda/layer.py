@@ -9,8 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from affinequant_kernels import reference
-from affinequant_kernels.checks import WEIGHT_ONLY, fail
-from affinequant_kernels.cuda import gemm, gemm_group, quant, transform
+from affinequant_kernels.checks import WEIGHT_ONLY
+from affinequant_kernels.cuda import gemm, quant, transform, weight_only
 from affinequant_kernels.reference import Rows
 from affinequant_kernels.weight import Weight, row_group
 
@@ -28,18 +28,19 @@ def linear_dyn(
 ) -> Tensor:
     """As `reference.linear_dyn` of `reference.transform(x, factors)`; as `reference.w4a16_linear` with WEIGHT_ONLY."""
     if act_bits == WEIGHT_ONLY:
-        return gemm_group.w4a16_linear(reference.transform(x, factors).to(x.dtype), weight, bias, out_dtype)
-    if row_group(weight, x.shape[1]):
-        raise fail("weight", "one for whole rows on this device", "one for rows in groups")
-    rows = _rows(x, factors, bits=act_bits, symmetric=act_symmetric, clip=clip)
+        return weight_only.w4a16_linear(reference.transform(x, factors).to(x.dtype), weight, bias, out_dtype)
+    group = row_group(weight, x.shape[1])
+    rows = _rows(x, factors, bits=act_bits, symmetric=act_symmetric, clip=clip, group=group)
     zero = None if act_symmetric else rows.zero
     return gemm.linear(rows.q, rows.scale, zero, rows.rowsum, weight, bias, out_dtype)
 
 
-def _rows(x: Tensor, factors: Sequence[tuple[Tensor, ...]], *, bits: int, symmetric: bool, clip: float) -> Rows:
+def _rows(
+    x: Tensor, factors: Sequence[tuple[Tensor, ...]], *, bits: int, symmetric: bool, clip: float, group: int
+) -> Rows:
     """The last factor is fused with the quantiser."""
     if not factors:
-        return quant.row_quant(x, bits=bits, symmetric=symmetric, clip=clip)
+        return quant.row_quant(x, bits=bits, symmetric=symmetric, clip=clip, group=group)
     fused = transform.kron_quant if len(factors[-1]) == 2 else transform.block_quant
     first = reference.transform(x, factors[:-1]).to(x.dtype)
-    return fused(first, *factors[-1], bits=bits, symmetric=symmetric, clip=clip)
+    return fused(first, *factors[-1], bits=bits, symmetric=symmetric, clip=clip, group=group)

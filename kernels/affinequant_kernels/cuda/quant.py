@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from affinequant_kernels.checks import fail
-from affinequant_kernels.reference import Rows
+from affinequant_kernels.reference import Rows, in_groups
 
 # Columns held in registers; longer rows are read once more (out of the cache).
 BLOCK_COLUMNS = 8192
@@ -172,8 +172,10 @@ def _launch_rows(x: Tensor, k: int, bits: int, symmetric: bool, clip: float, sil
     return out
 
 
-def row_quant(x: Float[Tensor, "m k"], *, bits: int, symmetric: bool, clip: float) -> Rows:
+def row_quant(x: Float[Tensor, "m k"], *, bits: int, symmetric: bool, clip: float, group: int = 0) -> Rows:
     """As `reference.row_quant`."""
+    if group:
+        return in_groups(_launch_rows(x.view(-1, group), group, bits, symmetric, clip, False, None), *x.shape)
     return _launch_rows(x, x.shape[1], bits, symmetric, clip, False, None)
 
 

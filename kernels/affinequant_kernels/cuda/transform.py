@@ -6,7 +6,8 @@ The matrices are rounded to x's type, as is the product X right; sums are fp32. 
 reference in its last bits, and the codes of that y are exact.
 
 One program keeps both matrices of `kron` and a row in shared memory, where these fit. Where they do not, X right is a
-matmul by torch and the rest goes by tiles, which any matrices fit.
+matmul by torch and the rest goes by tiles, which any matrices fit. Groups of a row are quantised there where they lie side
+by side in its tile, which then has no padding between them; else torch transforms, and the quantiser has its own kernel.
 
 Shapes: M rows, N1 x N2 a row as a matrix (P1, P2 padded to powers of two, or T1 x T2 a tile of it), B the size of a block
 (P padded), R rows; sums go over S terms at a time.
@@ -26,7 +27,7 @@ from torch import Tensor
 from affinequant_kernels import reference
 from affinequant_kernels.cuda.asm import INTERPRET
 from affinequant_kernels.cuda.quant import new_rows, row_codes, row_quant, row_scale, row_statistics, store_row_scales
-from affinequant_kernels.reference import Rows
+from affinequant_kernels.reference import Rows, in_groups
 
 LARGEST_FACTOR = 128  # of `kron_kernel`: more would not fit a thread's registers
 LARGEST_BLOCK = 256  # larger ones run as matmuls and `row_quant`
@@ -45,8 +46,13 @@ def _dot(a, b, FP32: tl.constexpr):
 def kron_kernel(
     x_ptr, left_ptr, right_ptr, q_ptr, scale_ptr, zero_ptr, sum_ptr, y_ptr, M, clip,
     N1: tl.constexpr, N2: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
-    BITS: tl.constexpr, SYMMETRIC: tl.constexpr, STORE_Y: tl.constexpr, FP32: tl.constexpr,
+    BITS: tl.constexpr, SYMMETRIC: tl.constexpr, STORE_Y: tl.constexpr, FP32: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
+    SIZE: tl.constexpr = (
+        GROUP if GROUP else P1 * P2
+    )  # of what shares a scale, and how many there are, with padding and without
+    PARTS: tl.constexpr = P1 * P2 // SIZE
+    GROUPS: tl.constexpr = N1 * N2 // GROUP if GROUP else 1
     i1, i2 = tl.arange(0, P1), tl.arange(0, P2)
     mask1, mask2 = i1 < N1, i2 < N2
     left_t = tl.load(left_ptr + i1[None, :] * N1 + i1[:, None], mask=mask1[:, None] & mask1[None, :], other=0.0)
@@ -59,15 +65,16 @@ def kron_kernel(
         x = tl.load(x_ptr + base + at, mask=mask, other=0.0)
         half = _dot(x, right, FP32).to(x.dtype)
         y = _dot(left_t, half, FP32)
-        flat = tl.reshape(y, [1, P1 * P2])
+        flat = tl.reshape(y, [PARTS, SIZE])
         top, bottom, ceiling = row_statistics(flat)
         scale, inverse, zero = row_scale(top, bottom, ceiling, clip, BITS, SYMMETRIC)
         q = tl.reshape(row_codes(flat, inverse, zero, BITS), [P1, P2])
         tl.store(q_ptr + base + at, q, mask=mask)
         if STORE_Y:
             tl.store(y_ptr + base + at, y, mask=mask)
-        total = tl.sum(tl.reshape(tl.where(mask, q, 0).to(tl.int32), [1, P1 * P2]), 1)
-        store_row_scales(scale_ptr, zero_ptr, sum_ptr, rows, scale, zero, total, rows < M)
+        total = tl.sum(tl.reshape(tl.where(mask, q, 0).to(tl.int32), [PARTS, SIZE]), 1)
+        part = tl.arange(0, PARTS)
+        store_row_scales(scale_ptr, zero_ptr, sum_ptr, row * GROUPS + part, scale, zero, total, part < GROUPS)
 
 
 @triton.jit
@@ -201,11 +208,17 @@ def _device(x: Tensor) -> tuple[int, int]:
     return properties.multi_processor_count, properties.shared_memory_per_block_optin
 
 
-def _unfused(transformed: Tensor, y: Tensor | None, bits: int, symmetric: bool, clip: float) -> Rows:
-    """For blocks too large for one program: the transform by torch, then the quantiser alone."""
+def _unfused(transformed: Tensor, y: Tensor | None, bits: int, symmetric: bool, clip: float, group: int) -> Rows:
+    """For blocks too large for one program, and groups that do not lie in one: the transform by torch, then the quantiser
+    alone."""
     if y is not None:
         y.copy_(transformed)
-    return row_quant(transformed, bits=bits, symmetric=symmetric, clip=clip)
+    return row_quant(transformed, bits=bits, symmetric=symmetric, clip=clip, group=group)
+
+
+def groups_fit(n1: int, n2: int, group: int) -> bool:
+    """Whether groups are pieces of the tile that `kron_kernel` has of a row."""
+    return n2 == _padded(n2) and group == triton.next_power_of_2(group) <= _padded(n1) * n2
 
 
 def kron_quant(
@@ -216,23 +229,27 @@ def kron_quant(
     bits: int,
     symmetric: bool,
     clip: float,
+    group: int = 0,
     y: Tensor | None = None,
 ) -> Rows:
     """As `reference.kron_quant`. `y` (fp32 [m, k]), where given, receives what was quantised."""
     m, k = x.shape
     n1, n2 = left.shape[0], right.shape[0]
-    out = new_rows(m, k, x.device)
-    if not m:
-        return out
     processors, shared = _device(x)
+    fits = kron_fits(n1, n2, x.dtype, shared)
+    if group and not (fits and groups_fit(n1, n2, group)):
+        return _unfused(reference.kron_apply(x, left, right), y, bits, symmetric, clip, group)
+    out = new_rows(m * (k // group if group else 1), group or k, x.device)
+    if not m:
+        return in_groups(out, m, k) if group else out
     left, right = left.to(x.dtype), right.to(x.dtype)
     tail = (out.q, out.scale, out.zero, out.rowsum, out.q if y is None else y, m, clip)
     flags = {"BITS": bits, "SYMMETRIC": symmetric, "STORE_Y": y is not None}
     flags["FP32"] = INTERPRET or x.dtype == torch.float32
-    if kron_fits(n1, n2, x.dtype, shared):
+    if fits:
         p1, p2 = _padded(n1), _padded(n2)
         kron_kernel[(min(m, _RESIDENT * processors),)](
-            x, left, right, *tail, N1=n1, N2=n2, P1=p1, P2=p2,
+            x, left, right, *tail, N1=n1, N2=n2, P1=p1, P2=p2, GROUP=group,
             num_warps=8 if p1 * p2 >= 8192 else 4, num_stages=1, enable_fp_fusion=False, **flags,
         )  # fmt: skip
     else:
@@ -241,7 +258,7 @@ def kron_quant(
             half, left, *tail, N1=n1, N2=n2, **tile_sizes(x.dtype == torch.float32),
             num_warps=4, num_stages=2, enable_fp_fusion=False, **flags,
         )  # fmt: skip
-    return out
+    return in_groups(out, m, k) if group else out
 
 
 def block_quant(
@@ -251,14 +268,15 @@ def block_quant(
     bits: int,
     symmetric: bool,
     clip: float,
+    group: int = 0,
     y: Tensor | None = None,
 ) -> Rows:
     """As `reference.block_quant`. `y` (fp32 [m, k]), where given, receives what was quantised."""
     m, k = x.shape
     size = matrices.shape[1]
     padded = _padded(size)
-    if padded > LARGEST_BLOCK:
-        return _unfused(reference.block_apply(x, matrices), y, bits, symmetric, clip)
+    if group or padded > LARGEST_BLOCK:
+        return _unfused(reference.block_apply(x, matrices), y, bits, symmetric, clip, group)
     out = new_rows(m, k, x.device)
     rows = 16 if m <= 2048 else 32
     if m:
