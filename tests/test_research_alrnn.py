@@ -10,12 +10,12 @@ import pytest
 import torch
 from affinequant_evals import Score
 from affinequant_research.alrnn.attractors import BOUNDS, EXPERIMENTS, Attractors, Bounds, kept_to
-from affinequant_research.alrnn.freerun import of_run
+from affinequant_research.alrnn.freerun import distance, of_run, rank, simplest
 from affinequant_research.alrnn.model import FAR, AlmostLinear, new_model, packed, unpacked
 from affinequant_research.alrnn.quantised import PARTS, rounded_model
 from affinequant_research.alrnn.rollout import Rollout
 from affinequant_research.alrnn.systems import SYSTEMS, lorenz96, runge_kutta, trajectories
-from affinequant_research.alrnn.training import Learner, Training, phase_of, relus_of, windows
+from affinequant_research.alrnn.training import Learner, Training, phase_of, probes_of, relus_of, windows
 from affinequant_research.experiment import Trial
 from affinequant_research.running import found, run_experiment
 from torch import Tensor
@@ -166,24 +166,45 @@ def test_training_keeps_the_checkpoint_that_is_judged_best() -> None:
     series = np.random.default_rng(0).standard_normal((100, 3))
     learner, seen = Learner(SMALL, 2, 3, 0), list[AlmostLinear]()
 
-    def judge(model: AlmostLinear) -> float:
+    def measure(model: AlmostLinear) -> dict[str, float]:
         seen.append(model)
-        return [3.0, 1.0, 2.0][len(seen) - 1]
+        return {"d_stsp": [3.0, 1.0, 2.0][len(seen) - 1], "rank": [2.0, 2.0, 1.0][len(seen) - 1]}
 
-    report = fit(*phase_of(learner, series, 0, judge))
+    report = fit(*phase_of(learner, series, 0, probes_of(learner, measure, ("d_stsp",))))
     assert report.steps == 4 and report.series["d_stsp"] == [3.0, 1.0, 2.0]
     assert (learner.model().W == seen[1].W).all() and (seen[1].W != seen[2].W).any()
     assert seen[0].L.shape == (3, 3) and (seen[0].L != seen[1].L).any()
+    ranked, before = Learner(SMALL, 2, 3, 0), seen[2]
+    seen.clear()
+    report = fit(*phase_of(ranked, series, 0, probes_of(ranked, measure, ("d_stsp", "rank")), "rank"))
+    assert len(seen) == 3, "a checkpoint is measured once"
+    assert report.series["rank"] == [2.0, 2.0, 1.0] and report.series["d_stsp"] == [1.0, 2.0], (
+        "the start is judged alone"
+    )
+    assert (ranked.model().W == seen[2].W).all() and (seen[2].W == before.W).all()
+
+
+def test_of_those_that_are_near_enough_the_simplest_is_best() -> None:
+    ordered = [
+        rank(found, edges, 5.0) for found, edges in ((4.9, 4), (1.0, 5), (1.1, 5), (0.1, 6), (5.1, 0), (14.0, 0))
+    ]
+    assert ordered == sorted(ordered) and len(set(ordered)) == 6
+    truth = np.random.default_rng(0).standard_normal((2000, 3))
+    found = simplest(some_model(2, size=1.0), truth, 2000, 99.0)
+    assert found["d_stsp"] == distance(some_model(2, size=1.0), truth, 2000), "a fixed point has one region"
+    assert found["rank"] == rank(found["d_stsp"], 0, 99.0) < 0
 
 
 @pytest.mark.parametrize(("changed", "says"), [({"check_every": 3}, "multiple"), ({"T": 100}, "smaller T")])
 def test_settings_that_do_not_fit_are_refused(changed: dict[str, int], says: str) -> None:
     learner = Learner(dataclasses.replace(SMALL, **changed), 2, 3, 0)
     with pytest.raises(AffineQuantError, match=says):
-        phase_of(learner, np.zeros((100, 3)), 0, lambda model: 0.0)
+        phase_of(learner, np.zeros((100, 3)), 0, {"d_stsp": lambda: 0.0})
 
 
-TINY = Attractors(arms=("P2",), M=8, T=12, tau=4, batch=4, updates=6, check_every=2, steps=1500, bits=(8, 3))
+TINY = Attractors(
+    arms=("P2",), M=8, T=12, tau=4, batch=4, updates=6, check_every=2, steps=1500, bits=(8, 3), simplest_within=99.0
+)
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +215,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]
 
 def test_an_experiment_measures_what_is_claimed(ran: tuple[Path, dict[str, Any]]) -> None:
     metrics, (fit_entry,) = ran[1]["metrics"], ran[1]["fit"]
-    assert fit_entry["steps"] == 6 and ran[1]["series"]["P2/d_stsp"][0] == [0, 2, 4, 6]
+    assert fit_entry["steps"] == 6 and ran[1]["series"]["P2/rank"][0] == [0, 2, 4, 6]
     bounds = BOUNDS["lorenz63"].claims("P2", 1500, source="")
     assert {claim.metric for claim in bounds} <= metrics.keys()
     values = {name: one["value"] for name, one in metrics.items()}

@@ -85,7 +85,7 @@ def build(config: Recording, seed: int, arm: str) -> Trial:
         metrics.append(Battery(name="beats", function=lambda one: of_beats(one.model(), truth, rate, config)))
         metrics.append(Battery(name="cycles", function=lambda one: of_cycles(one.model(), truth, rate, config)))
     return Trial(
-        phase=phase_of(learner, train, seed, partial(distance, truth=train, steps=config.steps, **how)),
+        phase=phase_of(learner, train, seed, {"d_stsp": lambda: distance(learner.model(), train, config.steps, **how)}),
         subject=learner,
         suite=Suite(name="recording", metrics=tuple(metrics)),
         outcome=outcome,

@@ -35,7 +35,25 @@ def free_run(model: AlmostLinear, truth: Floats, steps: int) -> Floats:
 
 def distance(model: AlmostLinear, truth: Floats, steps: int, **how: Any) -> float:
     """The divergence of states alone: what checkpoints are judged by. `how`: as `divergence` is to take it."""
-    ((_, score),) = divergence(truth, free_run(model, truth, steps)[:, : model.N], steps=steps, **how).values()
+    return _distance(model, free_run(model, truth, steps), truth, steps, **how)
+
+
+def simplest(model: AlmostLinear, truth: Floats, steps: int, within: float) -> dict[str, float]:
+    """What checkpoints are judged by where the simplest is asked for: the divergence of states (`d_stsp`) and the `rank`."""
+    latent = free_run(model, truth, steps)
+    found = _distance(model, latent, truth, steps)
+    edges = minimal_graph(region_codes(latent, model.P), model.P).number_of_edges()
+    return {"d_stsp": found, "rank": rank(found, edges, within)}
+
+
+def rank(found: float, edges: int, within: float) -> float:
+    """The lower, the better: of those `within` that divergence the one whose minimal graph has the fewest edges, of several
+    of these the nearest; where none is, the nearest."""
+    return found if found > within else -1 / (1 + edges + found / (2 * within))
+
+
+def _distance(model: AlmostLinear, latent: Floats, truth: Floats, steps: int, **how: Any) -> float:
+    ((_, score),) = divergence(truth, latent[:, : model.N], steps=steps, **how).values()
     return score.value
 
 

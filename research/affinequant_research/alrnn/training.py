@@ -1,7 +1,8 @@
 """How an AL-RNN is trained: windows of a series with noise, the loss under sparse teacher forcing, the best checkpoint."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ class Training:
         tau: the observed units are set to the data every so many steps.
         noise: deviation of what is added to inputs and targets, of data whose deviation is 1.
         rate, last_rate: of learning, falling exponentially.
-        check_every: updates between two checkpoints, of which the one with the best free run is kept.
+        check_every: updates between two checkpoints, of which one is kept, by its free run.
     """
 
     M: int = 20
@@ -89,11 +90,29 @@ def windows(series: Floats, config: Training, seed: int, epoch: int) -> Iterator
         yield torch.from_numpy(window + np.float32(config.noise) * noise)
 
 
-def phase_of(learner: Learner, series: Floats, seed: int, judge: Callable[[AlmostLinear], float]) -> Phase:
+def probes_of(
+    learner: Learner, measure: Callable[[AlmostLinear], Mapping[str, float]], names: Sequence[str]
+) -> dict[str, Callable[[], float]]:
+    """Each of what is measured of a network as a probe of its own. While its weights stay they are measured once."""
+    seen: list[tuple[Tensor, Mapping[str, float]]] = []
+
+    def probe(name: str) -> float:
+        now = learner.W.detach()
+        if not seen or not torch.equal(seen[0][0], now):
+            seen[:] = [(now.clone(), measure(learner.model()))]
+        return seen[0][1][name]
+
+    return {name: partial(probe, name) for name in names}
+
+
+def phase_of(
+    learner: Learner, series: Floats, seed: int, probes: Mapping[str, Callable[[], float]], judge: str = "d_stsp"
+) -> Phase:
     """The training of a network on a series [steps, N].
 
     Args:
-        judge: the lower, the better a checkpoint's free run; logged as `d_stsp`.
+        probes: what is logged of each checkpoint.
+        judge: the one of them by which a checkpoint is kept, the lower the better.
 
     Raises:
         AffineQuantError: the settings do not fit the series or one another (exit 2).
@@ -113,11 +132,7 @@ def phase_of(learner: Learner, series: Floats, seed: int, judge: Callable[[Almos
         optimizer="radam",
         schedule="exponential",
         last_rate=config.last_rate / config.rate,
-        judge="d_stsp",
+        judge=judge,
+        probe_every=1,
     )
-    return Phase(
-        learner,
-        lambda epoch: windows(series, config, seed, epoch),
-        fit,
-        {"d_stsp": lambda: judge(learner.model())},
-    )
+    return Phase(learner, lambda epoch: windows(series, config, seed, epoch), fit, probes)
