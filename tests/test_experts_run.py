@@ -9,10 +9,10 @@ import pytest
 import safetensors
 import torch
 from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForCausalLM
 
 import affinequant
-from affinequant import deliver
-from affinequant.models import FAMILIES
+from affinequant import AffineQuantError, deliver
 from affinequant.models.source import open_source
 from affinequant.runtime import load as runtime
 from affinequant.runtime.integer_linear import IntegerLinear
@@ -21,7 +21,12 @@ from tests.test_verify import Written, change
 
 Tiny = Callable[..., Path]
 Make = Callable[..., Path]
-MIXTURES = [name for name, family in FAMILIES.items() if any(layer.experts for layer in family.layers.values())]
+CASES = [
+    ("mixtral", "w4a4", "online"),
+    ("qwen2_moe", "w4a4", "merged"),
+    ("qwen3_moe", "w8a8", "merged"),
+    ("qwen3_moe", "w4a16", "merged"),
+]
 NEAREST = {"preset": "fast", "rounding": "nearest", "weight_clip": "none", "activation_clip": "none"}
 IDS = torch.randint(2, 320, (2, 24), generator=torch.Generator().manual_seed(0))
 
@@ -50,25 +55,49 @@ def logits(model: Any) -> Tensor:
 # Loading.
 
 
-@pytest.mark.parametrize("family", MIXTURES)
-@pytest.mark.parametrize("tier", ["merged", "online"])
+@pytest.mark.parametrize(("family", "scheme", "tier"), CASES[:3])
 def test_every_expert_multiplies_integers_and_text_comes_out(
-    family: str, tier: str, made: Make, capfd: pytest.CaptureFixture[str]
+    family: str, scheme: str, tier: str, made: Make, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    folder = made(family, "w4a4", tier)
+    folder = made(family, scheme, tier)
     capfd.readouterr()
     model: Any = affinequant.load(folder)
     assert "xpected" not in "".join(capfd.readouterr())
     scales = {name.removesuffix(".weight_scale") for name in open_source(folder).entries if name.endswith("_scale")}
     assert {name for name, module in model.named_modules() if isinstance(module, IntegerLinear)} == scales
     assert sum(".experts." in name for name in scales) >= 4 * 3
-    routers = [module for name, module in model.named_modules() if name.endswith(("mlp.gate", "moe.gate"))]
-    assert routers and all(router.weight.dtype == torch.float32 for router in routers)
     text = model.generate(IDS[:1, :8], max_new_tokens=6, do_sample=False, eos_token_id=None)
-    longer = torch.cat([IDS[:1, :8], text[:, 8:]], 1)
     with torch.no_grad():
-        again = model(longer, use_cache=False).logits[0, 7:-1].argmax(-1)
+        again = model(text, use_cache=False).logits[0, 7:-1].argmax(-1)
     assert torch.equal(again, text[0, 8:])
+
+
+@pytest.mark.parametrize(("family", "scheme", "tier"), CASES)
+def test_transformers_gives_the_same_model_and_reports_nothing(family: str, scheme: str, tier: str, made: Make) -> None:
+    folder = made(family, scheme, tier)
+    theirs, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    assert not any(info.values()), info
+    expected = affinequant.load(folder)
+    assert torch.equal(logits(theirs), logits(expected))
+    body: Any = AutoModel.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        assert torch.equal(body(IDS).last_hidden_state, expected.model(IDS).last_hidden_state)
+
+
+def test_a_missing_expert_is_named_by_both(made: Make, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(made(*CASES[1]), tmp_path / "folder"))
+    name = "model.layers.1.mlp.experts.3.up_proj.weight_scale"
+    change(folder, name, lambda scale: None)
+    for load in (affinequant.load, AutoModelForCausalLM.from_pretrained):
+        with pytest.raises(AffineQuantError, match=f"{name} is missing"):
+            load(folder)
+
+
+def test_a_weight_only_mixture_is_saved_as_the_plain_model_that_it_is(made: Make, tmp_path: Path) -> None:
+    model: Any = affinequant.load(made(*CASES[3]))
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, experts_implementation="eager")
+    torch.testing.assert_close(logits(again), logits(model), rtol=1e-5, atol=1e-5)
 
 
 def test_a_file_is_opened_for_every_block_and_not_for_every_linear(made: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,7 +109,7 @@ def test_a_file_is_opened_for_every_block_and_not_for_every_linear(made: Make, m
         opened.append(file)
         return plainly(file, **settings)
 
-    folder = made("mixtral", "w4a4", "online")
+    folder = made(*CASES[0])
     monkeypatch.setattr(safetensors, "safe_open", watched)
     affinequant.load(folder)
     assert len(opened) <= 2 * 2 + 3  # linears and the rest of two blocks; embedding, norm, head

@@ -14,7 +14,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from affinequant.errors import AffineQuantError
-from affinequant.formats import SHARD_BYTES, VERSION, Contents, Shapes, left_alone, online_reason, split_stage
+from affinequant.formats import (
+    SHARD_BYTES,
+    VERSION,
+    Contents,
+    Shapes,
+    left_alone,
+    network_of,
+    online_reason,
+    split_stage,
+)
 from affinequant.formats.packing import library_packs, pack, unpack, words
 from affinequant.formats.reading import Dtype, in_transformers
 from affinequant.formats.shards import copy_source, write_json, write_shards
@@ -155,8 +164,9 @@ def our_config(contents: Contents, found: Mapping[str, Any]) -> dict[str, Any]:
 
     Per linear, `input_clip` is the ratio by which the range of its input is narrowed, and `online` has the shapes of what
     acts on that input at run time, part by part. `kv` are the numbers of a quantised cache; `qk` among the `placements`
-    says whether queries and keys are rotated after RoPE.
+    says whether queries and keys are rotated after RoPE. `experts`, where there are any, is how many a layer has.
     """
+    experts = network_of(contents)[1].experts
     activation, kv = contents.scheme.activation, contents.scheme.kv
     return dict(contents.extra) | {
         "version": VERSION,
@@ -165,6 +175,7 @@ def our_config(contents: Contents, found: Mapping[str, Any]) -> dict[str, Any]:
         "weight": contents.scheme.weight.stored(),
         "activation": activation.stored() if activation else None,
         "kv": kv.stored() if kv else None,
+        **({"experts": experts} if experts else {}),
         **found,
     }
 

@@ -19,7 +19,7 @@ from affinequant.recipe.scheme import NumberFormat, Scheme
 from affinequant.run.run import Run
 from affinequant.transforms.online import module_of
 
-_WRITTEN_ANEW = ("version", "scheme", "weight", "activation", "kv", "input_clip", "online", "written_by")
+_WRITTEN_ANEW = ("version", "scheme", "weight", "activation", "kv", "experts", "input_clip", "online", "written_by")
 """Entries of our key that follow from the contents; all others are carried along."""
 _RUN, _REPORT, _FAILED = ".run", "report.json", "report.failed.json"
 

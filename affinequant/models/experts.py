@@ -74,7 +74,8 @@ def split_experts(model: Any, family: Family) -> Any:
     """The model of transformers' own code, empty or not, with its fused experts split into `Experts`, and all of a layer of
     experts called as `family` says that files call it. Weights are shared with what was fused."""
     names = next((layer.experts for layer in family.layers.values() if layer.experts), None)
-    for block in model.get_submodule(family.blocks) if names else ():
+    blocks = family.blocks.removeprefix(f"{model.base_model_prefix}.")
+    for block in model.base_model.get_submodule(blocks) if names else ():
         layer = block.get_submodule(_CODE)
         if not hasattr(getattr(layer, "experts", None), "gate_up_proj"):  # a dense one, or split already
             continue

@@ -1,7 +1,8 @@
 """The quantiser for transformers: `from_pretrained` on a checkpoint of ours gives the modules that `affinequant.load` gives.
 
 It answers to `quant_method: affinequant`, and takes over those compressed-tensors checkpoints of ours whose integer
-activations transformers would leave out. All others stay with the quantiser of compressed-tensors. transformers reads
+activations transformers would leave out, and those with experts, which transformers stacks: of these it reads no zero
+points and no codes in whole bytes. All others stay with the quantiser of compressed-tensors. transformers reads
 what is not quantised; the linears are read by `affinequant.runtime.load`, after it, into the places that were kept for them.
 """
 
@@ -28,7 +29,9 @@ from transformers.utils.quantization_config import CompressedTensorsConfig, Quan
 from affinequant.errors import AffineQuantError
 from affinequant.formats import check_readable
 from affinequant.formats.native import STEM
-from affinequant.models.source import Source, by_block, open_source
+from affinequant.models import resolve
+from affinequant.models.experts import split_experts
+from affinequant.models.source import Source, by_block, open_source, unquantized
 from affinequant.recipe.scheme import NumberFormat
 from affinequant.runtime.load import check_finite, keep_from_saving, pack_cache, read_linear, replace_linears
 from affinequant.transforms.online import stored_name
@@ -57,9 +60,10 @@ class StockOrOurs(CompressedTensorsConfig):
 
     @classmethod
     def from_dict(cls, config_dict: Any, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """The config of ours where activations or the cache are to be quantised by us, else that of compressed-tensors."""
+        """The config of ours where activations, the cache or experts are left to us, else that of compressed-tensors."""
         ours = config_dict.get("affinequant") or {}
-        kind = AffineQuantConfig if ours.get("activation") or ours.get("kv") else CompressedTensorsConfig
+        mine = any(ours.get(key) for key in ("activation", "kv", "experts"))
+        kind = AffineQuantConfig if mine else CompressedTensorsConfig
         return kind.from_dict(config_dict, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
 
@@ -108,15 +112,20 @@ class AffineQuantizer(HfQuantizer):
         declared = self.quantization_config.to_dict()
         self._source = _open(Path(checkpoint_files[0]), declared)
         bits = NumberFormat(**declared["affinequant"]["weight"]).bits
+        split_experts(model, resolve(unquantized(self._source.config), where=str(self._source.folder))[0])
         replace_linears(model, declared["ignore"], lambda name, linear: _Place(name, linear, bits))
         _check_rest(model, self._source)
         self._dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
         # transformers has no use for the tensors of these linears, nor for what acts on queries and keys beside an
         # attention, and would report every one of them.
-        unused = {rf"(^|\.){re.escape(name)}\." for name, _ in _places(model.base_model)} | {
+        unused = {rf"(^|\.){_any_number(name)}\." for name, _ in _places(model.base_model)} | {
             re.escape(stored_name("", ""))
         }
         model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *unused}
+
+    def update_weight_conversions(self, weight_conversions: Any) -> Any:
+        """None where there are experts: they have the names that are in the files."""
+        return [] if self.quantization_config.to_dict()["affinequant"].get("experts") else weight_conversions
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         of = by_block(self._source)
@@ -164,6 +173,11 @@ class _Place(nn.Module):
 
 def _places(model: nn.Module) -> list[tuple[str, _Place]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, _Place)]
+
+
+def _any_number(name: str) -> str:
+    """A pattern for modules of that name in any block and, of an expert, in all of them: there may be tens of thousands."""
+    return re.sub(r"\d+", r"\\d+", re.escape(name))
 
 
 def register() -> None:
