@@ -117,7 +117,7 @@ MUTATIONS = [
              "weights_only and channel-4-True"),
     Mutation("w4a16, low nibble", "cuda/weight_only.py", "w = w << 4\n", "w = w << 3\n", "weights_only and channel-4-True"),
     # Quantisers.
-    Mutation("kron, place of a group", "cuda/transform.py", "row * GROUPS + part", "row * GROUPS + PARTS - 1 - part",
+    Mutation("kron, place of a group", "cuda/transform.py", "row * GROUPS + part", "row * GROUPS + (part + 1) % GROUPS",
              "kron_quant_in_groups and 6-64-64"),
     Mutation("kron, padding as groups", "cuda/transform.py", "part < GROUPS", "part <= GROUPS",
              "kron_quant_in_groups and 6-64-64"),

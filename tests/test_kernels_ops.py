@@ -12,22 +12,63 @@ from affinequant_kernels import Weight, linear, ops, prepare_weight, reference, 
 K = 256
 
 
-def sample(kind: str = "channel", bits: int = 4, with_zero: bool = False, n: int = 24) -> Weight:
+def sample(kind: str = "channel", bits: int = 4, with_zero: bool = False, n: int = 24, act_group: int = 0) -> Weight:
     generator = torch.Generator().manual_seed(4)
     low, high = -(1 << (bits - 1)), 1 << (bits - 1)
     codes = torch.randint(low, high, (n, K), dtype=torch.int8, generator=generator)
     scale = torch.rand(n, 4 if kind == "group" else 1, generator=generator) * 0.01 + 1e-3
     zero = torch.randint(-8, 8, (n, 1 if kind == "channel" else 4), dtype=torch.int8, generator=generator)
     mul = torch.randint(1, 9, (n, 4), dtype=torch.uint8, generator=generator) if kind == "integer" else None
-    return prepare_weight(codes, scale, zero if with_zero else None, bits=bits, mul=mul)
+    return prepare_weight(codes, scale, zero if with_zero else None, bits=bits, mul=mul, act_group=act_group)
 
 
 WEIGHTS = [("channel", 4, False), ("channel", 4, True), ("integer", 4, True), ("group", 4, True), ("channel", 8, False)]
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_opcheck_row_quant(symmetric: bool) -> None:
-    torch.library.opcheck(torch.ops.affq.row_quant, (torch.randn(5, K), 4, symmetric, 0.9))
+@pytest.mark.parametrize("symmetric, group", [(True, 0), (False, 64)])
+def test_opcheck_row_quant(symmetric: bool, group: int) -> None:
+    torch.library.opcheck(torch.ops.affq.row_quant, (torch.randn(5, K), 4, symmetric, 0.9, group))
+
+
+@pytest.mark.parametrize("kind", ["channel", "group"])
+def test_opcheck_rows_in_groups(kind: str) -> None:
+    x, weight, square = torch.randn(2, 5, K), sample(kind, 4, True, act_group=64), [torch.randn(16, 16)] * 2
+    rows = row_quant(x.view(-1, K), symmetric=False, group=64)
+    torch.library.opcheck(torch.ops.affq.w4a4_linear, (*rows[:3], None, *weight, torch.randn(24), torch.bfloat16))
+    torch.library.opcheck(torch.ops.affq.online_linear, (x, square, *weight, None, 8, False, 0.9, None))
+    turned = torch.ops.affq.kron_quant(x.view(-1, K), *square, 4, False, 0.9, 64)
+    wanted = reference.kron_quant(x.view(-1, K), *square, symmetric=False, clip=0.9, group=64)
+    assert all(torch.equal(a, b) for a, b in zip(turned, wanted, strict=True)) and turned[1].shape == (10, 4)
+    got = torch.ops.affq.w4a4_linear(*rows[:3], None, *weight, None, torch.float32)
+    assert torch.equal(got, reference.linear(*rows[:3], weight))
+    assert torch.equal(linear(x, weight, act_symmetric=False).view(10, 24), got)
+
+
+def test_rows_and_weights_whose_groups_do_not_fit_are_refused() -> None:
+    x, weight, whole = torch.randn(5, K), sample(act_group=64), sample()
+    rows, in_groups = row_quant(x), row_quant(x, group=64)
+    refused = {
+        r"scale: expected shape \[5, 4\], got \[5\]": lambda: torch.ops.affq.w4a4_linear(
+            *rows[:3], None, *weight, None, torch.float32
+        ),
+        r"scale: expected shape \[5\], got \[5, 4\]": lambda: torch.ops.affq.w4a4_linear(
+            *in_groups[:3], None, *whole, None, torch.float32
+        ),
+        "w_colsum: expected as many groups as the weight has, 4, got 8": lambda: linear(
+            x, sample("group")._replace(colsum=torch.zeros(24, 8, dtype=torch.int32))
+        ),
+        "w_colsum: expected no groups beside multipliers": lambda: linear(
+            x, sample("integer")._replace(colsum=torch.zeros(24, 4, dtype=torch.int32))
+        ),
+        "w_colsum: expected a number of groups that divides 256 columns, got 3": lambda: linear(
+            x, whole._replace(colsum=torch.zeros(24, 3, dtype=torch.int32))
+        ),
+        "out_dtype: expected a float type": lambda: linear(x, weight, out_dtype=torch.int32),
+        "group: expected 0, or a size that divides 256 columns, got 48": lambda: row_quant(x, group=48),
+    }
+    for message, call in refused.items():
+        with pytest.raises(ValueError, match=message):
+            call()
 
 
 @pytest.mark.parametrize("kind, bits, with_zero", WEIGHTS)

@@ -113,7 +113,7 @@ CASES = [
     {"scheme": "w4a4", "tier": "merged"},
     {"scheme": "w4a4", "tier": "online"},
     {"scheme": "w4a8", "tier": "online", "bias": True},
-    {"scheme": "w4a4-g32-sym", "tier": "merged"},
+    {"scheme": "w4a4-g32-ag32-sym", "tier": "merged"},
     {"scheme": "w4a16-g32", "tier": "online"},
     {"scheme": "w8a8", "tier": "online", "activation_clip": "none"},
     {"scheme": "w4a4", "tier": "online", "family": "qwen2"},

@@ -93,6 +93,15 @@ def test_ranks_that_cannot_share_the_model_are_refused(tp: int, fits: str, tiny:
     assert fits in caught.value.fix and caught.value.exit_code == PREFLIGHT
 
 
+def test_ranks_that_would_cut_a_group_of_activations_are_refused(tiny: Callable[..., Path]) -> None:
+    model = str(tiny(hidden=128, heads=4, kv_heads=4, mlp=256))
+    settings = {"scheme": "w4a4-ag64", "data": "demo", "seq_len": 32}
+    assert affinequant.plan(model, tp=2, **settings).recipe.tp == 2
+    with pytest.raises(AffineQuantError, match="do not divide among 4 ranks") as caught:
+        affinequant.plan(model, tp=4, **settings)
+    assert caught.value.fix == "use one of 1, 2" and caught.value.exit_code == PREFLIGHT
+
+
 @pytest.mark.vllm
 @pytest.mark.filterwarnings("default")
 def test_an_engine_refuses_ranks_that_the_checkpoint_was_not_made_for() -> None:

@@ -26,9 +26,9 @@ def self_test() -> dict[str, dict[str, Any]]:
         codes = torch.randint(low, high, (96, 192), generator=random, dtype=torch.int8)
         scale = torch.rand(96, groups, generator=random) + 0.01
         zero = None if bits == 8 else torch.randint(low, high, (96, groups), generator=random, dtype=torch.int8)
-        weight = prepare_weight(codes, scale, zero, bits=bits)
         symmetric, passed, worst = zero is None, True, 0.0
-        for tokens in (3, 33):  # few and many go different ways
+        for tokens, act_group in ((3, 0), (33, 0), (3, 64), (33, 64)):  # few and many go different ways
+            weight = prepare_weight(codes, scale, zero, bits=bits, act_group=act_group)
             x = torch.randn(tokens, 192, generator=random)
             fast = linear(x, weight, act_bits=act_bits, act_symmetric=symmetric, clip=0.9)
             slow = reference.linear_dyn(x, weight, act_bits=act_bits, act_symmetric=symmetric, clip=0.9)

@@ -25,6 +25,7 @@ from affinequant_kernels import ops, reference
 from affinequant_kernels.weight import Kind, Weight, prepare_weight, unpack
 
 Call = Callable[[], object]
+Holds = tuple[Kind, int, bool, int]
 
 GROUP = 128
 
@@ -38,6 +39,12 @@ class Ours(NamedTuple):
     act_bits: int
     zero: bool = False  # zero points on both sides
     online: bool = False  # a Kronecker transform of the activations, fused with their quantiser
+    rows: int = 0  # columns of a row that share a scale; 0: all of them
+
+    @property
+    def holds(self) -> Holds:
+        """What its weight is made of."""
+        return self.kind, self.bits, self.zero, self.rows
 
 
 OURS = (
@@ -47,6 +54,8 @@ OURS = (
     Ours("w4a8", "channel", 4, 8),
     Ours("w8a8", "channel", 8, 8),
     Ours("w4a4 g128", "group", 4, 4),
+    Ours("w4a4 ag64 asymmetric", "channel", 4, 4, zero=True, rows=64),
+    Ours("w4a4 g128 ag128 asymmetric", "group", 4, 4, zero=True, rows=GROUP),
 )
 BASELINES = ("torch bf16", "torch fp32")
 # Largest relative error of another package's layer against the dense one: 4-bit activations come to about 0.15.
@@ -67,9 +76,9 @@ def kron_factors(k: int, device: str) -> list[Tensor]:
 
 
 def sample_weight(
-    n: int, k: int, kind: Kind = "channel", bits: int = 4, device: str = "cpu", zero: bool = False
+    n: int, k: int, kind: Kind = "channel", bits: int = 4, device: str = "cpu", zero: bool = False, rows: int = 0
 ) -> Weight:
-    """A quantised Gaussian [n, k], made on the device; groups are of GROUP columns.
+    """A quantised Gaussian [n, k], made on the device, for rows in groups of `rows`; its own groups are of GROUP columns.
 
     `zero`: with zero points, which lie within 1 of none, as a Gaussian's do. Kind "integer" then multiplies by 8 at most,
     so that all fits int8; 8 bits in groups stay without.
@@ -89,7 +98,7 @@ def sample_weight(
         top = 9 if zero else 17
         mul = torch.randint(1, top, (n, groups), dtype=torch.uint8, generator=generator, device=device)
         return prepare_weight(codes, scale[:, 0].contiguous(), points, bits=bits, mul=mul)
-    return prepare_weight(codes, scale, points, bits=bits)
+    return prepare_weight(codes, scale, points, bits=bits, act_group=rows)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +108,7 @@ class Layers:
     device: str
     dense: list[Tensor]  # bfloat16 [n, k]
     dense32: list[Tensor]  # float32 [n, k]; only on a CPU
-    weights: dict[tuple[Kind, int, bool], list[Weight]]  # by kind, bits, and whether there are zero points
+    weights: dict[Holds, list[Weight]]  # by kind, bits, whether there are zero points, and the groups of rows
     factors: list[Tensor]  # of the transform before those of ours that have one
     rivals: dict[str, list[Any]]  # other packages' modules
     skipped: dict[str, str]  # those that are not compared, and why
@@ -107,12 +116,12 @@ class Layers:
 
 def make_layers(n: int, k: int, device: str, copies: int) -> Layers:
     """Quantise one matrix in every way. Raises nothing for other packages: what fails is in `skipped`."""
-    weights: dict[tuple[Kind, int, bool], list[Weight]] = {}
+    weights: dict[Holds, list[Weight]] = {}
     for ours in OURS:
-        if (ours.kind, ours.bits, ours.zero) not in weights:
-            first = sample_weight(n, k, ours.kind, ours.bits, device, ours.zero)
-            weights[ours.kind, ours.bits, ours.zero] = [first, *(_clone(first) for _ in range(copies - 1))]
-    four = weights["channel", 4, False][0]
+        if ours.holds not in weights:
+            first = sample_weight(n, k, ours.kind, ours.bits, device, ours.zero, ours.rows)
+            weights[ours.holds] = [first, *(_clone(first) for _ in range(copies - 1))]
+    four = weights["channel", 4, False, 0][0]
     dense = (unpack(four.qweight, k).float() * four.scale.unsqueeze(1)).bfloat16()
     rivals, skipped = _make_rivals(four, dense, device, copies)
     return Layers(
@@ -139,16 +148,16 @@ def providers(layers: Layers, m: int) -> dict[str, list[Call]]:
         x32 = x.float()
         found["torch fp32"] = [functools.partial(F.linear, x32, w) for w in layers.dense32]
         found["w4a4, fp32 in and out"] = [
-            functools.partial(ops.linear, x32, w) for w in layers.weights["channel", 4, False]
+            functools.partial(ops.linear, x32, w) for w in layers.weights["channel", 4, False, 0]
         ]
     for ours in OURS:
-        weights = layers.weights[ours.kind, ours.bits, ours.zero]
+        weights = layers.weights[ours.holds]
         _check(ours, x, weights[0], layers.factors)
         found[ours.name] = [functools.partial(_apply, ours, x, w, layers.factors) for w in weights]
     found |= _without_quantising(layers, x)
     if m <= 64 and layers.device == "cuda":  # on a CPU it multiplies by a dense copy, as torch does
         a16 = functools.partial(torch.ops.affq.w4a16_linear, x)
-        found["w4a16"] = [functools.partial(a16, *w, None) for w in layers.weights["channel", 4, False]]
+        found["w4a16"] = [functools.partial(a16, *w, None) for w in layers.weights["channel", 4, False, 0]]
     for name, modules in layers.rivals.items():
         found[name] = [functools.partial(module, x) for module in modules]
     return found
@@ -159,13 +168,13 @@ def _without_quantising(layers: Layers, x: Tensor) -> dict[str, list[Call]]:
     product = functools.partial(torch.ops.affq.w4a4_linear, rows.q, rows.scale, None, rows.rowsum)
     found: dict[str, list[Call]] = {
         "w4a4, x quantised before": [
-            functools.partial(product, *w, None, torch.bfloat16) for w in layers.weights["channel", 4, False]
+            functools.partial(product, *w, None, torch.bfloat16) for w in layers.weights["channel", 4, False, 0]
         ]
     }
     if layers.device == "cpu" or x.shape[0] > 16:  # what torch asks of a GPU
         int_mm = functools.partial(_int_mm, rows)
         found["torch._int_mm, x quantised before"] = [
-            functools.partial(int_mm, w) for w in layers.weights["channel", 8, False]
+            functools.partial(int_mm, w) for w in layers.weights["channel", 8, False, 0]
         ]
     return found
 
@@ -185,7 +194,7 @@ def _check(ours: Ours, x: Tensor, weight: Weight, factors: list[Tensor]) -> None
     few = x[:17].contiguous()
     got = _apply(ours, few, weight, factors)
     moved = reference.kron_apply(few, *factors) if ours.online else few
-    rows = reference.row_quant(moved, bits=ours.act_bits, symmetric=not ours.zero)
+    rows = reference.row_quant(moved, bits=ours.act_bits, symmetric=not ours.zero, group=ours.rows)
     wanted = reference.linear(rows.q, rows.scale, rows.zero if ours.zero else None, weight, None, x.dtype)
     if ours.online:
         right = float((got.float() - wanted.float()).norm() / wanted.float().norm()) < ONLINE_ERROR
