@@ -234,7 +234,7 @@ def _with_costs(
         disk_bytes=output + side.size + stored + 4 * stream * (1 + (offload == "disk")),
         offload=offload,
         minutes=minutes((stage.cost for stage in stages), device),
-        notes=(*source.notes, *side.note(), *_notes(recipe, placements, stages, untied), *notes),
+        notes=(*source.notes, *side.note(), *_notes(recipe, placements, stages, untied, dims), *notes),
         side=side,
     )
     _check_budgets(made)
@@ -242,9 +242,9 @@ def _with_costs(
 
 
 def _notes(
-    recipe: Recipe, placements: Mapping[str, Placement], stages: Sequence[Stage], untied: int
+    recipe: Recipe, placements: Mapping[str, Placement], stages: Sequence[Stage], untied: int, dims: Dims
 ) -> tuple[str, ...]:
-    notes = []
+    notes, ours = [], "affinequant.load" if dims.experts else "affinequant.load and vLLM with this package"
     if untied:
         notes.append(
             "rotating the residual stream unties the head from the embedding: "
@@ -253,11 +253,9 @@ def _notes(
     if any(stage.name == ROTATED for stage in stages):
         notes.append("the residual stream's rotation is learned first, without transforms that start from data")
     if any(placement.how == "online" for placement in placements.values()):
-        notes.append(
-            "transforms stay online: affinequant.load and vLLM with this package run this checkpoint, others refuse it"
-        )
+        notes.append(f"transforms stay online: {ours} can run this checkpoint, others refuse it")
     elif recipe.parsed_scheme.activation is not None and not recipe.parsed_scheme.engines_round_activations:
-        notes.append("engines without this package run this checkpoint with 16-bit activations; with it, on integers")
+        notes.append(f"engines without this package run this checkpoint with 16-bit activations; {ours}, on integers")
     if recipe.parsed_scheme.kv is not None:
         notes.append("affinequant.load packs the KV cache; vLLM, with this package too, runs with a 16-bit KV cache")
     if recipe.model == "demo":

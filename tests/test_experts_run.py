@@ -1,7 +1,9 @@
 """Mixtures of experts at work: loaded on integers, verified expert by expert, and what is exported of them."""
 
+import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,16 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 import affinequant
 from affinequant import AffineQuantError, deliver
+from affinequant.errors import PREFLIGHT
+from affinequant.export import read_back
+from affinequant.formats import find_format
+from affinequant.formats.reread import read_finished
 from affinequant.models.source import open_source
+from affinequant.recipe.scheme import Scheme
 from affinequant.runtime import load as runtime
 from affinequant.runtime.integer_linear import IntegerLinear
 from affinequant.verify import TOLERANCE, Committed
+from tests.conftest import NEAREST
 from tests.test_verify import Written, change
 
 Tiny = Callable[..., Path]
@@ -27,24 +35,8 @@ CASES = [
     ("qwen3_moe", "w8a8", "merged"),
     ("qwen3_moe", "w4a16", "merged"),
 ]
-NEAREST = {"preset": "fast", "rounding": "nearest", "weight_clip": "none", "activation_clip": "none"}
+
 IDS = torch.randint(2, 320, (2, 24), generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture(scope="module")
-def made(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Make:
-    """made(family, scheme, tier): a finished folder, written once; tests must not change it."""
-    folder = tmp_path_factory.mktemp("made")
-    (folder / "text.txt").write_text(" ".join(f"{i} brown hares in field {i % 17}" for i in range(1500)))
-
-    def make(family: str, scheme: str = "w4a4", tier: str = "merged", **shape: Any) -> Path:
-        out = folder / "-".join(map(str, (family, scheme, tier, *shape.values())))
-        if not out.exists():
-            fields = {"samples": 4, "seq_len": 32, "data": folder / "text.txt", **NEAREST}
-            affinequant.quantize(tiny(family=family, **shape), scheme=scheme, tier=tier, out=out, **fields)
-        return out
-
-    return make
 
 
 @torch.no_grad()
@@ -57,9 +49,9 @@ def logits(model: Any) -> Tensor:
 
 @pytest.mark.parametrize(("family", "scheme", "tier"), CASES[:3])
 def test_every_expert_multiplies_integers_and_text_comes_out(
-    family: str, scheme: str, tier: str, made: Make, capfd: pytest.CaptureFixture[str]
+    family: str, scheme: str, tier: str, mixture: Make, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    folder = made(family, scheme, tier)
+    folder = mixture(family, scheme, tier)
     capfd.readouterr()
     model: Any = affinequant.load(folder)
     assert "xpected" not in "".join(capfd.readouterr())
@@ -73,8 +65,10 @@ def test_every_expert_multiplies_integers_and_text_comes_out(
 
 
 @pytest.mark.parametrize(("family", "scheme", "tier"), CASES)
-def test_transformers_gives_the_same_model_and_reports_nothing(family: str, scheme: str, tier: str, made: Make) -> None:
-    folder = made(family, scheme, tier)
+def test_transformers_gives_the_same_model_and_reports_nothing(
+    family: str, scheme: str, tier: str, mixture: Make
+) -> None:
+    folder = mixture(family, scheme, tier)
     theirs, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     assert not any(info.values()), info
     expected = affinequant.load(folder)
@@ -84,8 +78,8 @@ def test_transformers_gives_the_same_model_and_reports_nothing(family: str, sche
         assert torch.equal(body(IDS).last_hidden_state, expected.model(IDS).last_hidden_state)
 
 
-def test_a_missing_expert_is_named_by_both(made: Make, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(made(*CASES[1]), tmp_path / "folder"))
+def test_a_missing_expert_is_named_by_both(mixture: Make, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(mixture(*CASES[1]), tmp_path / "folder"))
     name = "model.layers.1.mlp.experts.3.up_proj.weight_scale"
     change(folder, name, lambda scale: None)
     for load in (affinequant.load, AutoModelForCausalLM.from_pretrained):
@@ -93,14 +87,16 @@ def test_a_missing_expert_is_named_by_both(made: Make, tmp_path: Path) -> None:
             load(folder)
 
 
-def test_a_weight_only_mixture_is_saved_as_the_plain_model_that_it_is(made: Make, tmp_path: Path) -> None:
-    model: Any = affinequant.load(made(*CASES[3]))
+def test_a_weight_only_mixture_is_saved_as_the_plain_model_that_it_is(mixture: Make, tmp_path: Path) -> None:
+    model: Any = affinequant.load(mixture(*CASES[3]))
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, experts_implementation="eager")
     torch.testing.assert_close(logits(again), logits(model), rtol=1e-5, atol=1e-5)
 
 
-def test_a_file_is_opened_for_every_block_and_not_for_every_linear(made: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_is_opened_for_every_block_and_not_for_every_linear(
+    mixture: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With the tensors of 128 experts in 48 blocks each opening takes tens of milliseconds."""
     opened: list[Path] = []
     plainly = safetensors.safe_open
@@ -109,7 +105,7 @@ def test_a_file_is_opened_for_every_block_and_not_for_every_linear(made: Make, m
         opened.append(file)
         return plainly(file, **settings)
 
-    folder = made(*CASES[0])
+    folder = mixture(*CASES[0])
     monkeypatch.setattr(safetensors, "safe_open", watched)
     affinequant.load(folder)
     assert len(opened) <= 2 * 2 + 3  # linears and the rest of two blocks; embedding, norm, head
@@ -162,3 +158,54 @@ def test_an_expert_that_computes_something_else_is_named(written: Written, monke
     assert checked["hidden"] < TOLERANCE and not checked["passed"]
     [line] = checked["wrong"]
     assert line.startswith("expert 3 of block 0 computes something else")
+
+
+# Exports.
+
+EXPORTS = [
+    ("qwen2_moe", "w4a4", "compressed-tensors", "w4a16"),
+    ("qwen2_moe", "w4a4", "int-quantized", "w8a8"),
+    ("mixtral", "w4a16-g32-sym", "int-quantized", "w4a8"),
+    ("mixtral", "w4a16-g32-sym", "gptq", None),
+    ("mixtral", "w4a16-g32-sym", "dense", None),
+    ("qwen3_moe", "w8a8", "compressed-tensors", "w8a16"),
+]
+
+
+@pytest.mark.parametrize(("family", "scheme", "form", "asked"), EXPORTS)
+def test_an_export_has_the_same_experts_in_the_code_of_transformers(
+    family: str, scheme: str, form: str, asked: str | None, mixture: Make, tmp_path: Path
+) -> None:
+    """Which stacks them: what is read back is another implementation, fed by the library whose form it is."""
+    source = mixture(family, scheme)
+    report = affinequant.export(source, format=form, scheme=asked, out=tmp_path).report
+    assert report["verified"]["passed"] and report["verified"]["divergence"] < (1e-3 if form == "dense" else 1e-6)
+    model, read_by = read_back(find_format(form), tmp_path, "float32")
+    assert (
+        type(model.model.layers[0].mlp.experts).__name__.endswith("Experts")
+        and read_by == report["verified"]["read_by"]
+    )
+    assert not any("experts.0" in name for name, _ in model.named_modules())
+    if scheme == "w4a16-g32-sym" and form != "dense":
+        torch.testing.assert_close(logits(model), logits(affinequant.load(source)), rtol=1e-4, atol=1e-4)
+    declared = json.loads((tmp_path / "config.json").read_text()).get("quantization_config")
+    if declared and form != "gptq":
+        left = {name.partition("layers.0.")[2] for name in declared["ignore"]} - {""}
+        gates = {"mixtral": {"block_sparse_moe.gate"}, "qwen2_moe": {"mlp.gate", "mlp.shared_expert_gate"}}
+        assert left == gates.get(family, {"mlp.gate"})
+
+
+def test_what_no_engine_runs_of_experts_is_refused_by_name(mixture: Make, tmp_path: Path) -> None:
+    for folder, form, words in (
+        (mixture(*CASES[3]), "nvfp4", "transformers leaves the scale per matrix out"),
+        (mixture(*CASES[3]), "gguf", "llama.cpp's form of qwen3_moe"),
+        (mixture(*CASES[0]), "compressed-tensors", "acts at run time"),
+        (mixture(*CASES[0]), "int-quantized", "acts at run time"),
+    ):
+        with pytest.raises(AffineQuantError, match=words) as caught:
+            affinequant.export(folder, format=form, out=tmp_path / "out")
+        assert caught.value.exit_code == PREFLIGHT and not (tmp_path / "out").exists()
+    found = read_finished(mixture(*CASES[3]))
+    for scheme, fits in (("w4a16", True), ("w8a16-sym", True), ("w8a16", False), ("w2a16", False)):
+        contents = replace(found.contents, scheme=Scheme.parse(scheme))
+        assert (find_format("compressed-tensors").refuses(contents, found.shapes) is None) is fits, scheme

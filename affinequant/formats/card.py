@@ -34,6 +34,20 @@ ENGINES = {
     "activations are not quantised, and nothing is smaller.",
 }
 
+EXPERTS = {
+    "online": "`affinequant` must be installed: `affinequant.load` and transformers (after `import affinequant`) compute with "
+    "{activations} and the transforms that act at run time. vLLM refuses this folder, with the plugin that the package brings "
+    "too: it does not run layers of experts.",
+    "activations": "With `affinequant` installed, `affinequant.load` and transformers (after `import affinequant`) compute with "
+    "{activations}. vLLM has no such experts: what `affinequant export --format compressed-tensors --scheme {weight_only}` makes "
+    "of this folder it runs on GPUs, with {weights} and 16-bit activations.",
+    "declared": "vLLM has kernels for it on GPUs and on CPUs with AMX, and quantises activations by itself, within rounding of "
+    "what `affinequant.load` computes. transformers reads it after `import affinequant`.",
+    "weights": "vLLM has kernels for it on GPUs. transformers reads it after `import affinequant`, and without the "
+    "package where weights are symmetric.",
+}
+"""The same of mixtures of experts."""
+
 TEMPLATE = """---
 {{ card_data }}
 ---
@@ -57,8 +71,7 @@ The two perplexities are of text that the checkpoint was fitted to; `affinequant
 
     pip install .                                  # in a clone of affinequant
     python -c "import affinequant; print(affinequant.load('{{ name }}'))"
-    vllm serve {{ name }}
-    affinequant eval {{ name }}
+{{ serve }}    affinequant eval {{ name }}
 
 {{ engines }}
 
@@ -100,6 +113,7 @@ def write_card(out: Path, source: Path, report: Mapping[str, Any], config: Mappi
         "full": report["calibration_perplexity"]["full"],
         "quantized": report["calibration_perplexity"]["quantized"],
         "engines": engines(scheme, config),
+        "serve": f"    vllm serve {name}\n" if _served(scheme, config) else "",
         "with_unknown": f" and the {len(copied)} tensors that were copied unchanged" if copied else "",
         "source_card": "`SOURCE_README.md` is the card of the original model.\n" if (source / CARD).is_file() else "",
         "license_note": _license_note(carried),
@@ -192,18 +206,31 @@ def _results(report: Mapping[str, Any]) -> "list[EvalResult]":
 
 def engines(scheme: Scheme, config: Mapping[str, Any]) -> str:
     """Which engines compute what with a checkpoint, by its config."""
+    activations = _grid(scheme.activation, "activations") if scheme.activation else "16-bit activations"
+    words = (ENGINES | EXPERTS if _has_experts(config) else ENGINES)[_kind(scheme, config)]
+    weight_only = f"w{scheme.weight.bits}a16"
+    return words.format(activations=activations, weights=_grid(scheme.weight, "weights"), weight_only=weight_only)
+
+
+def _kind(scheme: Scheme, config: Mapping[str, Any]) -> str:
     declared = config.get("quantization_config")
     if declared is None:
-        kind = "dense"
-    elif declared["quant_method"] == "affinequant":
-        kind = "online"
-    elif scheme.activation is None:
-        kind = "weights"
-    else:
-        stock = [group["input_activations"] for group in declared["config_groups"].values()]
-        kind = "declared" if all(stock) else "activations"
-    activations = _grid(scheme.activation, "activations") if scheme.activation else "16-bit activations"
-    return ENGINES[kind].format(activations=activations, weights=_grid(scheme.weight, "weights"))
+        return "dense"
+    if declared["quant_method"] == "affinequant":
+        return "online"
+    if scheme.activation is None:
+        return "weights"
+    stock = [group["input_activations"] for group in declared["config_groups"].values()]
+    return "declared" if all(stock) else "activations"
+
+
+def _has_experts(config: Mapping[str, Any]) -> bool:
+    return bool((config.get("quantization_config") or {}).get("affinequant", {}).get("experts"))
+
+
+def _served(scheme: Scheme, config: Mapping[str, Any]) -> bool:
+    """Whether vLLM, with the package's plugin, takes the folder."""
+    return not (_has_experts(config) and _kind(scheme, config) in ("online", "activations"))
 
 
 def numbers(scheme: Scheme) -> str:

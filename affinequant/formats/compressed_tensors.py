@@ -25,10 +25,10 @@ from affinequant.formats import (
     split_stage,
 )
 from affinequant.formats.packing import library_packs, pack, unpack, words
-from affinequant.formats.reading import Dtype, in_transformers
+from affinequant.formats.reading import Dtype, decompressed, in_transformers
 from affinequant.formats.shards import copy_source, write_json, write_shards
 from affinequant.models.sites import Placement
-from affinequant.models.source import Source, unquantized
+from affinequant.models.source import Source, open_source, unquantized
 from affinequant.recipe.scheme import NumberFormat, Scheme
 from affinequant.version import __version__
 
@@ -54,16 +54,21 @@ def supports(scheme: Scheme, placements: Mapping[str, Placement], *, clipped: bo
 
 
 def refuses(contents: Contents, shapes: Shapes) -> str | None:
-    """None, or that what would read it back packs such codes differently; any size can be written."""
-    bits = contents.scheme.weight.bits
+    """None, or that what would read it back packs such codes differently, or that no engine runs experts of them; any size
+    can be written."""
+    weight, bits = contents.scheme.weight, contents.scheme.weight.bits
+    if network_of(contents)[1].experts and (bits not in (4, 8) or (bits == 8 and not weight.symmetric)):
+        kind = "" if weight.symmetric else "asymmetric "
+        return f"experts of {bits} {kind}bits: vLLM has kernels for 4 bits, and for 8 symmetric ones"
     if library_packs(bits):
         return None
     return f"the compressed-tensors that is installed packs {bits}-bit weights another way; 0.20 reads what is written here"
 
 
 def reload(out: Path, dtype: Dtype) -> tuple[Any, str]:
-    """The folder in stock transformers."""
-    return in_transformers(out, dtype)
+    """The folder in stock transformers, or, where there are experts, decompressed by the library whose form it is."""
+    ours = open_source(out, weights=False).config["quantization_config"]["affinequant"]
+    return decompressed(out, dtype) if ours.get("experts") else in_transformers(out, dtype)
 
 
 def without_kernel(scheme: Scheme) -> str | None:

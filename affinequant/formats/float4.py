@@ -39,7 +39,9 @@ class Float4:
         return online_reason(placements, "stock engines cannot do")
 
     def refuses(self, contents: Contents, shapes: Shapes) -> str | None:
-        """None, or which linear has rows that the groups do not divide."""
+        """None, or which linear has rows that the groups do not divide; or experts, where there is a scale per matrix."""
+        if self.layout == "nvfp4-pack-quantized" and network_of(contents)[1].experts:
+            return "of experts transformers leaves the scale per matrix out, and computes something else without a word"
         for name in contents.linears:
             columns = shapes[f"{name}.weight"][1]
             if columns % self.group:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from affinequant.formats import SHARD_BYTES, Contents, Shapes, online_reason
+from affinequant.formats import SHARD_BYTES, Contents, Shapes, network_of, online_reason
 from affinequant.formats import compressed_tensors as packed
 from affinequant.formats.reading import Dtype, in_transformers
 from affinequant.models.sites import Placement
@@ -39,8 +39,8 @@ def supports(scheme: Scheme, placements: Mapping[str, Placement], *, clipped: bo
 
 
 def refuses(contents: Contents, shapes: Shapes) -> str | None:
-    """None: any size can be written."""
-    return None
+    """None, or that there are experts; any size can be written."""
+    return "vLLM has no 4-bit activations for experts" if network_of(contents)[1].experts else None
 
 
 def reload(out: Path, dtype: Dtype) -> tuple[Any, str]:

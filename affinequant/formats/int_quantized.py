@@ -9,11 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from affinequant.formats import SHARD_BYTES, Contents, Shapes, online_reason
 from affinequant.formats import compressed_tensors as packed
-from affinequant.formats.reading import Dtype, in_transformers
 from affinequant.models.sites import Placement
 from affinequant.recipe.scheme import Scheme
 
@@ -49,9 +47,7 @@ def refuses(contents: Contents, shapes: Shapes) -> str | None:
     return None
 
 
-def reload(out: Path, dtype: Dtype) -> tuple[Any, str]:
-    """The folder in stock transformers."""
-    return in_transformers(out, dtype)
+reload = packed.reload
 
 
 def write(contents: Contents, out: Path, *, shard_bytes: int = SHARD_BYTES) -> list[Path]:

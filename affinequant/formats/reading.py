@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from affinequant.data.files import first_line
 from affinequant.errors import AffineQuantError
 from affinequant.models import resolve
-from affinequant.models.source import Source, unquantized
+from affinequant.models.source import Source, by_block, open_source, unquantized
 
 if TYPE_CHECKING:  # a plan asks `supports`, and must not wait for torch
     import torch
@@ -30,6 +30,35 @@ def in_transformers(folder: Path, dtype: Dtype, **options: Any) -> tuple[Any, st
     words = f"transformers {_version('transformers')}"
     packed = getattr(model.config, "quantization_config", None) is not None and not options
     return model, words + (f" with compressed-tensors {_version('compressed-tensors')}" if packed else "")
+
+
+def decompressed(folder: Path, dtype: Dtype) -> tuple[Any, str]:
+    """A folder of compressed-tensors with its weights as the library of that name decompresses them, in stock transformers'
+    own code on the CPU, and in words what has read it. Nothing quantises activations there.
+
+    For experts, which transformers stacks while it reads: of these it leaves zero points out, finds no codes in whole bytes,
+    and rounds the products to the scales' 16 bits.
+    """
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationScheme
+
+    source = open_source(folder)
+    declared = source.config["quantization_config"]
+    scheme = QuantizationScheme(**next(iter(declared["config_groups"].values())))
+    compressor: Any = BaseCompressor.get_value_from_registry(declared["format"])
+    of, tensors = by_block(source), {}
+    for name in source.entries:
+        linear, _, part = name.rpartition(".")
+        if part == "weight_scale":
+            there = of(name)
+            beside = [one for one in there.names_under(linear) if one.startswith(f"{linear}.weight")]
+            state = {one.rpartition(".")[2]: tensor for one, tensor in there.read(beside).items()}
+            state["weight_scale"] = state["weight_scale"].float()
+            tensors[f"{linear}.weight"] = compressor.decompress(state, scheme)["weight"]
+        elif f"{linear}.weight_scale" not in source.entries or part == "bias":
+            tensors |= of(name).read([name])
+    words = f"compressed-tensors {_version('compressed-tensors')}, in transformers {_version('transformers')}"
+    return from_tensors(folder, tensors, dtype), words
 
 
 def from_tensors(folder: Path, tensors: "Mapping[str, Tensor]", dtype: Dtype, **config: Any) -> Any:

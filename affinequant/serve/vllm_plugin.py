@@ -173,9 +173,12 @@ class AffineQuantConfig(QuantizationConfig):
     def _refuse_experts(self, layer: nn.Module, prefix: str) -> None:
         experts = any(kind.__name__ in EXPERTS for kind in type(layer).__mro__)
         if experts and not any(f"{name}.".startswith(f"{prefix}.") for name in self.ignore):
+            merged = "Its transforms act at run time, which nothing else does: quantise with --tier merged; of that s"
             raise ValueError(
-                f"{prefix}: affinequant's plugin does not run layers of experts ({type(layer).__name__}). Load the checkpoint "
-                "by affinequant.load or transformers, or serve the model itself"
+                f"{prefix}: affinequant's plugin does not run layers of experts ({type(layer).__name__}). "
+                f"{merged if self.online else 'S'}erve an export, for whose experts vLLM has kernels on GPUs: "
+                f"`affinequant export FOLDER --format compressed-tensors --scheme w{self.weight.bits}a16`, or "
+                "`--format int-quantized --scheme w8a8`. affinequant.load and transformers run this one on integers"
             )
 
     def _warn_of_adapters(self) -> None:
