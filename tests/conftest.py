@@ -104,18 +104,18 @@ NEAREST = {"preset": "fast", "rounding": "nearest", "weight_clip": "none", "acti
 
 @pytest.fixture(scope="session")
 def mixture(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """mixture(family, scheme, tier): the finished folder of a tiny mixture of experts rounded to nearest, written once; tests
-    must not change it."""
+    """mixture(family, scheme, tier, **shape): the finished folder of a tiny mixture of experts, rounded to nearest and written
+    once; tests must not change it."""
     folder = tmp_path_factory.mktemp("mixture")
     (folder / "text.txt").write_text(" ".join(f"{i} brown hares in field {i % 17}" for i in range(1500)))
 
-    def make(family: str, scheme: str = "w4a4", tier: str = "merged") -> Path:
+    def make(family: str, scheme: str = "w4a4", tier: str = "merged", **shape: Any) -> Path:
         import affinequant
 
-        out = folder / f"{family}-{scheme}-{tier}"
+        out = folder / "-".join(map(str, (family, scheme, tier, *shape.values())))
         if not out.exists():
             fields: dict[str, Any] = {"samples": 4, "seq_len": 32, "data": folder / "text.txt", **NEAREST}
-            affinequant.quantize(tiny(family=family), scheme=scheme, tier=tier, out=out, **fields)
+            affinequant.quantize(tiny(family=family, **shape), scheme=scheme, tier=tier, out=out, **fields)
         return out
 
     return make
