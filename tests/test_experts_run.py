@@ -198,7 +198,7 @@ def test_an_export_has_the_same_experts_in_the_code_of_transformers(
 def test_what_no_engine_runs_of_experts_is_refused_by_name(mixture: Make, tmp_path: Path) -> None:
     for folder, form, words in (
         (mixture(*CASES[3]), "nvfp4", "transformers leaves the scale per matrix out"),
-        (mixture(*CASES[3]), "gguf", "llama.cpp's form of qwen3_moe"),
+        (mixture(*CASES[3]), "gguf", "Qwen3-MoE has experts in every block"),
         (mixture(*CASES[0]), "compressed-tensors", "acts at run time"),
         (mixture(*CASES[0]), "int-quantized", "acts at run time"),
     ):

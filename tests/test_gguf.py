@@ -1,7 +1,9 @@
 """A GGUF file in llama.cpp itself: the same tokens as transformers', and the same next ones, for every kind of source."""
 
 import json
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import affinequant
 from affinequant.errors import PREFLIGHT, AffineQuantError
 from affinequant.formats import find_format
 from affinequant.formats.gguf_tokenizer import read_vocabulary
+from affinequant.formats.reread import read_finished
 from tests.llamacpp import ask
 from tests.tiny import SLIDING, VOCAB, dense_model, rounded
 
@@ -262,3 +265,38 @@ def test_where_llama_cpp_puts_more_spaces_is_said(tiny_copy: Tiny, tmp_path: Pat
     assert any("space before every text" in event for event in report["events"])
     vocabulary = read_vocabulary(source, VOCAB)
     assert not isinstance(vocabulary, str) and vocabulary.space_prefix
+
+
+MIXTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "rotated neighbours": ("mixtral", "w4a16-g32-sym", {}),
+    "a shared expert": ("qwen2_moe", "w4a4", {"shared_expert_intermediate_size": 64}),
+    "norms on heads": ("qwen3_moe", "w4a16", {"mlp_only_layers": None}),
+}
+
+
+@pytest.mark.parametrize("case", MIXTURES)
+def test_llama_cpp_computes_a_mixture(case: str, mixture: Tiny, tmp_path: Path) -> None:
+    family, scheme, shape = MIXTURES[case]
+    folder = mixture(family, scheme, **shape)
+    report = affinequant.export(folder, format="gguf", out=tmp_path).report
+    assert report["verified"]["divergence"] < 1e-3 and report["verified"]["read_by"].endswith("the gguf package")
+    told = ask(tmp_path / "model.gguf", TEXT)
+    with torch.no_grad():
+        weights, _ = find_format("gguf").reload(tmp_path, "float32")
+        wanted = weights(torch.tensor([told["ids"]])).logits[0, -1].log_softmax(-1)
+    got = torch.tensor([told["logprobs"][str(token)] for token in range(VOCAB)])
+    assert float((wanted.exp() * (wanted - got)).sum()) < NEAR
+
+
+OTHERWISE = {
+    "dense blocks": ({}, "has experts in every block"),
+    "weights that add up": ({"mlp_only_layers": [], "norm_topk_prob": False}, "makes the weights .* add up to one"),
+}
+
+
+@pytest.mark.parametrize("case", OTHERWISE)
+def test_what_llama_cpp_computes_otherwise_with_experts_is_refused(case: str, mixture: Tiny) -> None:
+    shape, words = OTHERWISE[case]
+    found = read_finished(mixture("qwen3_moe", "w4a16"))
+    contents = replace(found.contents, config=found.contents.config | shape)
+    assert re.search(f"Qwen3-MoE {words}", str(find_format("gguf").refuses(contents, found.shapes)))

@@ -89,7 +89,9 @@ def _models() -> Listing:
     for name, family in FAMILIES.items():
         refused = {named(site.name): refusal(site) for site in resolve_sites(family.sized(dims), dims)}
         words = "; ".join(f"{site}: {reason}" for site, reason in refused.items() if reason)
-        exports = "all" if name in ARCHITECTURES else "all but gguf"
+        left = [] if name in ARCHITECTURES else ["gguf"]
+        left += ["humming", "nvfp4"] if any(layer.experts for layer in family.layers.values()) else []
+        exports = f"all but {', '.join(left)}" if left else "all"
         rows.append((name, ", ".join(family.architectures), ", ".join(refused), exports, words))
     columns = ("family", "architectures in config.json", "sites", "exports", "where nothing folds")
     return Listing(columns=columns, rows=rows)

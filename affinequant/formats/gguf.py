@@ -11,22 +11,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from affinequant.data.files import read_table
 from affinequant.errors import PREFLIGHT, AffineQuantError
 from affinequant.formats import SHARD_BYTES, Contents, Shapes, network_of, online_reason, split_stage, without_zeros
 from affinequant.formats.compressed_tensors import checkpoint_config
 from affinequant.formats.gguf_settings import (
     ARCHITECTURES,
-    Architecture,
     described,
     rope_factors,
     rope_kind,
     write_settings,
     write_tokenizer,
 )
+from affinequant.formats.gguf_tensors import for_rope, found, mapped, names_of, number_of, unpacked
 from affinequant.formats.gguf_tokenizer import Vocabulary, read_vocabulary
 from affinequant.formats.reading import Dtype, in_transformers
 from affinequant.formats.shards import copy_source, install, write_json
-from affinequant.models import Dims
+from affinequant.models import Dims, resolve
 from affinequant.models.sites import Placement
 from affinequant.recipe.scheme import NumberFormat, Scheme
 
@@ -76,9 +77,9 @@ def refuses(contents: Contents, shapes: Shapes) -> str | None:
     for name in contents.linears:
         if shapes[f"{name}.weight"][1] % BLOCK:
             return f"{name} has {shapes[f'{name}.weight'][1]} inputs, which blocks of {BLOCK} do not divide"
-    names, parts, there = _names(family.name, dims), set(contents.linears), f"llama.cpp's {architecture.title}"
+    names, parts, there = names_of(architecture, dims), set(contents.linears), f"llama.cpp's {architecture.title}"
     for name in shapes:
-        if not (name.rpartition(".")[0] in parts or _is_buffer(name) or _found(names, name)):
+        if not (name.rpartition(".")[0] in parts or _is_buffer(name) or found(names, name)):
             return f"{there} has no tensor for {name}"
     config = described(contents.config)
     if rope_kind(config) not in architecture.ropes:
@@ -88,6 +89,8 @@ def refuses(contents: Contents, shapes: Shapes) -> str | None:
         return f"{there} computes silu, this model {config.hidden_act}"
     if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
         return f"{there} has no sliding windows"
+    if dims.experts and (reason := architecture.refuses_experts(config, dims)):
+        return f"{there} {reason}"
     if dims.query != dims.hidden and not architecture.any_heads:
         return f"heads of {dims.query} features together: {there} takes as many as the residual stream has"
     vocabulary = read_vocabulary(contents.source, dims.vocab)
@@ -101,6 +104,8 @@ def reload(out: Path, dtype: Dtype) -> tuple[Any, str]:
     """
     from transformers import AutoConfig, AutoTokenizer, GgufConfig
 
+    if resolve(read_table(out / "config.json"), where=str(out))[1].experts:
+        return unpacked(out / FILE, dtype)
     config: Any = AutoConfig.from_pretrained(out, local_files_only=True)
     read: Any = AutoConfig.from_pretrained(out, gguf_file=FILE, local_files_only=True)
     for key in _READ:
@@ -137,7 +142,7 @@ def write(contents: Contents, out: Path, *, shard_bytes: int = SHARD_BYTES) -> l
     (out / "config.json").unlink(missing_ok=True)
     temporary = out / f"{FILE}.tmp"
     family, dims = network_of(contents)
-    writer = GGUFWriter(temporary, family.name, use_temp_file=True)
+    writer = GGUFWriter(temporary, ARCHITECTURES[family.name].called, use_temp_file=True)
     try:
         write_settings(writer, contents, dims)
         write_tokenizer(writer, contents, dims)
@@ -191,52 +196,32 @@ def _write_stage(writer: Any, stage: Mapping[str, Tensor], contents: Contents, f
     import torch
     from gguf import GGMLQuantizationType
 
-    names, architecture = _names(family, dims), ARCHITECTURES[family]
+    architecture = ARCHITECTURES[family]
+    names = names_of(architecture, dims)
     rest, integers = split_stage(stage, contents)
+    stacks: dict[tuple[str, str], dict[int | None, np.ndarray]] = {}
     for name, (codes, scale, zero) in integers.items():
-        parts = [part if part is None else _for_rope(part, name, architecture, dims) for part in (codes, scale, zero)]
+        parts = [part if part is None else for_rope(part, name, architecture, dims) for part in (codes, scale, zero)]
         assert parts[0] is not None and parts[1] is not None
         packed, kind = blocks(parts[0], parts[1], parts[2], contents.scheme.weight, name)
-        writer.add_tensor(_mapped(names, f"{name}.weight"), packed, raw_dtype=GGMLQuantizationType[kind])
+        stacks.setdefault((mapped(names, f"{name}.weight"), kind), {})[number_of(name)] = packed
+    for (name, kind), rows in stacks.items():
+        whole = rows[None] if None in rows else np.stack([rows[number] for number in sorted(rows)])
+        writer.add_tensor(name, whole, raw_dtype=GGMLQuantizationType[kind])
     for name, tensor in rest.items():
         if _is_buffer(name):
             continue
         if tensor.ndim == 1:  # llama.cpp computes norms in float32, and adds biases in it
             owner = name.removesuffix(".bias")
-            vector = tensor if owner == name else _for_rope(tensor, owner, architecture, dims)
-            writer.add_tensor(_mapped(names, name), vector.float().numpy())
+            vector = tensor if owner == name else for_rope(tensor, owner, architecture, dims)
+            writer.add_tensor(mapped(names, name), vector.float().numpy())
         elif tensor.dtype == torch.bfloat16:
             packed = tensor.contiguous().view(torch.int16).numpy().view(np.uint8)
-            writer.add_tensor(_mapped(names, name), packed, raw_dtype=GGMLQuantizationType.BF16)
+            writer.add_tensor(mapped(names, name), packed, raw_dtype=GGMLQuantizationType.BF16)
         else:
-            writer.add_tensor(_mapped(names, name), tensor.numpy())
-
-
-def _names(family: str, dims: Dims) -> Any:
-    from gguf import MODEL_ARCH, get_tensor_name_map
-
-    return get_tensor_name_map(MODEL_ARCH[family.upper()], dims.layers)
-
-
-def _found(names: Any, name: str) -> str | None:
-    return names.get_name(name, try_suffixes=(".weight", ".bias"))
-
-
-def _mapped(names: Any, name: str) -> str:
-    found = _found(names, name)
-    if found is None:
-        raise AffineQuantError(f"GGUF has no tensor for {name}", name, "export another format")
-    return found
+            writer.add_tensor(mapped(names, name), tensor.numpy())
 
 
 def _is_buffer(name: str) -> bool:
     """Whether the tensor is none of the network's, but RoPE's frequencies as old libraries saved them."""
     return name.endswith("rotary_emb.inv_freq")
-
-
-def _for_rope(part: Tensor, name: str, architecture: Architecture, dims: Dims) -> Tensor:
-    """Rows of q and k in the order of llama.cpp, which may rotate neighbours where transformers rotates halves."""
-    heads = {"q_proj": dims.heads, "k_proj": dims.kv_heads}.get(name.rpartition(".")[2])
-    if heads is None or not architecture.neighbours:
-        return part
-    return part.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(part.shape).contiguous()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,19 +21,40 @@ class Architecture:
     """A network as llama.cpp has it."""
 
     title: str
+    called: str
+    """In the file."""
     ropes: tuple[str, ...]
     """Kinds of RoPE that it computes as transformers does, whatever the length of the text."""
     neighbours: bool = False
     """Whether it rotates neighbouring features where transformers rotates halves."""
     any_heads: bool = False
     """Whether all heads together may be wider or narrower than the residual stream."""
+    sums_to_one: bool | None = None
+    """Whether it makes the weights of a token's experts add up to one; None where it leaves that to the model, or has no
+    experts."""
+
+    def refuses_experts(self, config: Any, dims: Dims) -> str | None:
+        """None, or what it does otherwise with the experts of a described config."""
+        if any("mlp" in kinds for kinds in dims.kinds):
+            return "has experts in every block"
+        normed = getattr(config, "norm_topk_prob", True)
+        if self.sums_to_one is not None and normed != self.sums_to_one:
+            return f"{'makes' if self.sums_to_one else 'does not make'} the weights of a token's experts add up to one"
+        return None
 
 
+_LLAMA = Architecture(
+    title="Llama", called="llama", ropes=("default", "linear", "llama3"), neighbours=True, any_heads=True
+)
+_QWEN2 = Architecture(title="Qwen2", called="qwen2", ropes=("default", "linear"))
 ARCHITECTURES: Mapping[str, Architecture] = {
-    "llama": Architecture(title="Llama", ropes=("default", "linear", "llama3"), neighbours=True, any_heads=True),
-    "qwen2": Architecture(title="Qwen2", ropes=("default", "linear")),
+    "llama": _LLAMA,
+    "mixtral": replace(_LLAMA, sums_to_one=True),
+    "qwen2": _QWEN2,
+    "qwen2_moe": replace(_QWEN2, title="Qwen2-MoE", called="qwen2moe", sums_to_one=False),
+    "qwen3_moe": replace(_QWEN2, title="Qwen3-MoE", called="qwen3moe", any_heads=True, sums_to_one=True),
 }
-"""By family: those without a line cannot be exported. llama.cpp calls them what we do."""
+"""By family: those without a line cannot be exported."""
 
 
 def described(config: Mapping[str, Any]) -> Any:
@@ -85,6 +106,12 @@ def write_settings(writer: Any, contents: Contents, dims: Dims) -> None:
         writer.add_rope_scaling_factor(float(config.rope_parameters["factor"]))
     writer.add_layer_norm_rms_eps(float(config.rms_norm_eps))
     writer.add_vocab_size(dims.vocab)
+    if dims.experts:
+        writer.add_expert_count(dims.experts)
+        writer.add_expert_used_count(int(config.num_experts_per_tok))
+        writer.add_expert_feed_forward_length(dims.expert)
+    if dims.shared:
+        writer.add_expert_shared_feed_forward_length(dims.shared)
 
 
 def write_tokenizer(writer: Any, contents: Contents, dims: Dims) -> None:
