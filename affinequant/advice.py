@@ -22,13 +22,15 @@ NOISE = 0.05
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hardware:
     """A kind of device. `int8` is the rate of products of 8-bit integers in units of that of 16-bit floats (of 32-bit
-    floats where the device has no 16-bit products), as the maker gives them; None where it is not known here.
+    floats where the device has no 16-bit products), as the maker gives them; None where it is not known here. `float4`: that
+    of 4-bit floats, 1 where they are multiplied as 16-bit ones.
 
     `measured` has by scheme how many times as fast as `unit` a linear of 4096 x 4096 was with one token, and with 512.
     """
 
     about: str
     int8: float | None = None
+    float4: float = 1.0
     measured: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     unit: str = "bf16"
     note: str = ""
@@ -43,6 +45,7 @@ HARDWARE: dict[str, Hardware] = {
     "sm_100": Hardware(
         about="B200",
         int8=2.0,
+        float4=4.0,
         note="it has products of 4-bit floats at four times the rate of 16 bits; integers do not reach them",
     ),
     "cpu-amx": Hardware(
@@ -85,7 +88,8 @@ def advice(device: str, asked: str) -> str:
     """In a sentence, what the gains say of the scheme that was asked for; "" where they say nothing."""
     scheme, found = Scheme.parse(asked), {gain.scheme: gain for gain in gains(device, asked)}
     wider = asked.replace("a4", "a8", 1)
-    if scheme.activation is not None and scheme.activation.bits == 4 and scheme.kv is None:
+    four = scheme.activation is not None and (scheme.activation.bits, scheme.activation.kind) == (4, "int")
+    if four and scheme.kv is None:
         mine, other = found[scheme.name], _gain(HARDWARE[device], Scheme.parse(wider))
         pairs = [(mine.one, other.one), (mine.many, other.many)]
         if all(one is not None and two is not None and two >= one * (1 - NOISE) for one, two in pairs):
@@ -107,6 +111,8 @@ def _gain(hardware: Hardware, scheme: Scheme) -> Gain:
         basis = f"measured, times {hardware.unit}" if one else "not measured"
         return Gain(scheme=scheme.name, one=one, many=many, basis=basis)
     one = 16 / scheme.bits_per_weight(WIDTH)
-    many = 1.0 if scheme.activation is None else hardware.int8
-    basis = "at most, times bf16: bytes of the weights; rate of " + ("bf16" if many == 1.0 else "int8") + " products"
+    floats = scheme.weight.kind != "int"
+    many = 1.0 if scheme.activation is None else hardware.float4 if floats else hardware.int8
+    kind = "bf16" if many == 1.0 else "4-bit float" if floats else "int8"
+    basis = f"at most, times bf16: bytes of the weights; rate of {kind} products"
     return Gain(scheme=scheme.name, one=round(one, 2), many=many, basis=basis)

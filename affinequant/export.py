@@ -164,7 +164,8 @@ def read_back(form: Format, out: Path, dtype: Dtype) -> tuple[Any, str]:
 def _verify(job: _Job, dtype: Dtype, say: Say) -> dict[str, Any]:
     """Logits and a greedy sample of what was written, against what the source means under that scheme."""
     tokens, words = _probe(job)
-    own = job.name == "affinequant" and job.found.contents.scheme == job.there.contents.scheme
+    scheme, floats = job.found.contents.scheme, job.found.contents.scheme.weight.kind != "int"
+    own = scheme == job.there.contents.scheme and job.name in ("affinequant", *["compressed-tensors"] * floats)
     told = Steps(say, "comparing", 2 * (1 + SAMPLE_TOKENS))
     with told_by_transformers(say):
         expected = _answers((_loaded_source if own else _reference)(job, dtype, say), tokens, told)
@@ -249,10 +250,9 @@ def _probe(job: _Job) -> tuple[Tensor, str]:
 
 def _reads_activations(job: _Job, model: Any) -> bool:
     """Whether what has read the folder quantises activations: our loader where asked, others where it is declared."""
-    if job.found.contents.scheme.activation is None:
-        return False
-    if job.name == "affinequant":
-        return True
+    activation = job.found.contents.scheme.activation
+    if activation is None or job.name == "affinequant":
+        return activation is not None
     schemes = (getattr(module, "quantization_scheme", None) for module in model.modules())
     return any(scheme is not None and scheme.input_activations is not None for scheme in schemes)
 

@@ -252,10 +252,14 @@ def _notes(
         )
     if any(stage.name == ROTATED for stage in stages):
         notes.append("the residual stream's rotation is learned first, without transforms that start from data")
+    floats = recipe.parsed_scheme.weight.kind != "int"
     if any(placement.how == "online" for placement in placements.values()):
-        notes.append(f"transforms stay online: {ours} can run this checkpoint, others refuse it")
+        readers = "affinequant.load" if floats else ours
+        notes.append(f"transforms stay online: {readers} can run this checkpoint, others refuse it")
     elif recipe.parsed_scheme.activation is not None and not recipe.parsed_scheme.engines_round_activations:
         notes.append(f"engines without this package run this checkpoint with 16-bit activations; {ours}, on integers")
+    if floats and recipe.parsed_scheme.activation is not None:
+        notes.append("4-bit floats: stock vLLM multiplies them on Blackwell; elsewhere their values, in 16 or 32 bits")
     if recipe.parsed_scheme.kv is not None:
         notes.append("affinequant.load packs the KV cache; vLLM, with this package too, runs with a 16-bit KV cache")
     if recipe.model == "demo":

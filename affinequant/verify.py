@@ -20,9 +20,11 @@ from torch import Tensor, nn
 
 from affinequant.errors import AffineQuantError
 from affinequant.formats import Contents, split_stage
-from affinequant.formats.compressed_tensors import checkpoint_config, our_config, unpack_linear
+from affinequant.formats.compressed_tensors import checkpoint_config, our_config
 from affinequant.formats.dense import dense_stage
-from affinequant.learning.distill import Continuous
+from affinequant.formats.float_packed import UNITS
+from affinequant.formats.linear_tensors import read_units, unpack_linear
+from affinequant.learning.continuous import Continuous
 from affinequant.models.caps import capped_logits
 from affinequant.models.experts import Experts
 from affinequant.models.source import by_block, open_source, unquantized
@@ -38,7 +40,7 @@ the order of sums gives about 1e-6 where no rounding flips and 5e-4 where one do
 that is missing or a zero point of the wrong sign give more than 5e-2 at every token."""
 LOGITS = 64
 """Tokens whose logits are held at once."""
-PARTS = ("weight", "weight_packed", "weight_shape", "weight_scale")
+PARTS = ("weight", "weight_packed", "weight_shape", "weight_scale", "weight_zero_point", *UNITS.values())
 """Names in a file of what a quantised linear is packed into."""
 
 
@@ -171,9 +173,10 @@ class _Reader:
             self.unseen.discard(name)
         for name, parts in integers.items():
             read = unpack_linear(self.of(name), name, weight)
-            packed = PARTS if weight.symmetric else (*PARTS, "weight_zero_point")
-            self.unseen -= {f"{name}.{part}" for part in packed}
-            for part, committed, there in zip(("codes", "scale", "zero"), parts, read, strict=True):
+            self.unseen -= {f"{name}.{part}" for part in PARTS}
+            units, wanted = read_units(self.of(name), name), [stage.get(f"{name}.{unit}") for unit in UNITS]
+            pairs = zip((*parts, *wanted), (*read, *map(units.get, UNITS)), strict=True)
+            for part, (committed, there) in zip(("codes", "scale", "zero", *UNITS), pairs, strict=True):
                 if committed is not None:
                     self._compare(f"{name}.{part}", committed, there)
             if self.contents.scheme.activation is not None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import affinequant
 from affinequant import costs
 from affinequant.costs import blocks_kept
+from affinequant.learning import continuous
 from affinequant.learning import distill as distillation
 from affinequant.learning.distill import Continuous, Distilled, Divergence, distill
 from affinequant.learning.divergence import divergence
@@ -155,8 +156,8 @@ def test_what_is_kept_is_not_computed_twice_and_changes_no_bit(
 ) -> None:
     """A limit to main memory keeps nothing; room for one block keeps the last."""
     case, again, done = make(tiny(), **fields), [], {}
-    plain = distillation.checkpoint
-    monkeypatch.setattr(distillation, "checkpoint", lambda *given, **how: again.append(1) or plain(*given, **how))
+    plain = continuous.checkpoint
+    monkeypatch.setattr(continuous, "checkpoint", lambda *given, **how: again.append(1) or plain(*given, **how))
     job = case.jobs[0]
     _, each = blocks_kept(job.recipe, job.decoder.dims, block_flops(job.decoder.family, job.decoder.dims) // 2, "cpu")
     steps = len(case.full) - 1

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from affinequant.formats.reading import attending
 from affinequant.models import FAMILIES, Family, resolve, resolve_sites
 from affinequant.models.experts import split_experts
-from affinequant.models.sites import Site, in_expert, place
+from affinequant.models.sites import SHARED, Site, in_expert, place
 from affinequant.runtime.cache import quantize_cache
 from affinequant.transforms import TRANSFORMS, build, structures_of
 from affinequant.transforms.fold import Tensors, fold, rotate_block, rotate_outer
@@ -186,7 +186,7 @@ def at(how: str) -> list[tuple[str, str, str]]:
         for name, site in tiny(family, "gqa").sites.items():
             if in_expert(name) and not name.endswith(".1"):
                 continue  # one of them stands for all
-            for transform in TRANSFORMS:
+            for transform in (one for one in TRANSFORMS if one not in SHARED[1:]):  # one width stands for all
                 folded = place(site, structures_of(transform, where="test")[0]).how == "folded"
                 if folded == (how == "folded"):
                     found.append((family, name, transform))
@@ -271,7 +271,7 @@ def test_what_acts_after_rope_changes_no_logit(family: str, shape: str) -> None:
 
 def test_every_transform_folds_somewhere() -> None:
     """A transform that is registered and folds nowhere would escape the matrix above, unless it only acts online."""
-    only_online = {"kronecker", "dense"}
+    only_online = {"kronecker", "dense", *SHARED}
     assert {transform for _, _, transform in at("folded")} == set(TRANSFORMS) - only_online
     assert all(folding(tiny(family, "gqa").sites, site) for family, site, _ in at("folded"))
 

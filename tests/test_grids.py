@@ -51,6 +51,9 @@ class Ternary:
     def value(self, codes: Tensor, scale: Tensor, zero: Tensor, out: Tensor | None = None) -> Tensor:
         return torch.mul(codes, scale, out=out)
 
+    def kept(self, scale: Tensor, store: torch.dtype = torch.float32) -> Tensor:
+        return scale + (scale.detach().to(store).to(scale) - scale.detach())
+
     def fake(self, x: Tensor, low: Tensor, high: Tensor, store: torch.dtype = torch.float32) -> Tensor:
         scale, _ = self.params(low, high, store)
         inside = (x / scale).clamp(-1, 1)

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from affinequant.errors import AffineQuantError
-from affinequant.models.sites import Edge, Kind, Site
+from affinequant.models.sites import SHARED, Edge, Kind, Site, place
 from affinequant.transforms import LEARNED_ROTATIONS, TRANSFORMS, build, structures_of
 from affinequant.transforms.banded import Banded
 from affinequant.transforms.svd import LIMIT
 
 SIZES = [(1, 10), (2, 18), (3, 8)]
-EVERY = [*TRANSFORMS, "hadamard+banded"]
+OF_HEADS = [name for name in TRANSFORMS if name not in SHARED]
+EVERY = [*OF_HEADS, "hadamard+banded"]
 MIXING = ["kronecker"]
 """Those that mix heads: between v and o they act on the query heads that o reads."""
 ROWS = ["dense"]
@@ -90,7 +91,7 @@ def test_heads_do_not_mix_and_copies_repeat_them(name: str) -> None:
     )
 
 
-@pytest.mark.parametrize("name", [name for name in TRANSFORMS if name not in MIXING + ROWS])
+@pytest.mark.parametrize("name", [name for name in OF_HEADS if name not in MIXING + ROWS])
 def test_the_condition_number_is_the_worst_head_s(name: str) -> None:
     transform = made(name, 3, 8)
     blocks = matrix_of(transform, 24).reshape(3, 8, 3, 8).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
@@ -118,6 +119,21 @@ def test_gradients_reach_every_parameter_through_both_forms(name: str) -> None:
             flat[index] += step
             slope = float((above - below).detach() / (2 * step))
             assert slope == pytest.approx(float(gradient.reshape(-1)[index]), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_one_matrix_serves_all_blocks(name: str) -> None:
+    width = int(name.removeprefix("shared-"))
+    start = random(width, width) + 3 * torch.eye(width, dtype=torch.float64)
+    transform = randomised(build(name, site(1, 2 * width, kind="linear"), seed=3, alpha=1.0, start=start), 0.1)
+    p = matrix_of(transform, 2 * width)
+    assert torch.equal(p[:width, :width], p[width:, width:]) and not bool(p[:width, width:].any())
+    torch.testing.assert_close(transform.online()["blocks"][0], p[:width, :width])
+    w = random(4, 2 * width)
+    torch.testing.assert_close(transform.on_weights(w), w @ torch.linalg.inv(p).mT, rtol=1e-9, atol=1e-9)
+    assert transform.condition() == pytest.approx(float(torch.linalg.cond(p)), rel=1e-6)
+    assert float((p[:width, :width] - start).abs().max()) > 0.01
+    assert not any(place(one, name).how == "folded" for one in (site(1, 256, kind="norm"), site(2, 128)))
 
 
 @pytest.mark.parametrize("name", ["diagonal", "banded", "block", "lu", "dense"])

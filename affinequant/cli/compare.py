@@ -3,9 +3,11 @@
 import argparse
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +29,7 @@ from affinequant.recipe.recipe import Recipe
 
 WAIT_SECONDS = 3
 """How long a run that was interrupted with us may take to end by itself."""
-USAGE = "MODEL --presets A,B,C [--seeds 0-2] [-o DIR] [--text FILE] ..."
+USAGE = "MODEL (--presets A,B,C | --variants FILE) [--seeds 0-2] [-o DIR] [--text FILE] ..."
 EPILOG = f"""
 {PRESETS_TEXT}
 
@@ -61,6 +63,11 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("model", metavar="MODEL", nargs="?", help=model_help())
     group = parser.add_argument_group("what to compare")
     group.add_argument("--presets", metavar="A,B,C", help="names of presets, in the order of the table")
+    group.add_argument(
+        "--variants",
+        metavar="FILE",
+        help="in their place, recipes: a TOML file with a table of a recipe's fields for each",
+    )
     group.add_argument("--seeds", metavar="0-2", help="make each preset with each of these, like 0-2 or 0,1,5")
     group.add_argument("-o", "--out", metavar="DIR", help="folder to write (default: ./MODEL-SCHEME-presets)")
     group.add_argument("--overwrite", action="store_true", help="make every checkpoint anew, finished or not")
@@ -79,11 +86,11 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace, screen: Screen) -> int:
     """Quantise with each preset, score each, print and write the table; 1 where one failed."""
-    names = preset_names(args.presets)
-    seeds = _seeds(args)
-    first = recipe_of(args, {"preset": names[0]})
+    variants = variants_of(args)
+    names, seeds = list(variants), _seeds(args)
+    first = recipe_of(args, variants[names[0]])
     out = Path(args.out or f"{Path(os.path.abspath(first.model)).name}-{first.scheme}-presets")
-    recipes = [_recipe(args, name, seed, out) for name in names for seed in seeds or (None,)]
+    recipes = [(name, _recipe(args, variants[name], name, seed, out)) for name in names for seed in seeds or (None,)]
     from affinequant_evals.checkpoint import prepare
 
     # What is wrong with the model or the text shows now, not after hours of quantising.
@@ -93,12 +100,12 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
     _make_folder(out)
     check_report(args.report, out)
     entries = []
-    for number, recipe in enumerate(recipes, start=1):
+    for number, (name, recipe) in enumerate(recipes, start=1):
         seed = recipe.seed if seeds else None
-        which = recipe.preset if seed is None else f"{recipe.preset}, seed {seed}"
+        which = name if seed is None else f"{name}, seed {seed}"
         screen.say(f"preset {number}/{len(recipes)}: {which}, into {recipe.out}")
         entry = quantize_apart(recipe, out, overwrite=args.overwrite, screen=screen)
-        entries.append(replace(entry, seed=seed))
+        entries.append(replace(entry, preset=name, seed=seed))
     found = score_all(first, entries, ready, all_windows=windows is None, screen=screen)
     if seeds:
         found = replace(found, entries=_by_preset(names, found.entries), seeds=seeds)
@@ -139,15 +146,42 @@ def _seeds(args: argparse.Namespace) -> tuple[int, ...]:
     return seeds_of(args.seeds)
 
 
-def _recipe(args: argparse.Namespace, preset: str, seed: int | None, out: Path) -> Recipe:
-    """A preset's recipe, into a folder of its own."""
+def _recipe(args: argparse.Namespace, fields: Mapping[str, Any], name: str, seed: int | None, out: Path) -> Recipe:
+    """A variant's recipe, into a folder of its own."""
     if seed is None:
-        return recipe_of(args, {"preset": preset, "out": str(out / preset)})
-    return recipe_of(args, {"preset": preset, "out": str(out / f"{preset}-seed{seed}"), "seed": seed})
+        return recipe_of(args, {**fields, "out": str(out / name)})
+    return recipe_of(args, {**fields, "out": str(out / f"{name}-seed{seed}"), "seed": seed})
 
 
 def _by_preset(names: Sequence[str], entries: Sequence[Entry]) -> list[Entry]:
     return [over_seeds([entry for entry in entries if entry.preset == name]) for name in names]
+
+
+def variants_of(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Name to the fields of its recipe, of all that is to be compared: presets, or the tables of a file.
+
+    Raises:
+        AffineQuantError: neither or both were named, or no such file, or one that holds no tables.
+    """
+    if args.variants is None:
+        return {name: {"preset": name} for name in preset_names(args.presets)}
+    if args.presets:
+        raise AffineQuantError(
+            "--presets and --variants cannot go together", "--variants", "name presets in its tables"
+        )
+    try:
+        tables = tomllib.loads(Path(args.variants).read_text())
+    except OSError as problem:
+        what = f"cannot read {args.variants}: {problem.strerror}"
+        raise AffineQuantError(what, "--variants", "give a TOML file") from None
+    except tomllib.TOMLDecodeError as problem:
+        what = f"{args.variants} is not TOML: {problem}"
+        raise AffineQuantError(what, "--variants", "correct that line") from None
+    wrong = [name for name, fields in tables.items() if not isinstance(fields, dict) or re.search(r"[^\w.-]", name)]
+    if wrong or not tables:
+        what = f"{wrong[0]!r} is no table with a plain name" if wrong else "it has no tables"
+        raise AffineQuantError(what, args.variants, "write [NAME] above the fields of each recipe")
+    return tables
 
 
 def preset_names(typed: str | None) -> list[str]:

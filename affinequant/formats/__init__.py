@@ -32,6 +32,9 @@ FORMATS: dict[str, str] = {
 Shapes = Mapping[str, tuple[int, ...]]
 """Sizes of a model's parameters by their Hugging Face names, quantised linears as the weights that they stand for."""
 
+STORED = ("codes", "scale", "zero", "weight_unit", "input_clip", "input_unit")
+"""What a stage keeps of a quantised linear, as far as its numbers have it."""
+
 VERSION = 1
 """Version of our own part of `config.json`, the key `affinequant` inside `quantization_config`."""
 
@@ -45,7 +48,8 @@ class Contents:
 
     Each call of `stages` yields flat dicts under full Hugging Face names, the outer tensors first, then the
     blocks in order. A quantised linear `M` is `M.codes` int8 [N, K], `M.scale` float32 [N, G], for asymmetric weights
-    `M.zero` int8 [N, G], for quantised activations `M.input_clip` float32 [], and `M.bias` where the source has one.
+    `M.zero` int8 [N, G], for quantised activations `M.input_clip` float32 [], and `M.bias` where the source has one. Where
+    scales are counted in units, `M.weight_unit` and for activations `M.input_unit`, float32 [], are powers of two.
     """
 
     config: dict[str, Any]
@@ -128,6 +132,11 @@ def online_reason(placements: Mapping[str, Placement], engine: str) -> str | Non
     return f"the transform at {', '.join(online)} acts at run time, which {engine}" if online else None
 
 
+def floats_reason(scheme: Scheme) -> str | None:
+    """None, or that the weights are no integers, for forms that hold nothing else."""
+    return None if scheme.weight.kind == "int" else f"it holds integers, and {scheme.name} has 4-bit floats"
+
+
 def network_of(contents: Contents) -> tuple[Family, Dims]:
     """The family and sizes of what is written."""
     return resolve(unquantized(contents.config), where=str(contents.source / "config.json"))
@@ -144,7 +153,7 @@ def split_stage(
 ) -> "tuple[dict[str, Tensor], dict[str, tuple[Tensor, Tensor, Tensor | None]]]":
     """A stage's other tensors, and (codes, scale, zero) of its quantised linears by name."""
     linears = [name for name in contents.linears if f"{name}.codes" in stage]
-    parts = {f"{name}.{part}" for name in linears for part in ("codes", "scale", "zero", "input_clip")}
+    parts = {f"{name}.{part}" for name in linears for part in STORED}
     rest = {name: tensor for name, tensor in stage.items() if name not in parts}
     integers = {name: (stage[f"{name}.codes"], stage[f"{name}.scale"], stage.get(f"{name}.zero")) for name in linears}
     return rest, integers

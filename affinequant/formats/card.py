@@ -29,6 +29,12 @@ ENGINES = {
     "the same folder as a compressed-tensors checkpoint and compute with {weights} and 16-bit activations.",
     "declared": "Any engine that reads compressed-tensors, vLLM and transformers among them, loads it and quantises "
     "activations by itself, within rounding of what `affinequant.load` computes.",
+    "floats": "Stock vLLM reads it as a compressed-tensors checkpoint: it multiplies 4-bit floats on GPUs that have such "
+    "products (Blackwell), which this run has not tried, and elsewhere leaves activations in 16 bits. `affinequant.load` and "
+    "transformers round weights and activations to the same floats and multiply those in 16 or 32 bits, anywhere.",
+    "online floats": "`affinequant` must be installed: `affinequant.load` and transformers (after `import affinequant`) round "
+    "weights and activations to 4-bit floats, multiply those in 16 or 32 bits, and compute the transforms that act at run "
+    "time. No kernel multiplies them as 4-bit floats, and vLLM refuses this folder.",
     "weights": "Any engine that reads compressed-tensors, vLLM and transformers among them, loads it as it is.",
     "dense": "Any engine loads it: these are plain 16-bit weights with the values of the quantised ones, for inspection; "
     "activations are not quantised, and nothing is smaller.",
@@ -216,12 +222,13 @@ def _kind(scheme: Scheme, config: Mapping[str, Any]) -> str:
     declared = config.get("quantization_config")
     if declared is None:
         return "dense"
+    floats = scheme.weight.kind != "int"
     if declared["quant_method"] == "affinequant":
-        return "online"
+        return "online floats" if floats else "online"
     if scheme.activation is None:
         return "weights"
     stock = [group["input_activations"] for group in declared["config_groups"].values()]
-    return "declared" if all(stock) else "activations"
+    return ("floats" if floats else "declared") if all(stock) else "activations"
 
 
 def _has_experts(config: Mapping[str, Any]) -> bool:
@@ -230,7 +237,8 @@ def _has_experts(config: Mapping[str, Any]) -> bool:
 
 def _served(scheme: Scheme, config: Mapping[str, Any]) -> bool:
     """Whether vLLM, with the package's plugin, takes the folder."""
-    return not (_has_experts(config) and _kind(scheme, config) in ("online", "activations"))
+    kind = _kind(scheme, config)
+    return kind != "online floats" and not (_has_experts(config) and kind in ("online", "activations"))
 
 
 def numbers(scheme: Scheme) -> str:

@@ -19,16 +19,18 @@ from affinequant.formats import (
     VERSION,
     Contents,
     Shapes,
+    float_packed,
     left_alone,
     network_of,
     online_reason,
-    split_stage,
 )
-from affinequant.formats.packing import library_packs, pack, unpack, words
+from affinequant.formats.linear_tensors import pack_stage as pack_stage
+from affinequant.formats.linear_tensors import unpack_linear as unpack_linear
+from affinequant.formats.packing import library_packs
 from affinequant.formats.reading import Dtype, decompressed, in_transformers
 from affinequant.formats.shards import copy_source, write_json, write_shards
 from affinequant.models.sites import Placement
-from affinequant.models.source import Source, open_source, unquantized
+from affinequant.models.source import open_source, unquantized
 from affinequant.recipe.scheme import NumberFormat, Scheme
 from affinequant.version import __version__
 
@@ -40,8 +42,6 @@ ABOUT = "integers for stock vLLM and transformers; activations and KV cache by t
 ROUNDS = ""
 TOLERANCE = 0.0001
 WEIGHT_ONLY = False
-
-_AGAIN = "write or fetch the folder again"
 
 
 def supports(scheme: Scheme, placements: Mapping[str, Placement], *, clipped: bool = False) -> str | None:
@@ -67,8 +67,10 @@ def refuses(contents: Contents, shapes: Shapes) -> str | None:
 
 def reload(out: Path, dtype: Dtype) -> tuple[Any, str]:
     """The folder in stock transformers, or, where there are experts, decompressed by the library whose form it is."""
-    ours = open_source(out, weights=False).config["quantization_config"]["affinequant"]
-    return decompressed(out, dtype) if ours.get("experts") else in_transformers(out, dtype)
+    declared = open_source(out, weights=False).config["quantization_config"]
+    if declared["affinequant"].get("experts"):
+        return decompressed(out, dtype)
+    return (float_packed.unpacked if declared["format"] in float_packed.LAYOUTS else in_transformers)(out, dtype)
 
 
 def without_kernel(scheme: Scheme) -> str | None:
@@ -82,7 +84,8 @@ def without_kernel(scheme: Scheme) -> str | None:
 
 
 def declares_activations(scheme: Scheme) -> bool:
-    """Whether stock engines quantise the activations themselves: symmetric W8A8 with one scale per channel."""
+    """Whether stock engines quantise the activations themselves: 4-bit floats, and symmetric W8A8 with one scale per
+    channel."""
     return scheme.engines_round_activations
 
 
@@ -123,7 +126,7 @@ def write_packed(
 
     (out / "config.json").unlink(missing_ok=True)
     files = write_shards(stages(), out, shard_bytes=shard_bytes, stem=stem)
-    if whole:
+    if whole and stem == "model":  # stock engines read it
         _check_clips(clips, contents)
     files += copy_source(contents.source, out)
     config = checkpoint_config(contents) | {
@@ -147,16 +150,20 @@ def quantization_config(
     activations (default: where engines have a kernel for them)."""
     scheme = contents.scheme
     declared = declares_activations(scheme) if declared is None else declared
-    activation = scheme.activation
-    group = {
-        "targets": ["Linear"],
-        "weights": arguments(scheme.weight),
-        "input_activations": arguments(activation) if activation and declared else None,
-        "output_activations": None,
-    }
+    activation, form = scheme.activation, "int-quantized" if declared else "pack-quantized"
+    if scheme.weight.kind == "int":
+        group = {
+            "targets": ["Linear"],
+            "weights": arguments(scheme.weight),
+            "input_activations": arguments(activation) if activation and declared else None,
+            "output_activations": None,
+        }
+    else:
+        form = float_packed.LAYOUT.format(scheme.weight.kind)
+        group = float_packed.arguments(scheme) | {"format": form}
     return {
         "quant_method": "compressed-tensors",
-        "format": "int-quantized" if declared else "pack-quantized",
+        "format": form,
         "quantization_status": "compressed",
         "ignore": left_alone(contents),
         "config_groups": {"group_0": group},
@@ -183,63 +190,6 @@ def our_config(contents: Contents, found: Mapping[str, Any]) -> dict[str, Any]:
         **({"experts": experts} if experts else {}),
         **found,
     }
-
-
-def pack_stage(stage: Mapping[str, Tensor], contents: Contents, *, whole: bool) -> dict[str, Tensor]:
-    """One stage under the names and in the layout of compressed-tensors; other tensors pass through."""
-    import torch
-
-    weight, dtype = contents.scheme.weight, getattr(torch, contents.dtype)
-    packed, integers = split_stage(stage, contents)
-    for name, (codes, scale, zero) in integers.items():
-        assert weight.code_min <= int(codes.min()) and int(codes.max()) <= weight.code_max, name
-        assert torch.equal(scale.to(dtype).float(), scale), f"{name}.scale is not exact in {dtype}"
-        packed[f"{name}.weight_scale"] = scale.to(dtype)
-        if whole:
-            packed[f"{name}.weight"] = codes
-            continue
-        packed[f"{name}.weight_packed"] = pack(codes, weight.bits)
-        packed[f"{name}.weight_shape"] = torch.tensor(codes.shape, dtype=torch.int64)
-        if zero is not None:
-            packed[f"{name}.weight_zero_point"] = pack(zero.T.contiguous(), weight.bits).T.contiguous()
-    return packed
-
-
-def unpack_linear(source: Source, name: str, weight: NumberFormat) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(codes int8 [N, K], scale float32 [N, G], zero int8 [N, G] or None) of one linear, as `write` stored it.
-
-    Raises:
-        AffineQuantError: a tensor is missing, or its size is not what the others say.
-    """
-    parts = ["weight_scale", *([] if weight.symmetric else ["weight_zero_point"])]
-    whole = f"{name}.weight" in source.entries
-    tensors = _read(source, name, [*parts, *(["weight"] if whole else ["weight_packed", "weight_shape"])])
-    scale = tensors["weight_scale"].float()
-    if whole:
-        codes = tensors["weight"]
-    else:
-        rows, columns = tensors["weight_shape"].tolist()
-        _check_size(tensors["weight_packed"], (rows, words(columns, weight.bits)), f"{name}.weight_packed")
-        codes = unpack(tensors["weight_packed"], weight.bits, columns)
-    _check_size(scale, (codes.shape[0], weight.groups(codes.shape[1])), f"{name}.weight_scale")
-    if weight.symmetric:
-        return codes, scale, None
-    packed = tensors["weight_zero_point"]
-    _check_size(packed, (words(len(scale), weight.bits), scale.shape[1]), f"{name}.weight_zero_point")
-    return codes, scale, unpack(packed.T, weight.bits, len(scale)).T.contiguous()
-
-
-def _read(source: Source, name: str, parts: list[str]) -> dict[str, Tensor]:
-    for part in parts:
-        if f"{name}.{part}" not in source.entries:
-            raise AffineQuantError(f"the tensor {name}.{part} is missing", str(source.folder), _AGAIN)
-    tensors = source.read(f"{name}.{part}" for part in parts)
-    return {part: tensors[f"{name}.{part}"] for part in parts}
-
-
-def _check_size(tensor: Tensor, size: tuple[int, int], name: str) -> None:
-    if tuple(tensor.shape) != size:
-        raise AffineQuantError(f"a tensor of size {tuple(tensor.shape)} where {size} was expected", name, _AGAIN)
 
 
 def arguments(number: NumberFormat) -> dict[str, Any]:

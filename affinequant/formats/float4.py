@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from affinequant.formats import SHARD_BYTES, Contents, Shapes, left_alone, network_of, online_reason
 from affinequant.formats.dense import dense_stage, write_folder
-from affinequant.formats.reading import Dtype, in_transformers
+from affinequant.formats.float_packed import unpacked
+from affinequant.formats.reading import Dtype
 from affinequant.models.sites import Placement
 from affinequant.recipe.scheme import Scheme
 
@@ -36,6 +37,8 @@ class Float4:
 
     def supports(self, scheme: Scheme, placements: Mapping[str, Placement], *, clipped: bool = False) -> str | None:
         """None, or why this cannot be written: stock engines have no transforms at run time."""
+        if scheme.weight.kind != "int":
+            return f"it rounds integers, and {scheme.name} has 4-bit floats; --format compressed-tensors writes those as they are"
         return online_reason(placements, "stock engines cannot do")
 
     def refuses(self, contents: Contents, shapes: Shapes) -> str | None:
@@ -49,14 +52,8 @@ class Float4:
         return None
 
     def reload(self, out: Path, dtype: Dtype) -> tuple[Any, str]:
-        """The folder in stock transformers; compressed-tensors unpacks to bfloat16, at the first forward."""
-        import torch
-
-        model, words = in_transformers(out, "bfloat16")
-        with torch.no_grad():
-            model(torch.zeros(1, 1, dtype=torch.long))
-        # A model in bfloat16 keeps some buffers in float32, which `to(bfloat16)` would round.
-        return model.to(torch.float32) if dtype == "float32" else model, f"{words}, unpacked to bfloat16"
+        """The folder in stock transformers."""
+        return unpacked(out, dtype)
 
     def write(self, contents: Contents, out: Path, *, shard_bytes: int = SHARD_BYTES) -> list[Path]:
         """Round the weights' values and write the folder; its files, of which `config.json` is the last.

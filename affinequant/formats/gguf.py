@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 from affinequant.data.files import read_table
 from affinequant.errors import PREFLIGHT, AffineQuantError
-from affinequant.formats import SHARD_BYTES, Contents, Shapes, network_of, online_reason, split_stage, without_zeros
+from affinequant.formats import (
+    SHARD_BYTES,
+    Contents,
+    Shapes,
+    floats_reason,
+    network_of,
+    online_reason,
+    split_stage,
+    without_zeros,
+)
 from affinequant.formats.compressed_tensors import checkpoint_config
 from affinequant.formats.gguf_settings import (
     ARCHITECTURES,
@@ -58,8 +67,8 @@ _READ = (
 
 def supports(scheme: Scheme, placements: Mapping[str, Placement], *, clipped: bool = False) -> str | None:
     """None, or why this cannot be written: transforms at run time, or 8-bit weights with zero points."""
-    if online := online_reason(placements, "llama.cpp cannot do"):
-        return online
+    if reason := floats_reason(scheme) or online_reason(placements, "llama.cpp cannot do"):
+        return reason
     if scheme.weight.bits not in (4, 8):
         return f"{scheme.weight.bits}-bit weights; the types written here have 4 or 8"
     if scheme.weight.bits == 8 and not scheme.weight.symmetric:

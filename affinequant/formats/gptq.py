@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from affinequant.formats import SHARD_BYTES, Contents, Shapes, online_reason, split_stage, without_zeros
+from affinequant.formats import SHARD_BYTES, Contents, Shapes, floats_reason, online_reason, split_stage, without_zeros
 from affinequant.formats.dense import write_folder
 from affinequant.formats.reading import Dtype, from_tensors
 from affinequant.models.sites import Placement
@@ -36,7 +36,7 @@ def supports(scheme: Scheme, placements: Mapping[str, Placement], *, clipped: bo
         return (
             f"{scheme.weight.bits}-bit weights, for which few GPTQ engines have a kernel; compressed-tensors holds them"
         )
-    return online_reason(placements, "no GPTQ engine does")
+    return floats_reason(scheme) or online_reason(placements, "no GPTQ engine does")
 
 
 def refuses(contents: Contents, shapes: Shapes) -> str | None:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from affinequant.formats import SHARD_BYTES, Contents, Shapes, network_of, online_reason
+from affinequant.formats import SHARD_BYTES, Contents, Shapes, floats_reason, network_of, online_reason
 from affinequant.formats import compressed_tensors as packed
 from affinequant.formats.reading import Dtype, in_transformers
 from affinequant.models.sites import Placement
@@ -27,8 +27,8 @@ WEIGHT_ONLY = False
 def supports(scheme: Scheme, placements: Mapping[str, Placement], *, clipped: bool = False) -> str | None:
     """None, or why Humming would not compute this: other widths, zero points, clipped activations."""
     weight, activation = scheme.weight, scheme.activation
-    if online := online_reason(placements, "vLLM cannot do without this package"):
-        return online
+    if reason := floats_reason(scheme) or online_reason(placements, "vLLM cannot do without this package"):
+        return reason
     if activation is None or (weight.bits, activation.bits) != (4, 4):
         return f"it is for 4-bit weights and activations, not {scheme.name}; other formats hold that"
     if not (weight.symmetric and activation.symmetric):

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
-from affinequant.formats import SHARD_BYTES, Contents, Shapes, online_reason
+from affinequant.formats import SHARD_BYTES, Contents, Shapes, floats_reason, online_reason
 from affinequant.formats import compressed_tensors as packed
 from affinequant.models.sites import Placement
 from affinequant.recipe.scheme import Scheme
@@ -24,8 +24,8 @@ WEIGHT_ONLY = False
 def supports(scheme: Scheme, placements: Mapping[str, Placement], *, clipped: bool = False) -> str | None:
     """None, or why stock engines would not compute this: asymmetric numbers, other widths, clipped or grouped ones."""
     weight, activation = scheme.weight, scheme.activation
-    if online := online_reason(placements, "stock engines cannot do"):
-        return online
+    if reason := floats_reason(scheme) or online_reason(placements, "stock engines cannot do"):
+        return reason
     if activation is None or activation.bits != 8:
         return f"engines of this form quantise activations to 8 bits, {scheme.name} does not; add --scheme w8a8"
     if not weight.symmetric:

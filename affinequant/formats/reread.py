@@ -11,7 +11,8 @@ from torch import Tensor
 
 from affinequant.errors import PREFLIGHT, AffineQuantError
 from affinequant.formats import Contents, Shapes, check_readable
-from affinequant.formats.compressed_tensors import unpack_linear
+from affinequant.formats.float_packed import UNITS
+from affinequant.formats.linear_tensors import read_units, unpack_linear
 from affinequant.models import resolve
 from affinequant.models.sites import Placement
 from affinequant.models.source import Source, open_source, unquantized
@@ -75,7 +76,7 @@ def read_finished(folder: Path) -> Finished:
         stages=lambda: _stages(source, linears, inside, scheme, clips),
         extra={name: value for name, value in ours.items() if name not in _WRITTEN_ANEW},
     )
-    return Finished(contents=contents, placements=placements, clips=clips, shapes=_shapes(source, linears))
+    return Finished(contents=contents, placements=placements, clips=clips, shapes=_shapes(source, linears, scheme))
 
 
 def under_scheme(found: Finished, text: str | None, *, weight_only: bool) -> Finished:
@@ -126,6 +127,10 @@ def _resolved(text: str, old: Scheme) -> Scheme:
     """The scheme that `text` asks for, groups and symmetry taken from the weights where it does not say them."""
     asked, said = Scheme.parse(text), text.lower()
     weight = old.weight
+    if (weight.kind, asked.weight.kind) != ("int", "int"):
+        if asked.weight != weight:
+            raise _anew(text, old, asked)
+        return asked
     if asked.weight.bits == 8 and weight.bits == 4:
         weight = replace(weight, bits=8, symmetric=True)
     wanted = replace(
@@ -134,13 +139,19 @@ def _resolved(text: str, old: Scheme) -> Scheme:
         **({} if "-g" in said else {"granularity": weight.granularity, "group_size": weight.group_size}),
     )
     if wanted != weight:
-        fix = f"use {_named(weight, asked.activation).name}, or quantise again with --scheme {asked.name}"
-        raise AffineQuantError(f"the weights are {old.name}; {text} would round them anew", "--scheme", fix)
+        raise _anew(text, _named(weight, asked.activation), asked, old)
     return _named(weight, asked.activation)
+
+
+def _anew(text: str, there: Scheme, asked: Scheme, old: Scheme | None = None) -> AffineQuantError:
+    fix = f"use {there.name}, or quantise again with --scheme {asked.name}"
+    return AffineQuantError(f"the weights are {(old or there).name}; {text} would round them anew", "--scheme", fix)
 
 
 def _named(weight: NumberFormat, activation: NumberFormat | None) -> Scheme:
     """The scheme of these weights with activations as wide and in groups as given, as symmetric as the weights."""
+    if weight.kind != "int":
+        return Scheme.parse(weight.kind + ("" if activation else "a16"))
     bits = activation.bits if activation else 16
     name = f"w{weight.bits}a{bits}" + (f"-g{weight.group_size}" if weight.group_size else "")
     name += f"-ag{activation.group_size}" if activation and activation.group_size else ""
@@ -148,7 +159,8 @@ def _named(weight: NumberFormat, activation: NumberFormat | None) -> Scheme:
 
 
 def _converted(stage: dict[str, Tensor], old: Scheme, new: Scheme, clips: Mapping[str, float]) -> dict[str, Tensor]:
-    result = {name: tensor for name, tensor in stage.items() if not name.endswith(".input_clip")}
+    gone = ".input_clip" if new.activation else (".input_clip", ".input_unit")
+    result = {name: tensor for name, tensor in stage.items() if not name.endswith(gone)}
     for name in [name.removesuffix(".codes") for name in stage if name.endswith(".codes")]:
         if new.weight.bits != old.weight.bits and f"{name}.zero" in result:
             codes, zero = result[f"{name}.codes"], result.pop(f"{name}.zero")
@@ -171,6 +183,7 @@ def _stages(
             stage |= {f"{name}.codes": codes, f"{name}.scale": scale}
             if zero is not None:
                 stage[f"{name}.zero"] = zero
+            stage |= {f"{name}.{part}": unit for part, unit in read_units(source, name).items()}
             if clips:
                 stage[f"{name}.input_clip"] = torch.tensor(clips[name])
         yield stage
@@ -178,7 +191,8 @@ def _stages(
 
 def _beside(name: str) -> bool:
     """Whether the tensor is no part of a linear's packed weight, but a bias or what acts on its input."""
-    return not name.rpartition(".")[2].startswith("weight")
+    part = name.rpartition(".")[2]
+    return not part.startswith("weight") and part not in UNITS.values()
 
 
 def _by_block(names: Mapping[str, Any], linears: tuple[str, ...], inside: re.Pattern[str]) -> dict[str, list[str]]:
@@ -199,12 +213,16 @@ def _linears(source: Source, inside: re.Pattern[str]) -> tuple[str, ...]:
     return tuple(sorted((name.removesuffix(suffix) for name in source.entries if name.endswith(suffix)), key=place))
 
 
-def _shapes(source: Source, linears: tuple[str, ...]) -> Shapes:
+def _shapes(source: Source, linears: tuple[str, ...], scheme: Scheme) -> Shapes:
     shapes = {name: entry.shape for name, entry in source.entries.items() if not name.endswith("weight_shape")}
     packed = [f"{name}.weight_shape" for name in linears if f"{name}.weight_shape" in source.entries]
     for name, shape in source.read(packed).items():
         rows, columns = shape.tolist()
         shapes[name.removesuffix("_shape")] = rows, columns
+    if scheme.weight.kind != "int":
+        for name in linears:
+            rows, halves = source.entries[f"{name}.weight_packed"].shape
+            shapes[f"{name}.weight"] = rows, 2 * halves
     return shapes
 
 

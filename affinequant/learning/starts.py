@@ -8,7 +8,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from affinequant.models.decoder import spread
-from affinequant.models.sites import Site, block_width, in_expert, kronecker_factors, named
+from affinequant.models.sites import (
+    SHARED,
+    Site,
+    Structure,
+    block_width,
+    in_expert,
+    kronecker_factors,
+    named,
+    shared_width,
+)
 from affinequant.recipe.recipe import AUTO
 from affinequant.rounding.job import BlockJob
 from affinequant.transforms import OnlineTransform, Transform, build, split_parts, structures_of
@@ -167,16 +176,18 @@ def _rotations(name: str, site: Site) -> Tensor | tuple[Tensor, Tensor] | None:
         return first, second
     if how is None:
         return None
+    if how in SHARED:
+        return torch.kron(*orthogonal_factors(shared_width(how)))
     width = block_width(site) if how == "block" else site.width
     return torch.kron(*orthogonal_factors(width)).repeat(site.width // width, 1, 1)
 
 
-def _free(name: str) -> str | None:
+def _free(name: str) -> Structure | None:
     """The structure of the first online part where it can start from any matrices: triangular factors cannot, and
     rotations have a start of their own."""
     first = name.split("+")[0]
     structure = structures_of(first, where="")[0]
-    return structure if structure in ("kronecker", "block", "dense") and first != "lu" else None
+    return structure if structure in ("kronecker", "block", "dense", *SHARED) and first != "lu" else None
 
 
 @torch.no_grad()
@@ -193,5 +204,8 @@ def _matrices(
     if structure == "kronecker":
         n1, n2 = kronecker_factors(site)  # of a slice: all slices share them
         return wush_kronecker_rows(x.reshape(-1, n1 * n2), w.reshape(-1, n1 * n2), n1, n2)
+    if structure in SHARED:
+        rows = (value.double().reshape(-1, shared_width(structure)) for value in (x, w))
+        return wush(*(value.mT @ value / len(value) for value in rows))
     width = block_width(site) if structure == "block" else x.shape[1]
     return wush_blocks(x.mT @ x / len(x), w.mT @ w / len(w), width)

@@ -6,7 +6,20 @@ from typing import Literal
 
 Side = Literal["gain", "rows", "columns"]
 Kind = Literal["residual", "norm", "rope", "scores", "heads", "linear"]
-Structure = Literal["diagonal", "rope-pair", "per-head", "kronecker", "block", "dense", "hadamard", "orthogonal"]
+Structure = Literal[
+    "diagonal",
+    "rope-pair",
+    "per-head",
+    "kronecker",
+    "block",
+    "dense",
+    "hadamard",
+    "orthogonal",
+    "shared-16",
+    "shared-32",
+    "shared-64",
+    "shared-128",
+]
 
 STRUCTURES: tuple[Structure, ...] = (
     "diagonal",
@@ -17,7 +30,13 @@ STRUCTURES: tuple[Structure, ...] = (
     "dense",
     "hadamard",
     "orthogonal",
+    "shared-16",
+    "shared-32",
+    "shared-64",
+    "shared-128",
 )
+SHARED: tuple[Structure, ...] = STRUCTURES[-4:]
+"""One matrix that all blocks of so many features share."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,13 +132,14 @@ _FOLDS: Mapping[Kind, Mapping[Structure, str]] = {
 }
 _ONLINE: Mapping[Kind, Mapping[Structure, str]] = {
     "norm": dict.fromkeys(
-        ("kronecker", "block", "dense", "hadamard", "orthogonal"),
+        ("kronecker", "block", "dense", "hadamard", "orthogonal", *SHARED),
         "does not commute with the norm's gain: a matmul stays",
     ),
     "rope": {"hadamard": "acts on q and k after RoPE"},
     "heads": {"kronecker": "mixes heads, which attention keeps apart: a matmul stays"},
     "linear": dict.fromkeys(
-        ("kronecker", "block", "hadamard", "orthogonal"), "does not pass the elementwise product: a matmul stays"
+        ("kronecker", "block", "hadamard", "orthogonal", *SHARED),
+        "does not pass the elementwise product: a matmul stays",
     ),
 }
 _REFUSED: Mapping[Kind, str] = {
@@ -142,6 +162,9 @@ def place(site: Site, structure: Structure) -> Placement:
     first = site.sources[0] if site.sources else None
     if first and first.side == "gain" and site.kind == "rope" and structure in _FOLDS["rope"]:
         reason = f"the gain of {first.module} acts between the linear and RoPE: no map passes it"
+        return Placement(how="refused", reason=reason)
+    if structure in SHARED and site.width // site.slices % shared_width(structure):
+        reason = f"blocks of {shared_width(structure)} do not divide {site.width // site.slices} features"
         return Placement(how="refused", reason=reason)
     if structure in _FOLDS[site.kind]:
         return Placement(how="folded", reason=_FOLDS[site.kind][structure])
@@ -190,6 +213,11 @@ def block_width(site: Site) -> int:
     return min(divisors, key=lambda d: (max(d / _BLOCK, _BLOCK / d), d))
 
 
+def shared_width(structure: Structure) -> int:
+    """Features of a block of one of `SHARED`."""
+    return int(structure.removeprefix("shared-"))
+
+
 def online_numbers(site: Site, structure: Structure) -> int:
     """How many numbers one linear (after RoPE: one block's attention) keeps beside it for `structure` acting online at
     `site`."""
@@ -199,6 +227,8 @@ def online_numbers(site: Site, structure: Structure) -> int:
     if structure in ("kronecker", "hadamard"):
         left, right = rotation_factors(n // site.slices) if structure == "hadamard" else kronecker_factors(site)
         return left * left + right * right
+    if structure in SHARED:
+        return shared_width(structure) ** 2
     return n * n if structure == "dense" else n * block_width(site)
 
 
@@ -206,8 +236,8 @@ def _cost(site: Site, structure: Structure) -> int:
     n = site.width
     if structure == "dense":
         return 2 * n * n
-    if structure in ("block", "orthogonal"):
-        return 2 * n * block_width(site)
+    if structure in ("block", "orthogonal", *SHARED):
+        return 2 * n * (shared_width(structure) if structure in SHARED else block_width(site))
     if structure == "hadamard" and site.kind == "rope":
         return 2 * n * site.head_width * (_copies(site.sources) + 1)  # every query head and its KV head
     left, right = rotation_factors(n // site.slices) if structure == "hadamard" else kronecker_factors(site)

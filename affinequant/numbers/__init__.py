@@ -5,6 +5,7 @@ A format's arithmetic is one class, its `Grid`: whoever rounds asks it and knows
 """
 
 import importlib
+from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 from affinequant.recipe.scheme import NumberFormat
@@ -47,8 +48,16 @@ class Grid(Protocol):
         """Each x [*rows, n] as the nearest value over [low, high], with straight-through gradients to x and the range."""
         ...
 
+    def kept(self, scale: "Tensor", store: "torch.dtype" = ...) -> "Tensor":
+        """The nearest scale that can be stored; the gradient passes straight through."""
+        ...
 
-GRIDS: dict[str, str] = {"int": "affinequant.numbers.integer:integers"}
+
+GRIDS: dict[str, str] = {
+    "int": "affinequant.numbers.integer:integers",
+    "nvfp4": "affinequant.numbers.float4:NVFP4",
+    "mxfp4": "affinequant.numbers.float4:MXFP4",
+}
 """`NumberFormat.kind` -> what makes its Grid of a NumberFormat."""
 
 
@@ -56,3 +65,17 @@ def grid_of(fmt: NumberFormat) -> Grid:
     """The arithmetic of a number format."""
     module, _, attribute = GRIDS[fmt.kind].partition(":")
     return getattr(importlib.import_module(module), attribute)(fmt)
+
+
+def in_units(grid: Grid, unit: float | None) -> Grid:
+    """The grid with scales that are counted in `unit`, where its format has one (`NumberFormat.has_unit`)."""
+    return replace(grid, unit=unit) if grid.fmt.has_unit else grid  # pyright: ignore[reportArgumentType, reportCallIssue]
+
+
+def unit_for(grid: Grid, reach: "Tensor") -> float | None:
+    """The unit of a tensor whose blocks reach so far; None where the format has none."""
+    if not grid.fmt.has_unit:
+        return None
+    from affinequant.numbers.float4 import LARGEST, unit_of
+
+    return float(unit_of(reach / LARGEST))

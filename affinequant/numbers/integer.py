@@ -44,7 +44,7 @@ class Integer:
             scale = _divide(high - low, 2**self.fmt.bits - 1)
         scale = scale.clamp_min(max(SMALLEST_SCALE, torch.finfo(store).smallest_normal))
         if store != torch.float32:
-            scale = scale + (scale.detach().to(store).to(scale.dtype) - scale.detach())
+            scale = self.kept(scale, store)
         if self.fmt.symmetric:
             return scale, torch.zeros_like(scale)
         zero = _round(self._steps(-low, scale)) + self.fmt.code_min
@@ -69,6 +69,10 @@ class Integer:
         """By one reciprocal a row, for weights too: where that falls on the other side of a tie, a code is one off."""
         scale, zero = self.params(low, high, store)
         return on_grid(x, scale, zero, self.fmt.code_min, self.fmt.code_max)
+
+    def kept(self, scale: Tensor, store: torch.dtype = torch.float32) -> Tensor:
+        """The scale in `store`."""
+        return scale + (scale.detach().to(store).to(scale.dtype) - scale.detach())
 
     def _steps(self, x: Tensor, scale: Tensor, out: Tensor | None = None) -> Tensor:
         return torch.mul(x, 1.0 / scale, out=out) if self.fmt.dynamic else torch.div(x, scale, out=out)
@@ -120,6 +124,10 @@ class Cached:
         """As the cache gives x back."""
         scale, zero = (part.float() for part in self.params(low, high, store))
         return on_grid(x - zero, scale, torch.zeros_like(scale), 0, self.last) + zero
+
+    def kept(self, scale: Tensor, store: torch.dtype = torch.float16) -> Tensor:
+        """The scale in `store`."""
+        return scale.to(store).to(scale.dtype)
 
 
 def on_grid(

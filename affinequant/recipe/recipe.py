@@ -244,9 +244,10 @@ def _chosen(values: Mapping[str, Any], *, where: str) -> dict[str, Any]:
 
 
 def _tier(preset: Preset, scheme: Scheme, form: str) -> str:
-    """The tier where none is asked for: the preset's own; else online for 4-bit activations, which are hardly usable
-    without, where the preset has transforms for it and the format that was asked for can hold them."""
-    narrow = scheme.activation is not None and scheme.activation.bits <= 4
+    """The tier where none is asked for: the preset's own; else online for activations in 4-bit integers, which are hardly
+    usable without, where the preset has transforms for it and the format that was asked for can hold them. 4-bit floats are
+    for stock engines, which run what is merged."""
+    narrow = scheme.activation is not None and scheme.activation.bits <= 4 and not scheme.engines_round_activations
     online = bool(preset.online) and narrow and form in ("auto", "affinequant")
     return str(preset.settings.get("tier", "online" if online else "merged"))
 

@@ -1,7 +1,7 @@
 """Which numbers a checkpoint is made of. Pure data: nothing here touches a tensor."""
 
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from affinequant.errors import AffineQuantError, unknown_name
@@ -39,6 +39,11 @@ class NumberFormat:
         """Its fields as a checkpoint declares them: integers, which the first version knew alone, without their kind."""
         return {name: value for name, value in asdict(self).items() if (name, value) != ("kind", "int")}
 
+    @property
+    def has_unit(self) -> bool:
+        """Whether scales are counted in a unit of the whole tensor's, which activations need to know beforehand."""
+        return self.kind == "nvfp4"
+
     def groups(self, width: int) -> int:
         """How many scales a row of `width` inputs has."""
         return width // self.group_size if self.group_size else 1
@@ -60,12 +65,15 @@ class Scheme:
         Weights are asymmetric per output channel and activations asymmetric per token unless the name says `sym`;
         `gN` gives weights one scale per N inputs, `agN` activations one per token and N inputs; `w8a8` is symmetric, the
         form that engines have kernels for. Weights of 2 and 3 bits go with 16-bit activations alone. `kvN` stores keys and
-        values in N bits with a scale and an offset per token and head, whatever the rest is.
+        values in N bits with a scale and an offset per token and head, whatever the rest is. `nvfp4` and `mxfp4` are
+        4-bit floats in blocks on both sides, with `a16` of weights alone.
 
         Raises:
             AffineQuantError: unknown name (with the nearest known one), bits that nothing here can store, or groups that
                 no product of integers has.
         """
+        if floats := re.fullmatch(r"(nvfp4|mxfp4)(a16)?", text.strip().lower()):
+            return _floats(*floats.groups())
         match = re.fullmatch(_NAME, text.strip().lower())
         if match is None:
             raise unknown_name("scheme", text, SCHEMES, where="--scheme", listing="schemes")
@@ -106,9 +114,10 @@ class Scheme:
 
     @property
     def engines_round_activations(self) -> bool:
-        """Whether stock engines quantise the activations themselves: symmetric W8A8, one scale per channel and token."""
+        """Whether stock engines quantise the activations themselves: 4-bit floats, and symmetric W8A8 with one scale per
+        channel and token."""
         weight, activation = self.weight, self.activation
-        return (
+        return (activation is not None and activation.kind != "int") or (
             activation is not None
             and activation.granularity == "token"
             and (weight.bits, activation.bits) == (8, 8)
@@ -117,8 +126,8 @@ class Scheme:
         )
 
     def bits_per_weight(self, width: int, scale_bits: int = 16) -> float:
-        """Stored bits per weight of a row of `width` inputs: codes, scales and zero points."""
-        overhead = scale_bits + (0 if self.weight.symmetric else self.weight.bits)
+        """Stored bits per weight of a row of `width` inputs: codes, scales (of floats 8 bits each) and zero points."""
+        overhead = (scale_bits if self.weight.kind == "int" else 8) + (0 if self.weight.symmetric else self.weight.bits)
         return self.weight.bits + overhead * self.weight.groups(width) / width
 
     def bits_per_cached(self, head_width: int) -> float:
@@ -144,6 +153,16 @@ def _check_groups(text: str, weight: int | None, activation: int | None, bits: i
         )
 
 
+def _floats(kind: str, weights_alone: str | None) -> Scheme:
+    weight = NumberFormat(bits=4, symmetric=True, granularity="group", group_size=FLOAT_BLOCKS[kind], kind=kind)
+    activation = None if weights_alone else replace(weight, dynamic=True)
+    return Scheme(name=kind + (weights_alone or ""), weight=weight, activation=activation)
+
+
+FLOAT_BLOCKS = {"nvfp4": 16, "mxfp4": 32}
+"""Values that share a scale, by the kind of 4-bit float."""
+
+
 SCHEMES: dict[str, str] = {
     "w4a4": "4-bit weights per channel, 4-bit activations per token",
     "w4a4-g64-ag64": "4-bit weights and 4-bit activations, both in groups of 64 inputs",
@@ -154,5 +173,7 @@ SCHEMES: dict[str, str] = {
     "w4a16-g128": "4-bit weights in groups of 128, 16-bit activations",
     "w3a16-g64": "3-bit weights in groups of 64, 16-bit activations",
     "w8a8": "8-bit symmetric weights and activations",
+    "nvfp4": "4-bit floats in blocks of 16, weights and activations (nvfp4a16: weights alone)",
+    "mxfp4": "4-bit floats in blocks of 32, weights and activations (mxfp4a16: weights alone)",
 }
 """What `affinequant list schemes` shows and what has a flag of its own; `Scheme.parse` reads every combination."""

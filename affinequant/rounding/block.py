@@ -1,7 +1,7 @@
 """One block from real weights to codes, input group by input group, each on what the rounded part before it gives."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from affinequant.models.attention import OnAttention
 from affinequant.models.decoder import spread
+from affinequant.numbers import in_units, unit_for
 from affinequant.numbers.weights import LearnedRange, dequantize, to_integers, weight_range
 from affinequant.rounding.gptq import GPTQFailure, search_activation_clip, search_weight_range
 from affinequant.rounding.job import BlockJob
@@ -73,6 +74,8 @@ def round_block(
         told: hears of each group that is done, how many linears it has.
         noted: hears of what each site's linears read, before and after it is rounded; perhaps more than once.
     """
+    units: dict[str, float] = {}
+    job = replace(job, units=units)  # filled in as sites are reached
     weights = {f"{linear.name}.weight" for linear in job.family.linears}
     stored = {name: tensor.to(job.store) for name, tensor in tensors.items() if name not in weights}
     work = {name: (tensor if name in weights else stored[name]).float() for name, tensor in tensors.items()}
@@ -89,13 +92,16 @@ def round_block(
     figures: dict[str, dict[str, float]] = {}
     events: list[str] = []
     for site, members in job.family.input_groups():
-        if _needs_hessian(job) or "search" in job.recipe.activation_clip:
+        counts = job.scheme.activation is not None and job.scheme.activation.has_unit
+        if counts or _needs_hessian(job) or "search" in job.recipe.activation_clip:
             passing.reach(site, work, clips)
+        if counts:
+            units[site] = _activation_unit(job, passing)
         clips[site] = _activation_clip(job, work, passing, site, members, learned)
         if beside is not None:
             beside.reach(site, real, {})
         inputs = gather(job, passing, beside, clips[site]) if _needs_hessian(job) else None
-        rows, roundings[site] = _round_group(job, work, members, inputs, learned, events)
+        rows, unit, roundings[site] = _round_group(job, work, members, inputs, learned, events)
         for member, (codes, scale, zero) in rows.items():
             weight = work[f"{member}.weight"]
             value = dequantize(codes, scale, zero, job.weight_grid)
@@ -104,8 +110,12 @@ def round_block(
             stored |= {f"{member}.codes": to_integers(codes), f"{member}.scale": scale}
             if not job.scheme.weight.symmetric:
                 stored[f"{member}.zero"] = to_integers(zero)
+            if unit is not None:
+                stored[f"{member}.weight_unit"] = torch.tensor(unit)
             if job.scheme.activation is not None:
                 stored[f"{member}.input_clip"] = torch.tensor(clips[site])
+            if site in units:
+                stored[f"{member}.input_unit"] = torch.tensor(units[site])
             stored |= {stored_name(member, part): tensor.clone() for part, tensor in online.get(site, {}).items()}
         told(len(members))
     return Rounded(
@@ -142,10 +152,20 @@ def _activation_clip(
     return search_activation_clip(torch.cat(seen), weight, job.site_input(site))
 
 
+def _activation_unit(job: BlockJob, passing: Replay) -> float:
+    """The unit of the activations that have been reached, from the largest of them."""
+    assert job.activation_grid is not None
+    largest = [float(value.abs().amax()) for _, value in passing.values() if value.numel()]
+    unit = unit_for(job.activation_grid, torch.tensor(max(largest, default=0.0)))
+    assert unit is not None
+    return unit
+
+
 def _grids(
     job: BlockJob, work: Tensors, members: tuple[str, ...], inputs: Inputs | None, learned: Learned
-) -> tuple[Tensor, Tensor]:
-    """(scale, zero) of the linears that read one input, one below the other."""
+) -> tuple[Tensor, Tensor, float | None]:
+    """(scale, zero, unit) of the linears that read one input, one below the other; engines fuse them, so that they share
+    a unit."""
     grid, pairs = job.weight_grid, []
     for member in members:
         weight = work[f"{member}.weight"]
@@ -157,9 +177,10 @@ def _grids(
                 low, high = learned.ranges[member](weight, grid)
         else:
             low, high = weight_range(weight, grid)
-        pairs.append(grid.params(low, high, job.store))
-    scale, zero = (torch.cat(parts) for parts in zip(*pairs, strict=True))
-    return scale, zero
+        pairs.append((low, high))
+    low, high = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+    unit = unit_for(grid, torch.maximum(high, -low))
+    return *in_units(grid, unit).params(low, high, job.store), unit
 
 
 def _round_group(
@@ -169,11 +190,11 @@ def _round_group(
     inputs: Inputs | None,
     learned: Learned,
     events: list[str],
-) -> tuple[dict[str, tuple[Tensor, Tensor, Tensor]], dict[str, Any]]:
-    """Linear to (codes, scale, zero) for those that read one input, which are rounded together; and how: the name of the
-    way, with `auto` the held-out error of each."""
+) -> tuple[dict[str, tuple[Tensor, Tensor, Tensor]], float | None, dict[str, Any]]:
+    """Linear to (codes, scale, zero) for those that read one input, which are rounded together; the unit of their scales;
+    and how: the name of the way, with `auto` the held-out error of each."""
     grid, damping, sweeps = job.weight_grid, job.recipe.damping, job.recipe.sweeps
-    scale, zero = _grids(job, work, members, inputs, learned)
+    scale, zero, unit = _grids(job, work, members, inputs, learned)
     whole = torch.cat([work[f"{member}.weight"] for member in members])
     errors: Mapping[str, float] = {}
     if job.recipe.rounding == "auto":
@@ -189,7 +210,7 @@ def _round_group(
         codes = round_by(way, whole, None, scale, zero, grid)
     sizes = [len(work[f"{member}.weight"]) for member in members]
     rows = zip(codes.split(sizes), scale.split(sizes), zero.split(sizes), strict=True)
-    return dict(zip(members, rows, strict=True)), {"rounding": str(way), **({"errors": errors} if errors else {})}
+    return dict(zip(members, rows, strict=True)), unit, {"rounding": str(way), **({"errors": errors} if errors else {})}
 
 
 def _decibel(weight: Tensor, value: Tensor) -> float:

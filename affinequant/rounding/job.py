@@ -14,7 +14,7 @@ from affinequant.models import Family
 from affinequant.models.attention import OnAttention
 from affinequant.models.decoder import Decoder, OnInput, like_on_disk, run_block, slices
 from affinequant.models.sites import Site
-from affinequant.numbers import Grid, grid_of
+from affinequant.numbers import Grid, grid_of, in_units
 from affinequant.recipe.recipe import Recipe
 from affinequant.recipe.scheme import Scheme
 from affinequant.transforms.cached_heads import CachedHeads
@@ -51,6 +51,8 @@ class BlockJob:
     """Judges what is learned after every epoch; None where the last epoch stands."""
     starts: Mapping[str, Tensor] = field(default_factory=dict)
     """By site, matrices that have been learned already: its transform starts from them."""
+    units: Mapping[str, float] = field(default_factory=dict)
+    """By site, the unit of its activations' scales where the format has one and it is known."""
 
     @property
     def family(self) -> Family:
@@ -109,6 +111,8 @@ class BlockJob:
         """What happens to what the linears of `site` read, where `online` acts there; without a `clip` nothing is
         rounded."""
         grid = None if clip is None else self.activation_grid
+        if grid is not None and site in self.units:
+            grid = in_units(grid, self.units[site])
         return SiteInput(online=online, grid=grid, clip=1.0 if clip is None else clip, slices=self.sites[site].slices)
 
     def seed(self, purpose: str) -> int:

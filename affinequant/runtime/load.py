@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from affinequant.data.wheels import quiet
 from affinequant.errors import AffineQuantError
 from affinequant.formats import check_readable
-from affinequant.formats.compressed_tensors import unpack_linear
+from affinequant.formats.linear_tensors import read_units, unpack_linear
 from affinequant.formats.reading import pretrained, skeleton
 from affinequant.models.device import check_device, compute_device, compute_dtype
 from affinequant.models.source import Source, by_block, open_source
@@ -21,6 +21,7 @@ from affinequant.numbers.weights import dequantize
 from affinequant.progress import Steps, told_by_transformers
 from affinequant.recipe.recipe import Device, Dtype
 from affinequant.recipe.scheme import NumberFormat
+from affinequant.runtime.float_linear import FloatLinear
 from affinequant.runtime.integer_linear import IntegerLinear, check_engine, warmed
 from affinequant.transforms.online import check_online, in_order, parts_of
 
@@ -35,10 +36,10 @@ def load(
 ) -> "PreTrainedModel":
     """The model of a local folder, in eval mode, ready for `generate()`.
 
-    A checkpoint of this package with quantised activations computes its linears on integers; one without has its
-    weights dequantised. A folder that this package did not write loads as transformers loads it. `auto` is the GPU
-    where there is one; then bfloat16 on a GPU and float32 on a CPU. Code from the folder is never run. `say` is told how
-    far reading is, where that takes long.
+    A checkpoint of this package with quantised activations computes its linears on integers; one without has its weights
+    dequantised, as has one of 4-bit floats, to which activations are then rounded. A folder that this package did not
+    write loads as transformers loads it. `auto` is the GPU where there is one; then bfloat16 on a GPU and float32 on a
+    CPU. Code from the folder is never run. `say` is told how far reading is, where that takes long.
 
     Raises:
         AffineQuantError: no such folder, another version, or tensors that are missing, truncated or not finite.
@@ -179,7 +180,7 @@ def _quantized(
     linears = sum(name.endswith(".weight_scale") for name in source.entries)
     fill(source, model, "", device, dtype, Steps(say, "reading the weights", linears))
     model.tie_weights()
-    if any(isinstance(module, IntegerLinear) for module in model.modules()):
+    if any(isinstance(module, IntegerLinear | FloatLinear) for module in model.modules()):
         keep_from_saving(model, source.folder)
     return model
 
@@ -191,8 +192,8 @@ def _linear(source: Source, name: str, module: nn.Linear, ours: Mapping[str, Any
     _check_shape(codes, module.weight, name)
     bias = None if module.bias is None else _read(source, f"{name}.bias", like=module.bias).to(dtype)
     slices = ours.get("slices", {}).get(name, 1)
-    matrices = _matrices(source, name, module.in_features, slices)
-    if ours["activation"] is None and not matrices:
+    online = _online_parts(source, name, module.in_features, slices)
+    if ours["activation"] is None and not online:
         zero = torch.zeros_like(scale) if zero is None else zero.float()
         value = dequantize(codes, scale, zero, grid_of(weight))
         module.weight = nn.Parameter(value.to(dtype), requires_grad=False)
@@ -203,17 +204,16 @@ def _linear(source: Source, name: str, module: nn.Linear, ours: Mapping[str, Any
     if activation and name not in ours["input_clip"]:
         raise AffineQuantError(f"{name} has no entry in input_clip", str(source.folder / "config.json"), _AGAIN)
     clip = float(ours["input_clip"][name]) if activation else 1.0
-    settings = {"bits": weight.bits, "activation": activation, "clip": clip, "matrices": matrices, "slices": slices}
+    settings = {"activation": activation, "clip": clip, "slices": slices}
     try:
-        return IntegerLinear(codes, scale, zero, bias, dtype=dtype, **settings)
+        if weight.kind != "int":
+            unit = read_units(source, name).get("input_unit")
+            value = dequantize(codes, scale, torch.zeros_like(scale), grid_of(weight)).to(dtype)
+            return FloatLinear(value, bias, online=online, unit=None if unit is None else float(unit), **settings)
+        matrices = in_order(online) if online else []
+        return IntegerLinear(codes, scale, zero, bias, bits=weight.bits, dtype=dtype, matrices=matrices, **settings)
     except ValueError as problem:
         raise AffineQuantError(f"{name}: {problem}", str(source.folder), _AGAIN) from None
-
-
-def _matrices(source: Source, name: str, width: int, slices: int) -> list[Tensor]:
-    """What the checkpoint keeps beside a linear to act on its input, in order."""
-    found = _online_parts(source, name, width, slices)
-    return in_order(found) if found else []
 
 
 def _online_parts(source: Source, name: str, width: int, slices: int = 1) -> dict[str, Tensor]:

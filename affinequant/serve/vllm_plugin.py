@@ -86,6 +86,11 @@ class AffineQuantConfig(QuantizationConfig):
         except AffineQuantError as problem:
             raise ValueError(str(problem)) from None  # the kind of error that vLLM shows as one about its input
         self.weight = NumberFormat(**ours["weight"])
+        if self.weight.kind != "int":
+            raise ValueError(
+                f"{ours['scheme']} with transforms at run time has no kernels here, which multiply integers: load it by "
+                "affinequant.load, or quantise with --tier merged for vLLM's own kernels"
+            )
         self.activation = NumberFormat(**ours["activation"]) if ours["activation"] else None
         self.whole = declares_activations(Scheme.parse(ours["scheme"]))
         """Codes are stored as int8, as they are, instead of packed into words."""

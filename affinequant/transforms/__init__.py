@@ -65,6 +65,15 @@ TRANSFORMS: dict[str, tuple[str, str, str]] = {
     "kronecker": ("kronecker", _HERE + "kronecker:Kronecker", "a product of two small matrices, spectra bounded"),
     "block": ("block", _HERE + "block:Block", "a matrix per head or block of features, spectra bounded"),
     "lu": ("block", _HERE + "lu:LowerUpper", "triangular factors per head or block of features"),
+    **{
+        f"shared-{width}": (f"shared-{width}", f"{_HERE}shared:shared_{width}", f"one matrix for all blocks of {width}")
+        for width in (16, 32, 64, 128)
+    },
+    "block-hadamard": (
+        "orthogonal",
+        _HERE + "shared:BlockHadamard",
+        "fixed rotation with random signs, per head or block",
+    ),
     "dense": ("dense", _HERE + "block:dense", "one matrix of the whole width, for comparison"),
     "orthogonal": (
         "orthogonal",

@@ -10,6 +10,7 @@ from affinequant.models import Dims, Family
 from affinequant.models.sites import Kind, Placement, Site, named, online_numbers, place
 from affinequant.recipe.presets import PRESETS
 from affinequant.recipe.recipe import AUTO, CHOICE_SITES, EVERY, Recipe
+from affinequant.recipe.scheme import FLOAT_BLOCKS
 from affinequant.transforms import LEARNED_ROTATIONS, names_at, split_parts, structures_of
 
 CANDIDATES: Mapping[Kind, tuple[str, ...]] = {
@@ -251,12 +252,12 @@ def check_groups(recipe: Recipe, family: Family, dims: Dims) -> None:
         fix = recipe.scheme
         for word in groups:
             fix = fix.replace(f"{word}{group}", f"{word}{near}" if near else "")
-        raise AffineQuantError(
-            f"groups of {group} do not divide {wrong} inputs",
-            "--scheme",
-            f"use {fix!r}" + (f": {near} is the nearest that divides all of {widths}" if near else ", without groups"),
-            exit_code=PREFLIGHT,
-        )
+        fix = f"use {fix!r}" + (f": {near} is the nearest that divides all of {widths}" if near else ", without groups")
+        if recipe.parsed_scheme.weight.kind != "int":  # their groups are what hardware has
+            other = next((name for name, size in FLOAT_BLOCKS.items() if common % size == 0), "w4a4")
+            fix = f"use {other!r}"
+        what = f"groups of {group} do not divide {wrong} inputs"
+        raise AffineQuantError(what, "--scheme", fix, exit_code=PREFLIGHT)
     if any(width % 8 for width in widths + rows):
         raise AffineQuantError(
             f"widths {sorted({*widths, *rows})} are not all multiples of 8, which packed storage needs",
