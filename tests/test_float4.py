@@ -230,3 +230,5 @@ def test_blocks_that_do_not_fit_are_refused_with_what_does(tiny: Tiny) -> None:
     with pytest.raises(AffineQuantError) as caught:
         affinequant.plan(tiny(mlp=136), scheme="nvfp4", data="demo", seq_len=128)
     assert caught.value.fix == "use 'w4a4'"
+    with pytest.raises(AffineQuantError, match="experts are not rounded to 4-bit floats"):
+        affinequant.plan(tiny(family="mixtral"), scheme="nvfp4", data="demo", seq_len=128)

@@ -205,7 +205,7 @@ def _matrices(
         n1, n2 = kronecker_factors(site)  # of a slice: all slices share them
         return wush_kronecker_rows(x.reshape(-1, n1 * n2), w.reshape(-1, n1 * n2), n1, n2)
     if structure in SHARED:
-        rows = (value.double().reshape(-1, shared_width(structure)) for value in (x, w))
-        return wush(*(value.mT @ value / len(value) for value in rows))
+        x, w = (value.double().reshape(-1, shared_width(structure)) for value in (x, w))
+        return wush(x.mT @ x / len(x), w.mT @ w / len(w))
     width = block_width(site) if structure == "block" else x.shape[1]
     return wush_blocks(x.mT @ x / len(x), w.mT @ w / len(w), width)

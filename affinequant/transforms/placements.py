@@ -238,9 +238,12 @@ def check_groups(recipe: Recipe, family: Family, dims: Dims) -> None:
     """Whether the scheme's groups divide every linear's inputs, and packed storage its widths.
 
     Raises:
-        AffineQuantError: with the nearest group that does (exit 3).
+        AffineQuantError: with the nearest group that does, or experts in 4-bit floats (exit 3).
     """
     groups = _groups(recipe)
+    if dims.experts and recipe.parsed_scheme.weight.kind != "int":
+        what = f"experts are not rounded to 4-bit floats as yet, and {family.name} has some"
+        raise AffineQuantError(what, "--scheme", "use a scheme of integers, such as w4a16-g32", exit_code=PREFLIGHT)
     shapes = [linear.shape(dims) for linear in family.linears]
     rows, widths = (sorted(set(sizes)) for sizes in zip(*shapes, strict=True))
     group = next(iter(groups.values()), None)
