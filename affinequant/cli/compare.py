@@ -68,6 +68,8 @@ def add_arguments(parser: Parser) -> None:
         metavar="FILE",
         help="in their place, recipes: a TOML file with a table of a recipe's fields for each",
     )
+    text = "try them in memory, rounded to nearest, on few tokens: how far predictions on held-out text diverge, no checkpoints"
+    group.add_argument("--trial", action="store_true", help=text)
     group.add_argument("--seeds", metavar="0-2", help="make each preset with each of these, like 0-2 or 0,1,5")
     group.add_argument("-o", "--out", metavar="DIR", help="folder to write (default: ./MODEL-SCHEME-presets)")
     group.add_argument("--overwrite", action="store_true", help="make every checkpoint anew, finished or not")
@@ -98,6 +100,10 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
     text = args.text or "demo"
     ready = prepare(first.model, text=text, seq_len=args.window_len, windows=windows, bos=args.bos, say=screen.say)
     _make_folder(out)
+    if args.trial:
+        from affinequant.cli.trial import run_trial
+
+        return run_trial(recipes, ready, out, screen)
     check_report(args.report, out)
     entries = []
     for number, (name, recipe) in enumerate(recipes, start=1):
@@ -158,7 +164,8 @@ def _by_preset(names: Sequence[str], entries: Sequence[Entry]) -> list[Entry]:
 
 
 def variants_of(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Name to the fields of its recipe, of all that is to be compared: presets, or the tables of a file.
+    """Name to the fields of its recipe, of all that is to be compared: presets, or the tables of a file, each on top of what
+    stands above them there. What is typed beside it goes before both.
 
     Raises:
         AffineQuantError: neither or both were named, or no such file, or one that holds no tables.
@@ -177,11 +184,13 @@ def variants_of(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     except tomllib.TOMLDecodeError as problem:
         what = f"{args.variants} is not TOML: {problem}"
         raise AffineQuantError(what, "--variants", "correct that line") from None
-    wrong = [name for name, fields in tables.items() if not isinstance(fields, dict) or re.search(r"[^\w.-]", name)]
-    if wrong or not tables:
-        what = f"{wrong[0]!r} is no table with a plain name" if wrong else "it has no tables"
+    shared = {name: value for name, value in tables.items() if not isinstance(value, dict)}
+    named = {name: shared | fields for name, fields in tables.items() if isinstance(fields, dict)}
+    if not named or any(re.search(r"[^\w.-]", name) for name in named):
+        what = "it has no tables" if not named else f"names must be plain: {', '.join(named)}"
         raise AffineQuantError(what, args.variants, "write [NAME] above the fields of each recipe")
-    return tables
+    typed = {name for name, value in vars(args).items() if value is not None} - {"transforms"}
+    return {name: {key: fields[key] for key in fields if key not in typed} for name, fields in named.items()}
 
 
 def preset_names(typed: str | None) -> list[str]:
