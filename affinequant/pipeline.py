@@ -152,7 +152,9 @@ def tokens_of(made: Plan, listen: Progress) -> Tokens:
         AffineQuantError: no tokenizer, no such text, or too little of it.
     """
     recipe = made.recipe
-    tokenizer = load_tokenizer(made.source.folder, made.dims.vocab, trust_remote_code=recipe.trust_remote_code)
+    tokenizer = load_tokenizer(
+        made.source.folder, made.dims.vocab, bos=made.family.bos, trust_remote_code=recipe.trust_remote_code
+    )
     return calibration_tokens(
         recipe.data, tokenizer, samples=recipe.samples, seq_len=recipe.seq_len, seed=recipe.seed, say=listen.say
     )

@@ -12,7 +12,7 @@ from typing import Any
 
 from affinequant.costs import PROCESS_BYTES, kept_bytes, minutes, stream_bytes
 from affinequant.data.text import check_source, needs_hub
-from affinequant.data.tokenizer import check_code, check_tokenizer
+from affinequant.data.tokenizer import check_code, check_tokenizer, without_bos
 from affinequant.errors import PREFLIGHT, AffineQuantError
 from affinequant.formats import find_format
 from affinequant.formats.side_files import SideFiles, find_side_files
@@ -160,8 +160,8 @@ def _planned(recipe: Recipe, folder: Path, has_weights: bool) -> Plan:
         raise AffineQuantError(
             f"format {recipe.format} cannot hold this: {reason}", "--format", "see `affinequant list formats`"
         )
-    fetched = _fetched(recipe.data)
-    return _with_costs(recipe, source, family, dims, sites, placements, side, (*left_out, *fetched))
+    fetched, said_of_bos = _fetched(recipe.data), without_bos(folder) if family.bos else ()
+    return _with_costs(recipe, source, family, dims, sites, placements, side, (*said_of_bos, *left_out, *fetched))
 
 
 def _fetched(data: str) -> tuple[str, ...]:

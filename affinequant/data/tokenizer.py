@@ -52,8 +52,13 @@ def check_tables(folder: Path) -> set[str]:
     return there
 
 
-def load_tokenizer(folder: Path, vocab: int | None = None, *, trust_remote_code: bool = False) -> Any:
+def load_tokenizer(
+    folder: Path, vocab: int | None = None, *, bos: bool = False, trust_remote_code: bool = False
+) -> Any:
     """The transformers tokenizer of a folder, which has encoded a line.
+
+    Args:
+        bos: let it start texts with its BOS, if it has one, where it does not by itself.
 
     Raises:
         AffineQuantError: it cannot be loaded, gives no tokens, or gives some that a model of `vocab` does not know (exit 3).
@@ -62,6 +67,8 @@ def load_tokenizer(folder: Path, vocab: int | None = None, *, trust_remote_code:
 
     try:
         made: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+        if bos and made.bos_token_id is not None and not adds_bos(made):
+            made.add_bos_token = True
         ids = made(LINE, add_special_tokens=False)["input_ids"]
         largest = max(made.get_vocab().values(), default=0)
     except Exception as problem:  # whatever the files are, it is not this package's mistake
@@ -72,6 +79,31 @@ def load_tokenizer(folder: Path, vocab: int | None = None, *, trust_remote_code:
         raise _unloadable(folder, problem) from problem
     _check_ids(ids, largest, vocab, folder)
     return made
+
+
+def adds_bos(tokenizer: Any) -> bool:
+    """Whether the tokenizer itself starts a text with its BOS token."""
+    ids = tokenizer("a")["input_ids"]
+    return tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
+
+
+def without_bos(folder: Path) -> tuple[str, ...]:
+    """What to say of a tokenizer.json that starts no text with its BOS, where the model cannot do without; else nothing."""
+    config = read_table(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+    if not (folder / "tokenizer.json").is_file() or config.get("auto_map") or config.get("add_bos_token") is True:
+        return ()
+    from tokenizers import Tokenizer
+
+    declared = config.get("bos_token")
+    name = declared.get("content") if isinstance(declared, Mapping) else declared
+    made = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    start = made.token_to_id(name) if isinstance(name, str) else None
+    if start is None or made.encode("a").ids[:1] == [start]:
+        return ()
+    return (
+        f"tokenizer.json starts no text with {name}, and without it this model makes nonsense: calibration and `eval` put it "
+        "there, engines do not (set add_bos_token = True on the tokenizer and save it: that goes into the file)",
+    )
 
 
 def check_code(config: Mapping[str, Any], whose: str, folder: Path, *, trusted: bool) -> None:

@@ -10,6 +10,7 @@ from affinequant.data.files import first_line
 from affinequant.data.text import DATA as DATA
 from affinequant.data.text import HUB, MOST_CHARACTERS, hub_rows, read_text, texts
 from affinequant.data.text import check_source as check_source
+from affinequant.data.tokenizer import adds_bos as adds_bos
 from affinequant.data.wheels import Say, quiet
 from affinequant.errors import PREFLIGHT, AffineQuantError
 
@@ -101,12 +102,6 @@ def evaluation_text(
     if source == "wikitext2":
         return "wikitext2", "\n\n".join(texts(hub_rows(*HUB[source][:2], split="test", flag=flag), source, flag=flag))
     return read_text(source, most, say, flag=flag)
-
-
-def adds_bos(tokenizer: Any) -> bool:
-    """Whether the tokenizer itself starts a text with its BOS token."""
-    ids = tokenizer("a")["input_ids"]
-    return tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:

@@ -37,10 +37,9 @@ def resolve(config: Mapping[str, Any], *, where: str) -> tuple[Family, Dims]:
             that is missing or impossible, or weights that are already quantised.
     """
     check_keys(config, where)
-    names = config.get("architectures") or []
-    family = next((f for f in FAMILIES.values() if any(name in f.architectures for name in names)), None)
+    family = find_family(config)
     if family is None:
-        raise _unsupported(names, config.get("model_type"), where)
+        raise _unsupported(config.get("architectures") or [], config.get("model_type"), where)
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "unknown")
         raise AffineQuantError(
@@ -64,6 +63,12 @@ def resolve(config: Mapping[str, Any], *, where: str) -> tuple[Family, Dims]:
     if family.kinds is not None:
         dims = replace(dims, kinds=tuple(family.kinds(config, index) for index in range(dims.layers)))
     return family.sized(dims), dims
+
+
+def find_family(config: Mapping[str, Any]) -> Family | None:
+    """The family of a config.json's architecture; None where there is none here."""
+    names = config.get("architectures") or []
+    return next((f for f in FAMILIES.values() if any(name in f.architectures for name in names)), None)
 
 
 def _unsupported(names: Sequence[str], kind: Any, where: str) -> AffineQuantError:

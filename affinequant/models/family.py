@@ -152,6 +152,8 @@ class Family:
     """The module that embeds positions, where they are learned."""
     layer_norm: bool = False
     """Whether norms take away the mean and add a bias: rotations of the residual stream do not commute with these."""
+    bos: bool = False
+    """Whether its models make nonsense of a text that does not begin with a BOS, whatever the tokenizer does."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """Config keys that may be absent, with what transformers takes them to be then."""
     dims: Callable[[Mapping[str, Any], str], Dims] = read_dims

@@ -24,6 +24,7 @@ GEMMA2 = replace(
     name="gemma2",
     architectures=("Gemma2ForCausalLM",),
     norm_offset=1.0,
+    bos=True,
     layers=_layers(ATTENTION),
     settings={"hidden_activation": ("gelu_pytorch_tanh",), "use_bidirectional_attention": (False,)},
     defaults={"head_dim": 256, "num_key_value_heads": 4, "tie_word_embeddings": True},

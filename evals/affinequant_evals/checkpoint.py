@@ -12,7 +12,7 @@ from typing import Any
 
 from affinequant.data.tokenizer import load_tokenizer
 from affinequant.data.wheels import Say, quiet
-from affinequant.models import check_length
+from affinequant.models import check_length, find_family
 from affinequant.models.source import open_source
 from affinequant.recipe.recipe import Device, Dtype
 from affinequant.run.run import Run
@@ -159,7 +159,7 @@ def prepare(checkpoint: str | Path, *, verbose: bool = False, say: Say = quiet, 
     folder = locate_said(str(checkpoint), say)
     measured = measurements(**wanted)
     _check_length(folder, measured)
-    tokenizer = load_tokenizer(folder, _vocab(folder))
+    tokenizer = load_tokenizer(folder, _vocab(folder), bos=_needs_bos(folder))
     backend = find_backend(measured.backend)
     seq_len = measured.seq_len if measured.texts else 0
     check_room(backend, seq_len, folder)
@@ -288,6 +288,11 @@ def _incomparable(ready: Ready, other: Path, backend: Backend) -> str:
 def _vocab(folder: Path) -> int | None:
     size = open_source(folder, weights=False).config.get("vocab_size")
     return size if isinstance(size, int) else None
+
+
+def _needs_bos(folder: Path) -> bool:
+    family = find_family(open_source(folder, weights=False).config)
+    return family is not None and family.bos
 
 
 def _check_length(folder: Path, wanted: Measurements) -> None:
