@@ -19,7 +19,7 @@ from affinequant.models import FAMILIES, Family, resolve, resolve_sites
 from affinequant.models.experts import split_experts
 from affinequant.models.sites import SHARED, Site, in_expert, place
 from affinequant.runtime.cache import quantize_cache
-from affinequant.transforms import TRANSFORMS, build, structures_of
+from affinequant.transforms import SHIFT, TRANSFORMS, build, structures_of
 from affinequant.transforms.fold import Tensors, fold, rotate_block, rotate_outer
 from tests.tiny import OWN
 
@@ -233,7 +233,7 @@ def test_everything_at_once_changes_no_logit(family: str, shape: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "shape"), [*((family, "gqa") for family in ("llama", "gemma3", "phi3")), ("llama", "width-60")]
+    ("family", "shape"), [*((family, "gqa") for family in ("llama", "gemma3", "phi3", "opt")), ("llama", "width-60")]
 )
 def test_transforms_in_a_row_change_no_logit(family: str, shape: str) -> None:
     case = tiny(family, shape)
@@ -288,7 +288,24 @@ def test_what_is_not_folded_would_change_logits(family: str, site: str, transfor
         pytest.skip("queries and keys differ in width, so it could not even be applied to both")
     if case.sites[site].kind == "rope" and case.sites[site].sources[0].side == "gain":
         pytest.skip("all heads share one gain there, so it could not even be applied")
+    if transform == SHIFT and case.sites[site].kind == "rope":
+        pytest.skip("what no linear reads leaves nothing for a bias to take up")
+    ends = (*case.sites[site].sources, *case.sites[site].sinks)
+    if transform == SHIFT and not all(edge.bias for edge in ends):
+        with pytest.raises(KeyError, match=r"\.bias"):
+            applied(case, site, transform)
+        return
     assert distance(case, applied(case, site, transform)) > CHANGED
+
+
+def test_a_shift_of_values_passes_wherever_v_and_o_have_biases() -> None:
+    """Also where no norm has one."""
+    case = tiny("llama", "biases")
+    how = {name: place(site, "translation").how for name, site in case.sites.items()}
+    assert {name for name, placed in how.items() if placed == "folded"} == {"vo"}
+    state = applied(case, "vo", SHIFT)
+    assert moved(case, state) > 0.05
+    assert distance(case, state) < TOLERANCE
 
 
 @pytest.mark.parametrize("transform", ["banded", "diagonal"])

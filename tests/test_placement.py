@@ -13,13 +13,13 @@ LLAMA_3_8B = Dims(layers=32, hidden=4096, mlp=14336, heads=32, kv_heads=8, head_
 
 # Online: floating-point operations per token of one block, multiply and add counted apart.
 GOLDEN = """
-site      diagonal  rope-pair  per-head  kronecker         block            dense            hadamard         orthogonal
-residual  refused   refused    refused   refused           refused          refused          folded           folded
-attn_in   folded    refused    refused   online 1,048,576  online 524,288   online 33554432  online 1,048,576 online 524,288
-qk        refused   folded     refused   refused           refused          refused          online 2,097,152 refused
-vo        folded    refused    folded    online 1,310,720  folded           refused          folded           folded
-mlp_in    folded    refused    refused   online 1,048,576  online 524,288   online 33554432  online 1,048,576 online 524,288
-mlp_mid   folded    refused    refused   online 4,711,424  online 1,409,024 refused          online 4,711,424 online 1,409,024
+site     diagonal rope-pair per-head kronecker        block          dense           hadamard         orthogonal     translation
+residual refused  refused   refused  refused          refused        refused         folded           folded         refused
+attn_in  folded   refused   refused  online 1,048,576 online 524288  online 33554432 online 1,048,576 online 524288  refused
+qk       refused  folded    refused  refused          refused        refused         online 2,097,152 refused        refused
+vo       folded   refused   folded   online 1,310,720 folded         refused         folded           folded         refused
+mlp_in   folded   refused   refused  online 1,048,576 online 524288  online 33554432 online 1,048,576 online 524288  refused
+mlp_mid  folded   refused   refused  online 4,711,424 online 1409024 refused         online 4,711,424 online 1409024 refused
 """
 
 ONE_FOR_ALL_BLOCKS = """

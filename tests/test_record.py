@@ -81,7 +81,7 @@ def test_a_picture_has_the_largest_of_each_tile() -> None:
 @pytest.mark.parametrize("name", [*TRANSFORMS, "hadamard+banded"])
 def test_what_is_seen_of_a_transform_is_what_acts(tiny: Tiny, name: str) -> None:
     """The first head or block, or the whole as the product of what is seen."""
-    sites = make_job(tiny(hidden=96, heads=4))[0].sites.values()
+    sites = make_job(tiny(hidden=96, heads=4, bias=True))[0].sites.values()
     kinds = structures_of(name, where="")
     fits = [one for one in sites if all(place(one, kind).how != "refused" for kind in kinds)]
     site = next(one for one in fits if one.kind != "residual")
@@ -92,6 +92,8 @@ def test_what_is_seen_of_a_transform_is_what_acts(tiny: Tiny, name: str) -> None
     transform.progress(1.0)
     seen = matrices(transform)
     whole = transform.on_activations(torch.eye(site.width, dtype=torch.float64)).detach()
+    if name == "shift":
+        whole = -transform.on_activations(torch.zeros(1, site.width, dtype=torch.float64)).detach()
     if name == "diagonal":
         whole = whole.diagonal()[None]
     expected = torch.ones(1, 1, dtype=torch.float64)

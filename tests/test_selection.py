@@ -72,7 +72,7 @@ def test_one_massive_token_counts_though_tokens_outvote_it() -> None:
 
 
 def chosen(job: BlockJob, tensors: dict[str, Tensor], rows: Tensor, at: str) -> tuple[str, dict[str, float]]:
-    found, report = select(job, tensors, {at: Seen(rows.abs().amax(0), rows)})
+    found, report = select(job, tensors, {at: Seen.of(rows)})
     assert found.recipe.transforms.get(at, "none") == report[at]["transform"]
     return report[at]["transform"], report[at]["errors"]
 
@@ -130,7 +130,7 @@ def test_heads_get_matrices_of_their_own_that_fold(tiny: Tiny) -> None:
 def test_a_block_spends_no_more_than_its_budget(tiny: Tiny, budget: float) -> None:
     job, tensors, _ = make_job(tiny(), preset="rtn", tier="online", transforms="auto", cost_budget=budget)
     seen = {
-        name: Seen(rows.abs().amax(0), rows)
+        name: Seen.of(rows)
         for name, members in job.decoder.family.input_groups()
         for rows in [rows_of(tensors[f"{members[0]}.weight"].shape[1]) ** 3]
     }

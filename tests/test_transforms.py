@@ -9,12 +9,12 @@ from torch import Tensor
 
 from affinequant.errors import AffineQuantError
 from affinequant.models.sites import SHARED, Edge, Kind, Site, place
-from affinequant.transforms import LEARNED_ROTATIONS, TRANSFORMS, build, structures_of
+from affinequant.transforms import LEARNED_ROTATIONS, SHIFT, TRANSFORMS, build, structures_of
 from affinequant.transforms.banded import Banded
 from affinequant.transforms.svd import LIMIT
 
 SIZES = [(1, 10), (2, 18), (3, 8)]
-OF_HEADS = [name for name in TRANSFORMS if name not in SHARED]
+OF_HEADS = [name for name in TRANSFORMS if name not in (SHIFT, *SHARED)]
 EVERY = [*OF_HEADS, "hadamard+banded"]
 MIXING = ["kronecker"]
 """Those that mix heads: between v and o they act on the query heads that o reads."""

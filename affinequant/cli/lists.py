@@ -136,6 +136,7 @@ def _presets() -> Listing:
         below[name] = dict(transforms) | {key: one for key, one in preset.settings.items() if key != "transforms"}
         below[name] |= {f"online:{site}": one for site, one in preset.online.get("transforms", {}).items()}
         below[name] |= {f"online, kv:{site}": one for site, one in preset.kv.items()}
+        below[name] |= {f"with biases:{site}": one for site, one in preset.shifted.items()}
     rows = [(name, preset.about) for name, preset in PRESETS.items()]
     return Listing(columns=("name", "about"), rows=rows, below=below)
 

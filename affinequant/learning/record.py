@@ -32,6 +32,7 @@ from affinequant.transforms.chain import Chain
 from affinequant.transforms.diagonal import Diagonal
 from affinequant.transforms.fold import Tensors
 from affinequant.transforms.rope_pair import RopePair
+from affinequant.transforms.shift import Shift
 
 ROWS = 512
 """Tokens that are looked at, about."""
@@ -113,6 +114,8 @@ def matrices(transform: Transform) -> dict[str, Tensor]:
         }
     if isinstance(transform, Diagonal):
         return {"": transform.log_scale.detach().exp().reshape(1, -1)}
+    if isinstance(transform, Shift):
+        return {"": transform.shift.detach().reshape(1, -1)}
     if isinstance(transform, Banded):
         return {"": transform.matrix()[0].detach()}
     if isinstance(transform, RopePair):

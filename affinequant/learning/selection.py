@@ -104,7 +104,7 @@ def _measure(job: BlockJob, tensors: Tensors, name: str, at: str, seen: Seen) ->
     """A candidate started on the first tokens and judged on the last: x V^T, for the rounded input x and the rounded
     weights V of the site's linears, against what they give in full precision."""
     site, count = job.sites[at], max(1, len(seen.rows) // HELD_OUT)
-    x, start = seen.rows[-count:], Seen(seen.rows[:-count].abs().amax(0), seen.rows[:-count])
+    x, start = seen.rows[-count:], Seen.of(seen.rows[:-count])
     w = torch.cat([tensors[f"{reader}.weight"] for reader in site.readers])
     y = x @ w.mT
     if name != "none":

@@ -59,7 +59,8 @@ def resolve(config: Mapping[str, Any], *, where: str) -> tuple[Family, Dims]:
                 f"supported: {', '.join(map(repr, allowed))}",
                 exit_code=PREFLIGHT,
             )
-    dims = family.dims(config, where)
+    flags = {linear.bias for linear in family.linears if isinstance(linear.bias, str) and linear.has_bias(config)}
+    dims = replace(family.dims(config, where), biases=tuple(sorted(flags)))
     if family.kinds is not None:
         dims = replace(dims, kinds=tuple(family.kinds(config, index) for index in range(dims.layers)))
     return family.sized(dims), dims

@@ -29,6 +29,8 @@ class Dims:
     """The width of the one that every token goes through, where there is one."""
     kinds: tuple[tuple[str, ...], ...] = ()
     """By block, the kinds of layer that it is made of; empty where every block has all that its family has."""
+    biases: tuple[str, ...] = ()
+    """The flags of the config by which linears have biases, those that are set."""
 
     @property
     def query(self) -> int:

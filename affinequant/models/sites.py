@@ -15,6 +15,7 @@ Structure = Literal[
     "dense",
     "hadamard",
     "orthogonal",
+    "translation",
     "shared-16",
     "shared-32",
     "shared-64",
@@ -30,6 +31,7 @@ STRUCTURES: tuple[Structure, ...] = (
     "dense",
     "hadamard",
     "orthogonal",
+    "translation",
     "shared-16",
     "shared-32",
     "shared-64",
@@ -47,7 +49,7 @@ class Edge:
     carries the site's features: a norm's gain, a linear's output rows, or its input columns. `copies` is how many
     consecutive heads share one head of the transform (query heads per KV head). Of a fused linear, `rows` are the first
     of its rows that is meant and the first behind. What is `plain` stays in 16 bits (a router): it reads what its norm
-    gives, not what a transform at run time makes of that.
+    gives, not what a transform at run time makes of that. Of an affine transform a `bias` takes up what is added.
     """
 
     module: str
@@ -56,6 +58,7 @@ class Edge:
     scope: Literal["block", "model"] = "block"
     rows: tuple[int, int] | None = None
     plain: bool = False
+    bias: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,7 +118,10 @@ _FOLDS: Mapping[Kind, Mapping[Structure, str]] = {
         "hadamard": "orthogonal maps commute with the norm once its gain is fused",
         "orthogonal": "orthogonal maps commute with the norm once its gain is fused",
     },
-    "norm": {"diagonal": "a diagonal goes into the norm's gain"},
+    "norm": {
+        "diagonal": "a diagonal goes into the norm's gain",
+        "translation": "a shift goes into the biases of the norm and of the linears behind it",
+    },
     "rope": {"rope-pair": "scaled rotations of a frequency pair commute with RoPE"},
     "scores": dict.fromkeys(
         ("diagonal", "rope-pair", "block", "per-head", "hadamard", "orthogonal"),
@@ -127,6 +133,7 @@ _FOLDS: Mapping[Kind, Mapping[Structure, str]] = {
         "per-head": "one matrix per KV head goes into v and o",
         "hadamard": "one rotation per KV head goes into v and o",
         "orthogonal": "one rotation per KV head goes into v and o",
+        "translation": "attention weights sum to one, so a shift goes into the biases of v and o",
     },
     "linear": {"diagonal": "a diagonal passes the elementwise product into the producer's rows"},
 }
@@ -151,6 +158,13 @@ _REFUSED: Mapping[Kind, str] = {
     "linear": "a dense matrix here would cost as much as the layer itself, and heads mean nothing",
 }
 
+_NO_SHIFT: Mapping[Kind, str] = {
+    "residual": "a shift of the residual stream would pass the norms, which divide by what reaches them",
+    "rope": "a shift of queries or keys would add to scores what differs from key to key",
+    "scores": "a shift of queries or keys would add to scores what differs from key to key",
+    "linear": "what stands between the linears there is not linear: no shift passes it",
+}
+
 
 def place(site: Site, structure: Structure) -> Placement:
     """Whether `structure` at `site` folds into the weights, stays online (with its cost), or is refused.
@@ -162,6 +176,8 @@ def place(site: Site, structure: Structure) -> Placement:
     first = site.sources[0] if site.sources else None
     if first and first.side == "gain" and site.kind == "rope" and structure in _FOLDS["rope"]:
         reason = f"the gain of {first.module} acts between the linear and RoPE: no map passes it"
+        return Placement(how="refused", reason=reason)
+    if structure == "translation" and (reason := _unshifted(site)):
         return Placement(how="refused", reason=reason)
     if structure in SHARED and site.width // site.slices % shared_width(structure):
         reason = f"blocks of {shared_width(structure)} do not divide {site.width // site.slices} features"
@@ -177,6 +193,12 @@ def refusal(site: Site) -> str:
     """Why not even what folds at other sites of this kind folds at this one; "" where it does."""
     placed = [place(site, structure) for structure in _FOLDS[site.kind]]
     return "" if any(one.how == "folded" for one in placed) else placed[0].reason
+
+
+def _unshifted(site: Site) -> str:
+    """Why no shift folds at a site; "" where one does."""
+    bare = next((edge.module for edge in (*site.sources, *site.sinks) if not edge.bias), "")
+    return _NO_SHIFT.get(site.kind) or (f"{bare} has no bias, which would take the shift up" if bare else "")
 
 
 def kronecker_factors(site: Site) -> tuple[int, int]:

@@ -18,6 +18,7 @@ def resolve_sites(family: Family, dims: Dims, tp: int = 1) -> tuple[Site, ...]:
             copies=copies if end[0] in spec.grouped else 1,
             scope="model" if module in (family.embedding, family.head) else "block",
             rows=linears[module].part(part, dims) if part else None,
+            bias=family.layer_norm if module not in linears else linears[module].bias in (True, *dims.biases),
             plain=spec.kind == "norm" and end[1] == "columns" and module not in linears,
         )
 

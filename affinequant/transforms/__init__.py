@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Transform(Protocol):
-    """An invertible linear map P on the features of a site.
+    """An invertible linear map P on the features of a site, or where a shift is part of it an affine one, x P + c.
 
     `copies` repeats each head of P for that many consecutive heads of the tensor (query heads per KV head).
     """
@@ -32,7 +32,7 @@ class Transform(Protocol):
         ...
 
     def on_activations(self, x: "torch.Tensor", copies: int = 1) -> "torch.Tensor":
-        """x P over the last axis, [..., width * copies]."""
+        """x P, or x P + c, over the last axis, [..., width * copies]."""
         ...
 
     def on_weights(self, w: "torch.Tensor", copies: int = 1) -> "torch.Tensor":
@@ -59,6 +59,7 @@ class OnlineTransform(Transform, Protocol):
 _HERE = "affinequant.transforms."
 TRANSFORMS: dict[str, tuple[str, str, str]] = {
     "diagonal": ("diagonal", _HERE + "diagonal:Diagonal", "one positive factor per feature"),
+    "shift": ("translation", _HERE + "shift:Shift", "features moved about zero; biases take that up: OPT"),
     "rope-pair": ("rope-pair", _HERE + "rope_pair:RopePair", "a scaled rotation per frequency pair"),
     "banded": ("per-head", _HERE + "banded:Banded", "dense per head under the gradual mask"),
     "hadamard": ("hadamard", _HERE + "hadamard:Hadamard", "fixed rotation with random signs, any width"),
@@ -84,6 +85,7 @@ TRANSFORMS: dict[str, tuple[str, str, str]] = {
     "polar": ("orthogonal", _HERE + "orthogonal:by_polar", "the same by the nearest orthogonal matrix (SVD)"),
 }
 """name -> (structure, where it is, what it is)."""
+SHIFT = "shift"
 LEARNED_ROTATIONS = ("orthogonal", "gram-schmidt", "polar")
 """Those that end-to-end training of the residual stream's rotation can move."""
 
@@ -131,19 +133,29 @@ def _possible(site: Site) -> str:
     return "choose another (" + "; ".join(parts) + ")" if parts else f"leave it out: {site.name}=none"
 
 
-def build(name: str, site: Site, *, seed: int, alpha: float, start: "Start | None" = None) -> "Transform":
+def build(
+    name: str,
+    site: Site,
+    *,
+    seed: int,
+    alpha: float,
+    start: "Start | None" = None,
+    shift: "torch.Tensor | None" = None,
+) -> "Transform":
     """The transform `name` for `site`. `first+second` acts one after the other; `start` goes to the first, since what
-    follows acts on features that have been mixed or balanced already.
+    follows acts on features that have been mixed or balanced already, but to the second behind a shift, which does neither.
 
     Args:
+        shift: [width] to a shift that comes first.
         start: a diagonal [width], or where the first part takes them its matrices: a pair of factors for a Kronecker
             product, [count, b, b] for blocks. None for the transform's own start.
     """
-    parts = []
-    for position, part in enumerate(name.split("+")):
+    parts, names = [], name.split("+")
+    given = {0: shift, 1: start} if names[0] == SHIFT else {0: start}
+    for position, part in enumerate(names):
         module, _, attribute = TRANSFORMS[part][1].partition(":")
         made = getattr(importlib.import_module(module), attribute)
-        parts.append(made(site, seed=seed + position, alpha=alpha, start=None if position else start))
+        parts.append(made(site, seed=seed + position, alpha=alpha, start=given.get(position)))
     if len(parts) == 1:
         return parts[0]
     from affinequant.transforms.chain import Chain

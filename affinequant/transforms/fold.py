@@ -8,6 +8,7 @@ from torch import Tensor
 from affinequant.models import Family
 from affinequant.models.sites import Edge, Site
 from affinequant.transforms import Transform
+from affinequant.transforms.shift import added, shifts
 
 Tensors = dict[str, Tensor]
 Action = Callable[[Tensor, int], Tensor]
@@ -28,18 +29,21 @@ def fold(
     Names are relative to the scope: `self_attn.v_proj.weight` [rows, columns]. Differentiable in the transform's
     parameters; computed in the dtype of the tensors. Edges whose tensors are absent are skipped only when they belong
     to the other scope. With `online`, P acts on activations at run time, so the sources are left as they are, and what
-    reads them plainly; between RoPE and attention P and P^-T both do, on queries and keys, so no tensor changes.
+    reads them plainly; between RoPE and attention P and P^-T both do, on queries and keys, so no tensor changes. Of an
+    affine x P + c biases take c up.
 
     Raises:
-        KeyError: a tensor of this scope is missing.
+        KeyError: a tensor of this scope is missing, a bias that has something to take up included.
     """
     result = dict(tensors)
     sources = () if online else site.sources
     sinks = () if online and site.kind == "rope" else site.sinks
-    for edges, action in ((sources, transform.on_activations), (sinks, transform.on_weights)):
+    for edges, action in ((sources, _linear(transform)), (sinks, transform.on_weights)):
         for edge in edges:
             if edge.scope == scope and not (online and edge.plain):
                 _act(result, edge, action, norm_offset)
+                if shifts(transform):
+                    _take_up(result, edge, transform, edges is sources)
     return result
 
 
@@ -105,6 +109,22 @@ def _act(tensors: Tensors, edge: Edge, action: Action, norm_offset: float) -> No
             tensors[bias] = _on_part(tensors[bias], edge, lambda part: action(part, edge.copies))
     else:
         tensors[weight] = _on_part(tensors[weight], edge, lambda part: action(part, edge.copies))
+
+
+def _linear(transform: Transform) -> Action:
+    """x P alone, of an affine x P + c."""
+    if not shifts(transform):
+        return transform.on_activations
+    return lambda x, copies: transform.on_activations(x, copies) - added(transform, x, copies)
+
+
+def _take_up(tensors: Tensors, edge: Edge, transform: Transform, source: bool) -> None:
+    """Into its bias what a source's features move by, or out of it what a sink makes of that: b + c, or b - W P^-T c."""
+    name, weight = f"{edge.module}.bias", tensors[f"{edge.module}.weight"]
+    if source:
+        tensors[name] = _on_part(tensors[name], edge, lambda part: part + added(transform, part, edge.copies))
+    else:
+        tensors[name] = tensors[name] - weight @ added(transform, weight, edge.copies)
 
 
 def _on_part(tensor: Tensor, edge: Edge, action: Callable[[Tensor], Tensor]) -> Tensor:

@@ -51,11 +51,11 @@ def choosing(recipe: Recipe, family: Family) -> Recipe:
 
 
 def fitted(recipe: Recipe, sites: Mapping[str, Site]) -> tuple[Recipe, tuple[str, ...]]:
-    """The recipe without what its preset asks for and these sites refuse, and a note of each that went: a preset is for
-    all families. What was named beside the preset stays, to be refused by name."""
-    first = first_of(sites)
-    base = PRESETS[recipe.preset].fields(recipe.tier, kv=recipe.parsed_scheme.kv is not None).get("transforms", {})
-    gone = {}
+    """The recipe without what its preset asks for and these sites refuse, with what the preset has for sites that take a
+    shift, and a note of each: a preset is for all families. What was named beside it stays, to be refused by name."""
+    first, preset = first_of(sites), PRESETS[recipe.preset]
+    base = preset.fields(recipe.tier, kv=recipe.parsed_scheme.kv is not None).get("transforms", {})
+    kept, notes = dict(recipe.transforms), list[str]()
     for name, chosen in recipe.transforms.items():
         if base.get(name) != chosen or chosen == AUTO:
             continue
@@ -64,9 +64,12 @@ def fitted(recipe: Recipe, sites: Mapping[str, Site]) -> tuple[Recipe, tuple[str
             (part.reason for part in parts if part.how == "refused"), "" if parts else "there is no such site"
         )
         if reason:
-            gone[name] = f"{recipe.preset}'s {name}={chosen} is left out: {reason}"
-    kept = {name: chosen for name, chosen in recipe.transforms.items() if name not in gone}
-    return replace(recipe, transforms=kept), tuple(gone.values())
+            del kept[name]
+            notes.append(f"{recipe.preset}'s {name}={chosen} is left out: {reason}")
+        elif name in preset.shifted and place(first[name], "translation").how == "folded":
+            kept[name] = preset.shifted[name]
+            notes.append(f"{recipe.preset}'s {name}={chosen} is {kept[name]} here: biases take the shift up")
+    return replace(recipe, transforms=kept), tuple(notes)
 
 
 def first_of(sites: Mapping[str, Site]) -> dict[str, Site]:

@@ -13,13 +13,15 @@ from affinequant.recipe.tables import flat
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preset:
     """`settings`: recipe options by their flat names, which any flag overrides. `online`: what differs in the online
-    tier. `kv`: which transforms the online tier adds where the scheme quantises the KV cache. `demo`: what differs on the
-    embedded model, sized for two CPU cores."""
+    tier. `kv`: which transforms the online tier adds where the scheme quantises the KV cache. `shifted`: which transforms
+    stand in the place of its own where biases take a shift up. `demo`: what differs on the embedded model, sized for two
+    CPU cores."""
 
     about: str
     settings: Mapping[str, Any]
     online: Mapping[str, Any] = field(default_factory=dict)
     kv: Mapping[str, str] = field(default_factory=dict)
+    shifted: Mapping[str, str] = field(default_factory=dict)
     demo: Mapping[str, Any] = field(default_factory=dict)
 
     def fields(self, tier: str, *, kv: bool, demo: bool = False) -> dict[str, Any]:
