@@ -14,12 +14,14 @@ import pytest
 
 import affinequant
 from affinequant.cli import COMMANDS, arguments, inspect, main, quantize
+from affinequant.models import FAMILIES
 from affinequant.models import source as checkpoint
 from affinequant.recipe.presets import PRESETS
 from affinequant.recipe.recipe import Recipe, resolve
 from affinequant.recipe.recipe import options as recipe_options
 from affinequant.recipe.scheme import SCHEMES
 from affinequant.run.run import Run
+from affinequant.serve.families import PROVEN
 
 Tiny = Callable[..., Path]
 Capture = pytest.CaptureFixture[str]
@@ -511,6 +513,20 @@ def test_list(topic: str, names: list[str], capsys: Capture) -> None:
     for name in names:
         assert name in shown
     assert topic in answer(capsys, ["list"])["list"]
+
+
+def test_models_say_what_each_can_be_made_into(capsys: Capture) -> None:
+    """Within 100 columns; and with --json what folds and what stays online at each site, and what is refused and why."""
+    assert main(["list", "models"]) == 0
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 100
+    models = {row["family"]: row for row in answer(capsys, ["list", "models"])["list"]["models"]}
+    assert set(models) == set(FAMILIES)
+    assert {name for name, row in models.items() if row["vllm"] == "proven"} == set(PROVEN)
+    opt, llama = models["opt"], models["llama"]
+    assert opt["tiers"]["merged"]["attn_in"] == ["diagonal", "shift"] and opt["tiers"]["merged"]["residual"] == []
+    assert "take away the mean" in opt["refused"]["residual"] and "no OPT" in opt["refused"]["gguf"]
+    assert llama["refused"] == {} and "kronecker" in llama["tiers"]["online"]["attn_in"]
+    assert "experts" in models["mixtral"]["refused"]["vllm"] and models["mixtral"]["vllm"] == "refused"
 
 
 def test_env(tiny: Tiny, options: list[str], tmp_path: Path, capsys: Capture, monkeypatch: Patch) -> None:

@@ -1,8 +1,9 @@
 """`affinequant list`: what there is to choose from."""
 
 import argparse
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
 from affinequant.cli.arguments import Parser
@@ -20,20 +21,35 @@ Without a word all of them are listed. Each name can be used where a flag asks f
   published   nowhere; these are figures of papers. --model NAME lists those of one model
 """
 
+_SIZES = dict.fromkeys(("hidden", "mlp", "expert", "shared"), 64) | {"heads": 4, "kv_heads": 2, "head_dim": 16}
+"""Of a model of whichever family."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Listing:
-    """A table: its columns, and rows whose first cell is the name. `below` gives a further line to a row."""
+    """A table: its columns, and rows whose first cell is the name. `below` gives a further line to a row.
+
+    Where not all columns are `shown`, these are, under headings of their own; `notes` stand behind the table. With --json there
+    are all columns, and by name `more`.
+    """
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     below: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    shown: Mapping[str, str] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+    more: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def headings(self) -> list[str]:
+        """What stands above the columns that are shown."""
+        return list(self.shown.values()) or list(self.columns)
 
     def lines(self) -> list[Sequence[str]]:
         """The rows as they are shown."""
         shown: list[Sequence[str]] = []
+        places = [self.columns.index(name) for name in self.shown or self.columns]
         for row in self.rows:
-            shown.append(row)
+            shown.append([row[place] for place in places])
             settings = [f"{name}={value}" for name, value in self.below.get(row[0], {}).items()]
             for start in range(0, len(settings), 3):
                 shown.append(("", "  " + " ".join(settings[start : start + 3])))
@@ -57,13 +73,16 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
     for index, (topic, listing) in enumerate(found.items()):
         if index:
             screen.print()
-        screen.table(listing.columns, listing.lines(), title=topic if len(found) > 1 else "")
+        screen.table(listing.headings(), listing.lines(), title=topic if len(found) > 1 else "")
+        for note in listing.notes:
+            screen.print("\n".join(textwrap.wrap(note, 100, subsequent_indent="  ")))
     screen.result({"schema": 1, "list": {topic: _as_json(listing) for topic, listing in found.items()}})
     return 0
 
 
 def _as_json(listing: Listing) -> list[dict[str, Any]]:
     rows = [dict[str, Any](zip(listing.columns, row, strict=True)) for row in listing.rows]
+    rows = [row | listing.more.get(row[listing.columns[0]], {}) for row in rows]
     return [row | ({"settings": listing.below[row["name"]]} if listing.below else {}) for row in rows]
 
 
@@ -79,22 +98,56 @@ def _schemes() -> Listing:
 
 
 def _models() -> Listing:
-    from affinequant.formats.gguf_settings import ARCHITECTURES
+    from affinequant.formats import FORMATS, find_format
     from affinequant.models import FAMILIES, Dims, resolve_sites
     from affinequant.models.sites import named, refusal
+    from affinequant.serve.families import in_vllm
+    from affinequant.transforms import names_at
 
-    of_experts = {"experts": 1, "expert": 64, "shared": 64}
-    dims = Dims(layers=1, hidden=64, mlp=64, heads=4, kv_heads=2, head_dim=16, vocab=1, tied=False, **of_experts)
-    rows = []
+    dims = Dims(**dict.fromkeys(("layers", "vocab", "experts"), 1), **_SIZES, tied=False)
+    rows, tiers, reasons = [], {}, dict[str, list[str]]()
     for name, family in FAMILIES.items():
-        refused = {named(site.name): refusal(site) for site in resolve_sites(family.sized(dims), dims)}
-        words = "; ".join(f"{site}: {reason}" for site, reason in refused.items() if reason)
-        left = [] if name in ARCHITECTURES else ["gguf"]
-        left += ["humming", "nvfp4"] if any(layer.experts for layer in family.layers.values()) else []
-        exports = f"all but {', '.join(left)}" if left else "all"
-        rows.append((name, ", ".join(family.architectures), ", ".join(refused), exports, words))
-    columns = ("family", "architectures in config.json", "sites", "exports", "where nothing folds")
-    return Listing(columns=columns, rows=rows)
+        flags = tuple(linear.bias for linear in family.linears if isinstance(linear.bias, str))
+        found = resolve_sites(
+            family.sized(dims), replace(dims, biases=tuple(f for f in flags if family.defaults.get(f)))
+        )
+        sites = {named(site.name): site for site in found}
+        bare = {site: reason for site, one in sites.items() if (reason := refusal(one))}
+        lacking = {one: reason for one in FORMATS if (reason := find_format(one).lacks(family))}
+        status, meaning = in_vllm(family)
+        said = {f"{site}: {reason}" for site, reason in bare.items()} | {f"vLLM {status}: {meaning}"}
+        for words in said | {f"{one}: {reason}" for one, reason in lacking.items()}:
+            reasons.setdefault(words, []).append(name)
+        exports = f"all but {', '.join(lacking)}" if lacking else "all"
+        nowhere = "; ".join(f"{site}: {reason}" for site, reason in bare.items())
+        rows.append(
+            (name, ", ".join(family.architectures), ", ".join(sites), exports, nowhere, status, ", ".join(bare))
+        )
+        tiers[name] = {
+            "tiers": {
+                tier: {site: _words(names_at(one, how)) for site, one in sites.items()}
+                for tier, how in (("merged", "folded"), ("online", "online"))
+            },
+            "refused": {**bare, **lacking} | ({} if status == "proven" else {"vllm": meaning}),
+        }
+    columns = ("family", "architectures in config.json", "sites", "exports", "where nothing folds", "vllm", "unfolded")
+    return Listing(
+        columns=columns,
+        rows=rows,
+        more=tiers,
+        shown={
+            "family": "family",
+            columns[1]: "architecture",
+            "unfolded": "folds not at",
+            "vllm": "vLLM",
+            "exports": "exports",
+        },
+        notes=[f"{words} ({', '.join(names)})" for words, names in sorted(reasons.items())],
+    )
+
+
+def _words(names: str) -> list[str]:
+    return names.split(", ") if names else []
 
 
 def _transforms() -> Listing:

@@ -83,6 +83,10 @@ class Format(Protocol):
         """
         ...
 
+    def lacks(self, family: Family) -> str | None:
+        """None, or why no model of this family can be held, whatever its numbers."""
+        ...
+
     def refuses(self, contents: Contents, shapes: Shapes) -> str | None:
         """None, or what about these sizes, biases or numbers cannot be held, from headers and small tensors alone."""
         ...
@@ -135,6 +139,11 @@ def online_reason(placements: Mapping[str, Placement], engine: str) -> str | Non
 def floats_reason(scheme: Scheme) -> str | None:
     """None, or that the weights are no integers, for forms that hold nothing else."""
     return None if scheme.weight.kind == "int" else f"it holds integers, and {scheme.name} has 4-bit floats"
+
+
+def mixed(family: Family) -> bool:
+    """Whether it has layers of experts."""
+    return any(layer.experts for layer in family.layers.values())
 
 
 def network_of(contents: Contents) -> tuple[Family, Dims]:

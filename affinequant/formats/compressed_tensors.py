@@ -29,6 +29,7 @@ from affinequant.formats.linear_tensors import unpack_linear as unpack_linear
 from affinequant.formats.packing import library_packs
 from affinequant.formats.reading import Dtype, decompressed, in_transformers
 from affinequant.formats.shards import copy_source, write_json, write_shards
+from affinequant.models import Family
 from affinequant.models.sites import Placement
 from affinequant.models.source import open_source, unquantized
 from affinequant.recipe.scheme import NumberFormat, Scheme
@@ -51,6 +52,11 @@ def supports(scheme: Scheme, placements: Mapping[str, Placement], *, clipped: bo
     if clipped and declares_activations(scheme):
         return f"stock engines quantise the activations of {scheme.name} over their full range, without clipping"
     return without_kernel(scheme)
+
+
+def lacks(family: Family) -> str | None:
+    """None: every family can be written."""
+    return None
 
 
 def refuses(contents: Contents, shapes: Shapes) -> str | None:

@@ -10,6 +10,7 @@ from affinequant.formats import SHARD_BYTES, Contents, Shapes, online_reason, sp
 from affinequant.formats.compressed_tensors import checkpoint_config
 from affinequant.formats.reading import Dtype, in_transformers
 from affinequant.formats.shards import copy_source, write_json, write_shards
+from affinequant.models import Family
 from affinequant.models.sites import Placement
 from affinequant.recipe.scheme import Scheme
 
@@ -25,6 +26,11 @@ WEIGHT_ONLY = True
 def supports(scheme: Scheme, placements: Mapping[str, Placement], *, clipped: bool = False) -> str | None:
     """None, or why this cannot be written: a plain linear has no place for a transform at run time."""
     return online_reason(placements, "a plain linear cannot do")
+
+
+def lacks(family: Family) -> str | None:
+    """None: every family can be written."""
+    return None
 
 
 def refuses(contents: Contents, shapes: Shapes) -> str | None:

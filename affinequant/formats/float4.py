@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from affinequant.formats import SHARD_BYTES, Contents, Shapes, left_alone, network_of, online_reason
+from affinequant.formats import SHARD_BYTES, Contents, Shapes, left_alone, mixed, network_of, online_reason
 from affinequant.formats.dense import dense_stage, write_folder
 from affinequant.formats.float_packed import unpacked
 from affinequant.formats.reading import Dtype
+from affinequant.models import Family
 from affinequant.models.sites import Placement
 from affinequant.recipe.scheme import Scheme
 
@@ -41,10 +42,16 @@ class Float4:
             return f"it rounds integers, and {scheme.name} has 4-bit floats; --format compressed-tensors writes those as they are"
         return online_reason(placements, "stock engines cannot do")
 
+    def lacks(self, family: Family) -> str | None:
+        """None, or that there are experts, where there is a scale per matrix."""
+        if self.layout == "nvfp4-pack-quantized" and mixed(family):
+            return "of experts transformers leaves the scale per matrix out, and computes something else without a word"
+        return None
+
     def refuses(self, contents: Contents, shapes: Shapes) -> str | None:
         """None, or which linear has rows that the groups do not divide; or experts, where there is a scale per matrix."""
-        if self.layout == "nvfp4-pack-quantized" and network_of(contents)[1].experts:
-            return "of experts transformers leaves the scale per matrix out, and computes something else without a word"
+        if reason := self.lacks(network_of(contents)[0]):
+            return reason
         for name in contents.linears:
             columns = shapes[f"{name}.weight"][1]
             if columns % self.group:

@@ -26,6 +26,7 @@ from affinequant.formats import (
 from affinequant.formats.compressed_tensors import checkpoint_config
 from affinequant.formats.gguf_settings import (
     ARCHITECTURES,
+    UNKNOWN,
     described,
     rope_factors,
     rope_kind,
@@ -36,7 +37,7 @@ from affinequant.formats.gguf_tensors import for_rope, found, mapped, names_of, 
 from affinequant.formats.gguf_tokenizer import Vocabulary, read_vocabulary
 from affinequant.formats.reading import Dtype, in_transformers
 from affinequant.formats.shards import copy_source, install, write_json
-from affinequant.models import Dims, resolve
+from affinequant.models import Dims, Family, resolve
 from affinequant.models.sites import Placement
 from affinequant.recipe.scheme import NumberFormat, Scheme
 
@@ -77,12 +78,19 @@ def supports(scheme: Scheme, placements: Mapping[str, Placement], *, clipped: bo
     return f"groups of {group} weights; blocks are of {BLOCK}" if group and group % BLOCK else None
 
 
+def lacks(family: Family) -> str | None:
+    """None, or that llama.cpp does not have the family, or how it does is not known here."""
+    if family.name in ARCHITECTURES:
+        return None
+    return UNKNOWN.get(family.name, f"llama.cpp's form of {family.name} is not known here")
+
+
 def refuses(contents: Contents, shapes: Shapes) -> str | None:
     """None, or which size, tensor, activation function, RoPE, attention or tokenizer llama.cpp does not have."""
     family, dims = network_of(contents)
-    architecture = ARCHITECTURES.get(family.name)
-    if architecture is None:
-        return f"llama.cpp's form of {family.name} is not known here"
+    if reason := lacks(family):
+        return reason
+    architecture = ARCHITECTURES[family.name]
     for name in contents.linears:
         if shapes[f"{name}.weight"][1] % BLOCK:
             return f"{name} has {shapes[f'{name}.weight'][1]} inputs, which blocks of {BLOCK} do not divide"

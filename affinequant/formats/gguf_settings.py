@@ -55,6 +55,8 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "qwen3_moe": replace(_QWEN2, title="Qwen3-MoE", called="qwen3moe", any_heads=True, sums_to_one=True),
 }
 """By family: those without a line cannot be exported."""
+UNKNOWN: Mapping[str, str] = {"opt": "llama.cpp has no OPT"}
+"""Why there is no line, where it is known."""
 
 
 def described(config: Mapping[str, Any]) -> Any:

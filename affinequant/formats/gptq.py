@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from affinequant.formats import SHARD_BYTES, Contents, Shapes, floats_reason, online_reason, split_stage, without_zeros
 from affinequant.formats.dense import write_folder
 from affinequant.formats.reading import Dtype, from_tensors
+from affinequant.models import Family
 from affinequant.models.sites import Placement
 from affinequant.models.source import open_source
 from affinequant.recipe.scheme import Scheme
@@ -37,6 +38,11 @@ def supports(scheme: Scheme, placements: Mapping[str, Placement], *, clipped: bo
             f"{scheme.weight.bits}-bit weights, for which few GPTQ engines have a kernel; compressed-tensors holds them"
         )
     return floats_reason(scheme) or online_reason(placements, "no GPTQ engine does")
+
+
+def lacks(family: Family) -> str | None:
+    """None: every family can be written."""
+    return None
 
 
 def refuses(contents: Contents, shapes: Shapes) -> str | None:

@@ -12,9 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from affinequant.formats import SHARD_BYTES, Contents, Shapes, floats_reason, network_of, online_reason
+from affinequant.formats import SHARD_BYTES, Contents, Shapes, floats_reason, mixed, network_of, online_reason
 from affinequant.formats import compressed_tensors as packed
 from affinequant.formats.reading import Dtype, in_transformers
+from affinequant.models import Family
 from affinequant.models.sites import Placement
 from affinequant.recipe.scheme import Scheme
 
@@ -38,9 +39,14 @@ def supports(scheme: Scheme, placements: Mapping[str, Placement], *, clipped: bo
     return None
 
 
+def lacks(family: Family) -> str | None:
+    """None, or that there are experts."""
+    return "vLLM has no 4-bit activations for experts" if mixed(family) else None
+
+
 def refuses(contents: Contents, shapes: Shapes) -> str | None:
     """None, or that there are experts; any size can be written."""
-    return "vLLM has no 4-bit activations for experts" if network_of(contents)[1].experts else None
+    return lacks(network_of(contents)[0])
 
 
 def reload(out: Path, dtype: Dtype) -> tuple[Any, str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from affinequant.formats import SHARD_BYTES, Contents, Shapes, floats_reason, online_reason
 from affinequant.formats import compressed_tensors as packed
+from affinequant.models import Family
 from affinequant.models.sites import Placement
 from affinequant.recipe.scheme import Scheme
 
@@ -39,6 +40,11 @@ def supports(scheme: Scheme, placements: Mapping[str, Placement], *, clipped: bo
         return "engines run W8A8 with one scale per output channel, not in groups"
     if clipped:
         return f"stock engines quantise the activations of {scheme.name} over their full range, without clipping"
+    return None
+
+
+def lacks(family: Family) -> str | None:
+    """None: every family can be written."""
     return None
 
 

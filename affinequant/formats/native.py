@@ -14,6 +14,7 @@ from typing import Any
 
 from affinequant.formats import SHARD_BYTES, Contents, Shapes, left_alone
 from affinequant.formats.compressed_tensors import our_config, without_kernel, write_packed
+from affinequant.models import Family
 from affinequant.models.sites import Placement
 from affinequant.recipe.scheme import Scheme
 
@@ -28,6 +29,11 @@ reload = None  # nobody else reads it
 def supports(scheme: Scheme, placements: Mapping[str, Placement], *, clipped: bool = False) -> str | None:
     """None, or why this cannot be written."""
     return without_kernel(scheme)
+
+
+def lacks(family: Family) -> str | None:
+    """None: every family can be written."""
+    return None
 
 
 def refuses(contents: Contents, shapes: Shapes) -> str | None:
