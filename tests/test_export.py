@@ -235,16 +235,18 @@ def test_three_bits_are_exported_where_the_library_reads_them(made: Make, tmp_pa
 
 @pytest.mark.vllm
 @pytest.mark.filterwarnings("default")
-def test_vllm_takes_humming_s_folder_for_int4_activations(made: Make, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "size"), [("w4a4-sym", 0), ("w4a4-g32-ag32-sym", 32)])
+def test_vllm_takes_humming_s_folder_for_int4_activations(name: str, size: int, made: Make, tmp_path: Path) -> None:
     from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
 
-    export(made("w4a4-sym"), "humming", tmp_path / "out")
+    export(made(name), "humming", tmp_path / "out")
     read = CompressedTensorsConfig.from_config(
         json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
     )
     parts = read.target_scheme_map["Linear"]
     scheme = read._get_scheme_from_parts(parts["weights"], parts["input_activations"], format=read.quant_format)
     assert type(scheme).__name__ == "CompressedTensorsWNA4Int"
+    assert scheme._build_input_quant_config()["group_size"] == size
 
 
 def with_transform(folder: Path) -> Path:

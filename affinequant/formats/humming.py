@@ -2,7 +2,7 @@
 
 vLLM 0.32 has them, for NVIDIA GPUs from sm_80 (`pip install humming-kernels`), behind all its other kernels: unless
 `--linear-backend humming` is given it takes one that leaves activations in 16 bits, and does not say so. Humming rounds each
-token symmetrically over its full range, as our runtime does. Not yet run on a GPU.
+token, or each group of one, symmetrically over its full range, as our runtime does. Not yet run on a GPU.
 """
 
 from __future__ import annotations
