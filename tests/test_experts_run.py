@@ -69,7 +69,8 @@ def test_transformers_gives_the_same_model_and_reports_nothing(
     family: str, scheme: str, tier: str, mixture: Make
 ) -> None:
     folder = mixture(family, scheme, tier)
-    theirs, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    both: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    theirs, info = both
     assert not any(info.values()), info
     expected = affinequant.load(folder)
     assert torch.equal(logits(theirs), logits(expected))
@@ -206,6 +207,15 @@ def test_what_no_engine_runs_of_experts_is_refused_by_name(mixture: Make, tmp_pa
             affinequant.export(folder, format=form, out=tmp_path / "out")
         assert caught.value.exit_code == PREFLIGHT and not (tmp_path / "out").exists()
     found = read_finished(mixture(*CASES[3]))
+    assert "for experts" in str(find_format("humming").refuses(found.contents, found.shapes))
     for scheme, fits in (("w4a16", True), ("w8a16-sym", True), ("w8a16", False), ("w2a16", False)):
         contents = replace(found.contents, scheme=Scheme.parse(scheme))
         assert (find_format("compressed-tensors").refuses(contents, found.shapes) is None) is fits, scheme
+
+
+@pytest.mark.parametrize(
+    ("case", "served", "words"), [(1, False, "--scheme w4a16"), (2, True, "AMX"), (3, True, "symmetric")]
+)
+def test_a_card_says_what_runs_a_mixture(case: int, served: bool, words: str, mixture: Make) -> None:
+    said = (mixture(*CASES[case]) / "README.md").read_text()
+    assert words in said and ("vllm serve" in said) is served and "affinequant eval" in said

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import affinequant
 from affinequant.errors import PREFLIGHT, AffineQuantError
+from affinequant.export import read_back
 from affinequant.formats import find_format
 from affinequant.formats.gguf_tokenizer import read_vocabulary
 from affinequant.formats.reread import read_finished
@@ -282,7 +283,7 @@ def test_llama_cpp_computes_a_mixture(case: str, mixture: Tiny, tmp_path: Path) 
     assert report["verified"]["divergence"] < 1e-3 and report["verified"]["read_by"].endswith("the gguf package")
     told = ask(tmp_path / "model.gguf", TEXT)
     with torch.no_grad():
-        weights, _ = find_format("gguf").reload(tmp_path, "float32")
+        weights, _ = read_back(find_format("gguf"), tmp_path, "float32")
         wanted = weights(torch.tensor([told["ids"]])).logits[0, -1].log_softmax(-1)
     got = torch.tensor([told["logprobs"][str(token)] for token in range(VOCAB)])
     assert float((wanted.exp() * (wanted - got)).sum()) < NEAR

@@ -80,7 +80,8 @@ class Float4:
                 linear = name.removesuffix(".weight")
                 inside = next(members for members in fused if any(linear.endswith(f".{member}") for member in members))
                 # Engines fuse what reads one input, and then have one scale of the whole for all of it.
-                together = [w for other, w in values.items() if _relative(other, linear, inside)]
+                whole = scheme.weights is not None and scheme.weights.strategy == "tensor_group"
+                together = [w for other, w in values.items() if whole and _relative(other, linear, inside)]
                 parts = _compress(weight, together, scheme, self.layout)
                 rest |= {f"{linear}.{part}": tensor for part, tensor in parts.items()}
             return rest

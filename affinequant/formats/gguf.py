@@ -216,15 +216,19 @@ def _write_stage(writer: Any, stage: Mapping[str, Tensor], contents: Contents, f
     architecture = ARCHITECTURES[family]
     names = names_of(architecture, dims)
     rest, integers = split_stage(stage, contents)
-    stacks: dict[tuple[str, str], dict[int | None, np.ndarray]] = {}
+    experts: dict[tuple[str, str], dict[int, np.ndarray]] = {}
     for name, (codes, scale, zero) in integers.items():
         parts = [part if part is None else for_rope(part, name, architecture, dims) for part in (codes, scale, zero)]
         assert parts[0] is not None and parts[1] is not None
         packed, kind = blocks(parts[0], parts[1], parts[2], contents.scheme.weight, name)
-        stacks.setdefault((mapped(names, f"{name}.weight"), kind), {})[number_of(name)] = packed
-    for (name, kind), rows in stacks.items():
-        whole = rows[None] if None in rows else np.stack([rows[number] for number in sorted(rows)])
-        writer.add_tensor(name, whole, raw_dtype=GGMLQuantizationType[kind])
+        there, number = mapped(names, f"{name}.weight"), number_of(name)
+        if number is None:
+            writer.add_tensor(there, packed, raw_dtype=GGMLQuantizationType[kind])
+        else:
+            experts.setdefault((there, kind), {})[number] = packed
+    for (there, kind), each in experts.items():
+        whole = np.stack([each[number] for number in sorted(each)])
+        writer.add_tensor(there, whole, raw_dtype=GGMLQuantizationType[kind])
     for name, tensor in rest.items():
         if _is_buffer(name):
             continue
