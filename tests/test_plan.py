@@ -179,6 +179,7 @@ REFUSALS = [
     ({"scheme": "w4a16-g128"}, "groups of 128 do not divide 64", "'w4a16-g64'", 3),
     ({"scheme": "w4a4-ag128"}, "groups of 128 do not divide 64", "'w4a4-ag64'", 3),
     ({"scheme": "w4a4-g48-ag48"}, "groups of 48 do not divide 64, 128", "'w4a4-g64-ag64'", 3),
+    ({"scheme": "w4a4-ag12"}, "groups of 12 do not divide 64, 128", "'w4a4-ag32'", 3),
     ({"scheme": "w8a8-ag32-asym"}, "no integer kernel for activations in groups", "list formats", 2),
     ({"transforms": {"mlp_md": "diagonal"}}, "unknown site 'mlp_md'", "did you mean 'mlp_mid'", 2),
     ({"transforms": {"vo": "bandd"}}, "unknown transform 'bandd'", "did you mean 'banded'", 2),

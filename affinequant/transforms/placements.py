@@ -253,6 +253,8 @@ def check_groups(recipe: Recipe, family: Family, dims: Dims) -> None:
     if group and any(width % group for width in widths):
         common = math.gcd(*widths)
         fits = [size for size in range(8, common + 1, 8) if common % size == 0]
+        if "-ag" in groups:  # whose sums are quick, and on a GPU possible, in these sizes alone
+            fits = [size for size in fits if size in (32, 64) or size % 128 == 0]
         near = min(fits, key=lambda size: abs(math.log(size / group)), default=None)
         wrong = ", ".join(str(width) for width in widths if width % group)
         fix = recipe.scheme
