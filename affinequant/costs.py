@@ -61,7 +61,7 @@ def _width(recipe: Recipe, device: str) -> int:
 
 def _forward(recipe: Recipe, dims: Dims, per_block: int) -> int:
     """Operations of all samples' way through one block."""
-    return 2 * recipe.samples * recipe.seq_len * (per_block + recipe.seq_len * dims.query)
+    return 2 * recipe.samples * recipe.seq_len * (per_block - dims.idle + recipe.seq_len * dims.query)
 
 
 def outer_cost(recipe: Recipe, dims: Dims, per_block: int, device: str) -> Cost:
@@ -78,11 +78,15 @@ def block_cost(recipe: Recipe, dims: Dims, per_block: int, device: str) -> Cost:
     replayed = replay_bytes(tokens, dims)
     searched = by_hessian or "search" in recipe.weight_clip + recipe.activation_clip
     replayed *= (replayed <= KEPT_BYTES) * searched * (1 + by_target)
+    replayed += (
+        4 * tokens * (dims.hidden + 2 * dims.routed) * (1 + by_target) * bool(dims.experts)
+    )  # what experts are given
     # Weights in several precisions; the Hessian of the widest input, its factors, and the drift beside it.
-    hessian = max(dims.hidden, dims.mlp, dims.query) ** 2 * by_hessian * (28 + 16 * by_target)
+    hessian = dims.widest**2 * by_hessian * (28 + 16 * by_target)
     work = per_block * 30 + hessian + graph_bytes(recipe, dims, _width(recipe, device)) + replayed
     passes = 3.0 + (3.5 * recipe.epochs) + (1.5 if by_hessian else 0) + (1.5 if by_target else 0)
-    gram = 2 * tokens * (3 * dims.hidden**2 + dims.mlp**2) * (by_hessian + by_target)
+    inner = dims.routed * dims.expert**2 + dims.shared**2 if dims.experts else dims.mlp**2
+    gram = 2 * tokens * ((3 + dims.routed) * dims.hidden**2 + inner) * (by_hessian + by_target)
     search = 2 * 40 * per_block * dims.hidden if "search" in recipe.weight_clip else 0
     search += 2 * recipe.sweeps * per_block * dims.hidden
     steps = recipe.epochs * math.ceil(recipe.samples / recipe.batch_size) * per_block * 120
@@ -101,20 +105,20 @@ def block_cost(recipe: Recipe, dims: Dims, per_block: int, device: str) -> Cost:
 
 def replay_bytes(tokens: int, dims: Dims) -> int:
     """What a pass over a block keeps between two of its sites: the inputs of both, and what goes to the stream."""
-    return tokens * (2 * dims.hidden + max(dims.mlp, dims.query)) * 4
+    return tokens * (2 * dims.hidden + dims.widest) * 4
 
 
 def graph_bytes(recipe: Recipe, dims: Dims, width: int) -> int:
     """Activations that one step keeps for its backward pass, or one batch of a forward pass."""
     tokens = recipe.batch_size * recipe.seq_len
     kept = 14 if recipe.epochs else 4
-    return tokens * (kept * dims.hidden + kept * dims.mlp) * max(width, 4) // 2 + tokens * recipe.seq_len * 4
+    return tokens * (kept * dims.hidden + kept * dims.active) * max(width, 4) // 2 + tokens * recipe.seq_len * 4
 
 
 def blocks_kept(recipe: Recipe, dims: Dims, per_block: int, device: str) -> tuple[int, int]:
     """Of how many blocks the finish keeps what their backward pass needs, and the bytes of each: they are not computed
     twice. Of none on a GPU, whose memory is planned without, or where main memory is limited."""
-    each = 4 * per_block + KEPT_VALUES * recipe.seq_len * (dims.hidden + dims.mlp) * 4
+    each = 4 * per_block + KEPT_VALUES * recipe.seq_len * (dims.hidden + dims.active) * 4
     return (0 if device == "cuda" or recipe.cpu_memory else min(dims.layers, FINISH_ROOM // each)), each
 
 
@@ -136,10 +140,10 @@ def finish_cost(recipe: Recipe, dims: Dims, per_block: int, device: str) -> Cost
 def rotation_cost(recipe: Recipe, dims: Dims, per_block: int, device: str) -> Cost:
     """Learning rotations: one block in float32, what a step keeps, and the rotation with its optimizer."""
     tokens = min(recipe.seq_len, recipe.rotation.len)
-    step = tokens * (dims.hidden * 4 * (dims.layers + 40) + 40 * dims.mlp) + 256 * dims.vocab * 4 * 6
+    step = tokens * (dims.hidden * 4 * (dims.layers + 40) + 40 * dims.active) + 256 * dims.vocab * 4 * 6
     held = 12 * per_block + 8 * dims.vocab * dims.hidden + step + 64 * dims.hidden**2
     # Forwards, again while going backwards, and backwards to the inputs alone, with four products a token that turn.
-    each = 2 * (per_block + 4 * dims.hidden**2 + recipe.rotation.len * dims.query)
+    each = 2 * (per_block - dims.idle + 4 * dims.hidden**2 + recipe.rotation.len * dims.query)
     return Cost(
         flops=4.0 * recipe.rotation.steps * tokens * (dims.layers * each + 2 * dims.hidden * dims.vocab),
         cpu=held + 3 * stream_bytes(recipe, dims, device),

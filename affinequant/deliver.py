@@ -32,7 +32,8 @@ from affinequant.verify import Committed, verify
 from affinequant.version import __version__
 
 HEADER_BYTES = 8192
-"""Room for one block's entries in the headers of safetensors files, when sizes are held against the plan."""
+"""Room for the entries of one block, or of eight linears, in the headers of safetensors files, when sizes are held against
+the plan."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -240,7 +241,8 @@ def _report(made: Plan, run: Run, out: Path, tokens: Tokens, names: list[str], u
         events.append(f"worked on {' and '.join(devices)}, finished on {made.device}")
     flops, each = block_flops(made.family, made.dims), made.family.each_block(made.dims)
     spare = sum(choice_bytes(made.recipe, block, flops, made.sites) for block in each)
-    room = 0.02 * planned + HEADER_BYTES * len(blocks)
+    count = sum(len(block["linears"]) for block in blocks)
+    room = 0.02 * planned + HEADER_BYTES * max(len(blocks), count / 8)
     if not planned - spare - room <= weights <= planned + room:
         events.append(f"weights take {weights:,} bytes, the plan said {planned:,}")
     return {

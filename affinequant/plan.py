@@ -3,6 +3,7 @@
 Nothing here reads a weight or imports torch.
 """
 
+import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -24,6 +25,7 @@ from affinequant.recipe.recipe import resolve as resolve_recipe
 from affinequant.stages import ROTATED, Stage, stages_of
 from affinequant.transforms.placements import (
     block_flops,
+    block_weights,
     candidates,
     check_groups,
     check_slices,
@@ -145,14 +147,6 @@ def _planned(recipe: Recipe, folder: Path, has_weights: bool) -> Plan:
     recipe, left_out = fitted(recipe, sites)
     placements = place_all(recipe, sites, block_flops(family, dims))
     check_groups(recipe, family, dims)
-    looks = recipe.rounding != "nearest" or "search" in (recipe.weight_clip, recipe.activation_clip)
-    if dims.experts and (looks or recipe.epochs):
-        raise AffineQuantError(
-            f"{family.name} is rounded to nearest alone as yet: what each expert reads is not gathered",
-            "--rounding",
-            "use --preset fast --rounding nearest --weight-clip none --activation-clip none",
-            exit_code=PREFLIGHT,
-        )
     reason = find_format(recipe.format, placements).supports(
         recipe.parsed_scheme, placements, clipped=recipe.activation_clip != "none"
     )
@@ -194,7 +188,7 @@ def _with_costs(
     scheme, rotated = recipe.parsed_scheme, "residual" in recipe.transforms
     flops, blocks = block_flops(family, dims), list(family.each_block(dims))
     shapes = [linear.shape(dims) for block in blocks for linear in block.linears]
-    inside, per_block = sum(rows * columns for rows, columns in shapes), flops // 2
+    inside, per_block = sum(rows * columns for rows, columns in shapes), block_weights(family, dims)
     bits = sum(rows * columns * scheme.bits_per_weight(columns) for rows, columns in shapes)
     table = dims.vocab * dims.hidden
     untied = 2 * table if dims.tied and rotated else 0
@@ -204,6 +198,8 @@ def _with_costs(
     norms = sum(len(block.norms()) for block in blocks) * dims.hidden
     positions = source.entries.get(f"{family.positions}.weight")
     outer += positions.size if positions else 0
+    routers = [source.entries.get(f"{name}.weight") for name in family.left_alone(dims) if name != family.head]
+    outer += sum(2 * math.prod(entry.shape) for entry in routers if entry)
     output = int(outer + (2 * inside if dense else bits / 8 + kept)) + 2 * norms + 4 * dims.hidden
     attentions = sum(bool(block.attention) for block in blocks)
     device = _device(recipe)

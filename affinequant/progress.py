@@ -180,7 +180,7 @@ def tally(blocks: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
     for block in blocks:
         for key, kind in KINDS.items():
             for site, one in block.get(key, {}).items():
-                row = counts.setdefault(f"{kind} at {site}", {})
+                row = counts.setdefault(f"{kind} at {site.partition('.')[0]}", {})  # experts share a name
                 row[one[kind]] = row.get(one[kind], 0) + 1
     return {what: dict(sorted(row.items(), key=lambda pair: -pair[1])) for what, row in counts.items()}
 

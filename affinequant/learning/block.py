@@ -17,7 +17,7 @@ from affinequant.learning.phases import Phase
 from affinequant.learning.record import ROWS, Bands, Noise, pictured, plain, portrait
 from affinequant.learning.selection import select
 from affinequant.learning.starts import ROWS as START_ROWS
-from affinequant.learning.starts import Seen, Watch, build_transforms, looks_at_data
+from affinequant.learning.starts import Seen, Watch, build_transforms, looks_at_data, starved_sites
 from affinequant.learning.work import Work
 from affinequant.progress import Steps
 from affinequant.rounding.block import Rounded, round_block
@@ -46,17 +46,18 @@ def block_stage(work: Work, stage: Stage, carry: Carry) -> Carry:
     job, exact = _load(work, stage.block)
     values = {name: tensor.float() for name, tensor in exact.items()}
     laps("loading")
-    target, seen = _target(job, values, full, drawn)
-    start = seen if looks_at_data(job) else {}
+    target, watch = _target(job, values, full, drawn)
+    seen, starved = watch.seen(), starved_sites(job, watch)
+    start = {site: one for site, one in seen.items() if site not in starved} if looks_at_data(job) else {}
     job, chosen = select(job, values, start)
-    objective = BlockObjective(job, values, *build_transforms(job, values, start))
+    objective = BlockObjective(job, values, *build_transforms(job, values, start), untrained=starved)
     bands = Bands(objective) if drawn else None
     told = Steps(listen.say, f"block {job.index + 1}, learning", job.recipe.epochs * len(full))
     fitted = [fit(*phase) for phase in _phases(job, objective, values, full, quantized, target, told, bands)]
     laps("learning")
     told = Steps(listen.say, f"block {job.index + 1}, rounding", len(job.family.linears))
     made = _round(job, exact, quantized, objective, full, told)
-    events = [event for one in fitted for event in fit_events(one)]
+    events = [*_scarce(made.rounded), *(event for one in fitted for event in fit_events(one))]
     if any(one.steps for one in fitted) and not bool(made.rounded.after.isfinite().all()):
         events.append("what was learned gave non-finite outputs: the closed-form start was taken instead")
         objective, bands = BlockObjective(job, values, *build_transforms(job, values, start)), None
@@ -94,12 +95,20 @@ def _load(work: Work, index: int) -> tuple[BlockJob, Tensors]:
     return job, tensors
 
 
-def _target(job: BlockJob, values: Tensors, full: Tensor, drawn: bool) -> tuple[Tensor, dict[str, Seen]]:
+def _target(job: BlockJob, values: Tensors, full: Tensor, drawn: bool) -> tuple[Tensor, Watch]:
     """What the full-precision block gives, and what reaches its sites meanwhile: as much as its transforms start from, or
-    as is pictured."""
+    as is pictured, or how much comes to each expert."""
     looks = looks_at_data(job)
     watch = Watch(full.shape[0], full.shape[1], job.seed("rows"), START_ROWS if looks else ROWS)
-    return job.run_all(values, full, watch if looks or drawn else None), watch.seen()
+    return job.run_all(values, full, watch if looks or drawn or job.family.branch else None), watch
+
+
+def _scarce(rounded: Rounded) -> list[str]:
+    """Which linears of experts saw too little to be rounded on it, in words; a few of them by name."""
+    if not rounded.starved:
+        return []
+    few = ", ".join(rounded.starved[:3]) + (f" and {len(rounded.starved) - 3} more" if len(rounded.starved) > 3 else "")
+    return [f"rounded to nearest, since their experts see fewer tokens than they have inputs: {few}"]
 
 
 def _phases(
@@ -210,6 +219,7 @@ def _block_report(
         "conditions": conditions,
         "dominance": dominance,
         "linears": dict(rounded.linears),
+        **({"experts": {"tokens": rounded.routed, "starved": rounded.starved}} if rounded.routed else {}),
         **({"roundings": dict(rounded.roundings)} if objective.job.recipe.rounding == "auto" else {}),
         "events": [*events, *rounded.events],
     }

@@ -28,7 +28,7 @@ from affinequant.progress import Steps
 from affinequant.rounding.job import HELD_OUT, BlockJob
 from affinequant.stages import OUTER, Carry, Stage, stage_name
 from affinequant.transforms.fold import Tensors
-from affinequant.transforms.placements import block_flops
+from affinequant.transforms.placements import block_weights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,7 +116,7 @@ def distill(
     """
     recipe = jobs[0].recipe
     dims, device = jobs[0].decoder.dims, jobs[0].decoder.device.type
-    again = len(jobs) - blocks_kept(recipe, dims, block_flops(jobs[0].decoder.family, dims) // 2, device)[0]
+    again = len(jobs) - blocks_kept(recipe, dims, block_weights(jobs[0].decoder.family, dims), device)[0]
     # The last ones keep: what they kept is gone before the first are computed again.
     blocks = [
         Continuous(job, stored, keeps=index >= again)

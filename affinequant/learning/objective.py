@@ -1,6 +1,6 @@
 """One block's objective: the original block, its weights transformed and rounded, against its full-precision output."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -21,15 +21,19 @@ class BlockObjective:
         tensors: Tensors,
         transforms: Mapping[str, Transform],
         online: Mapping[str, OnlineTransform] | None = None,
+        untrained: Collection[str] = (),
     ) -> None:
         """Args:
         transforms: those that fold, by site.
         online: those that act on activations at run time, after the folded ones.
+        untrained: sites whose transforms stay as they start.
         """
         self.job = job
         self.tensors = tensors
         self.transforms = dict(transforms)
         self.online = dict(online or {})
+        for parameter in (p for site in untrained for module in self.modules(site) for p in module.parameters()):
+            parameter.requires_grad_(False)
         self.on_attention = job.cached_heads(self.after_rope())
         family, fmt = job.family, job.scheme.weight
         self.linears = [linear.name for linear in family.linears]
@@ -53,9 +57,10 @@ class BlockObjective:
             Group(name="clipping", parameters=[p for p in clips if p.requires_grad], lr=recipe.clip_lr),
         )
 
-    def modules(self) -> list[Transform]:
-        """Every transform, folded or not."""
-        return [*self.transforms.values(), *self.online.values()]
+    def modules(self, *sites: str) -> list[Transform]:
+        """Every transform, folded or not; or those of some sites."""
+        both = (*self.transforms.items(), *self.online.items())
+        return [module for site, module in both if not sites or site in sites]
 
     def progress(self, t: float) -> Sequence[nn.Parameter]:
         """Widen the gradual mask by epoch: the diagonal alone in the first, everything in the last."""

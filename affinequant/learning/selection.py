@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from affinequant.learning.starts import Seen, build_transforms
+from affinequant.models.sites import named
 from affinequant.numbers.weights import fake_quantize, weight_range
 from affinequant.recipe.recipe import AUTO
 from affinequant.rounding.job import HELD_OUT, BlockJob
 from affinequant.rounding.ways import OutputError, output_error
 from affinequant.transforms.fold import Tensors
-from affinequant.transforms.placements import block_flops, candidates, flops_of
+from affinequant.transforms.placements import block_flops, candidates, cost_at, first_of, flops_of
 
 CLIPS = (1.0, 0.9, 0.8)
 """Ratios of activation clipping under which a candidate is judged, where the recipe clips at all."""
@@ -51,14 +52,14 @@ def select(job: BlockJob, tensors: Tensors, seen: Mapping[str, Seen]) -> tuple[B
     if not wanted:
         return job, {}
     block = block_flops(job.decoder.family, job.decoder.dims)
+    here = {name: site for name, site in first_of(job.sites).items() if name in wanted}
     measured = {
-        name: [_measure(job, tensors, one, name, seen[name]) for one in candidates(job.sites[name], job.recipe, block)]
-        for name in job.sites
-        if name in wanted
+        name: [_at_all(job, tensors, one, name, seen) for one in candidates(site, job.recipe, block)]
+        for name, site in here.items()
     }
     most = block * job.recipe.cost_budget / 100
     best = cheapest_best({name: frontier(options) for name, options in measured.items()}, most)
-    named = {name: option.name for name, option in best.items() if option.name != "none"}
+    taken = {name: option.name for name, option in best.items() if option.name != "none"}
     kept = {name: chosen for name, chosen in job.recipe.transforms.items() if name not in wanted}
     report = {
         name: {
@@ -68,7 +69,7 @@ def select(job: BlockJob, tensors: Tensors, seen: Mapping[str, Seen]) -> tuple[B
         }
         for name in measured
     }
-    return replace(job, recipe=replace(job.recipe, transforms=kept | named)), report
+    return replace(job, recipe=replace(job.recipe, transforms=kept | taken)), report
 
 
 def frontier(options: list[Option]) -> list[Option]:
@@ -99,6 +100,23 @@ def _better(option: Option, other: Option) -> bool:
     return other.error - option.error > CERTAIN * chance
 
 
+def _at_all(job: BlockJob, tensors: Tensors, one: str, name: str, seen: Mapping[str, Seen]) -> Option:
+    """A candidate at a site; at those of experts, which take the same, over the tokens of all that have seen enough, and at
+    the cost of as many as a token goes to."""
+    sites = [site for site in job.sites if named(site) == name and len(seen[site].rows if site in seen else ()) > 1]
+    options = {site: _measure(job, tensors, one, site, seen[site]) for site in sites}
+    if len(options) == 1:
+        return options[sites[0]]
+    flops = cost_at(name, one, job.sites)
+    if not options:
+        return Option(name=one, flops=flops, off=OutputError(relative=torch.zeros(1), total=0.0))
+    off = OutputError(
+        relative=torch.cat([option.off.relative for option in options.values()]),
+        total=sum(option.off.total for option in options.values()) / len(options),
+    )
+    return Option(name=one, flops=flops, off=off)
+
+
 @torch.no_grad()
 def _measure(job: BlockJob, tensors: Tensors, name: str, at: str, seen: Seen) -> Option:
     """A candidate started on the first tokens and judged on the last: x V^T, for the rounded input x and the rounded
@@ -108,7 +126,8 @@ def _measure(job: BlockJob, tensors: Tensors, name: str, at: str, seen: Seen) ->
     w = torch.cat([tensors[f"{reader}.weight"] for reader in site.readers])
     y = x @ w.mT
     if name != "none":
-        alone = replace(job, recipe=replace(job.recipe, transforms={at: name}))
+        recipe = replace(job.recipe, transforms={named(at): name})
+        alone = replace(job, recipe=recipe, sites={at: site})
         for built in build_transforms(alone, tensors, {at: start}):
             for transform in built.values():
                 copies = site.sinks[0].copies

@@ -61,7 +61,7 @@ class Watch:
         seed: decides which of their tokens are kept: about `rows`.
         """
         self.chosen = spread(samples, tokens, rows, seed)
-        self.stride = round(self.chosen.numel() / int(self.chosen.sum()))
+        self.most, self.strides = rows // 4, dict[str, int]()
         self.passed: dict[str, int] = {}
         self.ends: dict[str, tuple[Tensor, Tensor]] = {}
         self.rows: dict[str, list[Tensor]] = {}
@@ -83,13 +83,23 @@ class Watch:
         return value
 
     def _note_routed(self, site: str, rows: Tensor, passed: int) -> None:
-        """Of what was sent to one expert as large a share as of everything."""
-        self.passed[site] = passed + len(rows)
-        self.rows.setdefault(site, []).append(rows[-passed % self.stride :: self.stride].float())
+        """All that is sent to one expert, then every second of it, and so on: nobody knows before how much there will be,
+        and experts are many."""
+        self.passed[site], stride = passed + len(rows), self.strides.setdefault(site, 1)
+        kept = [*self.rows.get(site, []), rows[-passed % stride :: stride].float()]
+        if sum(map(len, kept)) > self.most:
+            kept, self.strides[site] = [torch.cat(kept)[::2]], 2 * stride
+        self.rows[site] = kept
 
     def seen(self) -> dict[str, Seen]:
         """By site, what was remembered; an expert that no token was sent to has seen nothing."""
         return {site: Seen(*ends, torch.cat(self.rows[site])) for site, ends in self.ends.items()}
+
+
+def starved_sites(job: BlockJob, watch: Watch) -> set[str]:
+    """The sites in experts that fewer tokens came by than they have features. What is there starts plainly and is not
+    trained: it would fit those few."""
+    return {name for name, site in job.sites.items() if in_expert(name) and watch.passed.get(name, 0) < site.width}
 
 
 def looks_at_data(job: BlockJob) -> bool:

@@ -23,6 +23,8 @@ class Dims:
     tied: bool
     experts: int = 0
     """In a layer of experts, how many."""
+    routed: int = 0
+    """To how many of them each token goes."""
     expert: int = 0
     """The width of one of them; `mlp` is that of blocks without."""
     shared: int = 0
@@ -41,6 +43,25 @@ class Dims:
     def value(self) -> int:
         """Features of all KV heads."""
         return self.kv_heads * self.head_dim
+
+    @property
+    def _dense(self) -> bool:
+        return not self.experts or any("mlp" in kinds for kinds in self.kinds)
+
+    @property
+    def active(self) -> int:
+        """Features between up and down that a token passes, where blocks differ the most: of the experts that it goes to."""
+        return max(self.mlp if self._dense else 0, self.routed * self.expert + self.shared)
+
+    @property
+    def widest(self) -> int:
+        """Inputs of the widest linear."""
+        return max(self.hidden, self.query, self.expert, self.shared, self.mlp if self._dense else 0)
+
+    @property
+    def idle(self) -> int:
+        """Weights of a layer of experts that a token does not meet."""
+        return 3 * self.hidden * self.expert * (self.experts - self.routed)
 
 
 def read_size(config: Mapping[str, Any], key: str, where: str, default: int | None = None) -> int:

@@ -74,8 +74,10 @@ def split_experts(model: Any, family: Family) -> Any:
     """The model of transformers' own code, empty or not, with its fused experts split into `Experts`, and all of a layer of
     experts called as `family` says that files call it. Weights are shared with what was fused."""
     names = next((layer.experts for layer in family.layers.values() if layer.experts), None)
+    if names is None:
+        return model
     blocks = family.blocks.removeprefix(f"{model.base_model_prefix}.")
-    for block in model.base_model.get_submodule(blocks) if names else ():
+    for block in model.base_model.get_submodule(blocks):
         layer = block.get_submodule(_CODE)
         if not hasattr(getattr(layer, "experts", None), "gate_up_proj"):  # a dense one, or split already
             continue

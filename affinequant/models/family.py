@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from affinequant.models.dims import Dims, Width, read_dims
-from affinequant.models.sites import Kind, Side
+from affinequant.models.sites import Kind, Side, in_expert
 
 End = tuple[str, Side]
 """A module of a block, or `module:part` of a fused one, and which side of it carries a site's features."""
@@ -92,7 +92,9 @@ class Layer:
             return self
 
         def ends(given: tuple[End, ...], numbers: Iterable[int]) -> tuple[End, ...]:
-            named = ((name.replace("*", str(number)), side) for number in numbers for name, side in given)
+            named: Iterator[End] = (
+                (name.replace("*", str(number)), side) for number in numbers for name, side in given
+            )
             return tuple(dict.fromkeys(named))
 
         def of(spec: SiteSpec, name: str, numbers: Iterable[int]) -> SiteSpec:
@@ -219,19 +221,37 @@ class Family:
             (site, tuple(members)) for site, members in sorted(groups.items(), key=lambda pair: order[pair[1][0]])
         )
 
+    def expert(self, number: int | None = None) -> str:
+        """The module of one expert, or of all; "" in a block without."""
+        names = next((layer.experts for layer in self.layers.values() if layer.experts), None)
+        every = f"{names.module}.experts" if names else ""
+        return every if number is None else f"{every}.{number}"
+
+    @property
+    def branch(self) -> str:
+        """The site that all experts of a block read, where the ways of its tokens part; "" in one without experts."""
+        return next((site for site, number, _ in self.by_expert() if number is not None), "")
+
+    def by_expert(self) -> tuple[tuple[str, int | None, tuple[str, ...]], ...]:
+        """(site, expert, linears) that read the same tokens, in the order of the forward pass: `input_groups` with those of
+        each expert apart, None being no expert's."""
+        found: dict[tuple[str, int | None], list[str]] = {}
+        start = f"{self.expert()}."
+        for site, members in self.input_groups():
+            for member in members:
+                number = int(member.removeprefix(start).partition(".")[0]) if member.startswith(start) else None
+                found.setdefault((site, number), []).append(member)
+        parted = sorted(found.items(), key=lambda pair: -1 if pair[0][1] is None else pair[0][1])
+        return tuple((site, number, tuple(members)) for (site, number), members in parted)
+
     def taps(self) -> tuple[tuple[str, tuple[str, ...]], ...]:
         """(site, modules that are called with the tensor there): the linears of `input_groups`, and for all experts that
         share an input the module of all, which is given every token once."""
-        shared = {
-            linear.name: f"{layer.experts.module}.experts"
-            for layer in self.layers.values()
-            for linear in layer.linears
-            if layer.experts and linear.rows == "expert"
-        }
-        return tuple(
-            (site, tuple(dict.fromkeys(shared.get(member, member) for member in members)))
-            for site, members in self.input_groups()
-        )
+        found: dict[str, list[str]] = {}
+        for site, number, members in self.by_expert():
+            modules = members if number is None or in_expert(site) else (self.expert(),)
+            found.setdefault(site, []).extend(modules)
+        return tuple((site, tuple(dict.fromkeys(modules))) for site, modules in found.items())
 
     def norms(self) -> tuple[str, ...]:
         """Every norm of a block: those that linears read, and those between a layer and the residual stream."""

@@ -58,7 +58,9 @@ def experts_dims(config: Mapping[str, Any], where: str) -> Dims:
     if asked > experts:
         what = f"num_experts_per_tok = {asked} of {experts} experts"
         raise AffineQuantError(what, where, "correct config.json", exit_code=PREFLIGHT)
-    return replace(dims, experts=experts, expert=read_size(config, "moe_intermediate_size", where, dims.mlp))
+    return replace(
+        dims, experts=experts, routed=asked, expert=read_size(config, "moe_intermediate_size", where, dims.mlp)
+    )
 
 
 MIXTRAL = replace(

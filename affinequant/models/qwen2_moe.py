@@ -51,7 +51,7 @@ QWEN2_MOE = replace(
         "mlp": DENSE,
         "experts": _shared(experts_layer(ExpertNames())),
     },
-    defaults=QWEN3_MOE.defaults
+    defaults={**QWEN3_MOE.defaults}
     | {"num_key_value_heads": 16, "intermediate_size": 5632, "moe_intermediate_size": 1408, "qkv_bias": True}
     | {"shared_expert_intermediate_size": 5632, "num_experts_per_tok": 4},
     dims=_dims,

@@ -77,6 +77,8 @@ class Site:
     slices: int = 1
     sources: tuple[Edge, ...]
     sinks: tuple[Edge, ...]
+    share: float = 1.0
+    """Of a block's tokens, how many come by: of an expert's site few."""
     closed: str = ""
     """Why nothing may act there, whatever it is."""
 

@@ -2,7 +2,7 @@
 
 from affinequant.models.dims import Dims
 from affinequant.models.family import End, Family, SiteSpec
-from affinequant.models.sites import Edge, Site
+from affinequant.models.sites import Edge, Site, in_expert
 
 
 def resolve_sites(family: Family, dims: Dims, tp: int = 1) -> tuple[Site, ...]:
@@ -29,6 +29,7 @@ def resolve_sites(family: Family, dims: Dims, tp: int = 1) -> tuple[Site, ...]:
             width=getattr(dims, spec.width),
             heads=dims.kv_heads if spec.kind in ("rope", "scores", "heads") else 1,
             slices=tp if spec.kind in ("heads", "linear") else 1,
+            share=dims.routed / dims.experts if in_expert(spec.name) else 1.0,
             sources=tuple(edge(end, spec) for end in spec.sources),
             sinks=tuple(edge(end, spec) for end in spec.sinks),
             closed=_stream_closed(family) if spec.kind == "residual" else "",

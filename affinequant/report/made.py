@@ -1,12 +1,15 @@
 """What a page says of a run as a whole: what it cost, what it stores, what runs, where it comes from, how to run it."""
 
-import math
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from affinequant.report.figure import Axis, Figure, Series
 from affinequant.report.page import Section, Table, Text, Tile, section
 from affinequant.report.reading import Object
 from affinequant.report.words import Words, fixed, joined, lasting, number, numeric, stored
+
+if TYPE_CHECKING:
+    from affinequant.models import Dims, Family
 
 
 def name_of(report: Object) -> str:
@@ -105,14 +108,17 @@ def placement_section(report: Object) -> tuple[Section, ...]:
 def online_cost(report: Object) -> tuple[int, int] | None:
     """Floating-point operations per token of one block: of its online transforms (where blocks choose, on average), and of
     its linears; None where the report is too old to say."""
-    linears = _linears(report)
+    from affinequant.transforms.placements import block_flops
+
+    network = _network(report)
     plan, blocks = report.get("plan") or {}, report.get("blocks") or []
-    if not (linears and blocks and plan.get("sites")):
+    if not (network and blocks and plan.get("sites")):
         return None
     chosen = [{site: one["flops"] for site, one in found.get("transforms", {}).items()} for found in blocks]
     fixed_ones = sum(one["flops_per_token"] for one in plan["sites"] if not any(one["site"] in row for row in chosen))
     online = fixed_ones + round(sum(sum(row.values()) for row in chosen) / len(chosen))
-    return online, max(2 * sum(math.prod(shape) for shape in block.values()) for block in linears)
+    family, dims = network
+    return online, block_flops(family, dims)
 
 
 def _cost(report: Object) -> Text | None:
@@ -124,21 +130,26 @@ def _cost(report: Object) -> Text | None:
     return Text(words=joined((("Online in a block: ", number(online), " operations per token, "), share), ""))
 
 
-def _linears(report: Object) -> list[dict[str, tuple[int, int]]]:
-    """Linear -> rows and columns, for each block, by the family and the sizes that the plan names."""
+def _network(report: Object) -> "tuple[Family, Dims] | None":
+    """The family and the sizes that the plan names."""
     from affinequant.models import FAMILIES, Dims
 
     plan = report.get("plan") or {}
     if plan.get("family") not in FAMILIES or not isinstance(plan.get("dims"), Mapping):
-        return []
+        return None
     try:
         dims = Dims(**plan["dims"])
     except TypeError:  # of a version that knew other sizes
+        return None
+    return FAMILIES[plan["family"]].sized(dims), dims
+
+
+def _linears(report: Object) -> list[dict[str, tuple[int, int]]]:
+    """Linear -> rows and columns, for each block."""
+    if (network := _network(report)) is None:
         return []
-    return [
-        {linear.name: linear.shape(dims) for linear in block.linears}
-        for block in FAMILIES[plan["family"]].sized(dims).each_block(dims)
-    ]
+    family, dims = network
+    return [{linear.name: linear.shape(dims) for linear in block.linears} for block in family.each_block(dims)]
 
 
 def size_section(report: Object) -> tuple[Section, ...]:

@@ -1,5 +1,6 @@
 """Moments of what a group of linears will read, rounded, gathered in one pass over the samples; and rows that judge."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import repeat
 from typing import Any
@@ -63,17 +64,27 @@ def _sum(parts: list[Any]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 
 
-def gather(job: BlockJob, passing: Replay, full: Replay | None, clip: float) -> Inputs:
-    """The inputs that `passing` has reached, rounded with the ratio `clip`.
+def gather(
+    job: BlockJob, passing: Replay, full: Replay | None, site: str, clip: float, expert: int | None = None
+) -> Inputs:
+    """The inputs of a site that `passing` has reached, rounded with the ratio `clip`; those of one expert are of the tokens
+    that come to it.
 
     Args:
         full: the full-precision pass at the same site; with rounding `auto` or `gptaq`.
     """
-    site_input, (samples, tokens, _) = job.site_input(passing.site, clip=clip), passing.x.shape
+    site_input, (samples, tokens, _) = job.site_input(site, clip=clip), passing.x.shape
     held = max(1, samples // HELD_OUT) if job.recipe.rounding == "auto" else 0
-    chosen = spread(held, tokens, HELD_TOKENS, job.seed(f"{passing.site}/held")).flatten().to(job.decoder.device)
+    dims = job.decoder.dims
+    if expert is None:
+        chosen = spread(held, tokens, HELD_TOKENS, job.seed(f"{site}/held")).flatten().to(job.decoder.device)
+    else:  # as if all came by, of whom so many are looked at
+        share = -(-held * tokens * dims.routed // (dims.experts * HELD_TOKENS))
+        chosen = (torch.arange(held * tokens, device=job.decoder.device) % max(1, share)) == 0
+    values = values_of(passing, site, expert)
+    targets = values_of(full, site, expert) if full else repeat(None)
     fitted, rest, rows = _Sums(), _Sums(), list[tuple[Tensor, Tensor]]()
-    for (part, value), other in zip(passing.values(), full.values() if full else repeat(None), strict=False):
+    for (part, value), other in zip(values, targets, strict=False):
         x = site_input.rounded(value.flatten(0, -2).float())
         target = None if other is None else other[1].flatten(0, -2).float()
         cut = max(0, samples - held - part.start) * tokens
@@ -83,8 +94,13 @@ def gather(job: BlockJob, passing: Replay, full: Replay | None, clip: float) -> 
             rest.add(x[cut:], target[cut:])
             first, chosen = chosen[: len(x) - cut], chosen[len(x) - cut :]
             rows.append((x[cut:][first], target[cut:][first]))
-    if not held:
-        means = fitted.means()
+    together = (torch.cat([row[0] for row in rows]), torch.cat([row[1] for row in rows])) if rows else None
+    if not fitted.tokens or together is None or not len(together[0]):  # an expert may be asked by few samples alone
+        means = fitted.means(rest)
         return Inputs(every=means, fitted=means, held=None)
-    together = (torch.cat([row[0] for row in rows]), torch.cat([row[1] for row in rows]))
     return Inputs(every=fitted.means(rest), fitted=fitted.means(), held=together)
+
+
+def values_of(passing: Replay, site: str, expert: int | None) -> Iterator[tuple[slice, Tensor]]:
+    """(which samples, what the linears of a site read before it is rounded): of one expert, the tokens that come to it."""
+    return passing.values() if expert is None else passing.of_expert(site, expert)

@@ -22,14 +22,31 @@ CANDIDATES: Mapping[Kind, tuple[str, ...]] = {
 
 
 def block_flops(family: Family, dims: Dims) -> int:
-    """Floating-point operations per token of one block's linears, where blocks differ of the largest: what an online
-    transform is held against."""
-    return max(2 * sum(math.prod(linear.shape(dims)) for linear in block.linears) for block in family.each_block(dims))
+    """Floating-point operations per token of one block's linears, where blocks differ of the largest, of experts those that
+    a token goes to: what an online transform is held against."""
+    return max(2 * (_weights(block, dims) - (dims.idle if block.branch else 0)) for block in family.each_block(dims))
+
+
+def block_weights(family: Family, dims: Dims) -> int:
+    """Weights of one block's linears, where blocks differ of the largest."""
+    return max(_weights(block, dims) for block in family.each_block(dims))
+
+
+def _weights(block: Family, dims: Dims) -> int:
+    return sum(math.prod(linear.shape(dims)) for linear in block.linears)
 
 
 def flops_of(name: str, site: Site) -> int:
     """Operations per token of the parts of `name` that stay online."""
     return 0 if name == "none" else sum(place(site, one).flops for one in structures_of(name, where="--transform"))
+
+
+def cost_at(name: str, transform: str, sites: Mapping[str, Site]) -> int:
+    """Operations per token of what stays online at the sites that a recipe calls `name`: of experts as many as a token goes
+    to, and where some blocks have none, the more."""
+    costs = {site.name: flops_of(transform, site) * site.share for site in sites.values() if named(site.name) == name}
+    alone = costs.pop(name, 0)
+    return round(max(alone, sum(costs.values())))
 
 
 def candidates(site: Site, recipe: Recipe, block: int) -> tuple[str, ...]:
@@ -103,11 +120,11 @@ def place_all(recipe: Recipe, sites: Mapping[str, Site], block: int) -> dict[str
             placements[name] = Placement(how="folded", reason="nothing to fold")
             continue
         if chosen == AUTO:
-            placements[name] = _open(recipe, site, block)
+            placements[name] = _open(recipe, site, sites, block)
             continue
         _, online = split_parts(chosen, site)
         parts = [place(site, structure) for structure in structures_of(chosen, where="--transform")]
-        cost = sum(part.flops for part in parts)
+        cost = cost_at(name, chosen, sites)
         if site.kind == "residual":
             _check_rotation(recipe, name, chosen)
         if online and site.kind == "rope" and recipe.parsed_scheme.kv is None:
@@ -148,7 +165,7 @@ def _check_rotation(recipe: Recipe, name: str, chosen: str) -> None:
         )
 
 
-def _open(recipe: Recipe, site: Site, block: int) -> Placement:
+def _open(recipe: Recipe, site: Site, sites: Mapping[str, Site], block: int) -> Placement:
     """The placement of a transform that each block chooses."""
     names = candidates(site, recipe, block)
     if not names:
@@ -157,7 +174,7 @@ def _open(recipe: Recipe, site: Site, block: int) -> Placement:
             "--transform",
             f"name one, or {site.name}=none",
         )
-    cost = max(flops_of(name, site) for name in names)
+    cost = max(cost_at(named(site.name), name, sites) for name in names)
     reason = f"each block takes one of {', '.join(names)}"
     if cost:
         reason += f"; with its other choices at most {recipe.cost_budget:g} % of the block"
@@ -169,11 +186,11 @@ def settled(
 ) -> dict[str, Placement]:
     """The placements as they came out, from the reports of the blocks: of a chosen transform the most that any block
     took."""
-    result, first = dict(placements), first_of(sites)
+    result = dict(placements)
     chosen = [(named(site), one["transform"]) for block in blocks for site, one in block.get("transforms", {}).items()]
     for name in dict(chosen):
         taken = {transform for site, transform in chosen if site == name}
-        cost = max(flops_of(one, first[name]) for one in taken)
+        cost = max(cost_at(name, one, sites) for one in taken)
         reason = f"chosen block by block: {', '.join(sorted(taken))}"
         result[name] = Placement(how="online" if cost else "folded", reason=reason, flops=cost)
     return result
