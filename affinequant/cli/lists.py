@@ -21,9 +21,6 @@ Without a word all of them are listed. Each name can be used where a flag asks f
   published   nowhere; these are figures of papers. --model NAME lists those of one model
 """
 
-_SIZES = dict.fromkeys(("hidden", "mlp", "expert", "shared"), 64) | {"heads": 4, "kv_heads": 2, "head_dim": 16}
-"""Of a model of whichever family."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Listing:
@@ -104,7 +101,8 @@ def _models() -> Listing:
     from affinequant.serve.families import in_vllm
     from affinequant.transforms import names_at
 
-    dims = Dims(**dict.fromkeys(("layers", "vocab", "experts"), 1), **_SIZES, tied=False)
+    dims = Dims(layers=1, hidden=64, mlp=64, heads=4, kv_heads=2, head_dim=16, vocab=1, tied=False)
+    dims = replace(dims, experts=1, routed=1, expert=64, shared=64)  # of a model of whichever family
     rows, tiers, reasons = [], {}, dict[str, list[str]]()
     for name, family in FAMILIES.items():
         flags = tuple(linear.bias for linear in family.linears if isinstance(linear.bias, str))
