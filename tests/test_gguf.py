@@ -56,6 +56,18 @@ def roped(**rope: Any) -> Change:
     return lambda folder: config(folder, lambda table: table.update(rope_parameters=rope))
 
 
+def quiet(folder: Path) -> None:
+    """Embeddings that leave the word to the blocks: loud ones that are the head too make one token certain, whatever the
+    blocks do. With another window, base of RoPE or cap the divergence is then at least 0.006."""
+    tensors(folder, lambda stored: stored["model.embed_tokens.weight"].mul_(0.1))
+
+
+def two_ropes(folder: Path) -> None:
+    """Of blocks that see a window, and, stretched, of those that see everything."""
+    sliding = {"rope_type": "default", "rope_theta": 500.0}
+    roped(sliding_attention=sliding, full_attention={"rope_type": "linear", "factor": 4.0, "rope_theta": 1e5})(folder)
+
+
 def at_defaults(folder: Path) -> None:
     def shorten(table: dict[str, Any]) -> None:
         for key in ("max_position_embeddings", "rms_norm_eps", "hidden_act", "rope_parameters", "model_type"):
@@ -127,6 +139,9 @@ def pieces(prefix: str = "Prepend") -> Change:
     made: Any = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     if prefix == "Prepend":
         made.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    elif prefix == "Split":  # as Gemma has it
+        made.normalizer = normalizers.Replace(" ", "\u2581")
+        made.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
     else:
         made.pre_tokenizer = pre_tokenizers.Metaspace("\u2581", prepend_scheme=prefix, split=False)
     made.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
@@ -156,6 +171,16 @@ CASES: dict[str, tuple[str, dict[str, Any], Change]] = {
     "linear": ("w4a16", {}, roped(rope_type="linear", factor=4.0, rope_theta=1e4)),
     "qwen2": ("w4a16", {"family": "qwen2"}, roped(rope_type="linear", factor=2.0, rope_theta=1e6)),
     "qwen2, own head": ("w4a16-g32-sym", {"family": "qwen2", "tied": False, "kv_heads": 4}, lambda folder: None),
+    "mistral": ("w4a16", {"family": "mistral", "sliding_window": None}, quiet),
+    "qwen3": ("w4a16-g32-sym", {"family": "qwen3"}, quiet),
+    "phi3": ("w4a16-g32", {"family": "phi3"}, lambda folder: None),
+    "smollm3": ("w4a16", {"family": "smollm3", "no_rope_layers": None, "layers": 4}, quiet),
+    "gemma2": (
+        "w4a16",
+        {"family": "gemma2", "tied": True, "attn_logit_softcapping": 0.5},
+        both(quiet, pieces("Split")),
+    ),
+    "gemma3": ("w4a16-g32-sym", {"family": "gemma3", "tied": True}, both(quiet, two_ropes)),
     "defaults": ("w4a16", {}, at_defaults),
     "old frequencies": ("w4a16", {}, with_frequencies),
     "zeros": ("w4a16-g32", {}, with_zeros),
@@ -256,6 +281,41 @@ def test_what_llama_cpp_s_qwen2_is_not_is_refused(
     with pytest.raises(AffineQuantError, match=words) as raised:
         affinequant.export(tmp_path / "made", format="gguf", out=tmp_path / "out")
     assert raised.value.exit_code == PREFLIGHT and not (tmp_path / "out").exists()
+
+
+OTHER = ["full_attention", "sliding_attention"]
+UNLIKE: dict[str, tuple[str, dict[str, Any], str]] = {
+    "windows": ("mistral", {}, "Llama has no sliding windows"),
+    "windows, fused": ("phi3", {"sliding_window": 12}, "Phi-3 has no sliding windows"),
+    "windows elsewhere": ("gemma2", {"layer_types": OTHER}, "no sliding windows in this order: .* each second has one"),
+    "a bias": ("qwen3", {"attention_bias": True}, r"Qwen3 has no tensor for model\.layers\.0\.self_attn\.q_proj\.bias"),
+    "RoPE everywhere": (
+        "smollm3",
+        {"no_rope_layers": [1, 0]},
+        "leaves RoPE out of each 4th block, this model of others",
+    ),
+    "one cap": ("gemma2", {"final_logit_softcapping": None}, "has both caps"),
+    "a cap": ("gemma3", {"final_logit_softcapping": 3.0}, "has no caps"),
+    "a scale": ("gemma2", {"query_pre_attn_scalar": 32}, "divides scores by the root of 16, this model of 32"),
+    "long RoPE": (
+        "smollm3",
+        {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}},
+        "type 'yarn'",
+    ),
+    "no family": ("opt", {}, "llama.cpp has no OPT"),
+}
+
+
+@pytest.mark.parametrize("case", UNLIKE)
+def test_what_llama_cpp_computes_otherwise_in_a_family_is_refused(case: str, tiny: Tiny) -> None:
+    family, shape, words = UNLIKE[case]
+    source = tiny(**SHAPE, family=family, tied=family.startswith("gemma"))
+    contents = rounded(source, "w4a16")
+    shapes = {name: tuple(tensor.shape) for name, tensor in load_file(source / "model.safetensors").items()}
+    if "attention_bias" in shape:
+        shapes["model.layers.0.self_attn.q_proj.bias"] = (64,)
+    changed = replace(contents, config=contents.config | shape)
+    assert re.search(words, str(find_format("gguf").refuses(changed, shapes)))
 
 
 def test_where_llama_cpp_puts_more_spaces_is_said(tiny_copy: Tiny, tmp_path: Path) -> None:

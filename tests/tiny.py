@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from affinequant.formats import Contents
-from affinequant.models import FAMILIES
+from affinequant.models import FAMILIES, resolve
 from affinequant.models.experts import split_experts
 from affinequant.recipe.presets import PRESETS
 from affinequant.recipe.scheme import Scheme
@@ -112,8 +112,8 @@ def rounded(folder: Path, scheme: str, *, clip: float = 1.0) -> Contents:
     parsed = Scheme.parse(scheme)
     config = json.loads((folder / "config.json").read_text())
     state = {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
-    layers = config["num_hidden_layers"]
-    linears = tuple(f"model.layers.{layer}.{name}" for layer in range(layers) for name in LINEARS)
+    layers, (family, _) = config["num_hidden_layers"], resolve(config, where=str(folder))
+    linears = tuple(f"model.layers.{layer}.{linear.name}" for layer in range(layers) for linear in family.linears)
 
     def stages() -> Iterator[dict[str, Tensor]]:
         yield {name: tensor for name, tensor in state.items() if ".layers." not in name}
@@ -143,7 +143,7 @@ def dense_model(contents: Contents) -> Any:
 
     config = AutoConfig.from_pretrained(contents.source)
     config.tie_word_embeddings = contents.tied
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")  # caps scores
     state: dict[str, Tensor] = {}
     for stage in contents.stages():
         for name, tensor in stage.items():

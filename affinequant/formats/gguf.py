@@ -29,7 +29,6 @@ from affinequant.formats.gguf_settings import (
     UNKNOWN,
     described,
     rope_factors,
-    rope_kind,
     write_settings,
     write_tokenizer,
 )
@@ -96,20 +95,12 @@ def refuses(contents: Contents, shapes: Shapes) -> str | None:
             return f"{name} has {shapes[f'{name}.weight'][1]} inputs, which blocks of {BLOCK} do not divide"
     names, parts, there = names_of(architecture, dims), set(contents.linears), f"llama.cpp's {architecture.title}"
     for name in shapes:
-        if not (name.rpartition(".")[0] in parts or _is_buffer(name) or found(names, name)):
+        bias = name.endswith(".bias") and not architecture.biases
+        if bias or not (name.rpartition(".")[0] in parts or _is_buffer(name) or found(names, name)):
             return f"{there} has no tensor for {name}"
     config = described(contents.config)
-    if rope_kind(config) not in architecture.ropes:
-        ropes = ", ".join(architecture.ropes)
-        return f"RoPE of type {rope_kind(config)!r}: llama.cpp computes {ropes} as transformers does"
-    if config.hidden_act != "silu":
-        return f"{there} computes silu, this model {config.hidden_act}"
-    if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
-        return f"{there} has no sliding windows"
-    if dims.experts and (reason := architecture.refuses_experts(config, dims)):
+    if reason := architecture.refuses(config, dims):
         return f"{there} {reason}"
-    if dims.query != dims.hidden and not architecture.any_heads:
-        return f"heads of {dims.query} features together: {there} takes as many as the residual stream has"
     vocabulary = read_vocabulary(contents.source, dims.vocab)
     return None if isinstance(vocabulary, Vocabulary) else vocabulary
 
@@ -121,7 +112,7 @@ def reload(out: Path, dtype: Dtype) -> tuple[Any, str]:
     """
     from transformers import AutoConfig, AutoTokenizer, GgufConfig
 
-    if resolve(read_table(out / "config.json"), where=str(out))[1].experts:
+    if not ARCHITECTURES[resolve(read_table(out / "config.json"), where=str(out))[0].name].stock:
         return unpacked(out / FILE, dtype)
     config: Any = AutoConfig.from_pretrained(out, local_files_only=True)
     read: Any = AutoConfig.from_pretrained(out, gguf_file=FILE, local_files_only=True)
@@ -161,12 +152,12 @@ def write(contents: Contents, out: Path, *, shard_bytes: int = SHARD_BYTES) -> l
     family, dims = network_of(contents)
     writer = GGUFWriter(temporary, ARCHITECTURES[family.name].called, use_temp_file=True)
     try:
-        write_settings(writer, contents, dims)
+        write_settings(writer, contents, ARCHITECTURES[family.name], dims)
         write_tokenizer(writer, contents, dims)
         if (factors := rope_factors(described(contents.config))) is not None:
             writer.add_tensor("rope_freqs.weight", factors)
         for stage in contents.stages():
-            _write_stage(writer, stage, contents, family.name, dims)
+            _write_stage(writer, stage, contents, family, dims)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -208,12 +199,12 @@ def blocks(codes: Tensor, scale: Tensor, zero: Tensor | None, fmt: NumberFormat,
     return np.concatenate(parts, axis=1).reshape(rows, -1), kind
 
 
-def _write_stage(writer: Any, stage: Mapping[str, Tensor], contents: Contents, family: str, dims: Dims) -> None:
+def _write_stage(writer: Any, stage: Mapping[str, Tensor], contents: Contents, family: Family, dims: Dims) -> None:
     import numpy as np
     import torch
     from gguf import GGMLQuantizationType
 
-    architecture = ARCHITECTURES[family]
+    architecture = ARCHITECTURES[family.name]
     names = names_of(architecture, dims)
     rest, integers = split_stage(stage, contents)
     experts: dict[tuple[str, str], dict[int, np.ndarray]] = {}
@@ -234,8 +225,10 @@ def _write_stage(writer: Any, stage: Mapping[str, Tensor], contents: Contents, f
             continue
         if tensor.ndim == 1:  # llama.cpp computes norms in float32, and adds biases in it
             owner = name.removesuffix(".bias")
-            vector = tensor if owner == name else for_rope(tensor, owner, architecture, dims)
-            writer.add_tensor(mapped(names, name), vector.float().numpy())
+            vector = tensor.float() + family.norm_offset  # a gain, as it multiplies
+            if owner != name:
+                vector = for_rope(tensor, owner, architecture, dims).float()
+            writer.add_tensor(mapped(names, name), vector.numpy())
         elif tensor.dtype == torch.bfloat16:
             packed = tensor.contiguous().view(torch.int16).numpy().view(np.uint8)
             writer.add_tensor(mapped(names, name), packed, raw_dtype=GGMLQuantizationType.BF16)

@@ -71,6 +71,8 @@ def unpacked(file: Path, dtype: Dtype) -> tuple[Any, str]:
         data, number = stored.data, number_of(name)
         value = dequantize(data if number is None else data[number], stored.tensor_type)
         tensor = torch.from_numpy(np.array(value, dtype=np.float32)).reshape(like.shape)
+        if tensor.ndim == 1 and not name.endswith(".bias"):
+            tensor -= family.norm_offset
         heads = _heads(name.rpartition(".")[0], architecture, dims)
         if heads is not None:
             tensor = tensor.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(like.shape)

@@ -126,6 +126,8 @@ def _space_prefix(described: Mapping[str, Any]) -> tuple[bool, bool] | None:
     normal, split = described.get("normalizer") or {}, described.get("pre_tokenizer") or {}
     steps = normal.get("normalizers", [normal] if normal else [])
     replaced = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    if split.get("type") == "Split" and split.get("pattern") == {"String": " "} and replaced in steps[-1:]:
+        split = {}  # at spaces, none of which is left (Gemma)
     if not split and steps and steps[-1] == replaced:
         before = steps[:-1]
         return (bool(before), False) if before in ([], [{"type": "Prepend", "prepend": SPACE}]) else None
