@@ -40,7 +40,7 @@ def config(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
     (folder / "config.json").write_text(json.dumps(table))
 
 
-def tensors(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
+def tensors(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
     stored = load_file(folder / "model.safetensors")
     change(stored)
     save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})

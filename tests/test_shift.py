@@ -14,6 +14,7 @@ import affinequant
 from affinequant.errors import AffineQuantError
 from affinequant.formats.reading import in_transformers
 from affinequant.learning.fit import FitConfig, fit
+from affinequant.report.transforms import transform_section
 from affinequant.transforms.shift import Shift
 from tests.test_objective import make_job, objective_of
 
@@ -62,6 +63,8 @@ def logits(model: Any) -> Tensor:
 def test_a_preset_shifts_where_biases_take_it_up(tiny: Tiny, fields: dict[str, Any], tmp_path: Path) -> None:
     made = affinequant.quantize(tiny(**OPT), scheme="w4a16", tier="merged", out=tmp_path / "out", **fields)
     assert made.report["verified"]["passed"] and made.report["events"] == []
+    drawn = [getattr(part, "title", "") for one in transform_section(made.report["blocks"]) for part in one.parts]
+    assert "The shift at vo" in drawn and "The scaling at attn_in diagonal" in drawn
     written = tomllib.loads((made.path / "recipe.toml").read_text())["transforms"]
     assert {site: name for site, name in written.items() if "shift" in name} == SHIFTED
     stock, _ = in_transformers(made.path, "float32")

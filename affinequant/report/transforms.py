@@ -89,6 +89,17 @@ def _said_once(figures: Iterable[Figure]) -> list[Figure]:
 
 
 def _scaling(site: str, series: tuple[Series, ...]) -> Figure:
+    """Of a diagonal, or of a shift in front of one."""
+    if site.endswith(" shift"):
+        return Figure(
+            kind="line",
+            title=f"The shift at {site.removesuffix(' shift')}",
+            series=series,
+            x=Axis(label="channel, of each few the largest"),
+            y=Axis(label="log10 of its magnitude"),
+            caption="Each channel is moved by so much, one way or the other; biases take it up.",
+            key=_key("shift", site.removesuffix(" shift")),
+        )
     return Figure(
         kind="line",
         title=f"The scaling at {site}",
