@@ -198,6 +198,8 @@ def choices_of(block: Mapping[str, Any]) -> str:
     parts = []
     for key, kind in KINDS.items():
         for site, one in block.get(key, {}).items():
+            if "." in site:  # of one expert among many
+                continue
             words = one[kind].split(" ")[0].split("+")
             parts.append(f"{site}:" + "+".join(word if len(words) == 1 else word[:4] for word in words))
     return " ".join(parts)

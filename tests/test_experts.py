@@ -15,6 +15,8 @@ from affinequant.models import FAMILIES, resolve, resolve_sites
 from affinequant.models.decoder import open_decoder, run_block
 from affinequant.models.experts import split_experts
 from affinequant.models.source import check_tensors, open_source
+from affinequant.transforms.fold import fold
+from tests.test_equivalence import TOLERANCE, KeepDouble, randomised
 from tests.tiny import tiny_llama
 
 Tiny = Callable[..., Path]
@@ -174,3 +176,30 @@ def test_rounded_to_nearest_from_folder_to_folder(
     assert made.report["verified"]["passed"]
     stored = {name.rpartition(".")[0] for name in open_source(made.path).entries}
     assert {name.rpartition(".")[0] for name in open_source(tiny(family=family)).entries} <= stored
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_what_acts_at_run_time_does_not_reach_the_router(family: str, tiny: Tiny) -> None:
+    source = open_source(tiny(family=family))
+    known, dims = resolve(source.config, where="")
+    decoder = open_decoder(source, known, dims, torch.device("cpu"), torch.float64)
+    prefix, block = f"{known.blocks}.0.", known.at(dims, 0)
+    state = {name: tensor.double() for name, tensor in source.read(source.entries).items()}
+    tensors = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+    x, kwargs = decoder.embed(torch.randint(2, 320, (2, 24), generator=torch.Generator().manual_seed(0)), state)
+    sites = {site.name: site for site in resolve_sites(block, dims)}
+    acting = {name: randomised("kronecker", sites[name], 3) for name in ("mlp_in", "mlp_mid.1")}
+    after = dict(tensors)
+    for name, transform in acting.items():
+        after = fold(after, sites[name], transform, online=True)
+    routers = {edge.module for edge in sites["mlp_in"].sinks if edge.plain}
+    assert routers and all(torch.equal(after[f"{name}.weight"], tensors[f"{name}.weight"]) for name in routers)
+
+    def on_input(site: str, value: Tensor) -> Tensor:
+        return acting[site].on_activations(value) if site in acting else value
+
+    with KeepDouble(), torch.no_grad():
+        expected = run_block(decoder.block(0), block, tensors, x, kwargs[0])
+        found = run_block(decoder.block(0), block, after, x, kwargs[0], on_input)
+        bare = run_block(decoder.block(0), block, after, x, kwargs[0])
+    assert float((found - expected).abs().max()) < TOLERANCE < 1e-4 < float((bare - expected).abs().max())
