@@ -143,7 +143,9 @@ def dense_model(contents: Contents) -> Any:
 
     config = AutoConfig.from_pretrained(contents.source)
     config.tie_word_embeddings = contents.tied
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")  # caps scores
+    # The attention that transformers takes by itself leaves a cap on scores out.
+    attention = {"attn_implementation": "eager"} if getattr(config, "attn_logit_softcapping", None) else {}
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **attention)
     state: dict[str, Tensor] = {}
     for stage in contents.stages():
         for name, tensor in stage.items():
