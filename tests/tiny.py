@@ -38,12 +38,20 @@ SLIDING = {"family": "qwen2", "use_sliding_window": True, "sliding_window": 12, 
 
 _WINDOWED = {"sliding_window": 12, "head_dim": 16, "query_pre_attn_scalar": 16}
 _MIXED = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_DELTA = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_value_heads": 4,
+    "linear_value_head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 24,
+}
 OWN: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 12},
     "qwen3": {"head_dim": 16},
     "gemma2": {**_WINDOWED, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
     "gemma3": {**_WINDOWED, "layer_types": ["sliding_attention", "full_attention"]},
     "smollm3": {"no_rope_layers": [1, 0]},
+    "qwen3_5": {"head_dim": 16, **_DELTA},
     "mixtral": {"num_local_experts": 4},
     "qwen2_moe": {**_MIXED, "shared_expert_intermediate_size": 48},
     "qwen3_moe": {**_MIXED, "norm_topk_prob": True, "mlp_only_layers": [1]},
@@ -96,8 +104,11 @@ def tiny_llama(
         for name, parameter in split_experts(model, FAMILIES[family]).named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             scale = 0.3 if name.endswith("bias") else parameter.shape[-1] ** -0.5
-            centre = 1 - FAMILIES[family].norm_offset
-            value = centre + 0.3 * noise if "norm" in name else noise * (0.5 if "embed" in name else scale)
+            value = (
+                gain_centre(name, family) + 0.3 * noise
+                if "norm" in name
+                else noise * (0.5 if "embed" in name else scale)
+            )
             parameter.copy_(value)
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
@@ -105,6 +116,11 @@ def tiny_llama(
     state = {name: tensor for name, tensor in model.state_dict().items() if not (tied and name == "lm_head.weight")}
     _save(state, Path(folder), shards)
     return Path(folder)
+
+
+def gain_centre(name: str, family: str) -> float:
+    """The weight of a norm that leaves what it gives as it is."""
+    return 1.0 if "linear_attn.norm" in name else 1.0 - FAMILIES[family].norm_offset
 
 
 def rounded(folder: Path, scheme: str, *, clip: float = 1.0) -> Contents:

@@ -103,6 +103,7 @@ def _models() -> Listing:
 
     dims = Dims(layers=1, hidden=64, mlp=64, heads=4, kv_heads=2, head_dim=16, vocab=1, tied=False)
     dims = replace(dims, experts=1, routed=1, expert=64, shared=64)  # of a model of whichever family
+    dims = replace(dims, delta_heads=4, delta_head=16, delta_key_heads=4, delta_key_head=16)
     rows, tiers, reasons = [], {}, dict[str, list[str]]()
     for name, family in FAMILIES.items():
         flags = tuple(linear.bias for linear in family.linears if isinstance(linear.bias, str))
@@ -150,11 +151,12 @@ def _words(names: str) -> list[str]:
 
 def _transforms() -> Listing:
     from affinequant.models import FAMILIES
-    from affinequant.models.sites import Kind, Site, place
+    from affinequant.models.sites import Kind, Site, named, place
     from affinequant.transforms import TRANSFORMS, structures_of
 
-    # Where families differ the first stands for most: OPT alone has no RoPE at qk.
-    kinds: dict[str, Kind] = {spec.name: spec.kind for family in reversed(FAMILIES.values()) for spec in family.sites}
+    # Where families differ the first stands for most: OPT alone has no RoPE at qk, hybrids alone a gate at vo.
+    specs = [spec for family in reversed(FAMILIES.values()) for spec in family.sites]
+    kinds: dict[str, Kind] = {named(spec.name): spec.kind for spec in specs}
     sites = [Site(name=name, kind=kind, width=64, sources=(), sinks=()) for name, kind in kinds.items()]
     rows = []
     for name, (structure, _, about) in TRANSFORMS.items():

@@ -83,13 +83,17 @@ def block_stage(work: Work, stage: Stage, carry: Carry) -> Carry:
 
 
 def _load(work: Work, index: int) -> tuple[BlockJob, Tensors]:
-    """What is fixed for the block, and its tensors in fp64, named within it, the residual stream rotated where the recipe
-    asks for it."""
+    """What is fixed for the block, and its tensors, named within it, the residual stream rotated where the recipe asks for
+    it: in fp64, but for those that stay as they are."""
     rotation, starts = work.rotations
     if rotation is not None:
         rotation.to(work.decoder.device)
     job = replace(work.job(index), starts=starts.get(index, {}), judge=work.judge)
-    tensors = {name: tensor.double() for name, tensor in block_reader(work.made, work.decoder)(index).items()}
+    changed = job.family.changed()
+    tensors = {
+        name: tensor.double() if name.rpartition(".")[0] in changed else tensor
+        for name, tensor in block_reader(work.made, work.decoder)(index).items()
+    }
     if rotation is not None:
         tensors = rotate_block(tensors, job.family, job.sites["residual"], rotation)
     return job, tensors

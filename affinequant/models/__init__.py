@@ -20,11 +20,12 @@ from affinequant.models.phi3 import PHI3
 from affinequant.models.qwen2 import QWEN2
 from affinequant.models.qwen2_moe import QWEN2_MOE
 from affinequant.models.qwen3 import QWEN3
+from affinequant.models.qwen3_5 import QWEN3_5
 from affinequant.models.qwen3_moe import QWEN3_MOE
 from affinequant.models.sized_sites import resolve_sites as resolve_sites
 from affinequant.models.smollm3 import SMOLLM3
 
-_ALL = (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3, PHI3, SMOLLM3, OPT, MIXTRAL, QWEN2_MOE, QWEN3_MOE)
+_ALL = (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3, PHI3, SMOLLM3, OPT, MIXTRAL, QWEN2_MOE, QWEN3_MOE, QWEN3_5)
 FAMILIES: dict[str, Family] = {family.name: family for family in _ALL}
 
 

@@ -6,7 +6,9 @@ from typing import Any, Literal
 
 from affinequant.errors import PREFLIGHT, AffineQuantError
 
-Width = Literal["hidden", "mlp", "query", "value", "expert", "shared"]
+Width = Literal[
+    "hidden", "mlp", "query", "value", "expert", "shared", "gated_query", "delta", "delta_head", "delta_qkv"
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +31,12 @@ class Dims:
     """The width of one of them; `mlp` is that of blocks without."""
     shared: int = 0
     """The width of the one that every token goes through, where there is one."""
+    delta_heads: int = 0
+    """In a gated-delta layer, how many heads of values; `delta_head` is the width of one."""
+    delta_head: int = 0
+    delta_key_heads: int = 0
+    """Its heads of keys, and again of queries; `delta_key_head` is the width of one."""
+    delta_key_head: int = 0
     kinds: tuple[tuple[str, ...], ...] = ()
     """By block, the kinds of layer that it is made of; empty where every block has all that its family has."""
     biases: tuple[str, ...] = ()
@@ -56,12 +64,27 @@ class Dims:
     @property
     def widest(self) -> int:
         """Inputs of the widest linear."""
-        return max(self.hidden, self.query, self.expert, self.shared, self.mlp if self._dense else 0)
+        return max(self.hidden, self.query, self.delta, self.expert, self.shared, self.mlp if self._dense else 0)
 
     @property
     def idle(self) -> int:
         """Weights of a layer of experts that a token does not meet."""
         return 3 * self.hidden * self.expert * (self.experts - self.routed)
+
+    @property
+    def gated_query(self) -> int:
+        """Features of all query heads, each with the gate of its output."""
+        return 2 * self.query
+
+    @property
+    def delta(self) -> int:
+        """Features of all heads of values of a gated-delta layer."""
+        return self.delta_heads * self.delta_head
+
+    @property
+    def delta_qkv(self) -> int:
+        """Its queries, keys and values."""
+        return 2 * self.delta_key_heads * self.delta_key_head + self.delta
 
 
 def read_size(config: Mapping[str, Any], key: str, where: str, default: int | None = None) -> int:

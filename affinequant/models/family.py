@@ -41,7 +41,8 @@ class LinearSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SiteSpec:
-    """A site before sizes are known. `grouped` ends see each KV head once per query head it serves. Where its ends have `*`
+    """A site before sizes are known. `grouped` ends see each head of it several times, one after the other: a KV head once
+    per query head that it serves. Where its ends have `*`
     for the number of an expert it is one site that all experts share, or with `each_expert` one in every expert."""
 
     name: str
@@ -214,7 +215,7 @@ class Family:
         groups: dict[str, list[str]] = {}
         order = {linear.name: position for position, linear in enumerate(self.linears)}
         for spec in (spec for layer in self.layers.values() for spec in layer.sites):
-            if spec.kind in ("norm", "heads", "linear"):
+            if spec.kind in ("norm", "heads", "gated", "linear"):
                 members = [module for module, side in spec.sinks if module in order and side == "columns"]
                 groups.setdefault(spec.name, []).extend(members)
         return tuple(
@@ -252,6 +253,11 @@ class Family:
             modules = members if number is None or in_expert(site) else (self.expert(),)
             found.setdefault(site, []).extend(modules)
         return tuple((site, tuple(dict.fromkeys(modules))) for site, modules in found.items())
+
+    def changed(self) -> frozenset[str]:
+        """The modules of a block whose tensors are rounded, or take up what folds: the others stay as the source has them."""
+        ends = {name.partition(":")[0] for spec in self.sites for name, _ in (*spec.sources, *spec.sinks)}
+        return frozenset(ends | {linear.name for linear in self.linears})
 
     def norms(self) -> tuple[str, ...]:
         """Every norm of a block: those that linears read, and those between a layer and the residual stream."""

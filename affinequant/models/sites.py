@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-Side = Literal["gain", "rows", "columns"]
-Kind = Literal["residual", "norm", "rope", "scores", "heads", "linear"]
+Side = Literal["gain", "factor", "rows", "columns"]
+Kind = Literal["residual", "norm", "rope", "scores", "heads", "gated", "linear"]
 Structure = Literal[
     "diagonal",
     "rope-pair",
@@ -46,7 +46,8 @@ class Edge:
     """One place where a transform meets a parameter.
 
     `module` is named relative to its block (`scope="block"`) or to the whole model. `side` says which part of it
-    carries the site's features: a norm's gain, a linear's output rows, or its input columns. `copies` is how many
+    carries the site's features: a norm's gain, the weight of another module that multiplies them as it is (a factor), a
+    linear's output rows, or its input columns. `copies` is how many
     consecutive heads share one head of the transform (query heads per KV head). Of a fused linear, `rows` are the first
     of its rows that is meant and the first behind. What is `plain` stays in 16 bits (a router): it reads what its norm
     gives, not what a transform at run time makes of that. Of an affine transform a `bias` takes up what is added.
@@ -137,6 +138,7 @@ _FOLDS: Mapping[Kind, Mapping[Structure, str]] = {
         "orthogonal": "one rotation per KV head goes into v and o",
         "translation": "attention weights sum to one, so a shift goes into the biases of v and o",
     },
+    "gated": {"diagonal": "one factor per feature passes the elementwise gate into the producer"},
     "linear": {"diagonal": "a diagonal passes the elementwise product into the producer's rows"},
 }
 _ONLINE: Mapping[Kind, Mapping[Structure, str]] = {
@@ -146,6 +148,7 @@ _ONLINE: Mapping[Kind, Mapping[Structure, str]] = {
     ),
     "rope": {"hadamard": "acts on q and k after RoPE"},
     "heads": {"kronecker": "mixes heads, which attention keeps apart: a matmul stays"},
+    "gated": {"kronecker": "does not pass the elementwise gate: a matmul stays"},
     "linear": dict.fromkeys(
         ("kronecker", "block", "hadamard", "orthogonal", *SHARED),
         "does not pass the elementwise product: a matmul stays",
@@ -157,6 +160,7 @@ _REFUSED: Mapping[Kind, str] = {
     "rope": "not equivalent under RoPE: it does not commute with the rotation of positions",
     "scores": "would act across heads, which attention keeps apart",
     "heads": "would act across heads or as a dense matrix as large as the layer itself",
+    "gated": "a gate multiplies each feature behind the heads: no matrix passes it, and at run time a Kronecker product acts",
     "linear": "a dense matrix here would cost as much as the layer itself, and heads mean nothing",
 }
 
@@ -209,7 +213,7 @@ def kronecker_factors(site: Site) -> tuple[int, int]:
     Between heads and within them where there are heads (query heads, since the sinks read those), else the pair with
     the smallest sum, which is the cheapest to apply.
     """
-    if site.kind == "heads":
+    if site.kind in ("heads", "gated"):
         return site.heads * _copies(site.sinks) // site.slices, site.head_width
     width = site.width // site.slices
     small = next(f for f in range(int(width**0.5), 0, -1) if width % f == 0)
@@ -230,7 +234,7 @@ def rotation_factors(n: int) -> tuple[int, int]:
 def block_width(site: Site) -> int:
     """Width of one block of a block-diagonal transform: a head where there are heads, else the divisor of the width
     that is nearest to 64 by ratio."""
-    if site.kind in ("heads", "scores", "rope"):
+    if site.kind in ("heads", "gated", "scores", "rope"):
         return site.head_width
     width = site.width // site.slices
     divisors = [d for d in range(1, width + 1) if width % d == 0]
@@ -247,7 +251,7 @@ def online_numbers(site: Site, structure: Structure) -> int:
     `site`."""
     if site.kind == "rope":  # one matrix for all heads
         return site.head_width**2
-    n = site.width * (_copies(site.sinks) if site.kind == "heads" else 1)
+    n = site.width * (_copies(site.sinks) if site.kind in ("heads", "gated") else 1)
     if structure in ("kronecker", "hadamard"):
         left, right = rotation_factors(n // site.slices) if structure == "hadamard" else kronecker_factors(site)
         return left * left + right * right

@@ -7,15 +7,20 @@ from affinequant.models.sites import Edge, Site, in_expert
 
 def resolve_sites(family: Family, dims: Dims, tp: int = 1) -> tuple[Site, ...]:
     """The family's sites with their sizes; with `tp` slices of those whose sinks tensor parallelism cuts by columns."""
-    copies = dims.heads // dims.kv_heads
     linears = {linear.name: linear for linear in family.linears}
+
+    def copies(end: End, spec: SiteSpec) -> int:
+        if end[0] not in spec.grouped:
+            return 1
+        read = linears[end[0]].shape(dims)[1] if end[1] == "columns" else 0
+        return read // getattr(dims, spec.width) if read else dims.heads // dims.kv_heads
 
     def edge(end: End, spec: SiteSpec) -> Edge:
         module, _, part = end[0].partition(":")
         return Edge(
             module=module,
             side=end[1],
-            copies=copies if end[0] in spec.grouped else 1,
+            copies=copies(end, spec),
             scope="model" if module in (family.embedding, family.head) else "block",
             rows=linears[module].part(part, dims) if part else None,
             bias=family.layer_norm if module not in linears else linears[module].bias in (True, *dims.biases),
@@ -27,8 +32,8 @@ def resolve_sites(family: Family, dims: Dims, tp: int = 1) -> tuple[Site, ...]:
             name=spec.name,
             kind=spec.kind,
             width=getattr(dims, spec.width),
-            heads=dims.kv_heads if spec.kind in ("rope", "scores", "heads") else 1,
-            slices=tp if spec.kind in ("heads", "linear") else 1,
+            heads=dims.kv_heads if spec.width == "value" else 1,
+            slices=tp if spec.kind in ("heads", "gated", "linear") else 1,
             share=dims.routed / dims.experts if in_expert(spec.name) else 1.0,
             sources=tuple(edge(end, spec) for end in spec.sources),
             sinks=tuple(edge(end, spec) for end in spec.sinks),

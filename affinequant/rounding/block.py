@@ -84,7 +84,12 @@ def round_block(
     units: dict[str, float] = {}
     job = replace(job, units=units)  # filled in as sites are reached
     weights = {f"{linear.name}.weight" for linear in job.family.linears}
-    stored = {name: tensor.to(job.store) for name, tensor in tensors.items() if name not in weights}
+    changed = job.family.changed()
+    stored = {
+        name: tensor.to(job.store) if name.rpartition(".")[0] in changed else tensor
+        for name, tensor in tensors.items()
+        if name not in weights
+    }
     work = {name: (tensor if name in weights else stored[name]).float() for name, tensor in tensors.items()}
     clips: dict[str, float] = {}
     online = {site: _plain(module.online()) for site, module in learned.online.items()}

@@ -207,7 +207,7 @@ class AffineQuantLinear(LinearMethodBase):
                     "(reload_weights): what belongs to them stands in config.json, which is not read again. This engine "
                     "has lost its weights: start another one on the new folder"
                 )
-            count.seen += 1
+            count.seen += len(shard[0]) if shard and isinstance(shard[0], tuple) else 1  # fused on disk, in part
             count.whole |= not shard or shard[0] is None
             load(param, loaded, *shard)
 

@@ -99,8 +99,9 @@ def rotate_outer(tensors: Mapping[str, Tensor], family: Family, site: Site, rota
 
 def _act(tensors: Tensors, edge: Edge, action: Action, norm_offset: float) -> None:
     weight, bias = f"{edge.module}.weight", f"{edge.module}.bias"
-    if edge.side == "gain":
-        tensors[weight] = action(tensors[weight] + norm_offset, edge.copies) - norm_offset
+    if edge.side in ("gain", "factor"):
+        offset = norm_offset if edge.side == "gain" else 0.0
+        tensors[weight] = action(tensors[weight] + offset, edge.copies) - offset
         if bias in tensors:
             tensors[bias] = action(tensors[bias], edge.copies)
     elif edge.side == "rows":

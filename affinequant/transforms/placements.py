@@ -16,6 +16,7 @@ from affinequant.transforms import LEARNED_ROTATIONS, names_at, split_parts, str
 CANDIDATES: Mapping[Kind, tuple[str, ...]] = {
     "norm": ("none", "diagonal", "hadamard", "diagonal+hadamard", "diagonal+block", "diagonal+kronecker"),
     "heads": ("none", "diagonal", "hadamard", "block", "kronecker"),
+    "gated": ("none", "diagonal", "kronecker", "diagonal+kronecker"),
     "linear": ("none", "diagonal", "hadamard", "diagonal+hadamard", "diagonal+block", "diagonal+kronecker"),
 }
 """What a block chooses from, the simplest first: transforms with a closed-form start, and none as large as a layer."""
@@ -233,13 +234,15 @@ def check_slices(recipe: Recipe, dims: Dims) -> None:
 
     def fits(tp: int) -> bool:
         whole = dims.heads % tp == 0 and dims.mlp % tp == 0 and (dims.kv_heads % tp == 0 or tp % dims.kv_heads == 0)
-        rows = (dims.query // tp, dims.mlp // tp, max(dims.value // tp, dims.head_dim))
+        whole = whole and dims.delta_heads % tp == 0 and dims.delta_key_heads % tp == 0
+        rows = (dims.query // tp, dims.mlp // tp, dims.delta // tp, max(dims.value // tp, dims.head_dim))
         return whole and all(size % 8 == 0 for size in rows) and all(size % group == 0 for size in rows[:2])
 
     if recipe.tp > 1 and not fits(recipe.tp):
         possible = [tp for tp in range(1, dims.heads + 1) if fits(tp)]
+        delta = f", in gated-delta layers {dims.delta_heads} and {dims.delta_key_heads}" if dims.delta_heads else ""
         raise AffineQuantError(
-            f"{dims.heads} heads ({dims.kv_heads} of keys and values) and {dims.mlp} features between up and down do "
+            f"{dims.heads} heads ({dims.kv_heads} of keys and values{delta}) and {dims.mlp} features between up and down do "
             f"not divide among {recipe.tp} ranks",
             "--tp",
             f"use one of {', '.join(map(str, possible))}",
