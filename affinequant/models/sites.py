@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 Side = Literal["gain", "factor", "rows", "columns"]
 Kind = Literal["residual", "norm", "rope", "scores", "heads", "gated", "linear"]
@@ -22,21 +22,7 @@ Structure = Literal[
     "shared-128",
 ]
 
-STRUCTURES: tuple[Structure, ...] = (
-    "diagonal",
-    "rope-pair",
-    "per-head",
-    "kronecker",
-    "block",
-    "dense",
-    "hadamard",
-    "orthogonal",
-    "translation",
-    "shared-16",
-    "shared-32",
-    "shared-64",
-    "shared-128",
-)
+STRUCTURES: tuple[Structure, ...] = get_args(Structure)
 SHARED: tuple[Structure, ...] = STRUCTURES[-4:]
 """One matrix that all blocks of so many features share."""
 
