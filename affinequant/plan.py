@@ -83,7 +83,8 @@ class Plan:
             "schema": 1,
             "model": self.recipe.model,
             "family": self.family.name,
-            "dims": asdict(self.dims) | {"kinds": [list(kinds) for kinds in self.dims.kinds]},
+            "dims": asdict(self.dims)
+            | {"kinds": [list(kinds) for kinds in self.dims.kinds], "biases": list(self.dims.biases)},
             "scheme": self.recipe.scheme,
             "tier": self.recipe.tier,
             "preset": self.recipe.preset,

@@ -9,7 +9,7 @@ import torch
 from affinequant_kernels import reference
 
 from affinequant import pipeline
-from affinequant.learning import distill, rotation
+from affinequant.learning import continuous, rotation
 from affinequant.learning.work import Work
 from affinequant.numbers import grid_of
 from affinequant.plan import plan
@@ -38,7 +38,7 @@ def blocks(tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Calla
     (tmp_path / "text.txt").write_text(" ".join(f"{i} black crows in tree {i % 17}" for i in range(500)))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _device: 0)
-    for module in (distill, rotation):  # autograd, which runs a block again, knows nothing of the pretence
+    for module in (continuous, rotation):  # autograd, which runs a block again, knows nothing of the pretence
         monkeypatch.setattr(module, "checkpoint", lambda block, *args, use_reentrant: block(*args))
 
     def call(**fields: Any) -> Run:
@@ -52,10 +52,10 @@ def blocks(tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Calla
         if PRESETS[fields["preset"]].settings.get("epochs"):
             small["epochs"] = 1
         made = plan(resolve(small | fields))
-        tokens = pipeline._tokens(made, Silent())
+        tokens = pipeline.tokens_of(made, Silent())
         run = Run.open(tmp_path / "run", {})
         with pretend():
-            decoder = pipeline._decoder(made)
+            decoder = pipeline.decoder_of(made)
             pipeline.make_stages(Work(made=made, run=run, tokens=tokens, decoder=decoder, listen=Silent()))
         return run
 

@@ -13,7 +13,7 @@ from affinequant.fit import FitConfig, FitReport
 from affinequant.learning.judge import ModelJudge
 from affinequant.learning.network import block_reader
 from affinequant.models.decoder import open_decoder
-from affinequant.pipeline import _tokens
+from affinequant.pipeline import tokens_of
 from affinequant.plan import plan
 from affinequant.progress import Silent
 from affinequant.recipe.recipe import resolve
@@ -43,7 +43,7 @@ def settings(tiny: Tiny, tmp_path: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("residual", ["none", "hadamard"])
 def test_it_is_the_divergence_of_the_whole_model(settings: dict[str, Any], residual: str) -> None:
     made = plan(resolve(settings | {"transforms": {"residual": residual}}))
-    tokens = _tokens(made, Silent())
+    tokens = tokens_of(made, Silent())
     decoder = open_decoder(made.source, made.family, made.dims, torch.device("cpu"), torch.float32)
     rotation = None
     if residual != "none":

@@ -18,7 +18,7 @@ from affinequant.learning.rotation import Rotations, RoundedInputs
 from affinequant.learning.work import Work
 from affinequant.models.decoder import Decoder, open_decoder
 from affinequant.numbers.activations import fake_quantize_activation
-from affinequant.pipeline import _tokens
+from affinequant.pipeline import tokens_of
 from affinequant.plan import Plan, plan
 from affinequant.progress import Silent
 from affinequant.recipe.recipe import resolve
@@ -73,7 +73,7 @@ def case(tiny: Tiny, tmp_path: Path) -> Callable[..., Case]:
         recipe = resolve({"model": str(folder or tiny()), "out": str(tmp_path / "out")} | given)
         made = plan(recipe)
         decoder = open_decoder(made.source, made.family, made.dims, torch.device("cpu"), torch.float32)
-        return Case(made, Run.open(tmp_path / "run", {}), _tokens(made, Silent()), decoder)
+        return Case(made, Run.open(tmp_path / "run", {}), tokens_of(made, Silent()), decoder)
 
     return make
 

@@ -79,7 +79,7 @@ def test_moments_are_those_of_the_rounded_inputs(tiny: Tiny, rounding: str) -> N
     passing, beside = Replay(job, x, {}), Replay(job, x + 0.1, {})
     passing.reach("mlp_in", tensors, {})
     beside.reach("mlp_in", tensors, {})
-    inputs = gather(job, passing, beside if rounding != "gptq" else None, 0.9)
+    inputs = gather(job, passing, beside if rounding != "gptq" else None, passing.site, 0.9)
     rows, target = (torch.cat([value for _, value in one.values()]).flatten(0, 1) for one in (passing, beside))
     assert job.activation_grid is not None
     rows = fake_quantize_activation(rows, job.activation_grid, 0.9)
@@ -102,7 +102,7 @@ def test_what_judges_are_tokens_of_every_position(tiny: Tiny, monkeypatch: pytes
     passing, beside = Replay(job, x, {}), Replay(job, x, {})
     for one in (passing, beside):
         one.reach("mlp_in", tensors, {})
-    inputs = gather(job, passing, beside, 1.0)
+    inputs = gather(job, passing, beside, passing.site, 1.0)
     assert inputs.held is not None
     held = torch.cat([value for _, value in beside.values()])[-4:]
     found = (held[:, :, None] == inputs.held[1]).all(-1)

@@ -7,8 +7,7 @@ from typing import Any
 from affinequant.errors import PREFLIGHT, AffineQuantError
 from affinequant.models.dims import Dims, read_dims, read_size
 from affinequant.models.family import ExpertNames, Layer, LinearSpec, SiteSpec
-from affinequant.models.llama import ATTENTION
-from affinequant.models.mistral import MISTRAL
+from affinequant.models.mistral import LAYERS, MISTRAL
 
 ROUTED = "mlp_mid"
 """What a recipe calls the site within an expert, whichever it is."""
@@ -68,7 +67,7 @@ MIXTRAL = replace(
     name="mixtral",
     architectures=("MixtralForCausalLM",),
     layers={
-        "attention": ATTENTION,
+        "attention": LAYERS["attention"],
         "experts": experts_layer(ExpertNames(module="block_sparse_moe", linears=("w1", "w3", "w2"))),
     },
     defaults={"num_key_value_heads": 8, "num_local_experts": 8, "num_experts_per_tok": 2},
