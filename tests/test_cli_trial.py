@@ -87,3 +87,9 @@ def test_files_that_name_no_recipes(words: list[str], tmp_path: Path, capsys: Ca
     (tmp_path / "arms.toml").write_text(text)
     assert main(words) == 2 and what in capsys.readouterr().err
     assert main([*words, "--presets", "rtn"]) == 2 and "cannot go together" in capsys.readouterr().err
+
+
+def test_a_file_that_is_no_text_is_refused(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "arms.toml").write_bytes(b"\xff\xfe[none]")
+    assert main(["compare", str(tiny()), "--trial", "--variants", str(tmp_path / "arms.toml")]) == 2
+    assert "is not TOML" in capsys.readouterr().err

@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +24,7 @@ from affinequant.cli.report import add_report, check_report, report_on
 from affinequant.cli.scoring import score_all
 from affinequant.errors import AffineQuantError, unknown_name
 from affinequant.recipe.presets import ALIASES, PRESETS
-from affinequant.recipe.recipe import Recipe
+from affinequant.recipe.recipe import Recipe, read_toml
 
 WAIT_SECONDS = 3
 """How long a run that was interrupted with us may take to end by itself."""
@@ -176,14 +175,7 @@ def variants_of(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
         raise AffineQuantError(
             "--presets and --variants cannot go together", "--variants", "name presets in its tables"
         )
-    try:
-        tables = tomllib.loads(Path(args.variants).read_text())
-    except OSError as problem:
-        what = f"cannot read {args.variants}: {problem.strerror}"
-        raise AffineQuantError(what, "--variants", "give a TOML file") from None
-    except tomllib.TOMLDecodeError as problem:
-        what = f"{args.variants} is not TOML: {problem}"
-        raise AffineQuantError(what, "--variants", "correct that line") from None
+    tables = read_toml(args.variants, "--variants", "give a TOML file")
     shared = {name: value for name, value in tables.items() if not isinstance(value, dict)}
     named = {name: shared | fields for name, fields in tables.items() if isinstance(fields, dict)}
     if not named or any(re.search(r"[^\w.-]", name) for name in named):

@@ -168,14 +168,7 @@ class Recipe:
     @staticmethod
     def from_toml(path: str | Path, **overrides: Any) -> "Recipe":
         """Read a recipe file; keyword arguments win over it. Its paths are sought beside it, then from here."""
-        try:
-            values = tomllib.loads(Path(path).read_text())
-        except OSError as problem:
-            raise AffineQuantError(
-                f"cannot read {path}: {problem.strerror}", "--config", "give a recipe.toml"
-            ) from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
-            raise AffineQuantError(f"{path} is not TOML: {problem}", "--config", "correct that line") from None
+        values = read_toml(path, "--config", "give a recipe.toml")
         values, overrides = flat(values, where=str(path)), flat(overrides)
         values |= {name: _absolute(name, values[name], Path(path).parent) for name in NAMES if name in values}
         if not {"preset", "scheme", "tier", "format"}.isdisjoint(overrides):
@@ -183,6 +176,20 @@ class Recipe:
         if "transforms" in overrides and isinstance(values.get("transforms", {}), dict):
             overrides = overrides | {"transforms": values.get("transforms", {}) | overrides["transforms"]}
         return resolve(values | overrides, where=str(path))
+
+
+def read_toml(path: str | Path, flag: str, wanted: str) -> dict[str, Any]:
+    """The tables of a file that `flag` names; `wanted` says what to give where there is none.
+
+    Raises:
+        AffineQuantError: it cannot be read, or is not TOML.
+    """
+    try:
+        return tomllib.loads(Path(path).read_text())
+    except OSError as problem:
+        raise AffineQuantError(f"cannot read {path}: {problem.strerror}", flag, wanted) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
+        raise AffineQuantError(f"{path} is not TOML: {problem}", flag, "correct that line") from None
 
 
 def options() -> dict[str, tuple["Field[Any]", Any]]:
