@@ -157,8 +157,7 @@ def _batches(job: BlockJob, values: Tensors, full: Tensor, quantized: Tensor, ta
     auxiliary = [job.run_all(values, inputs)] if recipe.aux_loss and recipe.epochs else []
 
     def batches(epoch: int) -> Iterator[tuple[Tensor, ...]]:
-        generator = torch.Generator().manual_seed(job.seed("order") + 7919 * epoch)
-        for chosen in torch.randperm(len(inputs), generator=generator).split(recipe.batch_size):
+        for chosen in job.batches(len(inputs), epoch):
             yield tuple(part[chosen] for part in (inputs, target, *auxiliary))
             told(len(chosen))
 

@@ -61,6 +61,24 @@ def _diverged(
     return apart.sum(), other.sub_(likely)
 
 
+def stream_divergence(
+    decoder: Decoder,
+    student: Float[Tensor, "samples tokens hidden"],
+    teacher: Float[Tensor, "samples tokens hidden"],
+    head: Mapping[str, Tensor],
+    own: Mapping[str, Tensor] | None = None,
+) -> float:
+    """Nats per token by which predictions from the hidden states `student`, behind the last block, diverge from those from
+    `teacher`; one sample at a time. `own`: the student's head, where it is another."""
+    mine = head if own is None else own
+
+    def loss(batch: tuple[Tensor, Tensor]) -> Tensor:
+        x, full = (part.to(decoder.device, decoder.dtype) for part in batch)
+        return divergence(decoder, full, head, x, lambda hidden: decoder.logits(hidden, mine))
+
+    return mean_loss(loss, student, teacher)
+
+
 @torch.no_grad()
 def mean_loss(
     loss: Callable[[tuple[Tensor, Tensor]], Tensor],

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from affinequant.costs import JUDGED_TOKENS
 from affinequant.data.tokens import Tokens
-from affinequant.learning.divergence import divergence, mean_loss
+from affinequant.learning.divergence import stream_divergence
 from affinequant.learning.network import block_job, block_reader, read_outer
 from affinequant.models.decoder import Decoder
 from affinequant.plan import Plan
@@ -53,13 +53,9 @@ class ModelJudge:
         """Nats per token by which `hidden`, behind block `index`, makes the network diverge from full precision."""
         if self.back is not None:
             hidden = (hidden.to(self.back) @ self.back).to(hidden)
-        return mean_loss(self._divergence, self._onwards(hidden, index + 1), self.full)
+        return stream_divergence(self.decoder, self._onwards(hidden, index + 1), self.full, self.head)
 
     def _onwards(self, hidden: Tensor, first: int) -> Tensor:
         for job in self.jobs[first:]:
             hidden = job.run_all(self.read(job.index), hidden)
         return hidden
-
-    def _divergence(self, batch: tuple[Tensor, Tensor]) -> Tensor:
-        student, teacher = (part.to(self.decoder.device, self.decoder.dtype) for part in batch)
-        return divergence(self.decoder, teacher, self.head, student, lambda x: self.decoder.logits(x, self.head))

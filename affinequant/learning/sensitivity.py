@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from affinequant.data.tokens import Tokens
-from affinequant.learning.divergence import divergence, mean_loss
+from affinequant.learning.divergence import stream_divergence
 from affinequant.learning.network import block_job, block_reader, read_outer
 from affinequant.models.decoder import Decoder
 from affinequant.models.sites import named
@@ -64,13 +64,9 @@ def sensitivities(
             found.append(Sensitivity(block=index, site=site, linears=linears, weights=weights, kl=0.0))
         clean = job.run_all(tensors, clean)
     head = decoder.head(outer)
-
-    def kl(batch: tuple[Tensor, Tensor]) -> Tensor:
-        student, teacher = (part.to(decoder.device, decoder.dtype) for part in batch)
-        return divergence(decoder, teacher, head, student, lambda x: decoder.logits(x, head))
-
     ends = Steps(say, "comparing", len(streams)).each(streams)
-    return [replace(one, kl=mean_loss(kl, stream, clean)) for one, stream in zip(found, ends, strict=True)]
+    pairs = zip(found, ends, strict=True)
+    return [replace(one, kl=stream_divergence(decoder, stream, clean, head)) for one, stream in pairs]
 
 
 def _groups(job: BlockJob) -> dict[str, tuple[str, ...]]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from affinequant.data.tokens import Tokens
 from affinequant.errors import AffineQuantError
-from affinequant.learning.divergence import divergence, mean_loss
+from affinequant.learning.divergence import stream_divergence
 from affinequant.learning.fit import FitConfig, fit
 from affinequant.learning.network import block_job, block_reader, read_outer
 from affinequant.learning.objective import BlockObjective
@@ -75,15 +75,19 @@ def trials(
         tensors, job = read(index), block_job(made, decoder, index, kwargs)
         watch = Watch(full.shape[0], full.shape[1], job.seed("rows"))
         target = job.run_all(tensors, full, watch)
+        seen = watch.seen()
         for arm in arms:
             job = block_job(arm.made, decoder, index, kwargs)
-            objective = _learned(arm, job, tensors, full, target, watch.seen())
+            objective = _learned(arm, job, tensors, full, target, seen)
             there = replace(job, kwargs=held_kwargs[index])
             with torch.no_grad():
                 arm.held = there.run_all(objective.quantized(), arm.held, objective.on_input, objective.on_attention)
         full, clean = target, block_job(made, decoder, index, held_kwargs).run_all(tensors, clean)
-    ends = Steps(say, "comparing", len(arms)).each(arms)
-    return {name: _diverged(decoder, outer, arm, clean) for name, arm in zip(plans, ends, strict=True)}
+    head, ends = decoder.head(outer), Steps(say, "comparing", len(arms)).each(arms)
+    return {
+        name: stream_divergence(decoder, arm.held, clean, head, decoder.head(arm.outer))
+        for name, arm in zip(plans, ends, strict=True)
+    }
 
 
 def _arm(made: Plan, decoder: Decoder, outer: Tensors, held: Tensor) -> _Arm:
@@ -104,11 +108,11 @@ def _learned(
     seen: Mapping[str, Seen],
 ) -> BlockObjective:
     """A block with the recipe's transforms, from what full precision makes of calibration text in it."""
-    values = {name: tensor.float() for name, tensor in tensors.items()}
     if arm.rotation is not None:
         exact = {name: tensor.double() for name, tensor in tensors.items()}
-        exact = rotate_block(exact, job.family, job.sites["residual"], arm.rotation)
-        values = {name: tensor.float() for name, tensor in exact.items()}
+        tensors = rotate_block(exact, job.family, job.sites["residual"], arm.rotation)
+    values = {name: tensor.float() for name, tensor in tensors.items()}
+    if arm.rotation is not None:
         full, watch = arm.rotation.on_activations(full), Watch(full.shape[0], full.shape[1], job.seed("rows"))
         target, seen = job.run_all(values, full, watch), watch.seen()
     job, _ = select(job, values, seen)
@@ -117,19 +121,8 @@ def _learned(
     config = FitConfig(epochs=job.recipe.epochs, steps_per_epoch=steps, schedule=job.recipe.schedule)
 
     def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        generator = torch.Generator().manual_seed(job.seed("order") + 7919 * epoch)
-        for chosen in torch.randperm(len(full), generator=generator).split(job.recipe.batch_size):
+        for chosen in job.batches(len(full), epoch):
             yield full[chosen], target[chosen]
 
     fit(objective, batches, config)
     return objective
-
-
-def _diverged(decoder: Decoder, outer: Tensors, arm: _Arm, clean: Tensor) -> float:
-    teacher, head = decoder.head(outer), decoder.head(arm.outer)
-
-    def loss(batch: tuple[Tensor, Tensor]) -> Tensor:
-        student, wanted = (part.to(decoder.device, decoder.dtype) for part in batch)
-        return divergence(decoder, wanted, teacher, student, lambda x: decoder.logits(x, head))
-
-    return mean_loss(loss, arm.held, clean)

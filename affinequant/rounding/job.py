@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from affinequant.models import Family
@@ -114,6 +114,11 @@ class BlockJob:
         if grid is not None and site in self.units:
             grid = in_units(grid, self.units[site])
         return SiteInput(online=online, grid=grid, clip=1.0 if clip is None else clip, slices=self.sites[site].slices)
+
+    def batches(self, samples: int, epoch: int) -> tuple[Int[Tensor, " batch"], ...]:
+        """Which samples are learned from together, in an order that the seed, the block and the epoch decide."""
+        generator = torch.Generator().manual_seed(self.seed("order") + 7919 * epoch)
+        return torch.randperm(samples, generator=generator).split(self.recipe.batch_size)
 
     def seed(self, purpose: str) -> int:
         """A seed of its own for each purpose in each block."""

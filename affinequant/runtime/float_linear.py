@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from affinequant.numbers import grid_of, in_units
 from affinequant.recipe.scheme import NumberFormat
-from affinequant.transforms.online import acting, parts_of, stored_name
+from affinequant.transforms.online import acting, stored_name
 from affinequant.transforms.site_input import SiteInput
 
 
@@ -44,17 +44,15 @@ class FloatLinear(nn.Module):
         self.out_features, self.in_features = weight.shape
         self.register_buffer("weight", weight, persistent=False)
         self.register_buffer("bias", bias, persistent=False)
+        self.parts = {part: stored_name("", part).removeprefix(".") for part in online or {}}
         for part, matrix in (online or {}).items():
-            self.register_buffer(stored_name("", part).removeprefix("."), matrix, persistent=False)
+            self.register_buffer(self.parts[part], matrix, persistent=False)
         grid = None if activation is None else in_units(grid_of(activation), unit)
         self.input = SiteInput(grid=grid, clip=clip, slices=slices)
 
     def forward(self, x: Float[Tensor, "*batch d_in"], bias: Tensor | None = None) -> Float[Tensor, "*batch d_out"]:
         """The product in the dtype of x, with `bias` in place of its own where it is given."""
-        matrices = {
-            part: self.get_buffer(name[1:])
-            for part, name in parts_of((f".{name}" for name in self._buffers), "").items()
-        }
+        matrices = {part: self.get_buffer(name) for part, name in self.parts.items()}
         site_input = replace(self.input, online=acting(matrices))
         return nn.functional.linear(site_input(x), self.weight, self._buffers["bias"] if bias is None else bias)
 
