@@ -12,7 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_
 
 from affinequant.models import LLAMA
 from affinequant.models.dims import read_dims
-from affinequant.models.family import Layer, LinearSpec, SiteSpec
+from affinequant.models.layer import Layer, LinearSpec, SiteSpec
 
 
 class MadeUpConfig(LlamaConfig):

@@ -14,7 +14,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from affinequant.models.family import ExpertNames, Family
+from affinequant.models.family import Family
+from affinequant.models.layer import ExpertNames
 
 _CODE = "mlp"
 """What transformers calls a block's module of router and experts, whatever its files call it."""

@@ -6,7 +6,7 @@ logits the head's. Windows, and the two kinds of RoPE of Gemma 3, alternate over
 
 from dataclasses import replace
 
-from affinequant.models.family import Layer
+from affinequant.models.layer import Layer
 from affinequant.models.llama import ATTENTION, LLAMA, MLP
 from affinequant.models.qwen3 import NORMED
 

@@ -1,6 +1,7 @@
 """Llama and those that share its layout (Llama 1 to 3, SmolLM2, TinyLlama, Vicuna, ...)."""
 
-from affinequant.models.family import Family, Layer, LinearSpec, SiteSpec
+from affinequant.models.family import Family
+from affinequant.models.layer import Layer, LinearSpec, SiteSpec
 
 ATTENTION = Layer(
     attention="self_attn",

@@ -6,7 +6,7 @@ from typing import Any
 
 from affinequant.errors import PREFLIGHT, AffineQuantError
 from affinequant.models.dims import Dims, read_dims, read_size
-from affinequant.models.family import ExpertNames, Layer, LinearSpec, SiteSpec
+from affinequant.models.layer import ExpertNames, Layer, LinearSpec, SiteSpec
 from affinequant.models.mistral import LAYERS, MISTRAL
 
 ROUTED = "mlp_mid"

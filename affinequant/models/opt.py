@@ -6,7 +6,7 @@ from typing import Any
 
 from affinequant.errors import PREFLIGHT, AffineQuantError
 from affinequant.models.dims import Dims, read_dims
-from affinequant.models.family import Layer, LinearSpec, SiteSpec
+from affinequant.models.layer import Layer, LinearSpec, SiteSpec
 from affinequant.models.llama import ATTENTION, LLAMA
 
 _NAMES = {"input_layernorm": "self_attn_layer_norm", "self_attn.o_proj": "self_attn.out_proj"}

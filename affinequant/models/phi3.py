@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from affinequant.models.family import LinearSpec
+from affinequant.models.layer import LinearSpec
 from affinequant.models.llama import ATTENTION, LLAMA, MLP
 
 _FUSED = {

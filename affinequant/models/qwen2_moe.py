@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from affinequant.models.dims import Dims, read_size
-from affinequant.models.family import ExpertNames, Layer, LinearSpec, SiteSpec
+from affinequant.models.layer import ExpertNames, Layer, LinearSpec, SiteSpec
 from affinequant.models.llama import ATTENTION
 from affinequant.models.mixtral import ROUTED, experts_dims, experts_layer
 from affinequant.models.qwen3_moe import DENSE, QWEN3_MOE

@@ -11,7 +11,7 @@ from typing import Any
 
 from affinequant.errors import PREFLIGHT, AffineQuantError
 from affinequant.models.dims import Dims, read_dims, read_size
-from affinequant.models.family import Layer, LinearSpec, SiteSpec
+from affinequant.models.layer import Layer, LinearSpec, SiteSpec
 from affinequant.models.llama import LLAMA
 from affinequant.models.qwen3 import NORMED
 from affinequant.models.qwen3_moe import DENSE

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from affinequant.models.family import ExpertNames, LinearSpec
+from affinequant.models.layer import ExpertNames, LinearSpec
 from affinequant.models.llama import MLP
 from affinequant.models.mixtral import experts_dims, experts_layer
 from affinequant.models.qwen3 import NORMED, QWEN3

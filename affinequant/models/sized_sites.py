@@ -1,7 +1,8 @@
 """The sites of a family with their sizes: what transforms are placed at."""
 
 from affinequant.models.dims import Dims
-from affinequant.models.family import End, Family, SiteSpec
+from affinequant.models.family import Family
+from affinequant.models.layer import End, SiteSpec
 from affinequant.models.sites import Edge, Site, in_expert
 
 
