@@ -13,6 +13,7 @@ import pytest
 from affinequant.errors import AffineQuantError
 from affinequant.plan import Plan, plan
 from affinequant.recipe.presets import PRESETS
+from affinequant.recipe.scheme import Scheme
 from affinequant.run.workspace import check_disk
 
 Tiny = Callable[..., Path]
@@ -117,7 +118,7 @@ def test_the_minutes_are_those_that_were_taken(text: Path, tmp_path: Path, monke
     monkeypatch.setattr("os.cpu_count", lambda: 2)
     (tmp_path / "config.json").write_text(json.dumps(SMOLLM2_135M))
     for preset, tier, measured in (("fast", "online", 1.6), ("default", "online", 6.1), ("default", "merged", 7.4)):
-        demo = PRESETS[preset].fields(tier, kv=False, demo=True) | {"data": str(text), "device": "cpu"}
+        demo = PRESETS[preset].fields(tier, Scheme.parse("w4a4"), demo=True) | {"data": str(text), "device": "cpu"}
         made = plan(str(tmp_path), preset=preset, tier=tier, **demo)
         assert made.minutes == pytest.approx(measured, rel=0.3), (preset, tier)
 

@@ -66,6 +66,22 @@ def test_presets_are_sound(preset: str) -> None:
         structures_of(name, where="test")
 
 
+@pytest.mark.parametrize("preset", ["fast", "default", "best"])
+@pytest.mark.parametrize("scheme", ["nvfp4", "mxfp4a16"])
+def test_what_4_bit_floats_get_is_aligned_with_their_blocks(tmp_path: Path, preset: str, scheme: str) -> None:
+    """No rotation of the stream; at run time one matrix for all blocks, which stock engines have a place for."""
+    asked = {"model": "m", "preset": preset, "scheme": scheme}
+    merged, online = (resolve(asked | {"tier": tier}) for tier in ("merged", "online"))
+    assert merged.transforms == {"attn_in": "diagonal", "vo": "block", "mlp_in": "diagonal", "mlp_mid": "diagonal"}
+    shared = dict.fromkeys(("attn_in", "mlp_in", "mlp_mid"), "diagonal+shared-32")
+    assert online.transforms == merged.transforms | shared and merged.epochs == 0
+    for recipe in (merged, online):
+        path = written(tmp_path, recipe.to_toml())
+        assert Recipe.from_toml(path) == recipe
+        integers = Recipe.from_toml(path, scheme="w4a4", tier=recipe.tier)
+        assert integers == resolve({"model": "m", "preset": preset, "scheme": "w4a4", "tier": recipe.tier})
+
+
 def test_a_preset_of_two_names_is_one_recipe(tmp_path: Path) -> None:
     first, second = (resolve({"model": "m", "preset": name}) for name in ("paper", "affinequant-paper"))
     assert first == second and first.preset == "paper" == Recipe(model="m", preset="affinequant-paper").preset
@@ -104,6 +120,8 @@ TIERS = [
     ({"scheme": "w8a8"}, "merged"),
     ({"scheme": "w4a16-g64"}, "merged"),
     ({"scheme": "w4a16kv4"}, "merged"),
+    ({"scheme": "nvfp4"}, "merged"),
+    ({"scheme": "mxfp4", "preset": "fast"}, "merged"),
     ({"preset": "rtn"}, "merged"),
     ({"preset": "paper"}, "merged"),
     ({"preset": "quarot", "scheme": "w4a16"}, "online"),
@@ -117,7 +135,7 @@ def test_the_tier_where_none_is_asked_for(tmp_path: Path, values: dict[str, Any]
     values = {"model": "m"} | values
     recipe = resolve(values)
     assert recipe.tier == tier and recipe == resolve(values | {"tier": tier})
-    preset = PRESETS[recipe.preset].fields(tier, kv=recipe.parsed_scheme.kv is not None)
+    preset = PRESETS[recipe.preset].fields(tier, recipe.parsed_scheme)
     assert recipe.transforms == preset.get("transforms", {})
     assert Recipe.from_toml(written(tmp_path, recipe.to_toml())) == recipe
     for asked in ("merged", "online"):

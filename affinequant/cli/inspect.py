@@ -243,7 +243,7 @@ def _resume(recipe: Mapping[str, Any], folder: Path) -> str:
     base = resolve(start | {"tier": recipe["tier"]})
     words = ["affinequant", "quantize", str(recipe["model"]), "--scheme", base.scheme, "--preset", base.preset]
     words += ["--tier", base.tier] if resolve(start).tier != base.tier else []
-    preset = PRESETS[base.preset].fields(base.tier, kv=base.parsed_scheme.kv is not None)
+    preset = PRESETS[base.preset].fields(base.tier, base.parsed_scheme)
     transforms = dict.fromkeys(preset.get("transforms", {}), "none") | recipe["transforms"]
     for site, name in transforms.items():
         if base.transforms.get(site, "none") != name:

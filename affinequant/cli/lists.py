@@ -188,6 +188,8 @@ def _presets() -> Listing:
         transforms = preset.settings.get("transforms", {})
         below[name] = dict(transforms) | {key: one for key, one in preset.settings.items() if key != "transforms"}
         below[name] |= {f"online:{site}": one for site, one in preset.online.get("transforms", {}).items()}
+        for tier, floats in preset.floats.items():
+            below[name] |= {f"{tier}, 4-bit floats:{site}": one for site, one in floats.get("transforms", {}).items()}
         below[name] |= {f"online, kv:{site}": one for site, one in preset.kv.items()}
         below[name] |= {f"with biases:{site}": one for site, one in preset.shifted.items()}
     rows = [(name, preset.about) for name, preset in PRESETS.items()]

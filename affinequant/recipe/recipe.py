@@ -155,7 +155,7 @@ class Recipe:
             value = getattr(self, entry.name)
             if isinstance(value, dict):
                 # What the preset has and this recipe has not must be taken away again by whoever reads the file.
-                base = PRESETS[self.preset].fields(self.tier, kv=self.parsed_scheme.kv is not None)
+                base = PRESETS[self.preset].fields(self.tier, self.parsed_scheme)
                 value = dict.fromkeys(base.get(entry.name, {}), "none") | value
             elif entry.name in TABLES:
                 value = asdict(value)
@@ -224,7 +224,7 @@ def resolve(values: Mapping[str, Any], *, where: str = "quantize()") -> Recipe:
     preset = find_preset(values.get("preset", "default"))
     scheme = Scheme.parse(str(values.get("scheme", preset.settings.get("scheme", "w4a4"))))
     tier = str(values.get("tier", _tier(preset, scheme, str(values.get("format", "auto")))))
-    merged: dict[str, Any] = preset.fields(tier, kv=scheme.kv is not None, demo=values["model"] == "demo")
+    merged: dict[str, Any] = preset.fields(tier, scheme, demo=values["model"] == "demo")
     given = values.get("transforms", {})
     _check_type("transforms", given, dict[str, str])
     chosen = {**merged.get("transforms", {}), **given}

@@ -72,7 +72,7 @@ def fitted(recipe: Recipe, sites: Mapping[str, Site]) -> tuple[Recipe, tuple[str
     """The recipe without what its preset asks for and these sites refuse, with what the preset has for sites that take a
     shift, and a note of each: a preset is for all families. What was named beside it stays, to be refused by name."""
     first, preset = first_of(sites), PRESETS[recipe.preset]
-    base = preset.fields(recipe.tier, kv=recipe.parsed_scheme.kv is not None).get("transforms", {})
+    base = preset.fields(recipe.tier, recipe.parsed_scheme).get("transforms", {})
     kept, notes = dict(recipe.transforms), list[str]()
     for name, chosen in recipe.transforms.items():
         if base.get(name) != chosen or chosen == AUTO:

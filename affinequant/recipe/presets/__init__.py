@@ -7,28 +7,32 @@ from pathlib import Path
 from typing import Any
 
 from affinequant.errors import unknown_name
+from affinequant.recipe.scheme import Scheme
 from affinequant.recipe.tables import flat
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preset:
     """`settings`: recipe options by their flat names, which any flag overrides. `online`: what differs in the online
-    tier. `kv`: which transforms the online tier adds where the scheme quantises the KV cache. `shifted`: which transforms
-    stand in the place of its own where biases take a shift up. `demo`: what differs on the embedded model, sized for two
-    CPU cores."""
+    tier. `floats`: by tier, what differs further where numbers are 4-bit floats, whose blocks have scales of their own.
+    `kv`: which transforms the online tier adds where the scheme quantises the KV cache. `shifted`: which transforms stand in
+    the place of its own where biases take a shift up. `demo`: what differs on the embedded model, sized for two CPU cores."""
 
     about: str
     settings: Mapping[str, Any]
     online: Mapping[str, Any] = field(default_factory=dict)
+    floats: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     kv: Mapping[str, str] = field(default_factory=dict)
     shifted: Mapping[str, str] = field(default_factory=dict)
     demo: Mapping[str, Any] = field(default_factory=dict)
 
-    def fields(self, tier: str, *, kv: bool, demo: bool = False) -> dict[str, Any]:
-        """The recipe fields of a tier; `kv` where the scheme quantises the cache."""
+    def fields(self, tier: str, scheme: Scheme, *, demo: bool = False) -> dict[str, Any]:
+        """The recipe fields of a tier at these numbers."""
         chosen = dict(self.settings) | ({"data": "demo", **self.demo} if demo else {})
         chosen |= self.online if tier == "online" else {}
-        if tier == "online" and kv:
+        if scheme.weight.kind != "int":
+            chosen |= self.floats.get(tier, {})
+        if tier == "online" and scheme.kv is not None:
             chosen["transforms"] = dict(chosen.get("transforms", {})) | dict(self.kv)
         return chosen
 
@@ -43,7 +47,8 @@ def _read(name: str) -> Preset:
     parts: dict[str, Any] = {
         part: flat(read[part], where=f"preset {name}") for part in ("settings", "online", "demo") if part in read
     }
-    return Preset(**{**read, **parts})
+    floats = {tier: flat(one, where=f"preset {name}") for tier, one in read.get("floats", {}).items()}
+    return Preset(**{**read, **parts, "floats": floats})
 
 
 PRESETS: dict[str, Preset] = {name: _read(name) for name in ORDER}
