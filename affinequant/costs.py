@@ -2,10 +2,11 @@
 
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from affinequant.models import Dims
+from affinequant.recipe.assigned import Schemes
 from affinequant.recipe.recipe import Recipe
 
 JUDGED_TOKENS = 1024
@@ -53,6 +54,13 @@ def minutes(costs: Iterable[Cost], device: str) -> float:
     """How long stages may take, one after the other."""
     rate = GPU_FLOPS if device == "cuda" else CPU_FLOPS_PER_CORE * (os.cpu_count() or 1)
     return sum(cost.flops for cost in costs) / rate / 60
+
+
+def linear_bits(schemes: Schemes, shapes: Mapping[str, tuple[int, int]]) -> tuple[int, float]:
+    """(weights, bits with their share of scales and zero points) of all linears of the blocks, by their shapes."""
+    each = [(schemes[name], rows * columns, columns) for name, (rows, columns) in shapes.items()]
+    bits = sum(count * (16 if scheme is None else scheme.bits_per_weight(columns)) for scheme, count, columns in each)
+    return sum(count for _, count, _ in each), bits
 
 
 def _width(recipe: Recipe, device: str) -> int:

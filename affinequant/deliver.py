@@ -171,6 +171,7 @@ def _contents(made: Plan, run: Run, names: list[str], changed: Tensors, unknown:
             for index, block in enumerate(family.each_block(made.dims))
             for linear in block.linears
         ),
+        kept=tuple(name for name, scheme in made.schemes.items() if scheme is None),
         stages=stages,
         extra={
             "tier": made.recipe.tier,

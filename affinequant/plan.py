@@ -11,15 +11,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from affinequant.costs import PROCESS_BYTES, kept_bytes, minutes, stream_bytes
-from affinequant.data.text import check_source, needs_hub
+from affinequant.costs import PROCESS_BYTES, kept_bytes, linear_bits, minutes, stream_bytes
+from affinequant.data.text import announced
 from affinequant.data.tokenizer import check_code, check_tokenizer, without_bos
 from affinequant.errors import PREFLIGHT, AffineQuantError
 from affinequant.formats import find_format
 from affinequant.formats.side_files import SideFiles, find_side_files
 from affinequant.models import Dims, Family, check_length, resolve, resolve_sites
+from affinequant.models.divided import check_groups, check_slices
+from affinequant.models.linears import bound, keeping, shapes_of, sites_read
 from affinequant.models.sites import Placement, Site
 from affinequant.models.source import Source, check_tensors, is_local, locate, open_source, settle_tie
+from affinequant.recipe.assigned import Schemes, assign, differing
 from affinequant.recipe.recipe import AUTO, Recipe, parse_bytes
 from affinequant.recipe.recipe import resolve as resolve_recipe
 from affinequant.stages import ROTATED, Stage, stages_of
@@ -27,8 +30,6 @@ from affinequant.transforms.placements import (
     block_flops,
     block_weights,
     candidates,
-    check_groups,
-    check_slices,
     choice_bytes,
     choosing,
     first_of,
@@ -46,6 +47,7 @@ class Plan:
     source: Source
     family: Family
     dims: Dims
+    schemes: Schemes
     sites: Mapping[str, Site]
     placements: Mapping[str, Placement]
     stages: tuple[Stage, ...]
@@ -86,6 +88,7 @@ class Plan:
             "dims": asdict(self.dims)
             | {"kinds": [list(kinds) for kinds in self.dims.kinds], "biases": list(self.dims.biases)},
             "scheme": self.recipe.scheme,
+            **({"linears": others} if (others := differing(self.schemes, self.recipe.scheme)) else {}),
             "tier": self.recipe.tier,
             "preset": self.recipe.preset,
             "format": self.recipe.format,
@@ -143,9 +146,11 @@ def _planned(recipe: Recipe, folder: Path, has_weights: bool) -> Plan:
     check_tokenizer(folder, dims.vocab, required=required, trust_remote_code=recipe.trust_remote_code)
     check_length(recipe.seq_len, source.config)
     check_slices(recipe, dims)
+    schemes = assign(recipe, {name: one.fused for name, one in bound(family, dims).items()}, family.left_alone(dims))
+    family = keeping(family, (name for name, scheme in schemes.items() if scheme is None))
     recipe = choosing(recipe, family)
     sites = {site.name: site for site in resolve_sites(family, dims, recipe.tp)}
-    recipe, left_out = fitted(recipe, sites)
+    recipe, left_out = fitted(recipe, sites, sites_read(family, dims))
     placements = place_all(recipe, sites, block_flops(family, dims))
     check_groups(recipe, family, dims)
     reason = find_format(recipe.format, placements).supports(
@@ -155,25 +160,9 @@ def _planned(recipe: Recipe, folder: Path, has_weights: bool) -> Plan:
         raise AffineQuantError(
             f"format {recipe.format} cannot hold this: {reason}", "--format", "see `affinequant list formats`"
         )
-    fetched, said_of_bos = _fetched(recipe.data), without_bos(folder) if family.bos else ()
-    return _with_costs(recipe, source, family, dims, sites, placements, side, (*said_of_bos, *left_out, *fetched))
-
-
-def _fetched(data: str) -> tuple[str, ...]:
-    """What to say of calibration text that is not here yet. A hub that cannot be reached is no reason to plan nothing.
-
-    Raises:
-        AffineQuantError: there is no such text.
-    """
-    try:
-        said = check_source(data)
-    except AffineQuantError as problem:
-        if problem.exit_code != PREFLIGHT or not needs_hub(data):
-            raise
-        return (f"the calibration text {data} is fetched when the run begins; now it cannot be: {problem.what}",)
-    return (
-        (f"the calibration text is fetched when the run begins: {said}",) if said != data and "fetched" in said else ()
-    )
+    fetched, said_of_bos = announced(recipe.data), without_bos(folder) if family.bos else ()
+    notes = (*said_of_bos, *left_out, *fetched)
+    return _with_costs(recipe, source, family, dims, schemes, sites, placements, side, notes)
 
 
 def _with_costs(
@@ -181,16 +170,15 @@ def _with_costs(
     source: Source,
     family: Family,
     dims: Dims,
+    schemes: Schemes,
     sites: Mapping[str, Site],
     placements: Mapping[str, Placement],
     side: SideFiles,
     notes: tuple[str, ...],
 ) -> Plan:
     scheme, rotated = recipe.parsed_scheme, "residual" in recipe.transforms
-    flops, blocks = block_flops(family, dims), list(family.each_block(dims))
-    shapes = [linear.shape(dims) for block in blocks for linear in block.linears]
-    inside, per_block = sum(rows * columns for rows, columns in shapes), block_weights(family, dims)
-    bits = sum(rows * columns * scheme.bits_per_weight(columns) for rows, columns in shapes)
+    flops, blocks, per_block = block_flops(family, dims), list(family.each_block(dims)), block_weights(family, dims)
+    inside, bits = linear_bits(schemes, shapes_of(family, dims))
     table = dims.vocab * dims.hidden
     untied = 2 * table if dims.tied and rotated else 0
     outer = 2 * table * (1 if dims.tied and not rotated else 2)
@@ -199,7 +187,9 @@ def _with_costs(
     norms = sum(len(block.norms()) for block in blocks) * dims.hidden
     positions = source.entries.get(f"{family.positions}.weight")
     outer += positions.size if positions else 0
-    routers = [source.entries.get(f"{name}.weight") for name in family.left_alone(dims) if name != family.head]
+    routers = [
+        source.entries.get(f"{name}.weight") for name in family.left_alone(dims) if name not in (family.head, *schemes)
+    ]
     outer += sum(2 * math.prod(entry.shape) for entry in routers if entry)
     output = int(outer + (2 * inside if dense else bits / 8 + kept)) + 2 * norms + 4 * dims.hidden
     attentions = sum(bool(block.attention) for block in blocks)
@@ -217,6 +207,7 @@ def _with_costs(
         source=source,
         family=family,
         dims=dims,
+        schemes=schemes,
         sites=sites,
         placements=placements,
         stages=stages,

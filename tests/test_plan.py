@@ -291,7 +291,7 @@ def test_a_hub_that_cannot_be_reached_is_noted_and_a_wrong_name_refused(
 ) -> None:
     (note,) = [line for line in planned(tiny(), text, data="wikitext2").notes if "wikitext2" in line]
     assert "fetched when the run begins; now it cannot be" in note and "switched off" in note
-    room: Any = sys.modules["affinequant.plan"]  # the function has the same name
+    room: Any = sys.modules["affinequant.data.text"]
     monkeypatch.setattr(room, "check_source", lambda source: "demo (a wheel of 86 MB is fetched first)")
     assert any("86 MB" in line for line in planned(tiny(), text, data="demo").notes)
     monkeypatch.undo()

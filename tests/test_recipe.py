@@ -22,7 +22,7 @@ def other(name: str, value: Any) -> Any:
         "model": "other", "scheme": "w8a8", "tier": "online", "preset": "fast", "format": "dense",
         "transforms": {"vo": "diagonal"}, "rounding": "nearest", "weight_clip": "none", "activation_clip": "none",
         "schedule": "constant", "start": "hadamard", "finish": "kl", "loss": "mse", "propagate": "quantized", "data": "c4",
-        "dtype": "bfloat16", "judge": "kl",
+        "dtype": "bfloat16", "judge": "kl", "keep": ("*.down_proj",),
     }  # fmt: skip
     if isinstance(value, bool):
         return not value
@@ -256,7 +256,7 @@ def test_the_fingerprint_holds_what_decides_the_bytes_and_only_that(name: str) -
     changed = replace(recipe, **{name: now})
     assert getattr(changed, name) == now
     before, after = recipe.fingerprint(), changed.fingerprint()
-    assert {key for key in before if before[key] != after[key]} == {name} - MACHINE.keys()
+    assert {key for key in {**before, **after} if before.get(key) != after.get(key)} == {name} - MACHINE.keys()
 
 
 def test_every_option_explains_itself() -> None:

@@ -11,7 +11,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from affinequant.errors import AffineQuantError, unknown_name
 from affinequant.recipe.presets import PRESETS
-from affinequant.recipe.recipe import AUTO, CHOICE_SITES, EVERY, Recipe, options, resolve
+from affinequant.recipe.recipe import AUTO, CHOICE_SITES, EVERY, PATTERNS, Recipe, options, resolve
 from affinequant.recipe.scheme import SCHEMES
 
 _GROUPS = {
@@ -101,6 +101,9 @@ def add_recipe(parser: Parser, *, without: Sequence[str] = ()) -> None:
             )
             text += "auto without a site wherever it can (default: by preset)"
             group.add_argument("--transform", metavar="SITE=NAME", action="append", default=[], help=text)
+        elif name in PATTERNS:
+            text = f"{entry.metadata['help']}; repeat it"
+            group.add_argument(f"--{name}", metavar="PATTERN", action="append", default=argparse.SUPPRESS, help=text)
         elif name != "model" and name not in without:
             _add_option(group, name, entry, hint)
 

@@ -5,7 +5,7 @@ import json
 import os
 import shlex
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,7 @@ from affinequant.models import resolve as resolve_model
 from affinequant.models.source import Source, locate, open_source, unquantized
 from affinequant.progress import tally
 from affinequant.recipe.presets import PRESETS
-from affinequant.recipe.recipe import options, resolve
+from affinequant.recipe.recipe import PATTERNS, options, resolve
 from affinequant.recipe.tables import flat
 
 USAGE = "CKPT [-v] [--json]"
@@ -54,7 +54,7 @@ def add_arguments(parser: Parser) -> None:
 def run(args: argparse.Namespace, screen: Screen) -> int:
     """Print what is there."""
     folder = Path(os.path.expanduser(args.checkpoint))
-    exported = _read_json(folder / _REPORT) if folder.is_dir() else {}
+    exported = _read(folder / _REPORT) if folder.is_dir() else {}
     if "exported_from" in exported:
         screen.facts({"exported": f"from {exported['exported_from']}"} | outcome(folder, exported, verbose=True))
         screen.result(exported | {"path": folder.absolute(), "state": "exported"})
@@ -84,17 +84,17 @@ def look(folder: Path) -> Found:
     if not folder.is_dir():
         what = f"{folder} is a file" if folder.exists() else f"no such folder: {folder}"
         raise AffineQuantError(what, "CKPT", "give the output folder of `affinequant quantize`")
-    config = _read_json(folder / "config.json")
-    report, failed = _read_json(folder / _REPORT), _read_json(folder / _FAILED)
+    config = _read(folder / "config.json")
+    report, failed = _read(folder / _REPORT), _read(folder / _FAILED)
     declared = _declared(config)
-    running = _read_json(folder / _RUN)
+    running = _read(folder / _RUN)
     state: State = "finished"
     if report.get("blocks") is None:
         state = "failed" if failed else "unfinished" if running else "checkpoint only"
     if state == "checkpoint only" and "affinequant" not in declared:
         raise _foreign(folder, config, declared)
     report = report if state == "finished" else failed
-    recipe = _recipe(_read_toml(folder / "recipe.toml")) or _recipe(running, out=str(folder))
+    recipe = _recipe(_read(folder / "recipe.toml", tomllib.loads)) or _recipe(running, out=str(folder))
     blocks = report.get("blocks") or _committed(folder)
     return Found(
         folder=folder,
@@ -226,7 +226,7 @@ def _block_sizes(found: Found) -> dict[str, int]:
 
 
 def _committed(folder: Path) -> list[dict[str, Any]]:
-    return [_read_json(path) for path in sorted(folder.glob(".run/stages/block.*[0-9]/report.json"))]
+    return [_read(path) for path in sorted(folder.glob(".run/stages/block.*[0-9]/report.json"))]
 
 
 def _recipe(values: Mapping[str, Any], **more: str) -> dict[str, Any]:
@@ -249,7 +249,9 @@ def _resume(recipe: Mapping[str, Any], folder: Path) -> str:
         if base.transforms.get(site, "none") != name:
             words += ["--transform", f"{site}={name}"]
     for name, value in recipe.items():
-        if name in ("transforms", "out", "device") or value == getattr(base, name):
+        if name in PATTERNS:
+            words += [word for pattern in value for word in (f"--{name}", pattern)]
+        if name in ("transforms", "out", "device", *PATTERNS) or value == getattr(base, name):
             continue
         flag = name.replace("_", "-")
         words += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
@@ -281,20 +283,11 @@ def _foreign(folder: Path, config: Mapping[str, Any], declared: Mapping[str, Any
     return AffineQuantError(what, "CKPT", f"`affinequant quantize {shlex.quote(str(folder))}` would quantise it")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read(path: Path, loads: Callable[[str], Any] = json.loads) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text())
+        value = loads(path.read_text())
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as problem:
         raise AffineQuantError(f"{path.name} cannot be read: {problem}", str(path), "write the folder again") from None
     return value if isinstance(value, dict) else {}
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text())
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as problem:
-        raise AffineQuantError(f"{path.name} cannot be read: {problem}", str(path), "write the folder again") from None

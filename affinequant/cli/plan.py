@@ -13,6 +13,7 @@ from affinequant.cli.output import Screen, minutes, size
 from affinequant.cli.report import add_report, check_report
 from affinequant.cli.sensitivity import measure, print_sensitivity, write_page
 from affinequant.errors import AffineQuantError
+from affinequant.recipe.assigned import counted, differing
 from affinequant.recipe.recipe import Recipe
 from affinequant.recipe.scheme import SCHEMES
 
@@ -90,13 +91,15 @@ def header(made: "Plan") -> dict[str, str]:
     lines = {
         "model": f"{recipe.model} ({made.family.name}, {made.dims.layers} blocks of width {made.dims.hidden})",
         "scheme": f"{recipe.scheme}: {SCHEMES.get(recipe.scheme, 'as the name says')}; tier {recipe.tier}",
+        "linears": counted(differing(made.schemes, recipe.scheme)),
         "method": f"preset {recipe.preset}; {at}; rounding {recipe.rounding}",
         "data": f"{recipe.data}, {recipe.samples} samples of {recipe.seq_len} tokens, seed {recipe.seed}",
         "plan": f"about {minutes(made.minutes)} on {made.device}, {memory}, {size(made.disk_bytes)} disk",
         "size": f"{size(made.source_bytes)} -> {size(made.output_bytes)}, {made.bits_per_weight:.2f} bits per weight",
         "out": str(recipe.output_folder()),
     }
-    return lines | {"note" + " " * index: note for index, note in enumerate(made.notes)}
+    notes = {"note" + " " * index: note for index, note in enumerate(made.notes)}
+    return {name: text for name, text in lines.items() if text} | notes
 
 
 def print_plan(made: "Plan", screen: Screen, target: str = "", sensitivity: Mapping[str, Any] | None = None) -> None:

@@ -52,6 +52,23 @@ def needs_hub(source: str) -> bool:
     return source in HUB or source.startswith("hf:")
 
 
+def announced(data: str) -> tuple[str, ...]:
+    """What to say of calibration text that is not here yet. A hub that cannot be reached is no reason to plan nothing.
+
+    Raises:
+        AffineQuantError: there is no such text.
+    """
+    try:
+        said = check_source(data)
+    except AffineQuantError as problem:
+        if problem.exit_code != PREFLIGHT or not needs_hub(data):
+            raise
+        return (f"the calibration text {data} is fetched when the run begins; now it cannot be: {problem.what}",)
+    return (
+        (f"the calibration text is fetched when the run begins: {said}",) if said != data and "fetched" in said else ()
+    )
+
+
 def read_text(source: str, most: int, say: Say, *, flag: str = "--data") -> tuple[str, str]:
     """The name of a source and its text, cut to `most` characters (the name then says so).
 

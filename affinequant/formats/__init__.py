@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 from affinequant.errors import AffineQuantError, unknown_name
 from affinequant.models import Dims, Family, resolve
+from affinequant.models.linears import keeping
 from affinequant.models.sites import Placement
 from affinequant.models.source import unquantized
 from affinequant.recipe.scheme import NumberFormat, Scheme
@@ -60,6 +61,8 @@ class Contents:
     linears: tuple[str, ...]
     stages: "Callable[[], Iterator[dict[str, Tensor]]]"
     extra: Mapping[str, Any]
+    kept: tuple[str, ...] = ()
+    """Linears of the blocks that stay in 16 bits because somebody asked for that."""
 
 
 class Format(Protocol):
@@ -154,7 +157,7 @@ def network_of(contents: Contents) -> tuple[Family, Dims]:
 def left_alone(contents: Contents) -> list[str]:
     """The linears that are not quantised, by their full names: engines take all others to be."""
     family, dims = network_of(contents)
-    return list(family.left_alone(dims))
+    return list(keeping(family, contents.kept).left_alone(dims))
 
 
 def split_stage(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from affinequant.formats.shards import CARD, write_text
 from affinequant.models.source_files import is_inside
+from affinequant.recipe.assigned import counted
 from affinequant.recipe.scheme import NumberFormat, Scheme
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ TEMPLATE = """---
 
 | | |
 |---|---|
-| bits per weight of the quantised linears | {{ "%.2f" | format(bits) }} |
+| bits per weight of the blocks' linears | {{ "%.2f" | format(bits) }} |
 | files of weights | {{ "{:,.0f}".format(size / 2**20) }} MiB |
 | calibration text | {{ data.source }}: {{ data.samples }} x {{ data.seq_len }} tokens |
 | perplexity on {{ tokens }} of these tokens, full precision | {{ "%.2f" | format(full) }} |
@@ -102,13 +103,14 @@ def write_card(out: Path, source: Path, report: Mapping[str, Any], config: Mappi
     carried = source_metadata(source)
     scheme = Scheme.parse(report["scheme"])
     data, copied = report["calibration"], report["unknown_tensors"]
+    others = counted((report.get("plan") or {}).get("linears", {}))
     name = (
         f"{base_name(report['model'], short=True)}-{scheme.name}"  # not the folder's: the same run gives the same bytes
     )
     values = {
         "name": name,
         "base": base_name(report["model"], short=False),
-        "numbers": numbers(scheme),
+        "numbers": numbers(scheme) + (f" ({others})" if others else ""),
         "version": report["env"]["affinequant"],
         "preset": report["preset"],
         "tier": report["tier"],

@@ -208,32 +208,36 @@ def _write_stage(writer: Any, stage: Mapping[str, Tensor], contents: Contents, f
     names = names_of(architecture, dims)
     rest, integers = split_stage(stage, contents)
     experts: dict[tuple[str, str], dict[int, np.ndarray]] = {}
-    for name, (codes, scale, zero) in integers.items():
-        parts = [part if part is None else for_rope(part, name, architecture, dims) for part in (codes, scale, zero)]
-        assert parts[0] is not None and parts[1] is not None
-        packed, kind = blocks(parts[0], parts[1], parts[2], contents.scheme.weight, name)
-        there, number = mapped(names, f"{name}.weight"), number_of(name)
+
+    def add(name: str, packed: np.ndarray, kind: str) -> None:
+        there, number = mapped(names, name), number_of(name)
         if number is None:
             writer.add_tensor(there, packed, raw_dtype=GGMLQuantizationType[kind])
         else:
             experts.setdefault((there, kind), {})[number] = packed
-    for (there, kind), each in experts.items():
-        whole = np.stack([each[number] for number in sorted(each)])
-        writer.add_tensor(there, whole, raw_dtype=GGMLQuantizationType[kind])
+
+    for name, (codes, scale, zero) in integers.items():
+        parts = [part if part is None else for_rope(part, name, architecture, dims) for part in (codes, scale, zero)]
+        assert parts[0] is not None and parts[1] is not None
+        add(f"{name}.weight", *blocks(parts[0], parts[1], parts[2], contents.scheme.weight, name))
     for name, tensor in rest.items():
         if _is_buffer(name):
             continue
+        owner = name.rpartition(".")[0]
         if tensor.ndim == 1:  # llama.cpp computes norms in float32, and adds biases in it
-            owner = name.removesuffix(".bias")
             vector = tensor.float() + family.norm_offset  # a gain, as it multiplies
-            if owner != name:
+            if name.endswith(".bias"):
                 vector = for_rope(tensor, owner, architecture, dims).float()
             writer.add_tensor(mapped(names, name), vector.numpy())
         elif tensor.dtype == torch.bfloat16:
-            packed = tensor.contiguous().view(torch.int16).numpy().view(np.uint8)
-            writer.add_tensor(mapped(names, name), packed, raw_dtype=GGMLQuantizationType.BF16)
+            there = for_rope(tensor, owner, architecture, dims).contiguous()
+            add(name, there.view(torch.int16).numpy().view(np.uint8), "BF16")
         else:
-            writer.add_tensor(mapped(names, name), tensor.numpy())
+            there = for_rope(tensor, owner, architecture, dims).numpy()
+            add(name, there, {"float16": "F16", "float32": "F32"}[str(there.dtype)])
+    for (there, kind), each in experts.items():
+        whole = np.stack([each[number] for number in sorted(each)])
+        writer.add_tensor(there, whole, raw_dtype=GGMLQuantizationType[kind])
 
 
 def _is_buffer(name: str) -> bool:

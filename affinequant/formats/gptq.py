@@ -46,7 +46,9 @@ def lacks(family: Family) -> str | None:
 
 
 def refuses(contents: Contents, shapes: Shapes) -> str | None:
-    """None, or which linear has sizes that the kernels of this layout do not take."""
+    """None, or which linear has sizes that the kernels of this layout do not take, or stays in 16 bits."""
+    if contents.kept:
+        return f"{contents.kept[0]} stays in 16 bits, for which this layout has no place that all its engines read"
     for name in contents.linears:
         rows, columns = shapes[f"{name}.weight"]
         if rows % MULTIPLE or columns % MULTIPLE:

@@ -14,6 +14,7 @@ from affinequant.formats import Contents, Shapes, check_readable
 from affinequant.formats.float_packed import UNITS
 from affinequant.formats.linear_tensors import read_units, unpack_linear
 from affinequant.models import resolve
+from affinequant.models.linears import shapes_of
 from affinequant.models.sites import Placement
 from affinequant.models.source import Source, open_source, unquantized
 from affinequant.recipe.scheme import NumberFormat, Scheme
@@ -53,7 +54,8 @@ def read_finished(folder: Path) -> Finished:
         raise _foreign(folder, declared)
     ours = declared["affinequant"]
     check_readable(ours, str(folder / "config.json"))
-    family, _ = resolve(unquantized(source.config), where=str(folder / "config.json"))
+    family, dims = resolve(unquantized(source.config), where=str(folder / "config.json"))
+    alone = {*declared.get("ignore", ())}
     inside = re.compile(rf"({re.escape(family.blocks)}\.(\d+))\.")
     linears = _linears(source, inside)
     placements = {name: Placement(**one) for name, one in ours.get("placements", {}).items()}
@@ -73,6 +75,7 @@ def read_finished(folder: Path) -> Finished:
         dtype=source.config["dtype"],
         tied=bool(source.config["tie_word_embeddings"]),
         linears=linears,
+        kept=tuple(name for name in shapes_of(family, dims) if name in alone),
         stages=lambda: _stages(source, linears, inside, scheme, clips),
         extra={name: value for name, value in ours.items() if name not in _WRITTEN_ANEW},
     )

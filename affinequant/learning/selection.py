@@ -52,7 +52,8 @@ def select(job: BlockJob, tensors: Tensors, seen: Mapping[str, Seen]) -> tuple[B
     if not wanted:
         return job, {}
     block = block_flops(job.decoder.family, job.decoder.dims)
-    here = {name: site for name, site in first_of(job.sites).items() if name in wanted}
+    read = {name: site for name, site in job.sites.items() if site.readers}
+    here = {name: site for name, site in first_of(read).items() if name in wanted}
     measured = {
         name: [_at_all(job, tensors, one, name, seen) for one in candidates(site, job.recipe, block)]
         for name, site in here.items()
@@ -103,7 +104,8 @@ def _better(option: Option, other: Option) -> bool:
 def _at_all(job: BlockJob, tensors: Tensors, one: str, name: str, seen: Mapping[str, Seen]) -> Option:
     """A candidate at a site; at those of experts, which take the same, over the tokens of all that have seen enough, and at
     the cost of as many as a token goes to."""
-    sites = [site for site in job.sites if named(site) == name and len(seen[site].rows if site in seen else ()) > 1]
+    known = {site for site in seen if len(seen[site].rows) > 1}
+    sites = [site for site in job.sites if named(site) == name and site in known and job.sites[site].readers]
     options = {site: _measure(job, tensors, one, site, seen[site]) for site in sites}
     if len(options) == 1:
         return options[sites[0]]

@@ -152,11 +152,11 @@ def build_transforms(
 
 
 def _wanted(job: BlockJob) -> dict[str, tuple[str, str]]:
-    """Site to the names of what folds and what stays online there."""
+    """Site to the names of what folds and what stays online there; nothing where nobody reads what is rounded."""
     return {
         name: split_parts(job.recipe.transforms[named(name)], site)
         for name, site in job.sites.items()
-        if named(name) in job.recipe.transforms and site.kind != "residual"
+        if named(name) in job.recipe.transforms and site.kind != "residual" and site.readers
     }
 
 

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from affinequant.models.dims import Dims, read_dims
 from affinequant.models.layer import End, Layer, LinearSpec, SiteSpec
-from affinequant.models.sites import in_expert
+from affinequant.models.sites import READ, in_expert
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +37,9 @@ class Family:
     """(config, where it is from) -> the sizes."""
     kinds: Callable[[Mapping[str, Any], int], tuple[str, ...]] | None = None
     """(config, index of a block) -> the kinds of layer that it is made of; None where each has all of them."""
+
+    kept: Mapping[int, frozenset[str]] = field(default_factory=dict)
+    """By block, the linears that stay in 16 bits because somebody asked for that."""
 
     def read(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """A config.json with what it leaves out."""
@@ -76,9 +79,11 @@ class Family:
 
     def at(self, dims: Dims, index: int) -> "Family":
         """What block `index` is made of: the family with no other kinds of layer."""
-        if not dims.kinds:
+        kept = self.kept.get(index, ())
+        if not dims.kinds and not kept:
             return self
-        return replace(self, layers={kind: self.layers[kind] for kind in dims.kinds[index]})
+        layers = {kind: self.layers[kind] for kind in (dims.kinds[index] if dims.kinds else self.layers)}
+        return replace(self, layers={kind: layer.keeping(kept) if kept else layer for kind, layer in layers.items()})
 
     def each_block(self, dims: Dims) -> Iterator["Family"]:
         """Block by block what it is made of."""
@@ -88,9 +93,8 @@ class Family:
         """(site, linears) for each tensor that is quantised as an input, in the order of the forward pass."""
         groups: dict[str, list[str]] = {}
         order = {linear.name: position for position, linear in enumerate(self.linears)}
-        for spec in (spec for layer in self.layers.values() for spec in layer.sites):
-            if spec.kind in ("norm", "heads", "gated", "linear"):
-                members = [module for module, side in spec.sinks if module in order and side == "columns"]
+        for spec in (spec for layer in self.layers.values() for spec in layer.sites if spec.kind in READ):
+            if members := [module for module, side in spec.sinks if module in order and side == "columns"]:
                 groups.setdefault(spec.name, []).extend(members)
         return tuple(
             (site, tuple(members)) for site, members in sorted(groups.items(), key=lambda pair: order[pair[1][0]])
@@ -151,12 +155,15 @@ class Family:
         )
 
     def left_alone(self, dims: Dims) -> tuple[str, ...]:
-        """Full names of linears that stay as they are: the head, and what reads a norm without being in `linears`."""
+        """Full names of linears that stay as they are: the head, what reads a norm without being in `linears`, and what is
+        kept."""
         names = [self.head]
         for index, block in enumerate(self.each_block(dims)):
             linears = {linear.name for linear in block.linears}
             readers = [reader for _, readers in block.fused_norms() for reader in readers]
-            names += [f"{self.blocks}.{index}.{reader}" for reader in readers if reader not in linears]
+            readers += [linear.name for layer in block.layers.values() for linear in layer.kept]
+            alone = dict.fromkeys(reader for reader in readers if reader not in linears)
+            names += [f"{self.blocks}.{index}.{reader}" for reader in alone]
         return tuple(names)
 
     def _residual(self) -> SiteSpec:

@@ -1,6 +1,6 @@
 """A kind of layer, as data: its linears, its sites, its experts. What a network is made of."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -77,10 +77,18 @@ class Layer:
     attention: str = ""
     post_norm: str = ""
     experts: ExpertNames | None = None
+    kept: tuple[LinearSpec, ...] = ()
+    """Those that stay in 16 bits because somebody asked for that; `linears` are the others."""
 
     def writers(self) -> tuple[str, ...]:
         """The linears that give what is added to the residual stream."""
-        return tuple(linear.name for linear in self.linears if linear.rows == "hidden")
+        return tuple(linear.name for linear in (*self.linears, *self.kept) if linear.rows == "hidden")
+
+    def keeping(self, names: Collection[str]) -> "Layer":
+        """The layer with these of its linears in 16 bits."""
+        kept = (linear for linear in self.linears if linear.name in names)
+        left = (linear for linear in self.linears if linear.name not in names)
+        return replace(self, linears=tuple(left), kept=(*self.kept, *kept))
 
     def with_site(self, name: str, **changes: Any) -> "Layer":
         """The layer whose site `name` differs in these fields."""

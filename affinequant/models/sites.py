@@ -6,6 +6,8 @@ from typing import Literal, get_args
 
 Side = Literal["gain", "factor", "rows", "columns"]
 Kind = Literal["residual", "norm", "rope", "scores", "heads", "gated", "linear"]
+READ: tuple[Kind, ...] = ("norm", "heads", "gated", "linear")
+"""Kinds of site whose features linears read as their inputs."""
 Structure = Literal[
     "diagonal",
     "rope-pair",

@@ -3,12 +3,14 @@
 from affinequant.models.dims import Dims
 from affinequant.models.family import Family
 from affinequant.models.layer import End, SiteSpec
-from affinequant.models.sites import Edge, Site, in_expert
+from affinequant.models.sites import READ, Edge, Site, in_expert
 
 
 def resolve_sites(family: Family, dims: Dims, tp: int = 1) -> tuple[Site, ...]:
     """The family's sites with their sizes; with `tp` slices of those whose sinks tensor parallelism cuts by columns."""
-    linears = {linear.name: linear for linear in family.linears}
+    rounded = {linear.name for linear in family.linears}
+    kept = (linear for layer in family.layers.values() for linear in layer.kept)
+    linears = {linear.name: linear for linear in (*family.linears, *kept)}
 
     def copies(end: End, spec: SiteSpec) -> int:
         if end[0] not in spec.grouped:
@@ -25,7 +27,7 @@ def resolve_sites(family: Family, dims: Dims, tp: int = 1) -> tuple[Site, ...]:
             scope="model" if module in (family.embedding, family.head) else "block",
             rows=linears[module].part(part, dims) if part else None,
             bias=family.layer_norm if module not in linears else linears[module].bias in (True, *dims.biases),
-            plain=spec.kind == "norm" and end[1] == "columns" and module not in linears,
+            plain=spec.kind in READ and end[1] == "columns" and module not in rounded,
         )
 
     def site(spec: SiteSpec) -> Site:

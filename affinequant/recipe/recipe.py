@@ -1,18 +1,19 @@
 """What is asked for: one frozen dataclass from which flags, TOML keys, help and the fingerprint are all made."""
 
-import json
 import os
 import tomllib
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 from affinequant.errors import AffineQuantError, unknown_name
 from affinequant.recipe.presets import ALIASES, PRESETS, Preset, find_preset
 from affinequant.recipe.scheme import Scheme
 from affinequant.recipe.sizes import parse_bytes as parse_bytes
 from affinequant.recipe.tables import TABLES, Distill, Divergence, Rotation, flat, option, with_flat_names
+from affinequant.recipe.values import EXPORTS as EXPORTS
+from affinequant.recipe.values import check_type, flag, key, toml
 
 Tier = Literal["merged", "online"]
 Rounding = Literal["nearest", "gptq", "gptaq", "auto"]
@@ -23,8 +24,6 @@ Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16"]
 Offload = Literal["auto", "cpu", "disk"]
 Format = Literal["auto", "compressed-tensors", "affinequant", "dense"]
-EXPORTS = ("int-quantized", "humming", "gptq", "gguf", "nvfp4", "mxfp4")
-"""Formats that are made from a finished folder."""
 Schedule = Literal["constant", "cosine"]
 Start = Literal["closed-form", "hadamard"]
 
@@ -33,6 +32,8 @@ AUTO = "auto"
 every site where linears read quantised inputs."""
 EVERY, CHOICE_SITES = "*", ("attn_in", "vo", "mlp_in", "mlp_mid")
 """All sites that can choose, until the model says which; and those of most models, where presets have other transforms."""
+PATTERNS = ("keep",)
+"""Fields that are patterns of linears' names: what a file and a flag give is taken together."""
 NAMES = {"model": ("demo",), "data": ("wikitext2", "c4", "demo")}
 """Fields that may name files, and the names that are looked up before any file."""
 
@@ -56,6 +57,11 @@ class Recipe:
     preset: str = option("default", "what", "named settings for everything in the group `method`")
     tp: int = option(
         1, "what", "tensor-parallel ranks that may serve it: the inputs of o and down are quantised in so many slices"
+    )
+    keep: tuple[str, ...] = option(
+        (),
+        "what",
+        "linears whose full names match stay in 16 bits: a glob, such as '*.down_proj' or 'model.layers.0.*'",
     )
     format: Format = option("auto", "what", "what to write; auto picks what stock engines load")
 
@@ -110,7 +116,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name, (_, hint) in options().items():
-            _check_type(name, getattr(self, name), hint)
+            check_type(name, getattr(self, name), hint)
+        object.__setattr__(self, "keep", tuple(self.keep))
         Scheme.parse(self.scheme)
         find_preset(self.preset)
         object.__setattr__(self, "preset", ALIASES.get(self.preset, self.preset))
@@ -119,18 +126,18 @@ class Recipe:
         smallest = {"tp": 1, "samples": 1, "seq_len": 8, "batch_size": 1, "epochs": 0, "finish_epochs": 1, "seed": 0}
         for name, least in (smallest | {"rotation_steps": 1, "rotation_len": 8, "sweeps": 0}).items():
             if getattr(self, name) < least:
-                raise AffineQuantError(f"{name} = {getattr(self, name)}", _flag(name), f"use {least} or more")
+                raise AffineQuantError(f"{name} = {getattr(self, name)}", flag(name), f"use {least} or more")
         for name, most in (("alpha", 1.0), ("balance", 1.0), ("damping", 1.0), ("cost_budget", 100.0)):
             if not 0 <= getattr(self, name) <= most:
-                raise AffineQuantError(f"{name} = {getattr(self, name)}", _flag(name), f"use 0.0 to {most}")
+                raise AffineQuantError(f"{name} = {getattr(self, name)}", flag(name), f"use 0.0 to {most}")
         if self.samples < 2 and (self.rounding == "auto" or AUTO in self.transforms.values()):
             what = "a choice by held-out error needs samples to hold out"
             raise AffineQuantError(what, "--samples", "use 2 or more, or name what to take")
         for name in ("lr", "clip_lr", "finish_lr", "rotation_lr"):
             if not 0 <= getattr(self, name) < float("inf"):
-                raise AffineQuantError(f"{name} = {getattr(self, name)}", _flag(name), "use a finite rate of 0 or more")
+                raise AffineQuantError(f"{name} = {getattr(self, name)}", flag(name), "use a finite rate of 0 or more")
         for name in ("gpu_memory", "cpu_memory"):
-            parse_bytes(getattr(self, name), flag=_flag(name))
+            parse_bytes(getattr(self, name), flag=flag(name))
 
     @property
     def parsed_scheme(self) -> Scheme:
@@ -146,6 +153,7 @@ class Recipe:
     def fingerprint(self) -> dict[str, Any]:
         """The options that decide the bytes of the result, by their flat names, as plain JSON values."""
         skipped = {name for name, (entry, _) in options().items() if entry.metadata["same_bytes"]}
+        skipped |= {name for name in PATTERNS if not getattr(self, name)}  # which older runs knew nothing of
         return {name: value for name, value in flat(asdict(self)).items() if name not in skipped}
 
     def to_toml(self) -> str:
@@ -153,6 +161,8 @@ class Recipe:
         lines, tables = [], []
         for entry in fields(self):
             value = getattr(self, entry.name)
+            if entry.name in PATTERNS and not value:
+                continue  # older versions read it then
             if isinstance(value, dict):
                 # What the preset has and this recipe has not must be taken away again by whoever reads the file.
                 base = PRESETS[self.preset].fields(self.tier, self.parsed_scheme)
@@ -160,9 +170,9 @@ class Recipe:
             elif entry.name in TABLES:
                 value = asdict(value)
             else:
-                lines.append(f"{entry.name} = {_toml(value)}")
+                lines.append(f"{entry.name} = {toml(value)}")
                 continue
-            tables += ["", f"[{entry.name}]", *(f"{key} = {_toml(item)}" for key, item in value.items())]
+            tables += ["", f"[{entry.name}]", *(f"{key(name)} = {toml(item)}" for name, item in value.items())]
         return "\n".join(lines + tables) + "\n"
 
     @staticmethod
@@ -175,6 +185,8 @@ class Recipe:
             values = _chosen(values, where=str(path))
         if "transforms" in overrides and isinstance(values.get("transforms", {}), dict):
             overrides = overrides | {"transforms": values.get("transforms", {}) | overrides["transforms"]}
+        if "keep" in overrides and isinstance(values.get("keep", []), list):
+            overrides = overrides | {"keep": [*values.get("keep", []), *overrides["keep"]]}
         return resolve(values | overrides, where=str(path))
 
 
@@ -226,7 +238,7 @@ def resolve(values: Mapping[str, Any], *, where: str = "quantize()") -> Recipe:
     tier = str(values.get("tier", _tier(preset, scheme, str(values.get("format", "auto")))))
     merged: dict[str, Any] = preset.fields(tier, scheme, demo=values["model"] == "demo")
     given = values.get("transforms", {})
-    _check_type("transforms", given, dict[str, str])
+    check_type("transforms", given, dict[str, str])
     chosen = {**merged.get("transforms", {}), **given}
     kept = {site: name for site, name in chosen.items() if name != "none" or EVERY in chosen}
     merged |= {"tier": tier, **values, "transforms": kept}
@@ -263,33 +275,3 @@ def _absolute(name: str, text: Any, folder: Path = Path()) -> Any:
     """A file or folder that is there, by its absolute path; anything else as it is."""
     path = os.path.abspath(folder / os.path.expanduser(text)) if isinstance(text, str) else ""
     return path if text and text not in NAMES[name] and os.path.exists(path) else text
-
-
-def _check_type(name: str, value: Any, hint: Any) -> None:
-    flag = _flag(name)
-    if get_origin(hint) is Literal:
-        if value not in get_args(hint):
-            if name == "format" and value in EXPORTS:
-                fix = f"quantise first, then `affinequant export DIR --format {value}`"
-                raise AffineQuantError(f"{value} is made from a finished folder", flag, fix)
-            raise unknown_name(name.replace("_", " "), str(value), get_args(hint), where=flag)
-        return
-    if get_origin(hint) is dict:
-        if not isinstance(value, dict) or not all(isinstance(item, str) for pair in value.items() for item in pair):
-            raise AffineQuantError(f"{name} = {value!r}", flag, "give SITE=TRANSFORM pairs")
-        return
-    allowed = (int, float) if hint is float else hint
-    if not isinstance(value, allowed) or (isinstance(value, bool) and hint is not bool):
-        raise AffineQuantError(f"{name} = {value!r}", flag, f"give a value of type {hint.__name__}")
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def _toml(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False)  # JSON's escapes are TOML's
-    return repr(value)

@@ -15,6 +15,7 @@ KEPT_BITS = 16
 
 def parts_of(report: Object, linears: Sequence[Mapping[str, tuple[int, int]]]) -> list[tuple[str, int, float, float]]:
     """(part, weights, bits of one with its share of the scales, bytes), the rest of the files as the last part."""
+    from affinequant.recipe.assigned import KEPT, placed
     from affinequant.recipe.scheme import Scheme
     from affinequant.report.blocks import short_name
 
@@ -23,14 +24,17 @@ def parts_of(report: Object, linears: Sequence[Mapping[str, tuple[int, int]]]) -
     if not linears or not numeric(report.get("weight_bytes")) or plan.get("format") not in (None, "auto", *_PACKED):
         return []
     try:
-        scheme, found = Scheme.parse(str(report["scheme"])), dict[str, list[float]]()
+        called = {placed(name): str(scheme) for name, scheme in (plan.get("linears") or {}).items()}
+        schemes = {one: Scheme.parse(one) for one in {str(report["scheme"]), *called.values()} - {KEPT}}
     except AffineQuantError:  # of another version
         return []
-    for block in linears:
+    found = dict[str, list[float]]()
+    for index, block in enumerate(linears):
         for name, (rows, columns) in block.items():
+            scheme = schemes.get(called.get((index, name), str(report["scheme"])))
             one = found.setdefault(short_name(name), [0, 0.0])
             one[0] += rows * columns
-            one[1] += rows * columns * scheme.bits_per_weight(columns) / 8
+            one[1] += rows * columns * (scheme.bits_per_weight(columns) if scheme else KEPT_BITS) / 8
     table = dims["vocab"] * dims["hidden"]
     parts = [(name, int(count), 8 * size / count, size) for name, (count, size) in found.items()]
     parts.append(("embeddings", table, KEPT_BITS, table * KEPT_BITS / 8))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from affinequant.errors import AffineQuantError
-from affinequant.recipe.recipe import Recipe, options, resolve
+from affinequant.recipe.recipe import PATTERNS, Recipe, options, resolve
 from affinequant.recipe.scheme import Scheme
 from affinequant_evals.harness import Scorecard
 from affinequant_evals.published import TASKS, Published, published_of
@@ -243,8 +243,8 @@ def _changed(recipe: Recipe) -> tuple[str, ...]:
     plain = resolve(names).fingerprint()
     mine = recipe.fingerprint()
     groups = {name: entry.metadata["group"] for name, (entry, _) in options().items()}
-    asked = [name for name, group in groups.items() if group == "method" or name in ("samples", "seq_len")]
-    changed = [name for name in asked if mine[name] != plain[name]]
+    asked = [name for name, group in groups.items() if group == "method" or name in ("samples", "seq_len", *PATTERNS)]
+    changed = [name for name in asked if mine.get(name) != plain.get(name)]
     return tuple(name if isinstance(mine[name], dict) else f"{name} {mine[name]}" for name in changed)
 
 
