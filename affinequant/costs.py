@@ -4,10 +4,12 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from affinequant.models import Dims
+from affinequant.models import Dims, Family
 from affinequant.recipe.assigned import Schemes
 from affinequant.recipe.recipe import Recipe
+from affinequant.recipe.scheme import Scheme
 
 JUDGED_TOKENS = 1024
 """Held-out tokens that judge what a block has learned, or one sample where samples are longer."""
@@ -22,6 +24,8 @@ site."""
 PROCESS_BYTES = 700 * 2**20
 """What Python, torch and transformers take, with the code and the threads of the first products: 590 MB before any model
 is there, and a hundred more."""
+CACHED_TOKENS = 4096
+"""Tokens in a cache of which a plan says how many bits they take on average."""
 GPU_FLOPS = 1.2e14
 CPU_FLOPS_PER_CORE = 1e11
 """Rates behind the minutes of a plan: bfloat16 on a data-centre GPU; float32 on one core with AVX-512, half of what
@@ -48,6 +52,22 @@ def kept_bytes(recipe: Recipe, dims: Dims, device: str) -> int:
     """What waits between blocks: both streams before one and both behind it; with an auxiliary loss what it aims at
     too."""
     return (4 + (recipe.aux_loss and recipe.epochs > 0)) * stream_bytes(recipe, dims, device)
+
+
+def kept_in_cache(scheme: Scheme, family: Family, dims: Dims) -> dict[str, Any]:
+    """What the tokens add that a quantised cache keeps in 16 bits, where it keeps some: by `cache_kept` which tokens, the
+    bytes that a sequence holds for them, and the bits of a number in a cache of `tokens`."""
+    if scheme.kv is None or not scheme.kept_rows:
+        return {}
+    attentions = sum(bool(block.attention) for block in family.each_block(dims))
+    kept = {
+        "first": scheme.kv.kept_first,
+        "latest": scheme.kv.kept_latest,
+        "bytes": 2 * 2 * attentions * dims.value * scheme.kept_rows,
+        "tokens": CACHED_TOKENS,
+        "bits": scheme.bits_per_cached(dims.head_dim, CACHED_TOKENS),
+    }
+    return {"cache_kept": kept}
 
 
 def minutes(costs: Iterable[Cost], device: str) -> float:

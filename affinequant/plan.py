@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from affinequant.costs import PROCESS_BYTES, kept_bytes, linear_bits, minutes, stream_bytes
+from affinequant.costs import PROCESS_BYTES, kept_bytes, kept_in_cache, linear_bits, minutes, stream_bytes
 from affinequant.data.text import announced
 from affinequant.data.tokenizer import check_code, check_tokenizer, without_bos
 from affinequant.errors import PREFLIGHT, AffineQuantError
@@ -98,6 +98,7 @@ class Plan:
             "bits_per_weight": round(self.bits_per_weight, 3),
             "cache_bits": self.recipe.parsed_scheme.bits_per_cached(self.dims.head_dim),
             "cache_bytes_per_token": self.cache_bytes,
+            **kept_in_cache(self.recipe.parsed_scheme, self.family, self.dims),
             **{name: getattr(self, name) for name in sizes},
             "offload": self.offload,
             "notes": list(self.notes),

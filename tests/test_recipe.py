@@ -251,7 +251,7 @@ def test_files_that_cannot_be_read(tmp_path: Path, text: str, what: str) -> None
 
 @pytest.mark.parametrize("name", options())
 def test_the_fingerprint_holds_what_decides_the_bytes_and_only_that(name: str) -> None:
-    recipe = Recipe(model="m")
+    recipe = Recipe(model="m", scheme="w4a4kv4")
     now = MACHINE[name] if name in MACHINE else other(name, getattr(recipe, name))
     changed = replace(recipe, **{name: now})
     assert getattr(changed, name) == now

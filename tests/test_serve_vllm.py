@@ -284,6 +284,9 @@ def test_a_quantised_cache_stays_in_16_bits_there_and_the_log_says_so(
         got = served(llm)
     assert any("w4a4kv4 asks for a KV cache in 4 bits, vLLM keeps its own" in line for line in said)
     config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["affinequant"]["kv"] |= {"kept_first": 4, "kept_latest": 32}
+    vllm_plugin.AffineQuantConfig.from_config(config["quantization_config"])
+    assert "4 bits, the latest 32 tokens in 16; vLLM keeps its own" in said[-1]
     config["quantization_config"]["affinequant"]["kv"] = None
     (folder / "config.json").write_text(json.dumps(config))
     assert_same(folder, got)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from affinequant.cli.arguments import Parser
 from affinequant.cli.export import outcome
-from affinequant.cli.output import Screen, minutes, size
+from affinequant.cli.output import Screen, kept_text, minutes, size
 from affinequant.errors import PREFLIGHT, AffineQuantError
 from affinequant.models import resolve as resolve_model
 from affinequant.models.source import Source, locate, open_source, unquantized
@@ -131,8 +131,8 @@ def _summary(found: Found) -> dict[str, str]:
         planned = size(report["weight_bytes_planned"])
         lines["size"] = f"{size(report['bytes'])}; weights {size(report['weight_bytes'])}, planned {planned}"
         if ours.get("kv"):
-            cached = report["plan"]["cache_bytes_per_token"]
-            lines["KV cache"] = f"{ours['kv']['bits']} bits, {cached:,} bytes per token with its scales"
+            cached, kept = report["plan"]["cache_bytes_per_token"], kept_text(report["plan"])
+            lines["KV cache"] = f"{ours['kv']['bits']} bits, {cached:,} bytes per token with its scales{kept}"
         losses = report.get("calibration_perplexity", {})
         if losses:
             lines["perplexity"] = f"{losses['full']:.2f} -> {losses['quantized']:.2f} on calibration text"

@@ -121,6 +121,14 @@ def spoken(path: str | Path) -> str:
     return shlex.quote(text if text.startswith(("/", "./", "../", "~")) else f"./{text}")
 
 
+def kept_text(plan: Mapping[str, Any]) -> str:
+    """What a plan's JSON says of cached tokens that stay in 16 bits; "" where none do."""
+    if (kept := plan.get("cache_kept")) is None:
+        return ""
+    which = f"the first {kept['first']} tokens and the latest {kept['latest']} in 16 bits ({size(kept['bytes'])})"
+    return f"; {which}: {kept['bits']:.1f} bits on average at {kept['tokens']:,} tokens"
+
+
 def freedom(dof: float | None) -> str:
     """What `+-` is, and how well it is known: of few windows, far less than the normal distribution would have it."""
     known = "" if dof is None else f" with {dof:g} degree{'s' * (dof != 1)} of freedom"

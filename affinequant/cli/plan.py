@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from affinequant.advice import HARDWARE, advice, gains, this_cpu
 from affinequant.cli.arguments import Parser, add_recipe, recipe_of
-from affinequant.cli.output import Screen, minutes, size
+from affinequant.cli.output import Screen, kept_text, minutes, size
 from affinequant.cli.report import add_report, check_report
 from affinequant.cli.sensitivity import measure, print_sensitivity, write_page
 from affinequant.errors import AffineQuantError
@@ -190,8 +190,9 @@ def _figures(made: "Plan") -> dict[str, str]:
 
 
 def _cache_text(made: "Plan") -> str:
-    bits = made.recipe.parsed_scheme.bits_per_cached(made.dims.head_dim)
-    return f"{made.cache_bytes:,} bytes a token where it is packed: {bits:.1f} of 16 bits"
+    scheme, width = made.recipe.parsed_scheme, made.dims.head_dim
+    packed = f"{made.cache_bytes:,} bytes a token where it is packed: {scheme.bits_per_cached(width):.1f} of 16 bits"
+    return packed + kept_text(made.to_json())
 
 
 def _existing(folder: Path) -> Path:

@@ -67,6 +67,8 @@ def read_finished(folder: Path) -> Finished:
     if scheme.weight != NumberFormat(**ours["weight"]):
         what = f"the scheme {ours['scheme']!r} is not what its own numbers say: {ours['weight']}"
         raise AffineQuantError(what, str(folder / "config.json"), "write or fetch the folder again")
+    if ours.get("kv"):
+        scheme = replace(scheme, kv=NumberFormat(**ours["kv"]))  # with what it keeps, of which the name says nothing
     clips = {name: float(ours["input_clip"][name]) for name in linears} if scheme.activation else {}
     contents = Contents(
         config=unquantized(source.config),

@@ -18,7 +18,7 @@ from torch.func import functional_call
 from affinequant.data.files import first_line
 from affinequant.errors import PREFLIGHT, AffineQuantError
 from affinequant.models import Dims, Family
-from affinequant.models.attention import OnAttention, register
+from affinequant.models.attention import Attended, OnAttention, register
 from affinequant.models.caps import capped_logits
 from affinequant.models.experts import split_experts
 from affinequant.models.norms import check_norms
@@ -203,9 +203,9 @@ def run_block(
     if on_attention is not None and family.attention:
         act = on_attention
 
-        def asking(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        def asking(*given: Tensor | None, **more: bool) -> Attended:
             asked.append(True)
-            return act(query, key, value)
+            return act(*given, **more)
 
         passed["on_attention"] = asking
     if on_input is not None:

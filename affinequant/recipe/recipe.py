@@ -63,6 +63,9 @@ class Recipe:
         "what",
         "linears whose full names match stay in 16 bits: a glob, such as '*.down_proj' or 'model.layers.0.*'",
     )
+    keep_tokens: int = option(
+        0, "what", "of a quantised KV cache keep the latest tokens, as many as this, and the first 4 in 16 bits"
+    )
     format: Format = option("auto", "what", "what to write; auto picks what stock engines load")
 
     transforms: dict[str, str] = option(
@@ -118,13 +121,13 @@ class Recipe:
         for name, (_, hint) in options().items():
             check_type(name, getattr(self, name), hint)
         object.__setattr__(self, "keep", tuple(self.keep))
-        Scheme.parse(self.scheme)
+        _ = self.parsed_scheme
         find_preset(self.preset)
         object.__setattr__(self, "preset", ALIASES.get(self.preset, self.preset))
         for name in NAMES:  # so that the resolved recipe means the same files wherever it is read
             object.__setattr__(self, name, _absolute(name, getattr(self, name)))
         smallest = {"tp": 1, "samples": 1, "seq_len": 8, "batch_size": 1, "epochs": 0, "finish_epochs": 1, "seed": 0}
-        for name, least in (smallest | {"rotation_steps": 1, "rotation_len": 8, "sweeps": 0}).items():
+        for name, least in (smallest | {"rotation_steps": 1, "rotation_len": 8, "sweeps": 0, "keep_tokens": 0}).items():
             if getattr(self, name) < least:
                 raise AffineQuantError(f"{name} = {getattr(self, name)}", flag(name), f"use {least} or more")
         for name, most in (("alpha", 1.0), ("balance", 1.0), ("damping", 1.0), ("cost_budget", 100.0)):
@@ -142,7 +145,7 @@ class Recipe:
     @property
     def parsed_scheme(self) -> Scheme:
         """The scheme as numbers."""
-        return Scheme.parse(self.scheme)
+        return Scheme.parse(self.scheme).keeping(self.keep_tokens)
 
     def output_folder(self) -> Path:
         """Where the checkpoint goes: `out`, or a folder here named after the model and the scheme."""

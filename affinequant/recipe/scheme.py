@@ -15,7 +15,8 @@ class NumberFormat:
     token where it is `dynamic`), per token, or per token and head. Its arithmetic is the Grid that `numbers.GRIDS` has for
     its `kind`.
 
-    Per head, an asymmetric grid starts at the smallest value itself; elsewhere zero is one of its points.
+    Per head, an asymmetric grid starts at the smallest value itself; elsewhere zero is one of its points. There a query
+    sees the `kept_first` tokens of the sequence, and the `kept_latest` up to and with its own, as they are.
     """
 
     bits: int
@@ -24,6 +25,8 @@ class NumberFormat:
     group_size: int | None = None
     dynamic: bool = False
     kind: str = "int"
+    kept_first: int = 0
+    kept_latest: int = 0
 
     @property
     def code_min(self) -> int:
@@ -36,8 +39,10 @@ class NumberFormat:
         return 2 ** (self.bits - 1) - 1
 
     def stored(self) -> dict[str, Any]:
-        """Its fields as a checkpoint declares them: integers, which the first version knew alone, without their kind."""
-        return {name: value for name, value in asdict(self).items() if (name, value) != ("kind", "int")}
+        """Its fields as a checkpoint declares them, without those that the first version did not know where they say what it
+        did: integers, no token kept. Versions before them refuse a field that they do not know."""
+        usual = {"kind": "int", "kept_first": 0, "kept_latest": 0}
+        return {name: value for name, value in asdict(self).items() if name not in usual or value != usual[name]}
 
     @property
     def has_unit(self) -> bool:
@@ -130,10 +135,39 @@ class Scheme:
         overhead = (scale_bits if self.weight.kind == "int" else 8) + (0 if self.weight.symmetric else self.weight.bits)
         return self.weight.bits + overhead * self.weight.groups(width) / width
 
-    def bits_per_cached(self, head_width: int) -> float:
-        """Bits per number in the KV cache: codes, and a scale and an offset of 16 bits for each head's `head_width`."""
-        return 16.0 if self.kv is None else self.kv.bits + 32 / head_width
+    def keeping(self, latest: int) -> "Scheme":
+        """The same with the latest tokens of the KV cache, and its first, kept in 16 bits; with 0 none.
 
+        Raises:
+            AffineQuantError: the cache is not quantised.
+        """
+        if not latest:
+            return self
+        if self.kv is None:
+            what = f"all tokens stay in 16 bits at {self.name}, whose KV cache is not quantised"
+            raise AffineQuantError(what, "--keep-tokens", "leave it out, or add kv4 to the bits, as in w4a4kv4")
+        return replace(self, kv=replace(self.kv, kept_first=KEPT_FIRST, kept_latest=latest))
+
+    def bits_per_cached(self, head_width: int, tokens: int = 0) -> float:
+        """Bits per number in the KV cache: codes, and a scale and an offset of 16 bits for each head's `head_width`. With
+        `tokens`, so many are cached, and those that are kept in 16 bits count as well."""
+        if self.kv is None:
+            return 16.0
+        kept = 16 * min(self.kept_rows, tokens) / tokens if tokens else 0.0
+        return self.kv.bits + 32 / head_width + kept
+
+    @property
+    def kept_rows(self) -> int:
+        """How many tokens a KV cache holds in 16 bits beside the packed ones."""
+        kv = self.kv
+        return kv.kept_first + kv.kept_latest + GOING_BACK if kv and kv.kept_latest else 0
+
+
+KEPT_FIRST = 4
+"""Tokens at the beginning that are kept in 16 bits with the latest. Attention rests on the first one; where that is a
+token like any other, on some of those after it."""
+GOING_BACK = 32
+"""Tokens in 16 bits beyond the latest, so that a cache can take back as many, as speculative decoding does."""
 
 _NAME = r"w(\d+)a(\d+)(?:kv(\d+))?(?:-g(\d+))?(?:-ag(\d+))?(?:-(sym|asym))?"
 

@@ -105,6 +105,8 @@ class AffineQuantConfig(QuantizationConfig):
         if ours.get("kv"):
             bits = ours["kv"]["bits"]
             own = "vLLM keeps its own (--kv-cache-dtype; 16 bits unless given)"
+            if latest := ours["kv"].get("kept_latest"):
+                own = f"the latest {latest} tokens in 16; {own}"
             _log.warning("%s asks for a KV cache in %d bits, %s", ours["scheme"], bits, own)
         self.ignore: list[str] = list(declared.get("ignore", []))
 

@@ -2,9 +2,11 @@
 
 from collections.abc import Mapping
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from affinequant.models.attention import Attended, first_keys, latest_whole, seen_keys
 from affinequant.numbers import grid_of
 from affinequant.numbers.activations import fake_quantize_activation
 from affinequant.recipe.scheme import NumberFormat
@@ -13,7 +15,10 @@ from affinequant.transforms.online import apply_online
 
 class CachedHeads(nn.Module):
     """An `OnAttention`: q R and k R for one orthogonal R [width, width] that all heads share, so that q k^T stays what it
-    was; then k and v rounded to the cache's grid.
+    was; then k and v rounded to the cache's grid, but for the tokens that it keeps.
+
+    The first token, on which attention rests, carries massive activations, and what lies nearest matters most. Behind a
+    sliding window the first tokens are out of sight before long: there the latest alone are kept.
 
     Args:
         kv: the cache's numbers; None rounds nothing.
@@ -32,16 +37,22 @@ class CachedHeads(nn.Module):
         query: Float[Tensor, "batch heads tokens width"],
         key: Float[Tensor, "batch kv_heads cached width"],
         value: Float[Tensor, "batch kv_heads cached width"],
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        mask: Tensor | None = None,
+        *,
+        sliding: bool = False,
+    ) -> Attended:
         """In the dtypes that come in."""
         query, key = self.rotated(query), self.rotated(key)
-        if self.grid is not None:
-            key, value = (fake_quantize_activation(part, self.grid) for part in (key, value))
-        return query, key, value
-
-    def queries(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The same for keys and values that come out of a packed cache: they have been through it."""
-        return self.rotated(query), key, value
+        if self.grid is None or self.kv is None:
+            return query, key, value, mask
+        rounded = fake_quantize_activation(key, self.grid), fake_quantize_activation(value, self.grid)
+        if not self.kv.kept_latest:
+            return query, *rounded, mask
+        seen = seen_keys(mask, query, key)
+        if not sliding:
+            first = first_keys(seen, self.kv.kept_first)
+            rounded = torch.where(first, key, rounded[0]), torch.where(first, value, rounded[1])
+        return query, *latest_whole(rounded, (key, value), mask, seen, self.kv.kept_latest)
 
     def rotated(self, x: Float[Tensor, "*b width"]) -> Float[Tensor, "*b width"]:
         """x R."""
