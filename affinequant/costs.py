@@ -2,6 +2,7 @@
 
 import math
 import os
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,8 @@ GPU_FLOPS = 1.2e14
 CPU_FLOPS_PER_CORE = 1e11
 """Rates behind the minutes of a plan: bfloat16 on a data-centre GPU; float32 on one core with AVX-512, half of what
 bare products reach there (2e11 at a small model's widths): the rest goes to what lies between the products."""
+_DRIVERS = ("/dev/nvidiactl", "/proc/driver/nvidia/version", "/dev/dxg", "/dev/kfd")
+"""Where a driver of a GPU leaves a trace."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +44,18 @@ class Cost:
     flops: float = 0.0
     cpu: int = 0
     gpu: int = 0
+
+
+def device_of(recipe: Recipe) -> str:
+    """Where a recipe computes. torch alone knows whether it can use a GPU; it is not waited for where no driver has left a
+    trace."""
+    if recipe.device != "auto":
+        return recipe.device
+    if "torch" not in sys.modules and not any(os.path.exists(path) for path in _DRIVERS):
+        return "cpu"
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def stream_bytes(recipe: Recipe, dims: Dims, device: str) -> int:

@@ -173,6 +173,8 @@ def _contents(made: Plan, run: Run, names: list[str], changed: Tensors, unknown:
         ),
         kept=tuple(name for name, scheme in made.schemes.items() if scheme is None),
         stages=stages,
+        beside=tuple(made.copied),
+        renamed=made.source.renamed,
         extra={
             "tier": made.recipe.tier,
             "placements": {name: asdict(placement) for name, placement in placements.items()},
@@ -233,7 +235,7 @@ def _report(made: Plan, run: Run, out: Path, tokens: Tokens, names: list[str], u
     blocks = [run.report(name) for name in names[1:]]
     whole = {stage.reported: run.report(stage.name) for stage in made.stages if stage.reported}
     copied = {name: made.source.entries[name].size for name in unknown}
-    planned = made.output_bytes + sum(copied.values())
+    planned = made.output_bytes + sum(copied.values()) - sum(made.copied.values())
     weights = sum(path.stat().st_size for path in out.glob("*.safetensors"))
     events = [f"block {i}: {event}" for i, block in enumerate(blocks) for event in block["events"]]
     events += [f"{name}: {event}" for name, stage in whole.items() for event in stage["events"]]

@@ -16,7 +16,7 @@ from torch import Tensor
 from affinequant.data.tokenizer import load_tokenizer
 from affinequant.deliver import Result
 from affinequant.errors import PREFLIGHT, QUALITY, AffineQuantError
-from affinequant.formats import Format, find_format
+from affinequant.formats import Format, find_format, network_of
 from affinequant.formats.dense import dense_stage
 from affinequant.formats.reading import Dtype, from_tensors
 from affinequant.formats.reread import Finished, full_range, read_finished, under_scheme
@@ -149,7 +149,7 @@ def _empty(folder: Path) -> None:
 
 def _told_stages(job: _Job, what: str, say: Say) -> Iterator[Tensors]:
     """The stages of what is exported, which are its blocks and what lies outside them."""
-    return Steps(say, what, job.found.contents.config["num_hidden_layers"] + 1).each(job.found.contents.stages())
+    return Steps(say, what, network_of(job.found.contents)[1].layers + 1).each(job.found.contents.stages())
 
 
 def read_back(form: Format, out: Path, dtype: Dtype) -> tuple[Any, str]:
@@ -244,7 +244,7 @@ def _probe(job: _Job) -> tuple[Tensor, str]:
         return torch.tensor(ids), f"{len(ids)} tokens of text"
     except AffineQuantError:
         seeded = torch.Generator().manual_seed(0)
-        vocab = int(job.found.contents.config["vocab_size"])
+        vocab = network_of(job.found.contents)[1].vocab
         return torch.randint(0, vocab, (PROBE_TOKENS,), generator=seeded), "random tokens: no tokenizer could be read"
 
 

@@ -4,14 +4,12 @@ Nothing here reads a weight or imports torch.
 """
 
 import math
-import os
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from affinequant.costs import PROCESS_BYTES, kept_bytes, kept_in_cache, linear_bits, minutes, stream_bytes
+from affinequant.costs import PROCESS_BYTES, device_of, kept_bytes, kept_in_cache, linear_bits, minutes, stream_bytes
 from affinequant.data.text import announced
 from affinequant.data.tokenizer import check_code, check_tokenizer, without_bos
 from affinequant.errors import PREFLIGHT, AffineQuantError
@@ -20,8 +18,9 @@ from affinequant.formats.side_files import SideFiles, find_side_files
 from affinequant.models import Dims, Family, check_length, resolve, resolve_sites
 from affinequant.models.divided import check_groups, check_slices
 from affinequant.models.linears import bound, keeping, shapes_of, sites_read
+from affinequant.models.multimodal import said_of_copies
 from affinequant.models.sites import Placement, Site
-from affinequant.models.source import Source, check_tensors, is_local, locate, open_source, settle_tie
+from affinequant.models.source import Source, check_tensors, is_local, locate, open_source, parts_beside, settle_tie
 from affinequant.recipe.assigned import Schemes, assign, differing
 from affinequant.recipe.recipe import AUTO, Recipe, parse_bytes
 from affinequant.recipe.recipe import resolve as resolve_recipe
@@ -64,6 +63,8 @@ class Plan:
     offload: str
     minutes: float
     notes: tuple[str, ...]
+    copied: Mapping[str, int]
+    """Bytes of the parts beside the decoder, where the model has several."""
     side: SideFiles
     """The source's other files: what of them the output gets."""
 
@@ -100,6 +101,7 @@ class Plan:
             "cache_bytes_per_token": self.cache_bytes,
             **kept_in_cache(self.recipe.parsed_scheme, self.family, self.dims),
             **{name: getattr(self, name) for name in sizes},
+            "copied": dict(self.copied),
             "offload": self.offload,
             "notes": list(self.notes),
         }
@@ -192,9 +194,12 @@ def _with_costs(
         source.entries.get(f"{name}.weight") for name in family.left_alone(dims) if name not in (family.head, *schemes)
     ]
     outer += sum(2 * math.prod(entry.shape) for entry in routers if entry)
-    output = int(outer + (2 * inside if dense else bits / 8 + kept)) + 2 * norms + 4 * dims.hidden
+    copied = parts_beside(source, family)
+    output = (
+        sum(copied.values()) + int(outer + (2 * inside if dense else bits / 8 + kept)) + 2 * norms + 4 * dims.hidden
+    )
     attentions = sum(bool(block.attention) for block in blocks)
-    device = _device(recipe)
+    device = device_of(recipe)
     stages, stream = stages_of(recipe, dims, per_block, device), stream_bytes(recipe, dims, device)
     waiting, cpu = kept_bytes(recipe, dims, device), PROCESS_BYTES + max(stage.cost.cpu for stage in stages)
     budget, offload = parse_bytes(recipe.cpu_memory, flag="--cpu-memory"), recipe.offload
@@ -223,7 +228,14 @@ def _with_costs(
         disk_bytes=output + side.size + stored + 4 * stream * (1 + (offload == "disk")),
         offload=offload,
         minutes=minutes((stage.cost for stage in stages), device),
-        notes=(*source.notes, *side.note(), *_notes(recipe, placements, stages, untied, dims), *notes),
+        notes=(
+            *source.notes,
+            *said_of_copies(copied),
+            *side.note(),
+            *_notes(recipe, placements, stages, untied, dims),
+            *notes,
+        ),
+        copied=copied,
         side=side,
     )
     _check_budgets(made)
@@ -256,20 +268,6 @@ def _notes(
 
         notes.append(MODEL_NOTE)
     return tuple(notes)
-
-
-_DRIVERS = ("/dev/nvidiactl", "/proc/driver/nvidia/version", "/dev/dxg", "/dev/kfd")
-
-
-def _device(recipe: Recipe) -> str:
-    """torch alone knows whether it can use a GPU; it is not waited for where no driver has left a trace."""
-    if recipe.device != "auto":
-        return recipe.device
-    if "torch" not in sys.modules and not any(os.path.exists(path) for path in _DRIVERS):
-        return "cpu"
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _check_budgets(made: Plan) -> None:

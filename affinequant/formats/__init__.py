@@ -2,13 +2,14 @@
 
 import importlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 from affinequant.errors import AffineQuantError, unknown_name
 from affinequant.models import Dims, Family, resolve
 from affinequant.models.linears import keeping
+from affinequant.models.multimodal import in_file, patterns
 from affinequant.models.sites import Placement
 from affinequant.models.source import unquantized
 from affinequant.recipe.scheme import NumberFormat, Scheme
@@ -63,6 +64,14 @@ class Contents:
     extra: Mapping[str, Any]
     kept: tuple[str, ...] = ()
     """Linears of the blocks that stay in 16 bits because somebody asked for that."""
+    beside: tuple[str, ...] = ()
+    """The parts of the model beside the decoder, whose tensors are copied."""
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    """Beginnings of names that the source's files call otherwise."""
+
+    def in_files(self, stage: "Mapping[str, Tensor]") -> "dict[str, Tensor]":
+        """What is written under the names of the source's files."""
+        return {in_file(name, self.renamed): tensor for name, tensor in stage.items()}
 
 
 class Format(Protocol):
@@ -155,9 +164,10 @@ def network_of(contents: Contents) -> tuple[Family, Dims]:
 
 
 def left_alone(contents: Contents) -> list[str]:
-    """The linears that are not quantised, by their full names: engines take all others to be."""
+    """The linears that are not quantised, by their full names and as patterns: engines take all others to be."""
     family, dims = network_of(contents)
-    return list(keeping(family, contents.kept).left_alone(dims))
+    patterned = (f"re:{pattern}" for pattern in patterns(contents.beside))
+    return [*keeping(family, contents.kept).left_alone(dims), *patterned]
 
 
 def split_stage(

@@ -30,6 +30,7 @@ from affinequant.formats.packing import library_packs
 from affinequant.formats.reading import Dtype, decompressed, in_transformers
 from affinequant.formats.shards import copy_source, write_json, write_shards
 from affinequant.models import Family
+from affinequant.models.multimodal import with_text
 from affinequant.models.sites import Placement
 from affinequant.models.source import open_source, unquantized
 from affinequant.recipe.scheme import NumberFormat, Scheme
@@ -128,7 +129,7 @@ def write_packed(
             packed = pack_stage(stage, contents, whole=whole)
             clips.update(_clips(stage, contents))
             online.update(_shapes(stage, contents))
-            yield packed
+            yield contents.in_files(packed)
 
     (out / "config.json").unlink(missing_ok=True)
     files = write_shards(stages(), out, shard_bytes=shard_bytes, stem=stem)
@@ -146,7 +147,7 @@ def checkpoint_config(contents: Contents) -> dict[str, Any]:
     config = {key: value for key, value in unquantized(contents.config).items() if key != "transformers_weights"}
     if "torch_dtype" in config:  # the older spelling of the same key, still read by older engines
         config["torch_dtype"] = contents.dtype
-    return config | {"dtype": contents.dtype, "tie_word_embeddings": contents.tied}
+    return with_text(config, dtype=contents.dtype, tie_word_embeddings=contents.tied)
 
 
 def quantization_config(

@@ -70,7 +70,7 @@ def write_folder(
 ) -> list[Path]:
     """Shards of `stages`, the source's other files, and last a config.json with `declared` as what it says of them."""
     (out / "config.json").unlink(missing_ok=True)
-    files = write_shards(stages, out, shard_bytes=shard_bytes)
+    files = write_shards(map(contents.in_files, stages), out, shard_bytes=shard_bytes)
     files += copy_source(contents.source, out)
     config = checkpoint_config(contents) | ({"quantization_config": dict(declared)} if declared else {})
     return [*files, write_json(out / "config.json", config)]

@@ -89,6 +89,10 @@ def refuses(contents: Contents, shapes: Shapes) -> str | None:
     family, dims = network_of(contents)
     if reason := lacks(family):
         return reason
+    if contents.beside:
+        return (
+            f"a GGUF file holds the decoder alone; {', '.join(contents.beside)} would have to lie in another (mmproj)"
+        )
     architecture = ARCHITECTURES[family.name]
     for name in contents.linears:
         if shapes[f"{name}.weight"][1] % BLOCK:

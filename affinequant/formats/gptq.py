@@ -15,6 +15,7 @@ from affinequant.formats import SHARD_BYTES, Contents, Shapes, floats_reason, on
 from affinequant.formats.dense import write_folder
 from affinequant.formats.reading import Dtype, from_tensors
 from affinequant.models import Family
+from affinequant.models.multimodal import patterns
 from affinequant.models.sites import Placement
 from affinequant.models.source import open_source
 from affinequant.recipe.scheme import Scheme
@@ -95,6 +96,7 @@ def write(contents: Contents, out: Path, *, shard_bytes: int = SHARD_BYTES) -> l
         "sym": weight.symmetric,
         "desc_act": False,
         "lm_head": False,
+        **({"dynamic": {f"-:{pattern}": {} for pattern in patterns(contents.beside)}} if contents.beside else {}),
     }
     return write_folder(contents, out, map(packed, contents.stages()), declared, shard_bytes=shard_bytes)
 

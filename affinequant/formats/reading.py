@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from affinequant.data.files import first_line
 from affinequant.errors import AffineQuantError
 from affinequant.models import resolve
+from affinequant.models.multimodal import auto_class, wraps
 from affinequant.models.source import Source, by_block, open_source, unquantized
 
 if TYPE_CHECKING:  # a plan asks `supports`, and must not wait for torch
@@ -24,9 +25,10 @@ def in_transformers(folder: Path, dtype: Dtype, **options: Any) -> tuple[Any, st
     Raises:
         AffineQuantError: transformers cannot load it, or finds tensors missing and would go on with random ones.
     """
-    from transformers import AutoModelForCausalLM
-
-    model = pretrained(AutoModelForCausalLM, folder, folder, dtype, _AGAIN, **options)
+    config = open_source(folder, weights=False).config
+    if wraps(config) and "quantization_config" in config and open_source(folder).renamed:
+        return decompressed(folder, dtype)
+    model = pretrained(auto_class(config), folder, folder, dtype, _AGAIN, **options)
     words = f"transformers {_version('transformers')}"
     packed = getattr(model.config, "quantization_config", None) is not None and not options
     return model, words + (f" with compressed-tensors {_version('compressed-tensors')}" if packed else "")
@@ -37,7 +39,7 @@ def decompressed(folder: Path, dtype: Dtype) -> tuple[Any, str]:
     own code on the CPU, and in words what has read it. Nothing quantises activations there.
 
     For experts, which transformers stacks while it reads: of these it leaves zero points out, finds no codes in whole bytes,
-    and rounds the products to the scales' 16 bits.
+    and rounds the products to the scales' 16 bits, as it does wherever it calls tensors otherwise than the file.
     """
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationScheme
@@ -67,13 +69,13 @@ def from_tensors(folder: Path, tensors: "Mapping[str, Tensor]", dtype: Dtype, **
     Raises:
         AffineQuantError: tensors are missing.
     """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+    from transformers import AutoConfig
 
     described: Any = AutoConfig.from_pretrained(folder, local_files_only=True)
     if hasattr(described, "quantization_config"):
         del described.quantization_config
     described.update(config)
-    maker = MODEL_FOR_CAUSAL_LM_MAPPING[type(described)]
+    maker = auto_class(open_source(folder, weights=False).config)._model_mapping[type(described)]
     return pretrained(maker, None, folder, dtype, _AGAIN, config=described, state_dict=dict(tensors))
 
 
@@ -81,7 +83,7 @@ def skeleton(source: Source, dtype: "torch.dtype") -> Any:
     """The model without weights: parameters stay on `meta`, buffers that follow from the config exist. Its modules are
     called as the files call them, experts one by one."""
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoConfig, GenerationConfig
 
     from affinequant.models.experts import split_experts
 
@@ -90,7 +92,7 @@ def skeleton(source: Source, dtype: "torch.dtype") -> Any:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with init_empty_weights(include_buffers=False):
-        model = attending(AutoModelForCausalLM.from_config(config, dtype=dtype).eval())
+        model = attending(auto_class(source.config).from_config(config, dtype=dtype).eval())
     split_experts(model, resolve(unquantized(source.config), where=str(folder / "config.json"))[0])
     model.tie_weights()  # accelerate has put a new parameter in each place
     if (folder / "generation_config.json").exists():

@@ -16,7 +16,7 @@ from affinequant.formats.linear_tensors import read_units, unpack_linear
 from affinequant.models import resolve
 from affinequant.models.linears import shapes_of
 from affinequant.models.sites import Placement
-from affinequant.models.source import Source, open_source, unquantized
+from affinequant.models.source import Source, open_source, parts_beside, unquantized
 from affinequant.recipe.scheme import NumberFormat, Scheme
 from affinequant.run.run import Run
 from affinequant.transforms.online import module_of
@@ -80,6 +80,8 @@ def read_finished(folder: Path) -> Finished:
         kept=tuple(name for name in shapes_of(family, dims) if name in alone),
         stages=lambda: _stages(source, linears, inside, scheme, clips),
         extra={name: value for name, value in ours.items() if name not in _WRITTEN_ANEW},
+        beside=tuple(parts_beside(source, family)),
+        renamed=source.renamed,
     )
     return Finished(contents=contents, placements=placements, clips=clips, shapes=_shapes(source, linears, scheme))
 

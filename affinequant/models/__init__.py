@@ -15,6 +15,7 @@ from affinequant.models.keys import context_length as context_length
 from affinequant.models.llama import LLAMA
 from affinequant.models.mistral import MISTRAL
 from affinequant.models.mixtral import MIXTRAL
+from affinequant.models.multimodal import WRAPPERS, inside, text_config, wraps
 from affinequant.models.opt import OPT
 from affinequant.models.phi3 import PHI3
 from affinequant.models.qwen2 import QWEN2
@@ -40,7 +41,8 @@ def resolve(config: Mapping[str, Any], *, where: str) -> tuple[Family, Dims]:
     check_keys(config, where)
     family = find_family(config)
     if family is None:
-        raise _unsupported(config.get("architectures") or [], config.get("model_type"), where)
+        raise _unsupported(config, where)
+    config = text_config(config)
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "unknown")
         raise AffineQuantError(
@@ -70,12 +72,29 @@ def resolve(config: Mapping[str, Any], *, where: str) -> tuple[Family, Dims]:
 def find_family(config: Mapping[str, Any]) -> Family | None:
     """The family of a config.json's architecture; None where there is none here."""
     names = config.get("architectures") or []
+    if wraps(config):
+        found = FAMILIES.get(_decoder_type(config))
+        return inside(found) if found else None
     return next((f for f in FAMILIES.values() if any(name in f.architectures for name in names)), None)
 
 
-def _unsupported(names: Sequence[str], kind: Any, where: str) -> AffineQuantError:
+def _decoder_type(config: Mapping[str, Any]) -> str:
+    """What the decoder of a model of several parts is, by its `model_type`, which is the name of its family."""
+    return str(text_config(config).get("model_type")).removesuffix("_text")
+
+
+def _unsupported(config: Mapping[str, Any], where: str) -> AffineQuantError:
     """The refusal of an architecture, with the family whose name is nearest: a relative differs from it in a few lines."""
-    found = ", ".join(map(str, names)) or f"none named (model_type {kind!r})"
+    names: Sequence[str] = config.get("architectures") or []
+    found = ", ".join(map(str, names)) or f"none named (model_type {config.get('model_type')!r})"
+    if wraps(config):
+        what = f"unsupported architecture: {found} around a decoder of type {_decoder_type(config)!r}"
+        fix = f"supported decoders: {', '.join(FAMILIES)} (`affinequant list models`)"
+        return AffineQuantError(what, where, fix, exit_code=PREFLIGHT)
+    if isinstance(config.get("text_config"), Mapping):
+        what = f"unsupported architecture: {found}, a model of several parts"
+        fix = f"those whose decoder is quantised and whose other parts are copied: {', '.join(WRAPPERS)}; or give a model "
+        return AffineQuantError(what, where, f"{fix}that is a decoder alone", exit_code=PREFLIGHT)
     known = {arch: family.name for family in FAMILIES.values() for arch in family.architectures}
     near = difflib.get_close_matches(str(names[0]) if names else "", known, n=1, cutoff=0.6)
     start = (

@@ -21,6 +21,7 @@ from affinequant.models import Dims, Family
 from affinequant.models.attention import Attended, OnAttention, register
 from affinequant.models.caps import capped_logits
 from affinequant.models.experts import split_experts
+from affinequant.models.multimodal import auto_class, beside
 from affinequant.models.norms import check_norms
 from affinequant.models.sites import in_expert
 from affinequant.models.source import Source
@@ -49,8 +50,9 @@ class Decoder:
         return self.model.get_submodule(f"{self.family.blocks}.{index}")
 
     def unknown(self, names: Iterable[str]) -> list[str]:
-        """Those of a checkpoint's tensors for which the model's own code has no place."""
-        known = self.model.state_dict().keys()
+        """Those of a checkpoint's tensors for which the model's own code has no place, or one beside the decoder."""
+        names = list(names)
+        known = self.model.state_dict().keys() - {*beside(self.family, names)}
         return [name for name in names if name not in known]
 
     def embed(
@@ -131,7 +133,7 @@ def open_decoder(
         AffineQuantError: transformers cannot make it out of its config.json, one of its parameters has no tensor in
             the source, or a norm is none that transforms are folded into (exit 3).
     """
-    model = split_experts(_empty_model(source.folder, trust_remote_code), family)
+    model = split_experts(_empty_model(source, trust_remote_code), family)
     there = {*source.entries, *([f"{family.head}.weight"] if dims.tied else [])}
     missing = [name for name, _ in model.named_parameters() if source.entries and name not in there]
     if missing:  # transformers would make up what is not there
@@ -148,16 +150,17 @@ def open_decoder(
     return Decoder(model=model, family=family, dims=dims, device=device, dtype=dtype)
 
 
-def _empty_model(folder: Path, trust_remote_code: bool) -> Any:
+def _empty_model(source: Source, trust_remote_code: bool) -> Any:
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoConfig, GenerationConfig
 
+    folder = source.folder
     path = folder / "config.json"
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         with init_empty_weights(include_buffers=False), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model = AutoModelForCausalLM.from_config(
+            model = auto_class(source.config).from_config(
                 config, dtype=torch.float32, attn_implementation=register(), trust_remote_code=trust_remote_code
             )
         path = folder / "generation_config.json"

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from affinequant.errors import PREFLIGHT, AffineQuantError
+from affinequant.models.multimodal import text_config
 
 
 def _is_count(value: Any) -> bool:
@@ -52,6 +53,7 @@ KEYS: dict[str, tuple[Check, str]] = {
     "model_type": _TEXT,
     "quantization_config": _TABLE,
     "auto_map": _TABLE,
+    "text_config": _TABLE,
     "rope_parameters": _TABLE,
     "rope_scaling": _TABLE,
     "tie_word_embeddings": _FLAG,
@@ -96,6 +98,8 @@ def check_keys(config: Mapping[str, Any], where: str) -> None:
         AffineQuantError: naming the key, its value and what it must be (exit 3).
     """
     known = KEYS | dict.fromkeys(SIZES, _COUNT)
+    if (inner := text_config(config)) is not config:
+        check_keys(inner, where)
     if config.get("use_sliding_window") is False:  # whatever the window is then, transformers itself writes 0
         known.pop("sliding_window")
     _check(config, known, "", where)
@@ -108,6 +112,7 @@ def context_length(config: Mapping[str, Any]) -> int | None:
 
     Stretched rotary positions count in full, where `max_position_embeddings` keeps the length before.
     """
+    config = text_config(config)
     longest: Any = config.get("max_position_embeddings")
     rope: Any = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not _is_count(longest):

@@ -15,6 +15,7 @@ from affinequant.data.offline import MODELS_OFFLINE, offline_setting
 from affinequant.data.wheels import Say, quiet
 from affinequant.errors import PREFLIGHT, USAGE, AffineQuantError
 from affinequant.models import Dims, Family
+from affinequant.models.multimodal import beside, by_module, part_of, text_config, wraps
 from affinequant.models.source_files import Entry, broken, check_adapter, check_inside, find_weights, same_bytes
 from affinequant.progress import Steps
 
@@ -27,14 +28,15 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """A model folder: its config and, where weights are there, its table of tensors; `notes` says what was left out, and
-    `held` are tensors that have been read."""
+    """A model folder: its config and, where weights are there, its table of tensors; `notes` says what was left out, `held`
+    are tensors that have been read, and `renamed` is what `models/multimodal.py` has called otherwise than the files."""
 
     folder: Path
     config: Mapping[str, Any]
     entries: Mapping[str, Entry]
     notes: tuple[str, ...] = ()
     held: "Mapping[str, Tensor]" = field(default_factory=dict, repr=False, compare=False)
+    renamed: Mapping[str, str] = field(default_factory=dict)
 
     def read(self, names: Iterable[str], device: str = "cpu") -> "dict[str, Tensor]":
         """Those tensors, one file opened at a time."""
@@ -113,7 +115,16 @@ def open_source(folder: Path, *, weights: bool = True) -> Source:
         fix = "config.json must give quantization_config as a table"
         raise AffineQuantError(what, str(path), fix, exit_code=PREFLIGHT)
     entries, notes = find_weights(folder, config) if weights else ({}, ())
-    return Source(folder=folder, config=config, entries=entries, notes=notes)
+    entries, renamed = by_module(config, entries)
+    return Source(folder=folder, config=config, entries=entries, notes=notes, renamed=renamed)
+
+
+def parts_beside(source: Source, family: Family) -> dict[str, int]:
+    """The parts of a model of several whose tensors stand beside the decoder's, and their bytes; none of any other model."""
+    found: dict[str, int] = {}
+    for name in beside(family, source.entries) if wraps(source.config) else ():
+        found[part_of(name)] = found.get(part_of(name), 0) + source.entries[name].size
+    return found
 
 
 def by_block(source: Source) -> Callable[[str], Source]:
@@ -190,7 +201,7 @@ def check_tensors(source: Source, family: Family, dims: Dims) -> None:
     if family.positions:
         table = source.entries.get(f"{family.positions}.weight")
         shapes[f"{family.positions}.weight"] = (*(table.shape[:1] if table else ()), dims.hidden)
-    linears, config = set[str](), family.read(source.config)
+    linears, config = set[str](), family.read(text_config(source.config))
     for index, block in enumerate(family.each_block(dims)):
         for linear in block.linears:
             name = f"{family.blocks}.{index}.{linear.name}"

@@ -15,6 +15,7 @@ from affinequant.formats import check_readable
 from affinequant.formats.linear_tensors import read_units, unpack_linear
 from affinequant.formats.reading import pretrained, skeleton
 from affinequant.models.device import check_device, compute_device, compute_dtype
+from affinequant.models.multimodal import auto_class, is_ignored
 from affinequant.models.source import Source, by_block, open_source
 from affinequant.numbers import grid_of
 from affinequant.numbers.weights import dequantize
@@ -50,7 +51,7 @@ def load(
     target = compute_device(device)
     kind = compute_dtype(dtype, target)
     ours = "affinequant" in (source.config.get("quantization_config") or {})
-    model: Any = _quantized(source, target, kind, say or quiet) if ours else _plain(source.folder, kind, say or quiet)
+    model: Any = _quantized(source, target, kind, say or quiet) if ours else _plain(source, kind, say or quiet)
     check_finite(model, source.folder)
     return model.to(target).eval()
 
@@ -66,7 +67,7 @@ def replace_linears(
     base, skipped = model.base_model, set(ignored)
     for name, module in list(base.named_modules()):
         stored = f"{model.base_model_prefix}.{name}"
-        if isinstance(module, nn.Linear) and stored not in skipped and stored.startswith(under):
+        if isinstance(module, nn.Linear) and stored.startswith(under) and not is_ignored(stored, skipped):
             base.set_submodule(name, make(stored, module))
 
 
@@ -114,12 +115,10 @@ def _refuse_to_save(folder: Path, *_args: Any, **_kwargs: Any) -> None:
     )
 
 
-def _plain(folder: Path, dtype: torch.dtype, say: Callable[[str], None]) -> "PreTrainedModel":
-    from transformers import AutoModelForCausalLM
-
+def _plain(source: Source, dtype: torch.dtype, say: Callable[[str], None]) -> "PreTrainedModel":
     kind: Any = str(dtype).removeprefix("torch.")
     with told_by_transformers(say):
-        return pretrained(AutoModelForCausalLM, folder, folder, kind, _AGAIN, use_safetensors=True)
+        return pretrained(auto_class(source.config), source.folder, source.folder, kind, _AGAIN, use_safetensors=True)
 
 
 def open_empty(source: Source, device: torch.device, dtype: torch.dtype) -> Any:

@@ -26,7 +26,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers import quantization
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
-from vllm.model_executor.layers.quantization.utils.quant_utils import is_layer_skipped
+from vllm.model_executor.layers.quantization.compressed_tensors.utils import should_ignore_layer
 from vllm.model_executor.models.utils import WeightsMapper
 
 from affinequant.errors import AffineQuantError
@@ -173,7 +173,7 @@ class AffineQuantConfig(QuantizationConfig):
             self._refuse_experts(layer, prefix)
             return None
         self._warn_of_adapters()
-        if is_layer_skipped(prefix, self.ignore, self.packed_modules_mapping):
+        if should_ignore_layer(prefix, self.ignore, self.packed_modules_mapping):
             return UnquantizedLinearMethod()
         return AffineQuantLinear(self, prefix)
 
