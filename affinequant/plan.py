@@ -230,7 +230,7 @@ def _with_costs(
         minutes=minutes((stage.cost for stage in stages), device),
         notes=(
             *source.notes,
-            *said_of_copies(copied),
+            *([f"the decoder is quantised; copied: {said_of_copies(copied)}"] if copied else []),
             *side.note(),
             *_notes(recipe, placements, stages, untied, dims),
             *notes,

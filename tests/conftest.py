@@ -42,7 +42,7 @@ def pytest_configure(config: pytest.Config) -> None:
 # process, which a child would wait for; the longest come early, so that no worker is left alone with one; and vLLM, which
 # changes settings of torch for good, comes last.
 FIRST = ("test_resume",)
-LAST = ("test_evals_vllm", "test_serve_vllm", "test_vllm", "test_vllm_export")
+LAST = ("test_multimodal", "test_evals_vllm", "test_serve_vllm", "test_vllm", "test_vllm_export")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

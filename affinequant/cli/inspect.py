@@ -15,6 +15,7 @@ from affinequant.cli.export import outcome
 from affinequant.cli.output import Screen, kept_text, minutes, size
 from affinequant.errors import PREFLIGHT, AffineQuantError
 from affinequant.models import resolve as resolve_model
+from affinequant.models.multimodal import said_of_copies, text_config
 from affinequant.models.source import Source, locate, open_source, unquantized
 from affinequant.progress import tally
 from affinequant.recipe.presets import PRESETS
@@ -136,6 +137,8 @@ def _summary(found: Found) -> dict[str, str]:
         losses = report.get("calibration_perplexity", {})
         if losses:
             lines["perplexity"] = f"{losses['full']:.2f} -> {losses['quantized']:.2f} on calibration text"
+        if parts := report["plan"].get("copied"):
+            lines["copied"] = said_of_copies(parts)
         check = report["verified"]
         lines["verified"] = _verified(check)
         data = report["calibration"]
@@ -266,7 +269,7 @@ def _layers(model: str) -> int | None:
     folder = cache_folder() / MODEL_FOLDER if model == "demo" else None
     try:
         found = folder or locate(model, weights=False)
-        return int(open_source(found, weights=False).config["num_hidden_layers"])
+        return int(text_config(open_source(found, weights=False).config)["num_hidden_layers"])
     except (AffineQuantError, KeyError, TypeError, ValueError):
         return None
 

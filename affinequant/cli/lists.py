@@ -97,6 +97,7 @@ def _schemes() -> Listing:
 def _models() -> Listing:
     from affinequant.formats import FORMATS, find_format
     from affinequant.models import FAMILIES, Dims, resolve_sites
+    from affinequant.models.multimodal import WRAPPERS
     from affinequant.models.sites import named, refusal
     from affinequant.serve.families import in_vllm
     from affinequant.transforms import names_at
@@ -123,6 +124,7 @@ def _models() -> Listing:
             (name, ", ".join(family.architectures), ", ".join(sites), exports, nowhere, status, ", ".join(bare))
         )
         tiers[name] = {
+            "inside": [wrapper for wrapper, decoders in WRAPPERS.items() if name in decoders],
             "tiers": {
                 tier: {site: _words(names_at(one, how)) for site, one in sites.items()}
                 for tier, how in (("merged", "folded"), ("online", "online"))
@@ -141,7 +143,10 @@ def _models() -> Listing:
             "vllm": "vLLM",
             "exports": "exports",
         },
-        notes=[f"{words} ({', '.join(names)})" for words, names in sorted(reasons.items())],
+        notes=[
+            *(f"{words} ({', '.join(names)})" for words, names in sorted(reasons.items())),
+            *(f"{name}: the decoder is quantised, the rest copied ({', '.join(of)})" for name, of in WRAPPERS.items()),
+        ],
     )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from affinequant.formats.shards import CARD, write_text
+from affinequant.models.multimodal import wraps
 from affinequant.models.source_files import is_inside
 from affinequant.recipe.assigned import counted
 from affinequant.recipe.scheme import NumberFormat, Scheme
@@ -181,7 +182,7 @@ def _metadata(
         **carried,
         **({"base_model": base, "base_model_relation": "quantized"} if base else {}),
         "library_name": "transformers",
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": "image-text-to-text" if wraps(config) else "text-generation",
         "tags": [
             "affinequant",
             *([method] if method and method != "affinequant" else []),

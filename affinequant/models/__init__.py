@@ -15,7 +15,7 @@ from affinequant.models.keys import context_length as context_length
 from affinequant.models.llama import LLAMA
 from affinequant.models.mistral import MISTRAL
 from affinequant.models.mixtral import MIXTRAL
-from affinequant.models.multimodal import WRAPPERS, inside, text_config, wraps
+from affinequant.models.multimodal import WRAPPERS, decoder_type, inside, text_config, wraps
 from affinequant.models.opt import OPT
 from affinequant.models.phi3 import PHI3
 from affinequant.models.qwen2 import QWEN2
@@ -73,14 +73,9 @@ def find_family(config: Mapping[str, Any]) -> Family | None:
     """The family of a config.json's architecture; None where there is none here."""
     names = config.get("architectures") or []
     if wraps(config):
-        found = FAMILIES.get(_decoder_type(config))
-        return inside(found) if found else None
+        kind = decoder_type(config)
+        return inside(FAMILIES[kind]) if kind in WRAPPERS[names[0]] else None
     return next((f for f in FAMILIES.values() if any(name in f.architectures for name in names)), None)
-
-
-def _decoder_type(config: Mapping[str, Any]) -> str:
-    """What the decoder of a model of several parts is, by its `model_type`, which is the name of its family."""
-    return str(text_config(config).get("model_type")).removesuffix("_text")
 
 
 def _unsupported(config: Mapping[str, Any], where: str) -> AffineQuantError:
@@ -88,8 +83,8 @@ def _unsupported(config: Mapping[str, Any], where: str) -> AffineQuantError:
     names: Sequence[str] = config.get("architectures") or []
     found = ", ".join(map(str, names)) or f"none named (model_type {config.get('model_type')!r})"
     if wraps(config):
-        what = f"unsupported architecture: {found} around a decoder of type {_decoder_type(config)!r}"
-        fix = f"supported decoders: {', '.join(FAMILIES)} (`affinequant list models`)"
+        what = f"unsupported architecture: {found} around a decoder of type {decoder_type(config)!r}"
+        fix = f"decoders that are supported in it: {', '.join(WRAPPERS[names[0]])} (`affinequant list models`)"
         return AffineQuantError(what, where, fix, exit_code=PREFLIGHT)
     if isinstance(config.get("text_config"), Mapping):
         what = f"unsupported architecture: {found}, a model of several parts"

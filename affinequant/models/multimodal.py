@@ -11,17 +11,20 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
+from affinequant.errors import PREFLIGHT, AffineQuantError
 from affinequant.models.family import Family
 
 Named = TypeVar("Named")
 
-WRAPPERS: Mapping[str, bool] = {
-    "Gemma3ForConditionalGeneration": True,
-    "Qwen3_5ForConditionalGeneration": False,
-    "LlavaForConditionalGeneration": False,
-    "Mistral3ForConditionalGeneration": True,
+WRAPPERS: Mapping[str, tuple[str, ...]] = {
+    "Gemma3ForConditionalGeneration": ("gemma3",),
+    "Qwen3_5ForConditionalGeneration": ("qwen3_5",),
+    "LlavaForConditionalGeneration": ("llama", "mistral", "qwen2"),
+    "Mistral3ForConditionalGeneration": ("mistral",),
 }
-"""By architecture whether transformers takes head and embedding to be tied where nothing is said."""
+"""By architecture the families of decoders that have been tried in it; a decoder's `model_type` is the family's name."""
+_TIED = ("Gemma3ForConditionalGeneration", "Mistral3ForConditionalGeneration")
+"""Those in which transformers takes head and embedding to be tied where nothing is said."""
 LEFT_OUT: Mapping[str, Mapping[str, Any]] = {
     "gemma3_text": {"vocab_size": 262208, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26}
     | {"num_attention_heads": 8},
@@ -45,7 +48,7 @@ _RENAMED = (
 def wraps(config: Mapping[str, Any]) -> bool:
     """Whether a config.json is of a model of several parts that is known here."""
     names = config.get("architectures")
-    return isinstance(names, list) and any(isinstance(name, str) and name in WRAPPERS for name in names)
+    return isinstance(names, list) and names[:1] in [[name] for name in WRAPPERS]
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -56,7 +59,7 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
         return config
     given = {key: value for key, value in inner.items() if value is not None}
     whole = {key: config[key] for key in _WHOLE if config.get(key) is not None}
-    tied = {"tie_word_embeddings": any(WRAPPERS.get(name, False) for name in config["architectures"])}
+    tied = {"tie_word_embeddings": config["architectures"][0] in _TIED}
     return {**tied, **LEFT_OUT.get(str(inner.get("model_type")), {}), **given, **whole}
 
 
@@ -70,6 +73,11 @@ def with_text(config: Mapping[str, Any], **settings: Any) -> dict[str, Any]:
     return {**config, **settings, "text_config": {**inner, **shared}}
 
 
+def decoder_type(config: Mapping[str, Any]) -> str:
+    """What the decoder of a config.json is, by its `model_type`, as families are called."""
+    return str(text_config(config).get("model_type")).removesuffix("_text")
+
+
 def inside(family: Family) -> Family:
     """A family as it is found in a model of several parts. Caps are refused: the code around the decoder has none."""
     paths = {part: getattr(family, part) for part in ("blocks", "embedding", "norm", "positions")}
@@ -78,9 +86,15 @@ def inside(family: Family) -> Family:
     return replace(family, **moved, settings={**family.settings, **uncapped})
 
 
-def by_module(config: Mapping[str, Any], named: Mapping[str, Named]) -> tuple[dict[str, Named], dict[str, str]]:
-    """What a file's names stand for by the names of modules, and how those that begin otherwise in the file are called there:
-    beginning here to beginning there."""
+def by_module(
+    config: Mapping[str, Any], named: Mapping[str, Named], where: str
+) -> tuple[dict[str, Named], dict[str, str]]:
+    """What the files' names stand for by the names of modules, and how those that begin otherwise in the files are called
+    there: beginning here to beginning there.
+
+    Raises:
+        AffineQuantError: the files follow several versions at once, so that what is written could not follow them (exit 3).
+    """
     if not wraps(config):
         return dict(named), {}
     found, renamed = dict[str, Named](), dict[str, str]()
@@ -89,6 +103,10 @@ def by_module(config: Mapping[str, Any], named: Mapping[str, Named]) -> tuple[di
         found[here + name.removeprefix(there)] = value
         if here:
             renamed[here] = there
+    if {in_file(name, renamed) for name in found} != {*named}:
+        what = "its tensors are called as several versions of transformers call them"
+        fix = "save the model anew: from_pretrained, then save_pretrained"
+        raise AffineQuantError(what, where, fix, exit_code=PREFLIGHT)
     return found, renamed
 
 
@@ -110,16 +128,16 @@ def part_of(name: str) -> str:
     return name.removeprefix("model.").partition(".")[0]
 
 
-def said_of_copies(parts: Mapping[str, int]) -> tuple[str, ...]:
-    """One line about the parts, by their bytes, that are copied, if there are any."""
-    listed = ", ".join(f"{name} ({count / 2**20:,.1f} MB)" for name, count in parts.items())
-    return (f"the decoder is quantised; copied as they are: {listed}",) if parts else ()
+def said_of_copies(parts: Mapping[str, int]) -> str:
+    """The parts that are copied, with their bytes, in words."""
+    return ", ".join(f"{name} ({count / 2**20:,.1f} MB)" for name, count in parts.items()) + ", as they are"
 
 
 def patterns(parts: Iterable[str]) -> list[str]:
     """Regular expressions that fit, from the beginning, the names that vLLM and transformers give the modules of these
-    parts: they differ in what stands before it, and within it."""
-    return [rf"(.*\.)?{re.escape(part)}\..*" for part in parts]
+    parts, and the head: they differ in what stands before a part, and within it."""
+    found = [rf"(.*\.)?{re.escape(part)}\..*" for part in parts]
+    return [*found, r"(.*\.)?lm_head"] if found else []
 
 
 def is_ignored(name: str, ignored: Collection[str]) -> bool:

@@ -115,7 +115,7 @@ def open_source(folder: Path, *, weights: bool = True) -> Source:
         fix = "config.json must give quantization_config as a table"
         raise AffineQuantError(what, str(path), fix, exit_code=PREFLIGHT)
     entries, notes = find_weights(folder, config) if weights else ({}, ())
-    entries, renamed = by_module(config, entries)
+    entries, renamed = by_module(config, entries, str(folder))
     return Source(folder=folder, config=config, entries=entries, notes=notes, renamed=renamed)
 
 

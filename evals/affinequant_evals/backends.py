@@ -20,6 +20,7 @@ from affinequant.data.wheels import Say, quiet
 from affinequant.errors import PREFLIGHT, AffineQuantError, unknown_name
 from affinequant.models.device import compute_device, compute_dtype
 from affinequant.models.keys import context_length
+from affinequant.models.multimodal import auto_class
 from affinequant.models.source import open_source
 from affinequant.progress import told_by_transformers
 from affinequant.recipe.recipe import Device, Dtype
@@ -192,11 +193,9 @@ def load_model(backend: Backend, folder: Path, *, device: Device, dtype: Dtype, 
     """The model of a folder in this process."""
     if backend.name == "affinequant":
         return affinequant.load(folder, device=device, dtype=dtype, say=say)
-    from transformers import AutoModelForCausalLM
-
     target = compute_device(device)
     with told_by_transformers(say):
-        model: Any = AutoModelForCausalLM.from_pretrained(
+        model: Any = auto_class(open_source(folder, weights=False).config).from_pretrained(
             folder, dtype=compute_dtype(dtype, target), device_map={"": target}, local_files_only=True
         )
     return model.eval()

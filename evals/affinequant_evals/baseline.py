@@ -7,6 +7,7 @@ from affinequant.data.demo import demo_model
 from affinequant.data.offline import offline_setting
 from affinequant.data.wheels import Say
 from affinequant.errors import AffineQuantError
+from affinequant.models.multimodal import text_config
 from affinequant.models.source import is_local, locate, open_source
 
 NO_BASELINE = "none"
@@ -97,7 +98,7 @@ def _check_same_shape(folder: Path, other: Path, name: str) -> None:
     Raises:
         AffineQuantError: the two cannot be one model before and after.
     """
-    mine, theirs = (open_source(place, weights=False).config for place in (folder, other))
+    mine, theirs = (text_config(open_source(place, weights=False).config) for place in (folder, other))
     keys = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
     differ = [f"{key} {theirs.get(key)} for {mine.get(key)}" for key in keys if mine.get(key) != theirs.get(key)]
     if differ:

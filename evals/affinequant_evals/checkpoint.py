@@ -13,6 +13,7 @@ from typing import Any
 from affinequant.data.tokenizer import load_tokenizer
 from affinequant.data.wheels import Say, quiet
 from affinequant.models import check_length, find_family
+from affinequant.models.multimodal import text_config
 from affinequant.models.source import open_source
 from affinequant.recipe.recipe import Device, Dtype
 from affinequant.run.run import Run
@@ -158,7 +159,8 @@ def prepare(checkpoint: str | Path, *, verbose: bool = False, say: Say = quiet, 
     """
     folder = locate_said(str(checkpoint), say)
     measured = measurements(**wanted)
-    _check_length(folder, measured)
+    if measured.texts:
+        check_length(measured.seq_len, open_source(folder, weights=False).config)
     tokenizer = load_tokenizer(folder, _vocab(folder), bos=_needs_bos(folder))
     backend = find_backend(measured.backend)
     seq_len = measured.seq_len if measured.texts else 0
@@ -286,15 +288,10 @@ def _incomparable(ready: Ready, other: Path, backend: Backend) -> str:
 
 
 def _vocab(folder: Path) -> int | None:
-    size = open_source(folder, weights=False).config.get("vocab_size")
+    size = text_config(open_source(folder, weights=False).config).get("vocab_size")
     return size if isinstance(size, int) else None
 
 
 def _needs_bos(folder: Path) -> bool:
     family = find_family(open_source(folder, weights=False).config)
     return family is not None and family.bos
-
-
-def _check_length(folder: Path, wanted: Measurements) -> None:
-    if wanted.texts:
-        check_length(wanted.seq_len, open_source(folder, weights=False).config)

@@ -64,7 +64,11 @@ def transformers_engine(folder: Path, dtype: str) -> tuple[Generate, int, Peak]:
         with torch.no_grad():
             model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False)
 
-    return generate, model.config.vocab_size, reserved_bytes if torch.cuda.is_available() else peak_bytes
+    return (
+        generate,
+        model.config.get_text_config().vocab_size,
+        reserved_bytes if torch.cuda.is_available() else peak_bytes,
+    )
 
 
 def measure(generate: Generate, vocabulary: int, batch: int, prompt: int, new: int, rounds: int) -> dict[str, float]:
