@@ -264,10 +264,10 @@ def test_what_acts_after_rope_changes_no_logit(family: str, shape: str) -> None:
         heads = model.get_submodule(modules[0]).cached_heads
         heads.register_forward_hook(lambda _, before, after, seen=seen: seen.append((*before, *after)))
         assert float((logits_of(model, case.state) - case.logits).abs().max()) < TOLERANCE
-        query, key, value, turned_query, turned_key, same = seen[0]
-        assert query.shape[1] == copies * key.shape[1] and same is value
+        query, key, value, mask, turned_query, turned_key, same, same_mask = seen[0]
+        assert query.shape[1] == copies * key.shape[1] and same is value and same_mask is mask
         assert min(float((a - b).abs().max()) for a, b in ((query, turned_query), (key, turned_key))) > 0.05
-        heads.forward = lambda query, key, value, heads=heads: (heads.rotated(query), key, value)
+        heads.forward = lambda query, *rest, heads=heads, sliding: (heads.rotated(query), *rest)
         assert float((logits_of(model, case.state) - case.logits).abs().max()) > CHANGED
 
 
