@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 
 import affinequant
 from tests.test_export import SHAPE, export
@@ -44,9 +43,9 @@ def test_stock_vllm_computes_an_export(
 
 
 @contextmanager
-def loaded(folder: Path, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> Iterator[dict[str, Tensor]]:
-    """The parameters of a folder in vLLM's own model, without an engine. Of the experts they are as they were read: for those
-    kernels that would arrange them anew a CPU needs AMX."""
+def loaded(folder: Path, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> Iterator[Any]:
+    """A folder in vLLM's own model, without an engine. The parameters of experts are as they were read: for those kernels that
+    would arrange them anew a CPU needs AMX."""
     from vllm.config import set_current_vllm_config
     from vllm.distributed import (
         destroy_distributed_environment,
@@ -71,7 +70,7 @@ def loaded(folder: Path, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> It
         init_distributed_environment(1, 0, f"file://{folder}/../{folder.name}.group", 0, "gloo")
         initialize_model_parallel(1, 1)
         try:
-            yield dict(get_model(vllm_config=config).named_parameters())
+            yield get_model(vllm_config=config)
         finally:
             destroy_model_parallel()
             destroy_distributed_environment()
@@ -110,7 +109,8 @@ def test_stock_vllm_reads_every_expert(
     assert parts == {"weight_scale", *([] if asked == "w8a8" else ["weight_packed"])} | (
         {"weight"} if asked == "w8a8" else set() if scheme.endswith("sym") else {"weight_zero_point"}
     )
-    with loaded(out, monkeypatch) as found:
+    with loaded(out, monkeypatch) as model:
+        found = dict(model.named_parameters())
         for part in parts:
             both = [[stored[f"{where}.experts.{n}.{one}.{part}"] for one in (gate, up)] for n in range(4)]
             fused = found[f"{where}.experts.routed_experts.w13_{part}"]

@@ -84,6 +84,8 @@ def next_commands(path: Path, report: Mapping[str, Any]) -> list[str]:
             return [f"llama-cli -m {folder}/model.gguf"]
         case "gptq":
             return [f"vllm serve {folder}"] if symmetric else []  # vLLM reads no zero points of this layout
+        case "transform-config" | "fp_quant":  # which neither transformers nor `affinequant.load` runs on a CPU
+            return [f"vllm serve {folder}"]
         case "nvfp4" | "mxfp4":  # compressed-tensors unpacks them to bfloat16
             return [f"{evaluate} --dtype bfloat16"]
         case _:

@@ -28,6 +28,8 @@ FORMATS: dict[str, str] = {
     "gguf": "affinequant.formats.gguf",
     "nvfp4": "affinequant.formats.float4:NVFP4",
     "mxfp4": "affinequant.formats.float4:MXFP4",
+    "transform-config": "affinequant.formats.transform_config",
+    "fp_quant": "affinequant.formats.fp_quant",
 }
 """What `affinequant list formats` shows: name to the module, or `module:attribute`, that writes it."""
 

@@ -67,10 +67,11 @@ def write_folder(
     declared: Mapping[str, Any] | None = None,
     *,
     shard_bytes: int = SHARD_BYTES,
+    stem: str = "model",
 ) -> list[Path]:
-    """Shards of `stages`, the source's other files, and last a config.json with `declared` as what it says of them."""
+    """Shards of `stages` called `stem`, the source's other files, and last a config.json with `declared` in it."""
     (out / "config.json").unlink(missing_ok=True)
-    files = write_shards(map(contents.in_files, stages), out, shard_bytes=shard_bytes)
+    files = write_shards(map(contents.in_files, stages), out, shard_bytes=shard_bytes, stem=stem)
     files += copy_source(contents.source, out)
     config = checkpoint_config(contents) | ({"quantization_config": dict(declared)} if declared else {})
     return [*files, write_json(out / "config.json", config)]

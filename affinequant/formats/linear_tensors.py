@@ -25,10 +25,7 @@ def pack_stage(stage: Mapping[str, Tensor], contents: Contents, *, whole: bool) 
     packed, integers = split_stage(stage, contents)
     for name, (codes, scale, zero) in integers.items():
         if weight.kind != "int":
-            parts = float_packed.pack(codes, scale, weight, stage.get(f"{name}.weight_unit"))
-            if f"{name}.input_unit" in stage:
-                parts["input_global_scale"] = 1 / stage[f"{name}.input_unit"].reshape(1)
-            packed |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
+            packed |= pack_floats(stage, name, weight)
             continue
         assert weight.code_min <= int(codes.min()) and int(codes.max()) <= weight.code_max, name
         assert torch.equal(scale.to(dtype).float(), scale), f"{name}.scale is not exact in {dtype}"
@@ -41,6 +38,14 @@ def pack_stage(stage: Mapping[str, Tensor], contents: Contents, *, whole: bool) 
         if zero is not None:
             packed[f"{name}.weight_zero_point"] = pack(zero.T.contiguous(), weight.bits).T.contiguous()
     return packed
+
+
+def pack_floats(stage: Mapping[str, Tensor], name: str, weight: NumberFormat) -> dict[str, Tensor]:
+    """The tensors of one linear of 4-bit floats, by their full names, from its codes, scales and units."""
+    parts = float_packed.pack(stage[f"{name}.codes"], stage[f"{name}.scale"], weight, stage.get(f"{name}.weight_unit"))
+    if f"{name}.input_unit" in stage:
+        parts["input_global_scale"] = 1 / stage[f"{name}.input_unit"].reshape(1)
+    return {f"{name}.{part}": tensor for part, tensor in parts.items()}
 
 
 def unpack_linear(source: Source, name: str, weight: NumberFormat) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -41,10 +41,15 @@ def decompressed(folder: Path, dtype: Dtype) -> tuple[Any, str]:
     For experts, which transformers stacks while it reads: of these it leaves zero points out, finds no codes in whole bytes,
     and rounds the products to the scales' 16 bits, as it does wherever it calls tensors otherwise than the file.
     """
+    tensors, words = decompressed_tensors(open_source(folder))
+    return from_tensors(folder, tensors, dtype), words
+
+
+def decompressed_tensors(source: Source) -> "tuple[dict[str, Tensor], str]":
+    """The tensors of such a folder, and in words what reads them: those of a linear as its weight, all others as they are."""
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationScheme
 
-    source = open_source(folder)
     declared = source.config["quantization_config"]
     scheme = QuantizationScheme(**next(iter(declared["config_groups"].values())))
     compressor: Any = BaseCompressor.get_value_from_registry(declared["format"])
@@ -55,12 +60,12 @@ def decompressed(folder: Path, dtype: Dtype) -> tuple[Any, str]:
             there = of(name)
             beside = [one for one in there.names_under(linear) if one.startswith(f"{linear}.weight")]
             state = {one.rpartition(".")[2]: tensor for one, tensor in there.read(beside).items()}
-            state["weight_scale"] = state["weight_scale"].float()
+            if state["weight_scale"].is_floating_point():  # else powers of two by their exponents
+                state["weight_scale"] = state["weight_scale"].float()
             tensors[f"{linear}.weight"] = compressor.decompress(state, scheme)["weight"]
         elif f"{linear}.weight_scale" not in source.entries or part == "bias":
             tensors |= of(name).read([name])
-    words = f"compressed-tensors {_version('compressed-tensors')}, in transformers {_version('transformers')}"
-    return from_tensors(folder, tensors, dtype), words
+    return tensors, f"compressed-tensors {_version('compressed-tensors')}, in transformers {_version('transformers')}"
 
 
 def from_tensors(folder: Path, tensors: "Mapping[str, Tensor]", dtype: Dtype, **config: Any) -> Any:

@@ -53,7 +53,8 @@ def find_weights(folder: Path, config: Mapping[str, Any]) -> tuple[dict[str, Ent
     named = config.get("transformers_weights")
     if named is not None and not str(named).endswith((".safetensors", INDEX)):
         raise broken(f"config.json names {named!r} as its weights, which is no safetensors file", folder)
-    stem = "affinequant" if method == "affinequant" else "model"
+    transformed = isinstance(declared, Mapping) and "transform_config" in declared and any(folder.glob("affinequant*"))
+    stem = "affinequant" if method == "affinequant" or transformed else "model"
     single, index = folder / (named or f"{stem}.safetensors"), folder / f"{stem}{INDEX}"
     if str(named).endswith(INDEX):
         single, index = folder / f"{named}.none", folder / str(named)

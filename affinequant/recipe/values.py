@@ -5,7 +5,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from affinequant.errors import AffineQuantError, unknown_name
 
-EXPORTS = ("int-quantized", "humming", "gptq", "gguf", "nvfp4", "mxfp4")
+EXPORTS = ("int-quantized", "humming", "gptq", "gguf", "nvfp4", "mxfp4", "transform-config", "fp_quant")
 """Formats that are made from a finished folder."""
 _PAIRS = {"transforms": "SITE=TRANSFORM", "set": "PATTERN=SCHEME"}
 """What is written between an equals sign, by option."""

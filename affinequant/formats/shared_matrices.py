@@ -1,0 +1,60 @@
+"""What engines of 4-bit floats hold of the transforms at run time: one matrix [b, b] for all blocks of a linear's inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from affinequant.formats import Contents, Shapes, network_of
+from affinequant.recipe.scheme import Scheme
+from affinequant.transforms.online import module_of, stored_name
+
+if TYPE_CHECKING:  # a plan asks formats what they support, and must not wait for torch
+    from torch import Tensor
+
+PART = "blocks"
+"""The only part that such a transform has."""
+
+
+def integers_reason(scheme: Scheme) -> str | None:
+    """None, or that the weights are integers, for forms that hold 4-bit floats alone."""
+    return f"it holds 4-bit floats, and {scheme.name} has integers" if scheme.weight.kind == "int" else None
+
+
+def clipped_reason(scheme: Scheme) -> str:
+    """Why ranges that are narrowed do not carry over."""
+    return f"engines quantise the activations of {scheme.name} over their full range, without clipping"
+
+
+def widths(contents: Contents, shapes: Shapes) -> dict[str, int]:
+    """The features of a block by the linears that have such a matrix."""
+    found = {name: shapes.get(stored_name(name, PART)) for name in contents.linears}
+    return {name: shape[-1] for name, shape in found.items() if shape is not None and shape[0] == 1}
+
+
+def unheld(contents: Contents, shapes: Shapes) -> str | None:
+    """None, or where something else acts at run time than one matrix for all blocks."""
+    held = {stored_name(name, PART) for name in widths(contents, shapes)}
+    for name in shapes:
+        if (module := module_of(name)) and name not in held:
+            return (
+                f"{module} has another transform at run time ({name.rpartition('.')[2]}, {list(shapes[name])}) than one matrix "
+                "for all blocks of its inputs, as shared-32 is"
+            )
+    return None
+
+
+def take(stage: dict[str, Tensor], name: str) -> Tensor | None:
+    """The matrix [b, b] of a linear, taken out of its stage; None where it has none."""
+    blocks = stage.pop(stored_name(name, PART), None)
+    return None if blocks is None else blocks[0]
+
+
+def by_input(contents: Contents) -> Mapping[str, tuple[str, ...]]:
+    """The linears that read one input by a name for it, `layer_3_attn_in`."""
+    family, dims = network_of(contents)
+    return {
+        f"layer_{index}_{site}": tuple(f"{family.blocks}.{index}.{member}" for member in members)
+        for index, block in enumerate(family.each_block(dims))
+        for site, members in block.input_groups()
+    }
