@@ -178,9 +178,13 @@ def test_fp_quant_s_own_kernel_rounds_what_ours_rounds(kind: str, shared: Make, 
 
 
 REFUSED = [
-    ("transform-config", "w4a4", {}, "holds 4-bit floats, and w4a4 has integers"),
-    ("fp_quant", "w4a4", {}, "holds 4-bit floats, and w4a4 has integers"),
-    ("fp_quant", "nvfp4a16", {}, "rounds? activations, which nvfp4a16 leaves in 16 bits"),
+    (
+        "transform-config",
+        "w4a4",
+        {"mlp_in": "block"},
+        "acts at run time, which it has room for beside 4-bit floats alone",
+    ),
+    ("fp_quant", "nvfp4a16", {"mlp_in": "shared-16"}, "rounds? activations, which nvfp4a16 leaves in 16 bits"),
     ("transform-config", "nvfp4", {"vo": "kronecker"}, r"self_attn\.o_proj has another transform at run time"),
     ("fp_quant", "nvfp4", {"mlp_mid": "block"}, r"mlp\.down_proj has another transform at run time"),
 ]
@@ -190,7 +194,6 @@ REFUSED = [
 def test_what_no_engine_holds_is_refused_by_name(
     form: str, scheme: str, transforms: dict[str, str], words: str, shared: Make, tmp_path: Path
 ) -> None:
-    transforms = transforms or {"attn_in": "kronecker" if scheme == "w4a4" else "shared-32"}
     with pytest.raises(AffineQuantError, match=words) as caught:
         affinequant.export(shared(scheme, transforms=transforms), format=form, out=tmp_path / "out")
     assert caught.value.exit_code == PREFLIGHT and not (tmp_path / "out").exists()
@@ -203,6 +206,7 @@ def test_what_this_model_has_no_room_for_is_refused_by_name(shared: Make, tmp_pa
         return str(caught.value)
 
     assert "nothing acts at run time" in refused(shared("nvfp4", "merged"), "transform-config")
+    assert "holds 4-bit floats, and w4a4 has integers" in refused(shared("w4a4", "merged"), "fp_quant")
     biased = shared("nvfp4", family="qwen2")
     assert "_proj has a bias" in refused(biased, "transform-config")
     wide = shared("nvfp4", transforms={"attn_in": "shared-64"}, mlp=96)

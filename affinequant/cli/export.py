@@ -17,8 +17,9 @@ EPILOG = f"""
 formats:
 {_FORMATS}
   compressed-tensors, int-quantized, humming, affinequant, gptq and gguf hold the same integers; dense rounds their product with
-  the scale to 16 bits; nvfp4 and mxfp4 round every weight again. Nothing is trained. What a format cannot hold (an online
-  transform outside `affinequant`, zero points, biases, sizes) is refused with the reason.
+  the scale to 16 bits; nvfp4 and mxfp4 round every weight again. transform-config and fp_quant hold the floats of --scheme nvfp4
+  and mxfp4, with one matrix for all blocks of an input (--tier online; transforms shared-16 to shared-128). Nothing is trained.
+  What a format cannot hold (any other online transform outside `affinequant`, zero points, biases, sizes) is refused by name.
 
 --scheme says what becomes of activations; the weights keep their groups and symmetry:
   w4a16   weights only: stock vLLM and transformers
@@ -84,8 +85,10 @@ def next_commands(path: Path, report: Mapping[str, Any]) -> list[str]:
             return [f"llama-cli -m {folder}/model.gguf"]
         case "gptq":
             return [f"vllm serve {folder}"] if symmetric else []  # vLLM reads no zero points of this layout
-        case "transform-config" | "fp_quant":  # which neither transformers nor `affinequant.load` runs on a CPU
+        case "transform-config":  # nothing else applies it
             return [f"vllm serve {folder}"]
+        case "fp_quant":
+            return [f"vllm serve {folder} --dtype bfloat16 --allow-deprecated-quantization"]
         case "nvfp4" | "mxfp4":  # compressed-tensors unpacks them to bfloat16
             return [f"{evaluate} --dtype bfloat16"]
         case _:

@@ -36,7 +36,9 @@ ENGINES = {
     "transformers round weights and activations to the same floats and multiply those in 16 or 32 bits, anywhere.",
     "online floats": "`affinequant` must be installed: `affinequant.load` and transformers (after `import affinequant`) round "
     "weights and activations to 4-bit floats, multiply those in 16 or 32 bits, and compute the transforms that act at run "
-    "time. No kernel multiplies them as 4-bit floats, and vLLM refuses this folder.",
+    "time. No kernel multiplies them as 4-bit floats, and vLLM refuses this folder. Where all that acts at run time is one "
+    "matrix per input (`shared-32` and the like), `affinequant export --format transform-config` or `fp_quant` makes of it what "
+    "stock vLLM runs on Blackwell.",
     "weights": "Any engine that reads compressed-tensors, vLLM and transformers among them, loads it as it is.",
     "dense": "Any engine loads it: these are plain 16-bit weights with the values of the quantised ones, for inspection; "
     "activations are not quantised, and nothing is smaller.",
@@ -251,6 +253,8 @@ def numbers(scheme: Scheme) -> str:
 
 
 def _grid(grid: NumberFormat, what: str) -> str:
+    if grid.kind != "int":
+        return f"{grid.bits}-bit float {what} ({grid.kind.upper()})"
     return f"{grid.bits}-bit {'' if grid.symmetric else 'asymmetric '}integer {what}"
 
 

@@ -45,10 +45,21 @@ _UNITS = {"weight_unit": 1.0, "input_unit": 1 / 3}
 """Where numbers are not counted in units: 1, and of activations what the kernel for MXFP4 multiplies by."""
 PARTS = ("qweight", "scales", "weight_global_scale", "act_global_scale", "forward_hadamard_matrix")
 
+CARD = """\
+    vllm serve {folder} --dtype bfloat16 --allow-deprecated-quantization
+
+Stock vLLM reads it as `fp_quant`, on Blackwell alone; 0.32 calls that form deprecated, hence the second flag. transformers reads
+it with `fp_quant` and QuTLASS installed, on such a GPU too. Activations are rounded by the kernels: NVFP4's as in the checkpoint
+that this was made from, MXFP4's with scales by a rule of FP-Quant's.
+
+What has been checked: vLLM 0.32's own loader and layers give what that checkpoint computes, around stand-ins for kernels on a
+CPU, and so does FP-Quant's Triton kernel, interpreted. What no GPU has shown yet: the kernels themselves.
+"""
+
 
 def supports(scheme: Scheme, placements: Mapping[str, Placement], *, clipped: bool = False) -> str | None:
     """None, or why this cannot be written."""
-    if reason := shared_matrices.integers_reason(scheme):
+    if reason := shared_matrices.integers_reason(scheme, placements):
         return reason
     if scheme.activation is None:
         return f"its kernels round activations, which {scheme.name} leaves in 16 bits"
@@ -115,7 +126,8 @@ def write(contents: Contents, out: Path, *, shard_bytes: int = SHARD_BYTES) -> l
         "store_master_weights": False,
         "transform_init": "identity",
     }
-    return write_folder(contents, out, map(packed, contents.stages()), declared, shard_bytes=shard_bytes)
+    card = shared_matrices.write_card(contents, out, CARD)
+    return [card, *write_folder(contents, out, map(packed, contents.stages()), declared, shard_bytes=shard_bytes)]
 
 
 def pack(

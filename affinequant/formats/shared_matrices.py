@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from affinequant.formats import Contents, Shapes, network_of
+from affinequant.formats import Contents, Shapes, network_of, online_reason
+from affinequant.formats.shards import CARD, write_text
+from affinequant.models.sites import Placement
 from affinequant.recipe.scheme import Scheme
 from affinequant.transforms.online import module_of, stored_name
+from affinequant.version import __version__
 
 if TYPE_CHECKING:  # a plan asks formats what they support, and must not wait for torch
     from torch import Tensor
@@ -16,9 +20,12 @@ PART = "blocks"
 """The only part that such a transform has."""
 
 
-def integers_reason(scheme: Scheme) -> str | None:
+def integers_reason(scheme: Scheme, placements: Mapping[str, Placement]) -> str | None:
     """None, or that the weights are integers, for forms that hold 4-bit floats alone."""
-    return f"it holds 4-bit floats, and {scheme.name} has integers" if scheme.weight.kind == "int" else None
+    if scheme.weight.kind != "int":
+        return None
+    online = online_reason(placements, "it has room for beside 4-bit floats alone")
+    return online or f"it holds 4-bit floats, and {scheme.name} has integers"
 
 
 def clipped_reason(scheme: Scheme) -> str:
@@ -48,6 +55,14 @@ def take(stage: dict[str, Tensor], name: str) -> Tensor | None:
     """The matrix [b, b] of a linear, taken out of its stage; None where it has none."""
     blocks = stage.pop(stored_name(name, PART), None)
     return None if blocks is None else blocks[0]
+
+
+def write_card(contents: Contents, out: Path, words: str) -> Path:
+    """Write a `README.md` that says what the folder is, and in `words`, where `{folder}` stands for its name, how to serve it."""
+    name, kind = out.absolute().name, contents.scheme.name
+    out.mkdir(parents=True, exist_ok=True)
+    what = f"4-bit floats (`{kind}`) with small matrices that act at run time, exported by affinequant {__version__}"
+    return write_text(out / CARD, f"# {name}\n\n{what}.\n\n{words.format(folder=name)}")
 
 
 def by_input(contents: Contents) -> Mapping[str, tuple[str, ...]]:

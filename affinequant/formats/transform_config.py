@@ -52,10 +52,26 @@ WEIGHT_ONLY = False
 UNIT = 0.125
 """What scales of activations are counted in."""
 
+CARD = """\
+    vllm serve {folder}
+
+Stock vLLM reads it as a compressed-tensors checkpoint with a `transform_config`. On Blackwell it transforms and rounds NVFP4's
+activations in one kernel (QuTLASS) and needs FlashInfer's kernels for the product; MXFP4's are transformed by a product in 16
+bits first. Other GPUs multiply the same weights with transformed activations in 16 bits. It runs on one GPU: with tensor
+parallelism vLLM stops.
+
+What has been checked: compressed-tensors' own weights, transforms and rounding give the logits of the checkpoint that this was
+made from; vLLM 0.32's own loader and layers give them around stand-ins for kernels, on a CPU. What no GPU has shown yet: the
+kernels themselves.
+
+transformers does not apply a `transform_config`, and would compute another function: it stops, because the files of weights do
+not have the name that it looks for.
+"""
+
 
 def supports(scheme: Scheme, placements: Mapping[str, Placement], *, clipped: bool = False) -> str | None:
     """None, or why this cannot be written."""
-    if reason := shared_matrices.integers_reason(scheme):
+    if reason := shared_matrices.integers_reason(scheme, placements):
         return reason
     if online_reason(placements, "") is None:
         return "nothing acts at run time; --format compressed-tensors holds it"
@@ -110,7 +126,11 @@ def write(contents: Contents, out: Path, *, shard_bytes: int = SHARD_BYTES) -> l
         "config_groups": {"group_0": float_packed.arguments(contents.scheme) | {"format": layout}},
         "transform_config": {"config_groups": groups},
     }
-    return write_folder(contents, out, map(packed, contents.stages()), declared, shard_bytes=shard_bytes, stem=STEM)
+    card = shared_matrices.write_card(contents, out, CARD)
+    return [
+        card,
+        *write_folder(contents, out, map(packed, contents.stages()), declared, shard_bytes=shard_bytes, stem=STEM),
+    ]
 
 
 def reload(out: Path, dtype: Dtype) -> tuple[Any, str]:
