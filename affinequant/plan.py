@@ -260,7 +260,12 @@ def _notes(
     elif recipe.parsed_scheme.activation is not None and not recipe.parsed_scheme.engines_round_activations:
         notes.append(f"engines without this package run this checkpoint with 16-bit activations; {ours}, on integers")
     if floats and recipe.parsed_scheme.activation is not None:
-        notes.append("4-bit floats: stock vLLM multiplies them on Blackwell; elsewhere their values, in 16 or 32 bits")
+        online = [recipe.transforms[site] for site, placement in placements.items() if placement.how == "online"]
+        held = all(name.rpartition("+")[2].startswith("shared-") for name in online)
+        what = " of an export as transform-config or fp_quant" if online else ""
+        if held:
+            where = "on Blackwell; elsewhere their values, in 16 or 32 bits"
+            notes.append(f"4-bit floats: stock vLLM multiplies them{what} {where}")
     if recipe.parsed_scheme.kv is not None:
         notes.append("affinequant.load packs the KV cache; vLLM, with this package too, runs with a 16-bit KV cache")
     if recipe.model == "demo":

@@ -188,14 +188,14 @@ def test_a_head_untied_by_a_rotation_is_stored(tiny: Tiny, tmp_path: Path) -> No
     assert torch.equal(logits(load(tmp_path)), expected)
 
 
-SCHEME_OF = {"int-quantized": "w8a8", "humming": "w4a4-sym"}
+SCHEME_OF = {"int-quantized": "w8a8", "humming": "w4a4-sym", "transform-config": "nvfp4", "fp_quant": "mxfp4"}
 """Where a format does not take W4A4."""
 SHARDED = [form for form in FORMATS if form != "gguf"]
 
 
 def stem(form: str) -> str:
     """How the files of weights are called."""
-    return "affinequant" if form == "affinequant" else "model"
+    return "affinequant" if form in ("affinequant", "transform-config") else "model"
 
 
 def rounded_for(form: str, source: Path) -> Contents:
@@ -218,6 +218,7 @@ def test_the_folder_is_complete(tiny_copy: Tiny, tmp_path: Path, form: str) -> N
         [
             *("LICENSE", "SOURCE_README.md", "assets/voice.json", "chat_template.jinja", "config.json"),
             *("generation_config.json", weights, "tokenizer.json", "tokenizer_config.json"),
+            *(["README.md"] if form in ("transform-config", "fp_quant") else []),
         ]
     )
     assert files[-1] == out / "config.json"

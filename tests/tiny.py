@@ -13,6 +13,9 @@ from torch import Tensor
 from affinequant.formats import Contents
 from affinequant.models import FAMILIES, resolve
 from affinequant.models.experts import split_experts
+from affinequant.numbers import grid_of
+from affinequant.numbers.float4 import unit_of
+from affinequant.numbers.weights import codes_of, weight_range
 from affinequant.recipe.presets import PRESETS
 from affinequant.recipe.scheme import Scheme
 from affinequant.rounding.job import BlockJob
@@ -181,6 +184,8 @@ def dense_model(contents: Contents) -> Any:
 
 
 def _round(name: str, weight: Tensor, scheme: Scheme, clip: float) -> dict[str, Tensor]:
+    if scheme.weight.kind != "int":
+        return _round_to_floats(name, weight.float(), scheme)
     grid = scheme.weight
     value = weight.float().unflatten(1, (grid.groups(weight.shape[1]), -1))
     if grid.symmetric:
@@ -202,6 +207,15 @@ def _round(name: str, weight: Tensor, scheme: Scheme, clip: float) -> dict[str, 
     if scheme.activation:
         tensors[f"{name}.input_clip"] = torch.tensor(clip)
     return tensors
+
+
+def _round_to_floats(name: str, weight: Tensor, scheme: Scheme) -> dict[str, Tensor]:
+    grid = grid_of(scheme.weight)
+    scale, zero = grid.params(*weight_range(weight, grid))
+    tensors = {f"{name}.codes": codes_of(weight, scale, zero, grid).to(torch.int8), f"{name}.scale": scale}
+    units = {f"{name}.weight_unit": unit_of(scale), f"{name}.input_unit": torch.tensor(0.25)}
+    clips = {f"{name}.input_clip": torch.tensor(1.0)} if scheme.activation else {}
+    return tensors | clips | (units if scheme.weight.has_unit else {})
 
 
 def _tokenizer() -> Any:

@@ -37,7 +37,7 @@ from affinequant.recipe.scheme import FLOAT_BLOCKS, NumberFormat, Scheme
 if TYPE_CHECKING:  # a plan asks `supports`, and must not wait for torch
     from torch import Tensor
 
-ABOUT = "4-bit floats with one matrix per linear as FP-Quant has them; vLLM and transformers on Blackwell"
+ABOUT = "4-bit floats with one matrix per linear as FP-Quant has them; vLLM on Blackwell"
 ROUNDS = "the matrices at run time, to bfloat16"
 TOLERANCE = 0.01
 WEIGHT_ONLY = False
@@ -46,7 +46,7 @@ _UNITS = {"weight_unit": 1.0, "input_unit": 1 / 3}
 PARTS = ("qweight", "scales", "weight_global_scale", "act_global_scale", "forward_hadamard_matrix")
 
 CARD = """\
-    vllm serve {folder} --dtype bfloat16 --allow-deprecated-quantization
+    vllm serve DIR --dtype bfloat16 --allow-deprecated-quantization
 
 Stock vLLM reads it as `fp_quant`, on Blackwell alone; 0.32 calls that form deprecated, hence the second flag. transformers reads
 it with `fp_quant` and QuTLASS installed, on such a GPU too. Activations are rounded by the kernels: NVFP4's as in the checkpoint

@@ -58,11 +58,11 @@ def take(stage: dict[str, Tensor], name: str) -> Tensor | None:
 
 
 def write_card(contents: Contents, out: Path, words: str) -> Path:
-    """Write a `README.md` that says what the folder is, and in `words`, where `{folder}` stands for its name, how to serve it."""
-    name, kind = out.absolute().name, contents.scheme.name
+    """Write a `README.md` that says what the folder is, and in `words` how to serve it."""
+    kind = contents.scheme.name
+    title = f"# 4-bit floats with small matrices at run time (`{kind}`)\n\nExported by affinequant {__version__}.\n"
     out.mkdir(parents=True, exist_ok=True)
-    what = f"4-bit floats (`{kind}`) with small matrices that act at run time, exported by affinequant {__version__}"
-    return write_text(out / CARD, f"# {name}\n\n{what}.\n\n{words.format(folder=name)}")
+    return write_text(out / CARD, f"{title}\n{words}")
 
 
 def by_input(contents: Contents) -> Mapping[str, tuple[str, ...]]:

@@ -53,7 +53,7 @@ UNIT = 0.125
 """What scales of activations are counted in."""
 
 CARD = """\
-    vllm serve {folder}
+    vllm serve DIR
 
 Stock vLLM reads it as a compressed-tensors checkpoint with a `transform_config`. On Blackwell it transforms and rounds NVFP4's
 activations in one kernel (QuTLASS) and needs FlashInfer's kernels for the product; MXFP4's are transformed by a product in 16

@@ -89,7 +89,8 @@ class AffineQuantConfig(QuantizationConfig):
         if self.weight.kind != "int":
             raise ValueError(
                 f"{ours['scheme']} with transforms at run time has no kernels here, which multiply integers: load it by "
-                "affinequant.load, or quantise with --tier merged for vLLM's own kernels"
+                "affinequant.load; for vLLM's own kernels export it as transform-config or fp_quant, which hold one matrix "
+                "per input, or quantise with --tier merged"
             )
         self.activation = NumberFormat(**ours["activation"]) if ours["activation"] else None
         self.whole = declares_activations(Scheme.parse(ours["scheme"]))
