@@ -73,8 +73,11 @@ def lacks(family: Family) -> str | None:
 
 def refuses(contents: Contents, shapes: Shapes) -> str | None:
     """None, or what acts at run time that cannot be held, or whose inputs blocks of the one size do not divide."""
-    if reason := lacks(network_of(contents)[0]) or shared_matrices.unheld(contents, shapes):
+    parts = shared_matrices.parts_reason(contents)
+    if reason := parts or lacks(network_of(contents)[0]) or shared_matrices.unheld(contents, shapes):
         return reason
+    if contents.kept:
+        return f"{contents.kept[0]} stays in 16 bits, which engines of this form look for under other names where they fuse"
     if contents.dtype != "bfloat16":
         return f"its kernels compute in bfloat16, and the model is in {contents.dtype}"
     size = _size(contents, shapes)

@@ -51,6 +51,13 @@ def unheld(contents: Contents, shapes: Shapes) -> str | None:
     return None
 
 
+def parts_reason(contents: Contents) -> str | None:
+    """None, or that the model is one part of several."""
+    return (
+        "it is one part of several, whose linears vLLM calls otherwise" if contents.renamed or contents.beside else None
+    )
+
+
 def take(stage: dict[str, Tensor], name: str) -> Tensor | None:
     """The matrix [b, b] of a linear, taken out of its stage; None where it has none."""
     blocks = stage.pop(stored_name(name, PART), None)
@@ -66,10 +73,11 @@ def write_card(contents: Contents, out: Path, words: str) -> Path:
 
 
 def by_input(contents: Contents) -> Mapping[str, tuple[str, ...]]:
-    """The linears that read one input by a name for it, `layer_3_attn_in`."""
+    """The quantised linears that read one input by a name for it, `layer_3_attn_in`."""
     family, dims = network_of(contents)
-    return {
-        f"layer_{index}_{site}": tuple(f"{family.blocks}.{index}.{member}" for member in members)
-        for index, block in enumerate(family.each_block(dims))
-        for site, members in block.input_groups()
-    }
+    found = dict[str, tuple[str, ...]]()
+    for index, block in enumerate(family.each_block(dims)):
+        for site, members in block.input_groups():
+            names = (f"{family.blocks}.{index}.{member}" for member in members)
+            found[f"layer_{index}_{site}"] = tuple(name for name in names if name in contents.linears)
+    return found

@@ -90,7 +90,8 @@ def lacks(family: Family) -> str | None:
 
 def refuses(contents: Contents, shapes: Shapes) -> str | None:
     """None, or what acts at run time that cannot be held, or where there is a bias."""
-    if reason := lacks(network_of(contents)[0]) or shared_matrices.unheld(contents, shapes):
+    parts = shared_matrices.parts_reason(contents)
+    if reason := parts or lacks(network_of(contents)[0]) or shared_matrices.unheld(contents, shapes):
         return reason
     biased = [name for name in shared_matrices.widths(contents, shapes) if f"{name}.bias" in shapes]
     return f"{biased[0]} has a bias, which vLLM leaves no room for beside a transform" if biased else None
