@@ -171,6 +171,7 @@ def _contents(made: Plan, run: Run, names: list[str], changed: Tensors, unknown:
             for index, block in enumerate(family.each_block(made.dims))
             for linear in block.linears
         ),
+        others={name: one for name, one in made.schemes.items() if one not in (None, made.recipe.parsed_scheme)},
         kept=tuple(name for name, scheme in made.schemes.items() if scheme is None),
         stages=stages,
         beside=tuple(made.copied),

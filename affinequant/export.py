@@ -16,11 +16,12 @@ from torch import Tensor
 from affinequant.data.tokenizer import load_tokenizer
 from affinequant.deliver import Result
 from affinequant.errors import PREFLIGHT, QUALITY, AffineQuantError
-from affinequant.formats import Format, find_format, network_of
+from affinequant.formats import Format, find_format, network_of, unheld
 from affinequant.formats.dense import dense_stage
 from affinequant.formats.reading import Dtype, from_tensors
-from affinequant.formats.reread import Finished, full_range, read_finished, under_scheme
+from affinequant.formats.reread import Finished, read_finished
 from affinequant.formats.shards import write_json
+from affinequant.formats.under import full_range, under_scheme
 from affinequant.progress import Steps, told_by_transformers
 from affinequant.run.run import Run
 from affinequant.run.workspace import RUN_FOLDER, check_output, clear
@@ -87,8 +88,7 @@ def export(
     )
     say(f"writing {job.out}")
     files = _write(job, say)
-    recipe = job.source / "recipe.toml"
-    if recipe.is_file():
+    if (recipe := job.source / "recipe.toml").is_file():
         files.append(Path(shutil.copyfile(recipe, job.out / "recipe.toml")))
     say("verifying what was written by loading it again")
     verified = _verify(job, dtype, say)
@@ -113,10 +113,10 @@ def _prepare(source: Path, name: str, scheme: str | None, out: Path | None, over
     form = find_format(name)
     found = under_scheme(there, scheme, weight_only=form.WEIGHT_ONLY)
     contents = found.contents
-    unclipped = form.supports(contents.scheme, found.placements)
-    if unclipped is None and form.supports(contents.scheme, found.placements, clipped=found.clipped):
+    reason = unheld(form, contents.schemes, found.placements)
+    if reason is None and unheld(form, contents.schemes, found.placements, found.narrowed):
         found = full_range(found)
-    reason = unclipped or form.refuses(contents, found.shapes)
+    reason = reason or form.refuses(contents, found.shapes)
     if reason:
         what, fix = f"format {name} cannot hold this: {reason}", "see `affinequant list formats`"
         raise AffineQuantError(what, "--format", fix, exit_code=PREFLIGHT)
@@ -164,8 +164,9 @@ def read_back(form: Format, out: Path, dtype: Dtype) -> tuple[Any, str]:
 def _verify(job: _Job, dtype: Dtype, say: Say) -> dict[str, Any]:
     """Logits and a greedy sample of what was written, against what the source means under that scheme."""
     tokens, words = _probe(job)
-    scheme, floats = job.found.contents.scheme, job.found.contents.scheme.weight.kind != "int"
-    own = scheme == job.there.contents.scheme and job.name in ("affinequant", *["compressed-tensors"] * floats)
+    schemes = job.found.contents.schemes
+    floats = any(scheme.weight.kind != "int" for scheme in schemes)
+    own = schemes == job.there.contents.schemes and job.name in ("affinequant", *["compressed-tensors"] * floats)
     told = Steps(say, "comparing", 2 * (1 + SAMPLE_TOKENS))
     with told_by_transformers(say):
         expected = _answers((_loaded_source if own else _reference)(job, dtype, say), tokens, told)
@@ -191,7 +192,7 @@ def _verify(job: _Job, dtype: Dtype, say: Say) -> dict[str, Any]:
         "probe": words,
         "reference": "the source as affinequant.load runs it" if own else "the source's weights, 16-bit activations",
         "read_by": reader,
-        "quantised_activations": quantised or (own and job.found.contents.scheme.activation is not None),
+        "quantised_activations": quantised or (own and any(scheme.activation for scheme in schemes)),
         "sample": got["sample"],
         "sample_of_source": expected["sample"],
         "dtype": dtype,
@@ -250,9 +251,9 @@ def _probe(job: _Job) -> tuple[Tensor, str]:
 
 def _reads_activations(job: _Job, model: Any) -> bool:
     """Whether what has read the folder quantises activations: our loader where asked, others where it is declared."""
-    activation = job.found.contents.scheme.activation
-    if activation is None or job.name == "affinequant":
-        return activation is not None
+    rounded = any(scheme.activation for scheme in job.found.contents.schemes)
+    if not rounded or job.name == "affinequant":
+        return rounded
     schemes = (getattr(module, "quantization_scheme", None) for module in model.modules())
     return any(scheme is not None and scheme.input_activations is not None for scheme in schemes)
 
@@ -265,9 +266,8 @@ def _report(job: _Job, files: list[Path], verified: dict[str, Any]) -> dict[str,
     names = sorted({str(file.relative_to(job.out)) for file in files} | {"report.json"})
     sizes = {name: (job.out / name).stat().st_size for name in names if name != "report.json"}
     weights = sum(size for name, size in sizes.items() if name.endswith((".safetensors", ".gguf")))
-    events = [f"rounded once more: {job.form.ROUNDS}"] if job.form.ROUNDS else []
-    if "; note: " in verified["read_by"]:
-        events.append(verified["read_by"].partition("; note: ")[2])
+    note = verified["read_by"].partition("; note: ")[2]
+    events = [*([f"rounded once more: {job.form.ROUNDS}"] if job.form.ROUNDS else []), *([note] if note else [])]
     return {
         "schema": 1,
         "model": origin.get("model"),

@@ -13,7 +13,7 @@ from affinequant.costs import PROCESS_BYTES, device_of, kept_bytes, kept_in_cach
 from affinequant.data.text import announced
 from affinequant.data.tokenizer import check_code, check_tokenizer, without_bos
 from affinequant.errors import PREFLIGHT, AffineQuantError
-from affinequant.formats import find_format
+from affinequant.formats import find_format, unheld
 from affinequant.formats.side_files import SideFiles, find_side_files
 from affinequant.models import Dims, Family, check_length, resolve, resolve_sites
 from affinequant.models.divided import check_groups, check_slices
@@ -149,17 +149,18 @@ def _planned(recipe: Recipe, folder: Path, has_weights: bool) -> Plan:
     check_tokenizer(folder, dims.vocab, required=required, trust_remote_code=recipe.trust_remote_code)
     check_length(recipe.seq_len, source.config)
     check_slices(recipe, dims)
-    schemes = assign(recipe, {name: one.fused for name, one in bound(family, dims).items()}, family.left_alone(dims))
+    ties = bound(family, dims)
+    fused, read = ({name: getattr(one, tie) for name, one in ties.items()} for tie in ("fused", "read"))
+    schemes = assign(recipe, fused, read, family.left_alone(dims))
     family = keeping(family, (name for name, scheme in schemes.items() if scheme is None))
     recipe = choosing(recipe, family)
     sites = {site.name: site for site in resolve_sites(family, dims, recipe.tp)}
     recipe, left_out = fitted(recipe, sites, sites_read(family, dims))
     placements = place_all(recipe, sites, block_flops(family, dims))
-    check_groups(recipe, family, dims)
-    reason = find_format(recipe.format, placements).supports(
-        recipe.parsed_scheme, placements, clipped=recipe.activation_clip != "none"
-    )
-    if reason:
+    check_groups(recipe, schemes, family, dims)
+    form, used = find_format(recipe.format, placements), list(dict.fromkeys(one for one in schemes.values() if one))
+    clipped = [one for one in used if recipe.clipping(one) != "none"]
+    if reason := unheld(form, used, placements, clipped):
         raise AffineQuantError(
             f"format {recipe.format} cannot hold this: {reason}", "--format", "see `affinequant list formats`"
         )
@@ -253,13 +254,14 @@ def _notes(
         )
     if any(stage.name == ROTATED for stage in stages):
         notes.append("the residual stream's rotation is learned first, without transforms that start from data")
-    floats = recipe.parsed_scheme.weight.kind != "int"
+    floats = any(scheme.weight.kind != "int" for scheme in recipe.schemes)
+    rounded = [scheme for scheme in recipe.schemes if scheme.activation is not None]
     if any(placement.how == "online" for placement in placements.values()):
         readers = "affinequant.load" if floats else ours
         notes.append(f"transforms stay online: {readers} can run this checkpoint, others refuse it")
-    elif recipe.parsed_scheme.activation is not None and not recipe.parsed_scheme.engines_round_activations:
+    elif not all(scheme.engines_round_activations for scheme in rounded):
         notes.append(f"engines without this package run this checkpoint with 16-bit activations; {ours}, on integers")
-    if floats and recipe.parsed_scheme.activation is not None:
+    if floats and rounded:
         online = [recipe.transforms[site] for site, placement in placements.items() if placement.how == "online"]
         held = all(name.rpartition("+")[2].startswith("shared-") for name in online)
         what = " of an export as transform-config or fp_quant" if online else ""

@@ -166,20 +166,19 @@ class _Reader:
 
     def _compare_tensors(self, stage: Tensors) -> None:
         """Every tensor of a stage is in the files, with the same bits."""
-        weight = self.contents.scheme.weight
         rest, integers = (self._dense(stage), {}) if self.dense else split_stage(stage, self.contents)
         for name, tensor in rest.items():
             self._compare(name, tensor, self.of(name).read([name])[name] if name in self.unseen else None)
             self.unseen.discard(name)
         for name, parts in integers.items():
-            read = unpack_linear(self.of(name), name, weight)
+            read = unpack_linear(self.of(name), name, self.contents.numbers(name).weight)
             self.unseen -= {f"{name}.{part}" for part in PARTS}
             units, wanted = read_units(self.of(name), name), [stage.get(f"{name}.{unit}") for unit in UNITS]
             pairs = zip((*parts, *wanted), (*read, *map(units.get, UNITS)), strict=True)
             for part, (committed, there) in zip(("codes", "scale", "zero", *UNITS), pairs, strict=True):
                 if committed is not None:
                     self._compare(f"{name}.{part}", committed, there)
-            if self.contents.scheme.activation is not None:
+            if self.contents.numbers(name).activation is not None:
                 clip = self._ours().get("input_clip", {}).get(name)
                 there = None if clip is None else torch.tensor(float(clip))
                 self._compare(f"{name}.input_clip", stage[f"{name}.input_clip"], there)

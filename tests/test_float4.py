@@ -140,7 +140,7 @@ def test_blocks_are_finished_on_it(tiny: Tiny, kind: str) -> None:
         for name, scale in block.changed().items():
             if name.endswith(".scale"):
                 unit = stage.get(f"{name.removesuffix('.scale')}.weight_unit")
-                grid = in_units(block.job.weight_grid, None if unit is None else float(unit))
+                grid = in_units(block.job.weight_grid("vo"), None if unit is None else float(unit))
                 assert torch.equal(grid.kept(scale), scale) and not torch.equal(scale, stage[name]), name
 
 

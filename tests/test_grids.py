@@ -103,10 +103,10 @@ def test_a_block_learns_its_ranges(tiny: Tiny, weight: NumberFormat) -> None:
         assert all(parameter.grad is not None and bool(parameter.grad.any()) for parameter in group.parameters)
     rounded = objective.quantized()
     for name in objective.linears:
-        low, high = objective.ranges[name](tensors[f"{name}.weight"], job.weight_grid)
-        scale, zero = job.weight_grid.params(low, high, job.store)
-        codes = codes_of(tensors[f"{name}.weight"], scale, zero, job.weight_grid)
-        assert torch.equal(rounded[f"{name}.weight"], dequantize(codes, scale, zero, job.weight_grid))
+        low, high = objective.ranges[name](tensors[f"{name}.weight"], job.weight_grid("vo"))
+        scale, zero = job.weight_grid("vo").params(low, high, job.store)
+        codes = codes_of(tensors[f"{name}.weight"], scale, zero, job.weight_grid("vo"))
+        assert torch.equal(rounded[f"{name}.weight"], dequantize(codes, scale, zero, job.weight_grid("vo")))
 
 
 def test_a_transform_is_chosen_for_it(tiny: Tiny) -> None:

@@ -203,8 +203,8 @@ def change_tensors(folder: Path, change: Callable[[dict[str, Tensor]], object]) 
 Q_PROJ = "model.layers.1.self_attn.q_proj"
 BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "newer version": (
-        lambda folder: change_config(folder, lambda c: c["quantization_config"]["affinequant"].update(version=2)),
-        r"version 2, written by affinequant .*; this is affinequant .*, which reads version 1",
+        lambda folder: change_config(folder, lambda c: c["quantization_config"]["affinequant"].update(version=3)),
+        r"version 3, written by affinequant .*; this is affinequant .*, which reads versions 1 and 2",
     ),
     "no version": (
         lambda folder: change_config(folder, lambda c: c["quantization_config"]["affinequant"].pop("version")),

@@ -202,7 +202,7 @@ def test_the_auxiliary_error_is_a_term_of_its_own(tiny: Tiny) -> None:
 def test_inputs_are_rounded_over_the_range_that_is_learned(tiny: Tiny, clip: str, ratio: float) -> None:
     job, tensors, x = make_job(tiny(), preset="rtn", activation_clip=clip)
     objective = objective_of(job, tensors, x)
-    grid = job.activation_grid
+    grid = job.activation_grid("vo")
     assert grid is not None
     with torch.no_grad():
         torch.testing.assert_close(objective.on_input("vo", x), fake_quantize_activation(x, grid, ratio))

@@ -125,7 +125,7 @@ def test_it_rounds_what_the_rotated_block_rounds(case: Callable[..., Case]) -> N
         online = block.fixed["mlp_mid"][0]
         rotated = fold(rotated, sites["vo"], block.values.double())  # pyright: ignore[reportOptionalMemberAccess, reportArgumentType]
         rotated = fold(rotated, sites["mlp_mid"], online, online=True)
-        grid = block.job.activation_grid
+        grid = block.job.activation_grid("vo")
         assert grid is not None
 
         def on_input(name: str, value: Tensor) -> Tensor:

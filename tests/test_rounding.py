@@ -44,7 +44,7 @@ def test_what_is_stored_is_what_is_computed_with(tiny: Tiny, scheme: str, shape:
         assert scale.shape == (len(codes), fmt.groups(codes.shape[1]))
         assert torch.equal(scale.bfloat16().float(), scale)
         assert torch.equal(
-            dequantize(codes.float(), scale, zero.float(), job.weight_grid), result.tensors[f"{name}.weight"]
+            dequantize(codes.float(), scale, zero.float(), job.weight_grid("vo")), result.tensors[f"{name}.weight"]
         )
         if job.scheme.activation is not None:
             assert float(stored.pop(f"{name}.input_clip")) == pytest.approx(result.linears[name]["clip"])
@@ -139,7 +139,7 @@ def test_nearest_is_nearest(tiny: Tiny) -> None:
     result, job, tensors, _ = rounded(tiny(), preset="rtn")
     for linear in job.decoder.family.linears:
         scale, zero = (result.stored[f"{linear.name}.{part}"].float() for part in ("scale", "zero"))
-        nearest = codes_of(tensors[f"{linear.name}.weight"], scale, zero, job.weight_grid)
+        nearest = codes_of(tensors[f"{linear.name}.weight"], scale, zero, job.weight_grid("vo"))
         assert torch.equal(result.stored[f"{linear.name}.codes"].float(), nearest)
 
 
@@ -147,8 +147,8 @@ def test_sites_that_have_no_clip_yet_pass_through(tiny: Tiny) -> None:
     job, _, x = make_job(tiny(), preset="fast")
     on_input = quantized_input(job, {"vo": 0.9}, {})
     assert on_input("mlp_mid", x) is x
-    assert job.activation_grid is not None
-    assert torch.equal(on_input("vo", x), fake_quantize_activation(x, job.activation_grid, 0.9))
+    assert job.activation_grid("vo") is not None
+    assert torch.equal(on_input("vo", x), fake_quantize_activation(x, job.activation_grid("vo"), 0.9))
 
 
 def test_the_real_tensors_are_left_as_they_were(tiny: Tiny) -> None:

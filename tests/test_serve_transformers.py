@@ -262,8 +262,8 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "cut short": (cut, r"is cut short"),
     "newer version": (
-        lambda folder: change_ours(folder, version=2, written_by="affinequant 9.1"),
-        r"version 2, written by affinequant 9\.1; this is affinequant",
+        lambda folder: change_ours(folder, version=3, written_by="affinequant 9.1"),
+        r"version 3, written by affinequant 9\.1; this is affinequant",
     ),
     "no grid": (lambda folder: change_ours(folder, weight=None), "is not whole"),
     "no clips": (lambda folder: change_ours(folder, input_clip={}), "no entry in input_clip"),

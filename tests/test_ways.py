@@ -81,8 +81,8 @@ def test_moments_are_those_of_the_rounded_inputs(tiny: Tiny, rounding: str) -> N
     beside.reach("mlp_in", tensors, {})
     inputs = gather(job, passing, beside if rounding != "gptq" else None, passing.site, 0.9)
     rows, target = (torch.cat([value for _, value in one.values()]).flatten(0, 1) for one in (passing, beside))
-    assert job.activation_grid is not None
-    rows = fake_quantize_activation(rows, job.activation_grid, 0.9)
+    assert job.activation_grid("vo") is not None
+    rows = fake_quantize_activation(rows, job.activation_grid("vo"), 0.9)
     held = 24 if rounding == "auto" else 0
     for found, count in ((inputs.every, 96), (inputs.fitted, 96 - held)):
         torch.testing.assert_close(found.hessian, rows[:count].mT @ rows[:count] / count)

@@ -103,7 +103,8 @@ def add_recipe(parser: Parser, *, without: Sequence[str] = ()) -> None:
             group.add_argument("--transform", metavar="SITE=NAME", action="append", default=[], help=text)
         elif name in PATTERNS:
             text = f"{entry.metadata['help']}; repeat it"
-            group.add_argument(f"--{name}", metavar="PATTERN", action="append", default=argparse.SUPPRESS, help=text)
+            metavar = "PATTERN" if name == "keep" else "PATTERN=SCHEME"
+            group.add_argument(f"--{name}", metavar=metavar, action="append", default=argparse.SUPPRESS, help=text)
         elif name != "model" and name not in without:
             _add_option(group, name, entry, hint)
 
@@ -119,6 +120,8 @@ def recipe_of(args: argparse.Namespace, fixed: Mapping[str, Any] | None = None) 
     values |= fixed or {}
     if args.transform:
         values["transforms"] = _pairs(args.transform)
+    if "set" in values:
+        values["set"] = _settings(values["set"])
     if args.config:
         return Recipe.from_toml(args.config, **values)
     return resolve(values, where="MODEL" if "model" not in values else "the command line")
@@ -198,6 +201,19 @@ def _pairs(words: Sequence[str]) -> dict[str, str]:
             raise AffineQuantError(f"two transforms for the site {site}", "--transform", "give one for each site")
         pairs[site] = name
     return dict.fromkeys((EVERY, *CHOICE_SITES) if AUTO in words else (), AUTO) | pairs
+
+
+def _settings(words: Sequence[str]) -> dict[str, str]:
+    """Pattern to scheme, in the order in which they were last given."""
+    found: dict[str, str] = {}
+    for word in words:
+        pattern, equals, scheme = word.rpartition("=")
+        if not (pattern and equals and scheme):
+            fix = "write PATTERN=SCHEME, e.g. --set '*.down_proj=w8a8'"
+            raise AffineQuantError(f"cannot read {word!r}", "--set", fix)
+        found.pop(pattern, None)
+        found[pattern] = scheme
+    return found
 
 
 def _unexpected_word(parser: Parser, word: str) -> AffineQuantError:

@@ -24,7 +24,8 @@ from affinequant.cli.report import add_report, check_report, report_on
 from affinequant.cli.scoring import score_all
 from affinequant.errors import AffineQuantError, unknown_name
 from affinequant.recipe.presets import ALIASES, PRESETS
-from affinequant.recipe.recipe import Recipe, read_toml
+from affinequant.recipe.recipe import Recipe
+from affinequant.recipe.values import read_toml
 
 WAIT_SECONDS = 3
 """How long a run that was interrupted with us may take to end by itself."""

@@ -253,7 +253,8 @@ def _resume(recipe: Mapping[str, Any], folder: Path) -> str:
             words += ["--transform", f"{site}={name}"]
     for name, value in recipe.items():
         if name in PATTERNS:
-            words += [word for pattern in value for word in (f"--{name}", pattern)]
+            pairs = (f"{pattern}={value[pattern]}" if isinstance(value, Mapping) else pattern for pattern in value)
+            words += [word for pair in pairs for word in (f"--{name}", pair)]
         if name in ("transforms", "out", "device", *PATTERNS) or value == getattr(base, name):
             continue
         flag = name.replace("_", "-")

@@ -1,7 +1,7 @@
 """What a checkpoint is written as. A format has the face of `Format`, be it a module or data, and a line in `FORMATS`."""
 
 import importlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
@@ -39,8 +39,9 @@ Shapes = Mapping[str, tuple[int, ...]]
 STORED = ("codes", "scale", "zero", "weight_unit", "input_clip", "input_unit")
 """What a stage keeps of a quantised linear, as far as its numbers have it."""
 
-VERSION = 1
-"""Version of our own part of `config.json`, the key `affinequant` inside `quantization_config`."""
+VERSION, MIXED = 1, 2
+"""Version of our own part of `config.json`, the key `affinequant` inside `quantization_config`; and that of a checkpoint whose
+linears are not all of one scheme, which readers of the first would run wrongly."""
 
 SHARD_BYTES = 4 * 2**30
 """A shard is closed before it would grow past this; one larger tensor still makes a shard of its own."""
@@ -64,6 +65,8 @@ class Contents:
     linears: tuple[str, ...]
     stages: "Callable[[], Iterator[dict[str, Tensor]]]"
     extra: Mapping[str, Any]
+    others: Mapping[str, Scheme] = field(default_factory=dict)
+    """By name, the linears whose numbers are not the scheme's; the KV cache's are the scheme's in any case."""
     kept: tuple[str, ...] = ()
     """Linears of the blocks that stay in 16 bits because somebody asked for that."""
     beside: tuple[str, ...] = ()
@@ -74,6 +77,15 @@ class Contents:
     def in_files(self, stage: "Mapping[str, Tensor]") -> "dict[str, Tensor]":
         """What is written under the names of the source's files."""
         return {in_file(name, self.renamed): tensor for name, tensor in stage.items()}
+
+    def numbers(self, linear: str) -> Scheme:
+        """The numbers of a linear."""
+        return self.others.get(linear, self.scheme)
+
+    @property
+    def schemes(self) -> tuple[Scheme, ...]:
+        """All that linears have, the most general first."""
+        return tuple(dict.fromkeys((self.scheme, *self.others.values())))
 
 
 class Format(Protocol):
@@ -95,6 +107,10 @@ class Format(Protocol):
         `placements` maps the name of a site to what becomes of its transform; `clipped` says that activation ranges
         are narrowed.
         """
+        ...
+
+    def mixes(self, schemes: Sequence[Scheme]) -> str | None:
+        """None, or why linears of these schemes cannot be held together, each of which can be held."""
         ...
 
     def lacks(self, family: Family) -> str | None:
@@ -122,19 +138,23 @@ def check_readable(ours: Mapping[str, Any], where: str) -> None:
         AffineQuantError: with what wrote the checkpoint, where it says so.
     """
     version, writer = ours.get("version"), ours.get("written_by")
-    if version != VERSION:
-        newer = isinstance(version, int) and version > VERSION
+    if version not in (VERSION, MIXED):
+        newer = isinstance(version, int) and version > MIXED
         by = f", written by {writer}" if writer else ""
         raise AffineQuantError(
             f"a checkpoint of version {version!r}{by}; this is affinequant {__version__}, which reads "
-            f"version {VERSION}",
+            f"versions {VERSION} and {MIXED}",
             where,
             f"update affinequant{f', at least to {writer}' if writer else ''}" if newer else "write the folder again",
         )
     try:
-        for grid in ("weight", "activation"):
-            if ours[grid] is not None or grid == "weight":
-                NumberFormat(**ours[grid])
+        schemes = dict(ours.get("schemes", {}))
+        for part in (ours, *schemes.values()):
+            for grid in ("weight", "activation"):
+                if part[grid] is not None or grid == "weight":
+                    NumberFormat(**part[grid])
+        for name in ours.get("linears", {}).values():
+            schemes[name]
         dict(ours["input_clip"])
     except (KeyError, TypeError, ValueError) as problem:
         raise AffineQuantError(
@@ -142,6 +162,27 @@ def check_readable(ours: Mapping[str, Any], where: str) -> None:
             where,
             "write or fetch the folder again",
         ) from None
+
+
+def numbers_of(ours: Mapping[str, Any], linear: str) -> Scheme:
+    """The numbers of a linear by our own part of a config.json."""
+    called = ours.get("linears", {}).get(linear)
+    part, name = (ours, ours["scheme"]) if called is None else (ours["schemes"][called], called)
+    activation = NumberFormat(**part["activation"]) if part["activation"] else None
+    return Scheme(name=name, weight=NumberFormat(**part["weight"]), activation=activation)
+
+
+def rounds_inputs(ours: Mapping[str, Any]) -> bool:
+    """Whether any linear's input is rounded, by our own part of a config.json."""
+    return any(part.get("activation") for part in (ours, *ours.get("schemes", {}).values()))
+
+
+def unheld(
+    form: Format, schemes: Sequence[Scheme], placements: Mapping[str, Placement], clipped: Collection[Scheme] = ()
+) -> str | None:
+    """None, or why a format cannot hold linears of these schemes, of which the activations of some are `clipped`."""
+    each = (form.supports(scheme, placements, clipped=scheme in clipped) for scheme in schemes)
+    return next(filter(None, each), None) or (form.mixes(schemes) if len(schemes) > 1 else None)
 
 
 def online_reason(placements: Mapping[str, Placement], engine: str) -> str | None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from affinequant.formats import rounds_inputs
 from affinequant.formats.shards import CARD, write_text
 from affinequant.models.multimodal import wraps
 from affinequant.models.source_files import is_inside
@@ -230,10 +231,10 @@ def _kind(scheme: Scheme, config: Mapping[str, Any]) -> str:
     floats = scheme.weight.kind != "int"
     if declared["quant_method"] == "affinequant":
         return "online floats" if floats else "online"
-    if scheme.activation is None:
+    if not rounds_inputs(declared.get("affinequant", {}) | {"activation": scheme.activation}):
         return "weights"
     stock = [group["input_activations"] for group in declared["config_groups"].values()]
-    return ("floats" if floats else "declared") if all(stock) else "activations"
+    return ("floats" if floats else "declared") if any(stock) else "activations"
 
 
 def _has_experts(config: Mapping[str, Any]) -> bool:

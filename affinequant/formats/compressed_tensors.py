@@ -9,12 +9,13 @@ bits, which is right, if larger.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from affinequant.errors import AffineQuantError
 from affinequant.formats import (
+    MIXED,
     SHARD_BYTES,
     VERSION,
     Contents,
@@ -50,9 +51,19 @@ def supports(scheme: Scheme, placements: Mapping[str, Placement], *, clipped: bo
     """None, or why this cannot be written in the form that stock engines compute correctly."""
     if online := online_reason(placements, "stock engines cannot do"):
         return online
-    if clipped and declares_activations(scheme):
+    if clipped and scheme.engines_round_activations:
         return f"stock engines quantise the activations of {scheme.name} over their full range, without clipping"
     return without_kernel(scheme)
+
+
+def mixes(schemes: Sequence[Scheme]) -> str | None:
+    """None, or that activations which engines round stand beside others which they would not: of integers they can be left
+    out of what is declared, of floats they cannot."""
+    floats = [one.name for one in schemes if one.weight.kind != "int" and one.activation]
+    if floats and not declares_activations(*schemes):
+        others = [one.name for one in schemes if one.activation and not one.engines_round_activations]
+        return f"engines round the activations of {floats[0]} and not those of {others[0]}; use {floats[0]}a16, or w8a8"
+    return None
 
 
 def lacks(family: Family) -> str | None:
@@ -63,13 +74,15 @@ def lacks(family: Family) -> str | None:
 def refuses(contents: Contents, shapes: Shapes) -> str | None:
     """None, or that what would read it back packs such codes differently, or that no engine runs experts of them; any size
     can be written."""
-    weight, bits = contents.scheme.weight, contents.scheme.weight.bits
-    if network_of(contents)[1].experts and (bits not in (4, 8) or (bits == 8 and not weight.symmetric)):
-        kind = "" if weight.symmetric else "asymmetric "
-        return f"experts of {bits} {kind}bits: vLLM has kernels for 4 bits, and for 8 symmetric ones"
-    if library_packs(bits):
-        return None
-    return f"the compressed-tensors that is installed packs {bits}-bit weights another way; 0.20 reads what is written here"
+    experts = network_of(contents)[1].experts
+    for weight in (scheme.weight for scheme in contents.schemes):
+        bits = weight.bits
+        if experts and (bits not in (4, 8) or (bits == 8 and not weight.symmetric)):
+            kind = "" if weight.symmetric else "asymmetric "
+            return f"experts of {bits} {kind}bits: vLLM has kernels for 4 bits, and for 8 symmetric ones"
+        if not library_packs(bits):
+            return f"the compressed-tensors that is installed packs {bits}-bit weights another way; 0.20 reads what is written"
+    return None
 
 
 def reload(out: Path, dtype: Dtype) -> tuple[Any, str]:
@@ -90,10 +103,11 @@ def without_kernel(scheme: Scheme) -> str | None:
     return None
 
 
-def declares_activations(scheme: Scheme) -> bool:
-    """Whether stock engines quantise the activations themselves: 4-bit floats, and symmetric W8A8 with one scale per
-    channel."""
-    return scheme.engines_round_activations
+def declares_activations(*schemes: Scheme) -> bool:
+    """Whether stock engines quantise the activations themselves, of all linears that have some: 4-bit floats, and symmetric
+    W8A8 with one scale per channel."""
+    rounded = [scheme.engines_round_activations for scheme in schemes if scheme.activation is not None]
+    return bool(rounded) and all(rounded)
 
 
 def write(contents: Contents, out: Path, *, shard_bytes: int = SHARD_BYTES) -> list[Path]:
@@ -122,7 +136,7 @@ def write_packed(
     """
     clips: dict[str, float] = {}
     online: dict[str, dict[str, list[int]]] = {}
-    whole = declares_activations(contents.scheme) if whole is None else whole
+    whole = declares_activations(*contents.schemes) if whole is None else whole
 
     def stages():
         for stage in contents.stages():
@@ -155,26 +169,44 @@ def quantization_config(
 ) -> dict[str, Any]:
     """What stands in `config.json`: the part for stock engines, and ours under `affinequant`. `declared`: with the
     activations (default: where engines have a kernel for them)."""
-    scheme = contents.scheme
-    declared = declares_activations(scheme) if declared is None else declared
-    activation, form = scheme.activation, "int-quantized" if declared else "pack-quantized"
-    if scheme.weight.kind == "int":
-        group = {
-            "targets": ["Linear"],
-            "weights": arguments(scheme.weight),
-            "input_activations": arguments(activation) if activation and declared else None,
-            "output_activations": None,
-        }
-    else:
-        form = float_packed.LAYOUT.format(scheme.weight.kind)
-        group = float_packed.arguments(scheme) | {"format": form}
+    declared = declares_activations(*contents.schemes) if declared is None else declared
+    linears = dict[Scheme, list[str]]()
+    for name in contents.linears if contents.others else ():
+        linears.setdefault(contents.numbers(name), []).append(name)
+    # By name, where there are several: some versions of vLLM ask for a fused layer's class before its parts.
+    parts = linears or {contents.scheme: ["Linear"]}
+    forms = {scheme: _form(scheme, declared=declared) for scheme in parts}
+    several = len(parts) > 1
     return {
         "quant_method": "compressed-tensors",
-        "format": form,
+        "format": "mixed-precision" if len({*forms.values()}) > 1 else next(iter(forms.values())),
         "quantization_status": "compressed",
         "ignore": left_alone(contents),
-        "config_groups": {"group_0": group},
+        "config_groups": {
+            f"group_{index}": _group(scheme, targets, declared=declared)
+            | ({"format": forms[scheme]} if several else {})
+            for index, (scheme, targets) in enumerate(parts.items())
+        },
         "affinequant": our_config(contents, found),
+    }
+
+
+def _form(scheme: Scheme, *, declared: bool) -> str:
+    """What compressed-tensors calls the form in which the weights of a scheme are packed."""
+    if scheme.weight.kind != "int":
+        return float_packed.LAYOUT.format(scheme.weight.kind)
+    return "int-quantized" if declared and scheme.activation else "pack-quantized"
+
+
+def _group(scheme: Scheme, targets: list[str], *, declared: bool) -> dict[str, Any]:
+    """The numbers of some linears as compressed-tensors declares them."""
+    if scheme.weight.kind != "int":
+        return float_packed.arguments(scheme) | {"targets": targets, "format": _form(scheme, declared=declared)}
+    return {
+        "targets": targets,
+        "weights": arguments(scheme.weight),
+        "input_activations": arguments(scheme.activation) if scheme.activation and declared else None,
+        "output_activations": None,
     }
 
 
@@ -183,19 +215,31 @@ def our_config(contents: Contents, found: Mapping[str, Any]) -> dict[str, Any]:
 
     Per linear, `input_clip` is the ratio by which the range of its input is narrowed, and `online` has the shapes of what
     acts on that input at run time, part by part. `kv` are the numbers of a quantised cache; `qk` among the `placements`
-    says whether queries and keys are rotated after RoPE. `experts`, where there are any, is how many a layer has.
+    says whether queries and keys are rotated after RoPE. `experts`, where there are any, is how many a layer has. `linears`
+    names the schemes of those whose numbers are others, and `schemes` has these.
     """
     experts = network_of(contents)[1].experts
-    activation, kv = contents.scheme.activation, contents.scheme.kv
+    kv, others = contents.scheme.kv, contents.others
+    mixed = {
+        "linears": {name: scheme.name for name, scheme in others.items()},
+        "schemes": {scheme.name: _numbers(scheme) for scheme in others.values()},
+    }
     return dict(contents.extra) | {
-        "version": VERSION,
+        "version": MIXED if others else VERSION,
         "written_by": f"affinequant {__version__}",
         "scheme": contents.scheme.name,
-        "weight": contents.scheme.weight.stored(),
-        "activation": activation.stored() if activation else None,
+        **_numbers(contents.scheme),
         "kv": kv.stored() if kv else None,
         **({"experts": experts} if experts else {}),
+        **(mixed if others else {}),
         **found,
+    }
+
+
+def _numbers(scheme: Scheme) -> dict[str, Any]:
+    return {
+        "weight": scheme.weight.stored(),
+        "activation": scheme.activation.stored() if scheme.activation else None,
     }
 
 
@@ -212,9 +256,7 @@ def arguments(number: NumberFormat) -> dict[str, Any]:
 
 
 def _clips(stage: Mapping[str, Tensor], contents: Contents) -> dict[str, float]:
-    if contents.scheme.activation is None:
-        return {}
-    names = [name for name in contents.linears if f"{name}.codes" in stage]
+    names = [name for name in contents.linears if f"{name}.codes" in stage and contents.numbers(name).activation]
     return {name: float(stage[f"{name}.input_clip"]) for name in names}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,11 @@ WEIGHT_ONLY = True
 def supports(scheme: Scheme, placements: Mapping[str, Placement], *, clipped: bool = False) -> str | None:
     """None, or why this cannot be written: a plain linear has no place for a transform at run time."""
     return online_reason(placements, "a plain linear cannot do")
+
+
+def mixes(schemes: Sequence[Scheme]) -> str | None:
+    """None: each linear's numbers are its own."""
+    return None
 
 
 def lacks(family: Family) -> str | None:
@@ -85,8 +90,8 @@ def dense_stage(stage: Mapping[str, Tensor], contents: Contents) -> tuple[dict[s
     from affinequant.numbers.weights import dequantize
 
     rest, integers = split_stage(stage, contents)
-    values, grid = {}, grid_of(contents.scheme.weight)
+    values = {}
     for name, (codes, scale, zero) in integers.items():
         zeros = torch.zeros_like(scale) if zero is None else zero.to(scale)
-        values[f"{name}.weight"] = dequantize(codes, scale, zeros, grid)
+        values[f"{name}.weight"] = dequantize(codes, scale, zeros, grid_of(contents.numbers(name).weight))
     return rest, values

@@ -5,7 +5,7 @@ vLLM reads both, and has kernels for them on GPUs; its CPU builds refuse to star
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +41,10 @@ class Float4:
         if scheme.weight.kind != "int":
             return f"it rounds integers, and {scheme.name} has 4-bit floats; --format compressed-tensors writes those as they are"
         return online_reason(placements, "stock engines cannot do")
+
+    def mixes(self, schemes: Sequence[Scheme]) -> str | None:
+        """None: all are rounded to the same floats."""
+        return None
 
     def lacks(self, family: Family) -> str | None:
         """None, or that there are experts, where there is a scale per matrix."""

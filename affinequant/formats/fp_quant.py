@@ -12,7 +12,7 @@ where ours, in powers of two alone, end between 3.5 and 7.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,6 +64,11 @@ def supports(scheme: Scheme, placements: Mapping[str, Placement], *, clipped: bo
     if scheme.activation is None:
         return f"its kernels round activations, which {scheme.name} leaves in 16 bits"
     return shared_matrices.clipped_reason(scheme) if clipped else None
+
+
+def mixes(schemes: Sequence[Scheme]) -> str | None:
+    """Why not: one scheme for all."""
+    return "it is for one scheme alone"
 
 
 def lacks(family: Family) -> str | None:

@@ -7,7 +7,7 @@ block anew, and lose the integers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,6 +75,11 @@ def supports(scheme: Scheme, placements: Mapping[str, Placement], *, clipped: bo
         return "GGUF has no 8-bit type with zero points"
     group = scheme.weight.group_size
     return f"groups of {group} weights; blocks are of {BLOCK}" if group and group % BLOCK else None
+
+
+def mixes(schemes: Sequence[Scheme]) -> str | None:
+    """None: each linear's numbers are its own."""
+    return None
 
 
 def lacks(family: Family) -> str | None:
@@ -223,7 +228,7 @@ def _write_stage(writer: Any, stage: Mapping[str, Tensor], contents: Contents, f
     for name, (codes, scale, zero) in integers.items():
         parts = [part if part is None else for_rope(part, name, architecture, dims) for part in (codes, scale, zero)]
         assert parts[0] is not None and parts[1] is not None
-        add(f"{name}.weight", *blocks(parts[0], parts[1], parts[2], contents.scheme.weight, name))
+        add(f"{name}.weight", *blocks(parts[0], parts[1], parts[2], contents.numbers(name).weight, name))
     for name, tensor in rest.items():
         if _is_buffer(name):
             continue

@@ -7,7 +7,7 @@ the first in the lowest bits; `P.qzeros` int32 [G, N/f], packed along N, each ze
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +39,11 @@ def supports(scheme: Scheme, placements: Mapping[str, Placement], *, clipped: bo
             f"{scheme.weight.bits}-bit weights, for which few GPTQ engines have a kernel; compressed-tensors holds them"
         )
     return floats_reason(scheme) or online_reason(placements, "no GPTQ engine does")
+
+
+def mixes(schemes: Sequence[Scheme]) -> str | None:
+    """Why not: one scheme for all."""
+    return "this layout has one set of numbers for all linears that all its engines read"
 
 
 def lacks(family: Family) -> str | None:

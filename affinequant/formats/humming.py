@@ -8,7 +8,7 @@ token, or each group of one, symmetrically over its full range, as our runtime d
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,11 @@ def supports(scheme: Scheme, placements: Mapping[str, Placement], *, clipped: bo
     if clipped:
         return "Humming rounds activations over their full range, without clipping"
     return None
+
+
+def mixes(schemes: Sequence[Scheme]) -> str | None:
+    """Why not: one scheme for all."""
+    return "it is for one scheme alone: 4-bit weights and activations"
 
 
 def lacks(family: Family) -> str | None:

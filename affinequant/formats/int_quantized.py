@@ -6,7 +6,7 @@ for W4A8 on CPUs only, and its GPU builds fail at start-up or fall back (llm-com
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -40,6 +40,11 @@ def supports(scheme: Scheme, placements: Mapping[str, Placement], *, clipped: bo
         return "engines run W8A8 with one scale per output channel, not in groups"
     if clipped:
         return f"stock engines quantise the activations of {scheme.name} over their full range, without clipping"
+    return None
+
+
+def mixes(schemes: Sequence[Scheme]) -> str | None:
+    """None: each linear's numbers are its own."""
     return None
 
 

@@ -21,16 +21,17 @@ def pack_stage(stage: Mapping[str, Tensor], contents: Contents, *, whole: bool) 
     """One stage under the names and in the layout of compressed-tensors; other tensors pass through."""
     import torch
 
-    weight, dtype = contents.scheme.weight, getattr(torch, contents.dtype)
+    dtype = getattr(torch, contents.dtype)
     packed, integers = split_stage(stage, contents)
     for name, (codes, scale, zero) in integers.items():
+        weight = contents.numbers(name).weight
         if weight.kind != "int":
             packed |= pack_floats(stage, name, weight)
             continue
         assert weight.code_min <= int(codes.min()) and int(codes.max()) <= weight.code_max, name
         assert torch.equal(scale.to(dtype).float(), scale), f"{name}.scale is not exact in {dtype}"
         packed[f"{name}.weight_scale"] = scale.to(dtype)
-        if whole:
+        if whole and contents.numbers(name).activation is not None:
             packed[f"{name}.weight"] = codes
             continue
         packed[f"{name}.weight_packed"] = pack(codes, weight.bits)

@@ -8,7 +8,7 @@ not have the name under which it looks for weights, and it stops.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,11 @@ reload = None  # nobody else reads it
 def supports(scheme: Scheme, placements: Mapping[str, Placement], *, clipped: bool = False) -> str | None:
     """None, or why this cannot be written."""
     return without_kernel(scheme)
+
+
+def mixes(schemes: Sequence[Scheme]) -> str | None:
+    """None: each linear's numbers are its own."""
+    return None
 
 
 def lacks(family: Family) -> str | None:

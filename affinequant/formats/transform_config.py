@@ -17,7 +17,7 @@ weights, and it stops.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,6 +76,11 @@ def supports(scheme: Scheme, placements: Mapping[str, Placement], *, clipped: bo
     if online_reason(placements, "") is None:
         return "nothing acts at run time; --format compressed-tensors holds it"
     return shared_matrices.clipped_reason(scheme) if clipped and scheme.activation else None
+
+
+def mixes(schemes: Sequence[Scheme]) -> str | None:
+    """Why not: one scheme for all."""
+    return "it is for one scheme alone"
 
 
 def lacks(family: Family) -> str | None:

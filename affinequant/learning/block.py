@@ -181,8 +181,9 @@ def _seen(
     work: Work, objective: BlockObjective, made: _Made, seen: Mapping[str, Seen] | None, bands: Bands | None
 ) -> dict[str, Any]:
     """What quantised activations lost, and of a block that is pictured all that there is to see."""
-    job, sqnr = objective.job, made.noise.sqnr() if objective.job.activation_grid else {}
-    report: dict[str, Any] = {"inputs": {site: {"sqnr": value} for site, value in sqnr.items()}}
+    job, sqnr = objective.job, made.noise.sqnr()
+    rounded = {site: value for site, value in sqnr.items() if job.activation_grid(site)}
+    report: dict[str, Any] = {"inputs": {site: {"sqnr": value} for site, value in rounded.items()}}
     if seen is None:
         return report
     prefix = f"{job.family.blocks}.{job.index}."

@@ -31,26 +31,27 @@ class Continuous(nn.Module):
         self.unscaled: Tensors = {}
         prefix = f"{family.blocks}.{job.index}."
         self.stored = {name.removeprefix(prefix): tensor for name, tensor in stored.items()}
-        self.linears = [linear.name for linear in family.linears]
+        self.groups = dict(family.input_groups())
+        read = {member: site for site, members in self.groups.items() for member in members}
+        self.linears = {linear.name: job.weight_grid(read[linear.name]) for linear in family.linears}
         parts = {f"{name}.{part}" for name in self.linears for part in STORED}
         norms = {edge.module for site in job.sites.values() for edge in site.sources if edge.side == "gain"}
         self.gains = [f"{norm}.weight" for norm in sorted(norms)]
         self.online = {
             site: {part: self._here(self.stored[name]) for part, name in parts_of(self.stored, members[0]).items()}
-            for site, members in family.input_groups()
+            for site, members in self.groups.items()
         }
         parts |= {name for linear in self.linears for name in parts_of(self.stored, linear).values()}
         rotation = parts_of(self.stored, family.attention)
         self.on_attention = job.cached_heads({part: self._here(self.stored[name]) for part, name in rotation.items()})
         parts |= set(rotation.values())
         self.rest = [name for name in self.stored if name not in parts and name not in self.gains]
-        self.groups = dict(family.input_groups())
         units = {site: self.stored.get(f"{members[0]}.input_unit") for site, members in self.groups.items()}
         self.job = replace(job, units={site: float(unit) for site, unit in units.items() if unit is not None})
         shapes = {f"{name}.scale": self.stored[f"{name}.scale"].shape for name in self.linears}
         shapes |= {name: self.stored[name].shape for name in self.gains}
-        if job.scheme.activation is not None and job.recipe.activation_clip != "none":
-            shapes |= {site: torch.Size(()) for site in self.groups}
+        clipped = (site for site in self.groups if job.activation_grid(site) and job.clipping(site) != "none")
+        shapes |= {site: torch.Size(()) for site in clipped}
         device = job.decoder.device
         self.names = list(shapes)
         self.logs = nn.ParameterList(nn.Parameter(torch.zeros(shape, device=device)) for shape in shapes.values())
@@ -61,10 +62,10 @@ class Continuous(nn.Module):
         A scale per row never meets its weight: the product with what codes stand for is scaled, which spares every step
         the making of the weight and a product for its gradient. Scales per group are in the weights.
         """
-        grid, stored = self.job.weight_grid, self.stored
+        stored = self.stored
         tensors = {name: self._here(stored[name]) for name in self.rest} | self._gains()
         factors = {}
-        for name in self.linears:
+        for name, grid in self.linears.items():
             scale = self._scale(name)
             if grid.fmt.granularity == "channel":
                 tensors[f"{name}.weight"], factors[name] = self._unscaled(name), scale.squeeze(1)
@@ -81,7 +82,7 @@ class Continuous(nn.Module):
 
     def on_input(self, site: str, x: Tensor) -> Tensor:
         """Transform and round what a site's linears read."""
-        clip = None if self.job.activation_grid is None else self._clip(site)
+        clip = None if self.job.activation_grid(site) is None else self._clip(site)
         return self.job.site_input(site, acting(self.online[site]), clip)(x)
 
     def forward(self, x: Float[Tensor, "batch tokens hidden"]) -> Float[Tensor, "batch tokens hidden"]:
@@ -96,8 +97,8 @@ class Continuous(nn.Module):
         result = {prefix + name: gain.to(self.stored[name].dtype) for name, gain in self._gains().items()}
         for name in self.linears:
             result[f"{prefix}{name}.scale"] = self._scale(name)
-        if self.job.scheme.activation is not None:
-            for site, members in self.groups.items():
+        for site, members in self.groups.items():
+            if self.job.activation_grid(site) is not None:
                 result |= {f"{prefix}{member}.input_clip": self._clip(site).clone() for member in members}
         return {name: tensor.detach() for name, tensor in result.items()}
 
@@ -110,7 +111,7 @@ class Continuous(nn.Module):
         if linear in self.unscaled:
             return self.unscaled[linear]
         codes = self._here(self.stored[f"{linear}.codes"]).to(self.job.decoder.dtype)
-        values = self.job.weight_grid.value(codes, codes.new_ones(()), self._zero(linear).to(codes), out=codes)
+        values = self.linears[linear].value(codes, codes.new_ones(()), self._zero(linear).to(codes), out=codes)
         if self.keeps:
             self.unscaled[linear] = values
         return values
@@ -125,7 +126,7 @@ class Continuous(nn.Module):
     def _scale(self, linear: str) -> Tensor:
         start = self._here(self.stored[f"{linear}.scale"])
         unit = self.stored.get(f"{linear}.weight_unit")
-        grid = in_units(self.job.weight_grid, None if unit is None else float(unit))
+        grid = in_units(self.linears[linear], None if unit is None else float(unit))
         return grid.kept(start * self._log(f"{linear}.scale").exp(), self.job.store)
 
     def _gains(self) -> Tensors:

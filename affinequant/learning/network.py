@@ -37,12 +37,15 @@ def block_job(
 ) -> BlockJob:
     """What is fixed while block `index` of this plan is worked on. `kwargs`: what each block is called with."""
     family = made.family.at(made.dims, index)
+    first = {site: f"{family.blocks}.{index}.{members[0]}" for site, members in family.input_groups()}
+    numbers = {site: made.schemes[name] for site, name in first.items()}
     return BlockJob(
         decoder=decoder,
         index=index,
         sites={site.name: site for site in resolve_sites(family, made.dims, made.recipe.tp)},
         recipe=made.recipe,
         scheme=made.recipe.parsed_scheme,
+        others={site: one for site, one in numbers.items() if one is not None and one != made.recipe.parsed_scheme},
         kwargs=kwargs[index],
         store=store_dtype(made),
         scratch=scratch,

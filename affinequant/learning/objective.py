@@ -35,17 +35,21 @@ class BlockObjective:
         for parameter in (p for site in untrained for module in self.modules(site) for p in module.parameters()):
             parameter.requires_grad_(False)
         self.on_attention = job.cached_heads(self.after_rope())
-        family, fmt = job.family, job.scheme.weight
-        self.linears = [linear.name for linear in family.linears]
+        family = job.family
+        read = {member: site for site, members in family.input_groups() for member in members}
+        self.linears = {linear.name: job.weight_grid(read[linear.name]) for linear in family.linears}
         self.ranges: dict[str, LearnedRange] = {}
         if "learn" in job.recipe.weight_clip:
-            for name in self.linears:
+            for name, grid in self.linears.items():
                 rows, columns = tensors[f"{name}.weight"].shape
-                self.ranges[name] = LearnedRange(rows, fmt.groups(columns)).to(job.decoder.device)
-        learn_inputs = "learn" in job.recipe.activation_clip
-        start = torch.tensor(CLIP_START if learn_inputs else float("inf"), device=job.decoder.device)
-        self.clips = {site: nn.Parameter(start.clone(), learn_inputs) for site, _ in family.input_groups()}
+                self.ranges[name] = LearnedRange(rows, grid.fmt.groups(columns)).to(job.decoder.device)
+        self.clips = {site: self._clip(site) for site, _ in family.input_groups()}
         self.fraction = -1.0
+
+    def _clip(self, site: str) -> nn.Parameter:
+        learned = "learn" in self.job.clipping(site)
+        start = CLIP_START if learned else float("inf")
+        return nn.Parameter(torch.tensor(start, device=self.job.decoder.device), learned)
 
     def groups(self) -> Sequence[Group]:
         """Transforms at one rate, clipping at another."""
@@ -93,8 +97,8 @@ class BlockObjective:
 
     def quantized(self) -> Tensors:
         """The block's tensors folded, with rounded weights."""
-        tensors, grid = self.folded(), self.job.weight_grid
-        for name in self.linears:
+        tensors = self.folded()
+        for name, grid in self.linears.items():
             weight = tensors[f"{name}.weight"]
             low, high = self.ranges.get(name, weight_range)(weight, grid)
             tensors[f"{name}.weight"] = fake_quantize(weight, low, high, grid, self.job.store)

@@ -91,7 +91,6 @@ class RoundedInputs(nn.Module):
         return from_blocks(to_blocks(turned, len(blocks), copies) @ blocks.mT, x, copies)
 
     def _round(self, name: str, x: Tensor) -> Tensor:
-        assert self.job.activation_grid is not None
         return self.job.site_input(name).rounded(x, through=True)
 
 

@@ -134,11 +134,12 @@ def _measure(job: BlockJob, tensors: Tensors, name: str, at: str, seen: Seen) ->
             for transform in built.values():
                 copies = site.sinks[0].copies
                 x, w = transform.on_activations(x, copies), transform.on_weights(w, copies)
-    v = fake_quantize(w, *weight_range(w, job.weight_grid), job.weight_grid, job.store)
+    grid = job.weight_grid(at)
+    v = fake_quantize(w, *weight_range(w, grid), grid, job.store)
     best = min((output_error(rounded @ v.mT, y) for rounded in _rounded(job, at, x)), key=lambda one: one.error)
     return Option(name=name, flops=flops_of(name, site), off=best)
 
 
 def _rounded(job: BlockJob, at: str, x: Tensor) -> list[Tensor]:
-    clips = job.activation_grid is not None and job.recipe.activation_clip != "none"
+    clips = job.activation_grid(at) is not None and job.clipping(at) != "none"
     return [job.site_input(at, clip=ratio).rounded(x) for ratio in (CLIPS if clips else CLIPS[:1])]

@@ -59,7 +59,7 @@ def sensitivities(
         streams = [job.run_all(tensors, stream) for stream in streams]
         for site, linears in _groups(job).items():
             rounding = functools.partial(_round_input, job, site)
-            streams.append(job.run_all(_rounded(job, tensors, linears), clean, rounding))
+            streams.append(job.run_all(_rounded(job, tensors, site), clean, rounding))
             weights = sum(tensors[f"{linear}.weight"].numel() for linear in linears)
             found.append(Sensitivity(block=index, site=site, linears=linears, weights=weights, kl=0.0))
         clean = job.run_all(tensors, clean)
@@ -81,10 +81,11 @@ def _round_input(job: BlockJob, site: str, name: str, x: Tensor) -> Tensor:
     return job.site_input(name)(x) if named(name) == site else x
 
 
-def _rounded(job: BlockJob, tensors: Tensors, linears: tuple[str, ...]) -> dict[str, Float[Tensor, "rows columns"]]:
+def _rounded(job: BlockJob, tensors: Tensors, site: str) -> dict[str, Float[Tensor, "rows columns"]]:
     rounded = dict(tensors)
-    for linear in linears:
-        weight = tensors[f"{linear}.weight"].float()
-        low, high = weight_range(weight, job.weight_grid)
-        rounded[f"{linear}.weight"] = fake_quantize(weight, low, high, job.weight_grid, job.store)
+    for name, linears in job.family.input_groups():
+        grid = job.weight_grid(name)
+        for linear in linears if named(name) == site else ():
+            weight = tensors[f"{linear}.weight"].float()
+            rounded[f"{linear}.weight"] = fake_quantize(weight, *weight_range(weight, grid), grid, job.store)
     return rounded

@@ -1,38 +1,42 @@
 """What is asked for: one frozen dataclass from which flags, TOML keys, help and the fingerprint are all made."""
 
 import os
-import tomllib
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, get_type_hints
 
 from affinequant.errors import AffineQuantError, unknown_name
 from affinequant.recipe.presets import ALIASES, PRESETS, Preset, find_preset
-from affinequant.recipe.scheme import Scheme
+from affinequant.recipe.scheme import Scheme, for_linears
 from affinequant.recipe.sizes import parse_bytes as parse_bytes
 from affinequant.recipe.tables import TABLES, Distill, Divergence, Rotation, flat, option, with_flat_names
 from affinequant.recipe.values import EXPORTS as EXPORTS
-from affinequant.recipe.values import check_type, flag, key, toml
-
-Tier = Literal["merged", "online"]
-Rounding = Literal["nearest", "gptq", "gptaq", "auto"]
-Clip = Literal["none", "search", "learn", "learn+search"]
-Loss = Literal["mse", "relative"]
-Propagate = Literal["quantized", "full"]
-Device = Literal["auto", "cpu", "cuda"]
-Dtype = Literal["auto", "float32", "bfloat16"]
-Offload = Literal["auto", "cpu", "disk"]
-Format = Literal["auto", "compressed-tensors", "affinequant", "dense"]
-Schedule = Literal["constant", "cosine"]
-Start = Literal["closed-form", "hadamard"]
+from affinequant.recipe.values import (
+    Clip,
+    Device,
+    Dtype,
+    Format,
+    Loss,
+    Offload,
+    Propagate,
+    Rounding,
+    Schedule,
+    Start,
+    Tier,
+    check_type,
+    flag,
+    key,
+    read_toml,
+    toml,
+)
 
 AUTO = "auto"
 """In the place of a transform's name: each block takes what errs least on held-out tokens. In the place of them all: at
 every site where linears read quantised inputs."""
 EVERY, CHOICE_SITES = "*", ("attn_in", "vo", "mlp_in", "mlp_mid")
 """All sites that can choose, until the model says which; and those of most models, where presets have other transforms."""
-PATTERNS = ("keep",)
+PATTERNS = ("keep", "set")
 """Fields that are patterns of linears' names: what a file and a flag give is taken together."""
 NAMES = {"model": ("demo",), "data": ("wikitext2", "c4", "demo")}
 """Fields that may name files, and the names that are looked up before any file."""
@@ -62,6 +66,12 @@ class Recipe:
         (),
         "what",
         "linears whose full names match stay in 16 bits: a glob, such as '*.down_proj' or 'model.layers.0.*'",
+    )
+    set: dict[str, str] = option(
+        MISSING,
+        "what",
+        "linears whose full names match get another scheme, such as '*.down_proj=w8a8'; of several patterns the last",
+        factory=dict,
     )
     keep_tokens: int = option(
         0, "what", "of a quantised KV cache keep the latest tokens, as many as this, and the first 4 in 16 bits"
@@ -122,6 +132,7 @@ class Recipe:
             check_type(name, getattr(self, name), hint)
         object.__setattr__(self, "keep", tuple(self.keep))
         _ = self.parsed_scheme
+        object.__setattr__(self, "set", {pattern: for_linears(text).name for pattern, text in self.set.items()})
         find_preset(self.preset)
         object.__setattr__(self, "preset", ALIASES.get(self.preset, self.preset))
         for name in NAMES:  # so that the resolved recipe means the same files wherever it is read
@@ -146,6 +157,16 @@ class Recipe:
     def parsed_scheme(self) -> Scheme:
         """The scheme as numbers."""
         return Scheme.parse(self.scheme).keeping(self.keep_tokens)
+
+    @property
+    def schemes(self) -> tuple[Scheme, ...]:
+        """The scheme, and those that patterns set."""
+        return self.parsed_scheme, *dict.fromkeys(map(Scheme.parse, self.set.values()))
+
+    def clipping(self, scheme: Scheme) -> Clip:
+        """How ranges of activations of that scheme are narrowed. Where linears differ, not those that engines round
+        themselves: what is asked for is meant for the others."""
+        return "none" if self.set and scheme.unclipped else self.activation_clip
 
     def output_folder(self) -> Path:
         """Where the checkpoint goes: `out`, or a folder here named after the model and the scheme."""
@@ -190,21 +211,12 @@ class Recipe:
             overrides = overrides | {"transforms": values.get("transforms", {}) | overrides["transforms"]}
         if "keep" in overrides and isinstance(values.get("keep", []), list):
             overrides = overrides | {"keep": [*values.get("keep", []), *overrides["keep"]]}
+        if "set" in overrides and isinstance(values.get("set", {}), dict):
+            before = {
+                pattern: scheme for pattern, scheme in values.get("set", {}).items() if pattern not in overrides["set"]
+            }
+            overrides = overrides | {"set": before | overrides["set"]}
         return resolve(values | overrides, where=str(path))
-
-
-def read_toml(path: str | Path, flag: str, wanted: str) -> dict[str, Any]:
-    """The tables of a file that `flag` names; `wanted` says what to give where there is none.
-
-    Raises:
-        AffineQuantError: it cannot be read, or is not TOML.
-    """
-    try:
-        return tomllib.loads(Path(path).read_text())
-    except OSError as problem:
-        raise AffineQuantError(f"cannot read {path}: {problem.strerror}", flag, wanted) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
-        raise AffineQuantError(f"{path} is not TOML: {problem}", flag, "correct that line") from None
 
 
 def options() -> dict[str, tuple["Field[Any]", Any]]:
@@ -245,8 +257,9 @@ def resolve(values: Mapping[str, Any], *, where: str = "quantize()") -> Recipe:
     chosen = {**merged.get("transforms", {}), **given}
     kept = {site: name for site, name in chosen.items() if name != "none" or EVERY in chosen}
     merged |= {"tier": tier, **values, "transforms": kept}
-    # Stock engines quantise the activations of W8A8 themselves, over the full range.
-    if (scheme.activation is None or scheme.engines_round_activations) and "activation_clip" not in values:
+    check_type("set", values.get("set", {}), dict[str, str])
+    every = (scheme, *map(for_linears, values.get("set", {}).values()))
+    if all(one.unclipped for one in every) and "activation_clip" not in values:
         merged["activation_clip"] = "none"
     return replace(Recipe(**merged), scheme=scheme.name)
 

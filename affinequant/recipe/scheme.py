@@ -130,6 +130,11 @@ class Scheme:
             and weight.granularity == "channel"
         )
 
+    @property
+    def unclipped(self) -> bool:
+        """Whether no activations are rounded, or stock engines round them, which do so over the full range."""
+        return self.activation is None or self.engines_round_activations
+
     def bits_per_weight(self, width: int, scale_bits: int = 16) -> float:
         """Stored bits per weight of a row of `width` inputs: codes, scales (of floats 8 bits each) and zero points."""
         overhead = (scale_bits if self.weight.kind == "int" else 8) + (0 if self.weight.symmetric else self.weight.bits)
@@ -168,6 +173,23 @@ KEPT_FIRST = 4
 token like any other, on some of those after it."""
 GOING_BACK = 32
 """Tokens in 16 bits beyond the latest, so that a cache can take back as many, as speculative decoding does."""
+
+
+def for_linears(text: str) -> Scheme:
+    """The scheme that `--set` names for some linears.
+
+    Raises:
+        AffineQuantError: unknown, or with a part for the KV cache.
+    """
+    try:
+        scheme = Scheme.parse(text)
+    except AffineQuantError as problem:
+        raise AffineQuantError(problem.what, "--set", problem.fix) from None
+    if scheme.kv is not None:
+        what = f"{text} has a part for the KV cache, which is one for all linears"
+        raise AffineQuantError(what, "--set", f"leave kv{scheme.kv.bits} out, or use it in --scheme")
+    return scheme
+
 
 _NAME = r"w(\d+)a(\d+)(?:kv(\d+))?(?:-g(\d+))?(?:-ag(\d+))?(?:-(sym|asym))?"
 

@@ -1,9 +1,23 @@
-"""One value of a recipe: whether its option takes it, how its flag is called, and how TOML has it."""
+"""The values of a recipe: what kinds there are, whether an option takes one, how its flag is called, and how TOML has it."""
 
 import json
+import tomllib
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from affinequant.errors import AffineQuantError, unknown_name
+
+Tier = Literal["merged", "online"]
+Rounding = Literal["nearest", "gptq", "gptaq", "auto"]
+Clip = Literal["none", "search", "learn", "learn+search"]
+Loss = Literal["mse", "relative"]
+Propagate = Literal["quantized", "full"]
+Device = Literal["auto", "cpu", "cuda"]
+Dtype = Literal["auto", "float32", "bfloat16"]
+Offload = Literal["auto", "cpu", "disk"]
+Format = Literal["auto", "compressed-tensors", "affinequant", "dense"]
+Schedule = Literal["constant", "cosine"]
+Start = Literal["closed-form", "hadamard"]
 
 EXPORTS = ("int-quantized", "humming", "gptq", "gguf", "nvfp4", "mxfp4", "transform-config", "fp_quant")
 """Formats that are made from a finished folder."""
@@ -57,3 +71,17 @@ def toml(value: Any) -> str:
 def key(name: str) -> str:
     """A key as TOML writes it: quoted where it is no plain word."""
     return name if name.replace("_", "").replace("-", "").isalnum() and name.isascii() else toml(name)
+
+
+def read_toml(path: str | Path, flag: str, wanted: str) -> dict[str, Any]:
+    """The tables of a file that `flag` names; `wanted` says what to give where there is none.
+
+    Raises:
+        AffineQuantError: it cannot be read, or is not TOML.
+    """
+    try:
+        return tomllib.loads(Path(path).read_text())
+    except OSError as problem:
+        raise AffineQuantError(f"cannot read {path}: {problem.strerror}", flag, wanted) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
+        raise AffineQuantError(f"{path} is not TOML: {problem}", flag, "correct that line") from None

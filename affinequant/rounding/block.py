@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from affinequant.models.attention import OnAttention
 from affinequant.models.decoder import spread
 from affinequant.models.sites import in_expert
-from affinequant.numbers import in_units, unit_for
+from affinequant.numbers import Grid, in_units, unit_for
 from affinequant.numbers.weights import LearnedRange, dequantize, to_integers, weight_range
 from affinequant.rounding.gptq import GPTQFailure, search_activation_clip, search_weight_range
 from affinequant.rounding.job import BlockJob
@@ -102,14 +102,14 @@ def round_block(
     roundings: dict[str, Mapping[str, Any]] = {}
     figures: dict[str, dict[str, float]] = {}
     events: list[str] = []
-    counts = job.scheme.activation is not None and job.scheme.activation.has_unit
     for site, expert, members in job.family.by_expert():
-        inner = in_expert(site)
+        inner, numbers, grid = in_expert(site), job.numbers(site), job.weight_grid(site)
+        counts = numbers.activation is not None and numbers.activation.has_unit
         if site not in clips and not inner:
             if counts or _needs_hessian(job) or "search" in job.recipe.activation_clip:
                 passing.reach(site, work, clips)
             if counts:
-                units[site] = _activation_unit(job, passing.values())
+                units[site] = _activation_unit(job, site, passing.values())
             clips[site] = _activation_clip(job, work, passing, site, groups[site], learned)
             if beside is not None:
                 beside.reach(site, real, {})
@@ -121,23 +121,23 @@ def round_block(
         starved += members if scarce else ()
         if inner:
             if counts:
-                units[site] = _activation_unit(job, values_of(passing, site, expert))
+                units[site] = _activation_unit(job, site, values_of(passing, site, expert))
             clips[site] = _activation_clip(job, work, passing, site, members, learned, expert, scarce=scarce)
         looks = _needs_hessian(job) and not scarce
         inputs = gather(job, passing, beside, site, clips[site], expert) if looks else None
         group = site if expert is None or inner else f"{site}.{expert}"
-        rows, unit, roundings[group] = _round_group(job, work, members, inputs, learned, events, plainly=scarce)
+        rows, unit, roundings[group] = _round_group(job, grid, work, members, inputs, learned, events, plainly=scarce)
         for member, (codes, scale, zero) in rows.items():
             weight = work[f"{member}.weight"]
-            value = dequantize(codes, scale, zero, job.weight_grid)
+            value = dequantize(codes, scale, zero, grid)
             figures[member] = {"sqnr": _decibel(weight, value), "clip": clips[site]}
             work[f"{member}.weight"] = value
             stored |= {f"{member}.codes": to_integers(codes), f"{member}.scale": scale}
-            if not job.scheme.weight.symmetric:
+            if not numbers.weight.symmetric:
                 stored[f"{member}.zero"] = to_integers(zero)
             if unit is not None:
                 stored[f"{member}.weight_unit"] = torch.tensor(unit)
-            if job.scheme.activation is not None:
+            if numbers.activation is not None:
                 stored[f"{member}.input_clip"] = torch.tensor(clips[site])
             if site in units:
                 stored[f"{member}.input_unit"] = torch.tensor(units[site])
@@ -176,9 +176,9 @@ def _activation_clip(
     *,
     scarce: bool = False,
 ) -> float:
-    if job.activation_grid is None or job.recipe.activation_clip == "none" or scarce:
+    if job.activation_grid(site) is None or job.clipping(site) == "none" or scarce:
         return 1.0
-    if job.recipe.activation_clip == "learn":
+    if job.clipping(site) == "learn":
         return float(learned.clips[site].detach().sigmoid())
     weight = torch.cat([work[f"{member}.weight"] for member in members])
     samples, tokens, _ = passing.x.shape
@@ -190,21 +190,29 @@ def _activation_clip(
     return search_activation_clip(torch.cat(seen), weight, job.site_input(site))
 
 
-def _activation_unit(job: BlockJob, values: Iterable[tuple[slice, Tensor]]) -> float:
+def _activation_unit(job: BlockJob, site: str, values: Iterable[tuple[slice, Tensor]]) -> float:
     """The unit of the activations at a site, from the largest of them."""
-    assert job.activation_grid is not None
+    grid = job.activation_grid(site)
+    assert grid is not None
     largest = [float(value.abs().amax()) for _, value in values if value.numel()]
-    unit = unit_for(job.activation_grid, torch.tensor(max(largest, default=0.0)))
+    unit = unit_for(grid, torch.tensor(max(largest, default=0.0)))
     assert unit is not None
     return unit
 
 
 def _grids(
-    job: BlockJob, work: Tensors, members: tuple[str, ...], inputs: Inputs | None, learned: Learned, *, plainly: bool
+    job: BlockJob,
+    grid: Grid,
+    work: Tensors,
+    members: tuple[str, ...],
+    inputs: Inputs | None,
+    learned: Learned,
+    *,
+    plainly: bool,
 ) -> tuple[Tensor, Tensor, float | None]:
     """(scale, zero, unit) of the linears that read one input, one below the other; engines fuse them, so that they share
     a unit."""
-    grid, pairs = job.weight_grid, []
+    pairs = []
     for member in members:
         weight = work[f"{member}.weight"]
         if plainly:
@@ -225,6 +233,7 @@ def _grids(
 
 def _round_group(
     job: BlockJob,
+    grid: Grid,
     work: Tensors,
     members: tuple[str, ...],
     inputs: Inputs | None,
@@ -235,8 +244,8 @@ def _round_group(
 ) -> tuple[dict[str, tuple[Tensor, Tensor, Tensor]], float | None, dict[str, Any]]:
     """Linear to (codes, scale, zero) for those that read one input, which are rounded together; the unit of their scales;
     and how: the name of the way, with `auto` the held-out error of each. `plainly`: to nearest, on full ranges."""
-    grid, damping, sweeps = job.weight_grid, job.recipe.damping, job.recipe.sweeps
-    scale, zero, unit = _grids(job, work, members, inputs, learned, plainly=plainly)
+    damping, sweeps = job.recipe.damping, job.recipe.sweeps
+    scale, zero, unit = _grids(job, grid, work, members, inputs, learned, plainly=plainly)
     whole = torch.cat([work[f"{member}.weight"] for member in members])
     errors: Mapping[str, float] = {}
     way = Way(

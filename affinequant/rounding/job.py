@@ -15,7 +15,7 @@ from affinequant.models.attention import OnAttention
 from affinequant.models.decoder import Decoder, OnInput, like_on_disk, run_block, slices
 from affinequant.models.sites import Site
 from affinequant.numbers import Grid, grid_of, in_units
-from affinequant.recipe.recipe import Recipe
+from affinequant.recipe.recipe import Clip, Recipe
 from affinequant.recipe.scheme import Scheme
 from affinequant.transforms.cached_heads import CachedHeads
 from affinequant.transforms.site_input import SiteInput
@@ -51,6 +51,8 @@ class BlockJob:
     """Judges what is learned after every epoch; None where the last epoch stands."""
     starts: Mapping[str, Tensor] = field(default_factory=dict)
     """By site, matrices that have been learned already: its transform starts from them."""
+    others: Mapping[str, Scheme] = field(default_factory=dict)
+    """By site, the numbers of what its linears read and of these, where they are not the scheme's."""
     units: Mapping[str, float] = field(default_factory=dict)
     """By site, the unit of its activations' scales where the format has one and it is known."""
 
@@ -59,15 +61,22 @@ class BlockJob:
         """What the block is made of."""
         return self.decoder.family.at(self.decoder.dims, self.index)
 
-    @property
-    def weight_grid(self) -> Grid:
-        """What weights are rounded to."""
-        return grid_of(self.scheme.weight)
+    def numbers(self, site: str) -> Scheme:
+        """The numbers of the linears that read `site`, and of what they read."""
+        return self.others.get(site, self.scheme)
 
-    @property
-    def activation_grid(self) -> Grid | None:
-        """What activations are rounded to; None where they stay as they are."""
-        return None if self.scheme.activation is None else grid_of(self.scheme.activation)
+    def weight_grid(self, site: str) -> Grid:
+        """What the weights of the linears that read `site` are rounded to."""
+        return grid_of(self.numbers(site).weight)
+
+    def activation_grid(self, site: str) -> Grid | None:
+        """What they read is rounded to; None where it stays as it is."""
+        activation = self.numbers(site).activation
+        return None if activation is None else grid_of(activation)
+
+    def clipping(self, site: str) -> Clip:
+        """How the range of what they read is narrowed."""
+        return self.recipe.clipping(self.numbers(site))
 
     def run(
         self,
@@ -110,7 +119,7 @@ class BlockJob:
     ) -> SiteInput:
         """What happens to what the linears of `site` read, where `online` acts there; without a `clip` nothing is
         rounded."""
-        grid = None if clip is None else self.activation_grid
+        grid = None if clip is None else self.activation_grid(site)
         if grid is not None and site in self.units:
             grid = in_units(grid, self.units[site])
         return SiteInput(online=online, grid=grid, clip=1.0 if clip is None else clip, slices=self.sites[site].slices)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from affinequant.data.wheels import quiet
 from affinequant.errors import AffineQuantError
-from affinequant.formats import check_readable
+from affinequant.formats import check_readable, numbers_of
 from affinequant.formats.linear_tensors import read_units, unpack_linear
 from affinequant.formats.reading import pretrained, skeleton
 from affinequant.models.device import check_device, compute_device, compute_dtype
@@ -186,20 +186,20 @@ def _quantized(
 
 def _linear(source: Source, name: str, module: nn.Linear, ours: Mapping[str, Any]) -> nn.Module:
     """One quantised linear: on integers where its input is quantised or transformed, else dequantised in place."""
-    weight, dtype = NumberFormat(**ours["weight"]), module.weight.dtype
+    numbers, dtype = numbers_of(ours, name), module.weight.dtype
+    weight, activation = numbers.weight, numbers.activation
     codes, scale, zero = unpack_linear(source, name, weight)
     _check_shape(codes, module.weight, name)
     bias = None if module.bias is None else _read(source, f"{name}.bias", like=module.bias).to(dtype)
     slices = ours.get("slices", {}).get(name, 1)
     online = _online_parts(source, name, module.in_features, slices)
-    if ours["activation"] is None and not online:
+    if activation is None and not online:
         zero = torch.zeros_like(scale) if zero is None else zero.float()
         value = dequantize(codes, scale, zero, grid_of(weight))
         module.weight = nn.Parameter(value.to(dtype), requires_grad=False)
         if bias is not None:
             module.bias = nn.Parameter(bias, requires_grad=False)
         return module
-    activation = NumberFormat(**ours["activation"]) if ours["activation"] else None
     if activation and name not in ours["input_clip"]:
         raise AffineQuantError(f"{name} has no entry in input_clip", str(source.folder / "config.json"), _AGAIN)
     clip = float(ours["input_clip"][name]) if activation else 1.0

@@ -27,12 +27,11 @@ from transformers.utils.hub import cached_file
 from transformers.utils.quantization_config import CompressedTensorsConfig, QuantizationConfigMixin
 
 from affinequant.errors import AffineQuantError
-from affinequant.formats import check_readable
+from affinequant.formats import check_readable, numbers_of, rounds_inputs
 from affinequant.formats.native import STEM
 from affinequant.models import resolve
 from affinequant.models.experts import split_experts
 from affinequant.models.source import Source, by_block, open_source, unquantized
-from affinequant.recipe.scheme import NumberFormat
 from affinequant.runtime.load import check_finite, keep_from_saving, pack_cache, read_linear, replace_linears
 from affinequant.transforms.online import stored_name
 
@@ -62,7 +61,7 @@ class StockOrOurs(CompressedTensorsConfig):
     def from_dict(cls, config_dict: Any, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """The config of ours where activations, the cache or experts are left to us, else that of compressed-tensors."""
         ours = config_dict.get("affinequant") or {}
-        mine = any(ours.get(key) for key in ("activation", "kv", "experts"))
+        mine = any(ours.get(key) for key in ("kv", "experts")) or rounds_inputs(ours)
         kind = AffineQuantConfig if mine else CompressedTensorsConfig
         return kind.from_dict(config_dict, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
@@ -111,9 +110,11 @@ class AffineQuantizer(HfQuantizer):
             raise AffineQuantError("no files of weights", "state_dict", "give from_pretrained the checkpoint's folder")
         declared = self.quantization_config.to_dict()
         self._source = _open(Path(checkpoint_files[0]), declared)
-        bits = NumberFormat(**declared["affinequant"]["weight"]).bits
+        ours = declared["affinequant"]
         split_experts(model, resolve(unquantized(self._source.config), where=str(self._source.folder))[0])
-        replace_linears(model, declared["ignore"], lambda name, linear: _Place(name, linear, bits))
+        replace_linears(
+            model, declared["ignore"], lambda name, linear: _Place(name, linear, numbers_of(ours, name).weight.bits)
+        )
         _check_rest(model, self._source)
         self._dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
         # transformers has no use for the tensors of these linears, nor for what acts on queries and keys beside an

@@ -20,7 +20,7 @@ from vllm.model_executor.parameter import (
 )
 
 from affinequant.formats.packing import unpack, words
-from affinequant.recipe.scheme import NumberFormat
+from affinequant.recipe.scheme import Scheme
 from affinequant.runtime.integer_linear import IntegerLinear
 from affinequant.transforms.online import check_online, in_order
 
@@ -28,11 +28,15 @@ from affinequant.transforms.online import check_online, in_order
 class Declared(Protocol):
     """What a checkpoint's config.json says, as its linears ask it."""
 
-    weight: NumberFormat
-    activation: NumberFormat | None
-    whole: bool
-    """Codes are stored as int8, as they are, instead of packed into words."""
     slices: dict[str, int]
+
+    def numbers(self, members: list[str]) -> Scheme:
+        """The numbers of linears that make up one layer."""
+        ...
+
+    def whole(self, scheme: Scheme) -> bool:
+        """Whether codes of these numbers are stored as int8, as they are, instead of packed into words."""
+        ...
 
     def members(self, prefix: str) -> list[str]:
         """The linears of the checkpoint that make up one of vLLM's."""
@@ -83,6 +87,8 @@ class AffineQuantLinear(LinearMethodBase):
     def __init__(self, config: Declared, prefix: str) -> None:
         self.config, self.prefix = config, prefix
         self.members = config.members(prefix)
+        self.scheme = config.numbers(self.members)
+        self.whole = config.whole(self.scheme)
 
     def create_weights(
         self,
@@ -100,7 +106,7 @@ class AffineQuantLinear(LinearMethodBase):
             ValueError: a size that cannot be loaded, or tensor parallelism that the checkpoint was not made for.
         """
         self.clip, online = self.config.clip(self.members), self.config.matrices(self.members)
-        rows, columns, fmt = sum(output_partition_sizes), input_size_per_partition, self.config.weight
+        rows, columns, fmt = sum(output_partition_sizes), input_size_per_partition, self.scheme.weight
         ranks = input_size // columns
         self.slices = self.slices_of(ranks, online)
         self.size, self.count = (rows, columns), len(output_partition_sizes)
@@ -117,7 +123,7 @@ class AffineQuantLinear(LinearMethodBase):
         scale = GroupQuantScaleParameter if fmt.granularity == "group" else ChannelQuantScaleParameter
         # vLLM's default dtype may be float16, which has no room for small scales.
         add("weight_scale", scale, torch.full((rows, groups), torch.nan, dtype=torch.float32), **by_rows)
-        if self.config.whole:
+        if self.whole:
             add("weight", ModelWeightParameter, torch.empty(rows, columns, dtype=torch.int8), output_dim=0, input_dim=1)
         else:
             data = torch.empty(rows, words(columns, fmt.bits), dtype=torch.int32)
@@ -144,7 +150,7 @@ class AffineQuantLinear(LinearMethodBase):
             ValueError: the checkpoint was not made for so many ranks.
         """
         slices = self.config.slices.get(self.members[0], 1)
-        if slices % ranks and (self.config.activation or online):
+        if slices % ranks and (self.scheme.activation or online):
             made = f"--tp {slices}" if slices > 1 else "no --tp"
             raise ValueError(
                 f"{self.prefix} would see a part of its input on each of {ranks} ranks. The scale of a token and what acts "
@@ -162,9 +168,9 @@ class AffineQuantLinear(LinearMethodBase):
         for name, loaded in self.loaded.items():
             if not loaded.whole and loaded.seen != self.count:
                 raise ValueError(f"{self.prefix}: the checkpoint lacks {name} of {', '.join(self.members)}")
-        fmt, tensors = self.config.weight, {name: getattr(layer, name).data for name in self.loaded}
+        fmt, tensors = self.scheme.weight, {name: getattr(layer, name).data for name in self.loaded}
         scale, zero = tensors["weight_scale"], None
-        codes = tensors["weight"] if self.config.whole else unpack(tensors["weight_packed"], fmt.bits, self.size[1])
+        codes = tensors["weight"] if self.whole else unpack(tensors["weight_packed"], fmt.bits, self.size[1])
         if not fmt.symmetric:
             zero = unpack(tensors["weight_zero_point"].T, fmt.bits, len(scale)).T.contiguous()
         online = {part: tensors[name] for part, name in self.parts.items()}
@@ -181,7 +187,7 @@ class AffineQuantLinear(LinearMethodBase):
                 zero,
                 None,
                 bits=fmt.bits,
-                activation=self.config.activation,
+                activation=self.scheme.activation,
                 clip=self.clip,
                 matrices=in_order(online) if online else (),
                 slices=self.slices,

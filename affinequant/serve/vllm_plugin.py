@@ -30,9 +30,9 @@ from vllm.model_executor.layers.quantization.compressed_tensors.utils import sho
 from vllm.model_executor.models.utils import WeightsMapper
 
 from affinequant.errors import AffineQuantError
-from affinequant.formats import check_readable
+from affinequant.formats import check_readable, numbers_of, rounds_inputs
 from affinequant.formats.compressed_tensors import declares_activations
-from affinequant.recipe.scheme import NumberFormat, Scheme
+from affinequant.recipe.scheme import Scheme
 from affinequant.serve.vllm_linear import AffineQuantLinear
 
 NAME = "affinequant"
@@ -85,16 +85,16 @@ class AffineQuantConfig(QuantizationConfig):
             check_readable(ours, "quantization_config of config.json")
         except AffineQuantError as problem:
             raise ValueError(str(problem)) from None  # the kind of error that vLLM shows as one about its input
-        self.weight = NumberFormat(**ours["weight"])
-        if self.weight.kind != "int":
+        self.scheme = numbers_of(ours, "")
+        self.others = {name: numbers_of(ours, name) for name in ours.get("linears", {})}
+        schemes = (self.scheme, *self.others.values())
+        if floats := next((scheme.name for scheme in schemes if scheme.weight.kind != "int"), ""):
             raise ValueError(
-                f"{ours['scheme']} with transforms at run time has no kernels here, which multiply integers: load it by "
+                f"{floats} with transforms at run time has no kernels here, which multiply integers: load it by "
                 "affinequant.load; for vLLM's own kernels export it as transform-config or fp_quant, which hold one matrix "
                 "per input, or quantise with --tier merged"
             )
-        self.activation = NumberFormat(**ours["activation"]) if ours["activation"] else None
-        self.whole = declares_activations(Scheme.parse(ours["scheme"]))
-        """Codes are stored as int8, as they are, instead of packed into words."""
+        self.declared = declares_activations(*schemes)
         self.clips: dict[str, float] = dict(ours["input_clip"])
         if "online" not in ours and declared["quant_method"] == NAME:
             raise ValueError(
@@ -125,12 +125,11 @@ class AffineQuantConfig(QuantizationConfig):
         if hf_quant_cfg.get("quant_method") != "compressed-tensors" or not ours:
             return None
         if user_quant not in (None, NAME):
-            if ours.get("activation") and not _declared(hf_quant_cfg):
-                bits = ours["activation"]["bits"]
-                left = "activations stay in 16 bits where the checkpoint was made for %d: leave --quantization out"
-                _log.warning_once(f"with --quantization %s {left}", user_quant, bits)
+            if rounds_inputs(ours) and not _declared(hf_quant_cfg):
+                left = "activations stay in 16 bits where the checkpoint was made for %s: leave --quantization out"
+                _log.warning_once(f"with --quantization %s {left}", user_quant, ours["scheme"])
             return None
-        return NAME if ours.get("activation") and not _declared(hf_quant_cfg) else None
+        return NAME if rounds_inputs(ours) and not _declared(hf_quant_cfg) else None
 
     def get_name(self) -> Any:
         """`affinequant`."""
@@ -159,6 +158,7 @@ class AffineQuantConfig(QuantizationConfig):
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Follow a model whose modules have other names in vLLM."""
+        self.others = hf_to_vllm_mapper.apply_dict(self.others)
         self.clips = hf_to_vllm_mapper.apply_dict(self.clips)
         self.online = hf_to_vllm_mapper.apply_dict(self.online)
         self.slices = hf_to_vllm_mapper.apply_dict(self.slices)
@@ -185,7 +185,7 @@ class AffineQuantConfig(QuantizationConfig):
             raise ValueError(
                 f"{prefix}: affinequant's plugin does not run layers of experts ({type(layer).__name__}). "
                 f"{merged if self.online else 'S'}erve an export, for whose experts vLLM has kernels on GPUs: "
-                f"`affinequant export FOLDER --format compressed-tensors --scheme w{self.weight.bits}a16`, or "
+                f"`affinequant export FOLDER --format compressed-tensors --scheme w{self.scheme.weight.bits}a16`, or "
                 "`--format int-quantized --scheme w8a8`. affinequant.load and transformers run this one on integers"
             )
 
@@ -205,13 +205,28 @@ class AffineQuantConfig(QuantizationConfig):
         names = self.packed_modules_mapping.get(leaf, [leaf])
         return [f"{parent}.{name}" if parent else name for name in names]
 
+    def numbers(self, members: list[str]) -> Scheme:
+        """The numbers of linears that make up one layer.
+
+        Raises:
+            ValueError: they do not agree.
+        """
+        first, *others = (self.others.get(name, self.scheme) for name in members)
+        if any((other.weight, other.activation) != (first.weight, first.activation) for other in others):
+            raise ValueError(f"{', '.join(members)} make one layer here, and their numbers differ")
+        return first
+
+    def whole(self, scheme: Scheme) -> bool:
+        """Whether codes of these numbers are stored as int8, as they are, instead of packed into words."""
+        return self.declared and scheme.activation is not None
+
     def clip(self, members: list[str]) -> float:
         """The ratio by which the range of their common input is narrowed.
 
         Raises:
             ValueError: they have none, or do not agree.
         """
-        if self.activation is None:
+        if self.numbers(members).activation is None:
             return 1.0
         found = {self.clips.get(name) for name in members}
         if len(found) != 1 or None in found:
