@@ -50,7 +50,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 SHAPES_OF = {"llama": tuple(SHAPES), "mixtral": ("tied", "gqa"), "qwen2_moe": ("gqa",), "qwen3_moe": ("gqa",)}
-SHAPES_OF |= {"qwen3_5": ("gqa", "wide-heads")}
+SHAPES_OF |= {"qwen3_5": ("gqa", "wide-heads"), "qwen3_next": ("gqa",), "qwen3_5_moe": ("gqa",)}
 """The shapes of a family; relatives of Llama need those alone in which they may differ."""
 FAMILY_SHAPES = [
     (family, shape) for family in FAMILIES for shape in SHAPES_OF.get(family, ("gqa", "tied", "wide-heads"))

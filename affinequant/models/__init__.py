@@ -23,11 +23,14 @@ from affinequant.models.qwen2_moe import QWEN2_MOE
 from affinequant.models.qwen3 import QWEN3
 from affinequant.models.qwen3_5 import QWEN3_5
 from affinequant.models.qwen3_moe import QWEN3_MOE
+from affinequant.models.qwen3_next import QWEN3_5_MOE, QWEN3_NEXT
 from affinequant.models.sized_sites import resolve_sites as resolve_sites
 from affinequant.models.smollm3 import SMOLLM3
 
-_ALL = (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3, PHI3, SMOLLM3, OPT, MIXTRAL, QWEN2_MOE, QWEN3_MOE, QWEN3_5)
-FAMILIES: dict[str, Family] = {family.name: family for family in _ALL}
+_DENSE = (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3, PHI3, SMOLLM3, OPT)
+_MIXTURES = (MIXTRAL, QWEN2_MOE, QWEN3_MOE)
+_HYBRIDS = (QWEN3_5, QWEN3_NEXT, QWEN3_5_MOE)
+FAMILIES: dict[str, Family] = {family.name: family for family in (*_DENSE, *_MIXTURES, *_HYBRIDS)}
 
 
 def resolve(config: Mapping[str, Any], *, where: str) -> tuple[Family, Dims]:

@@ -7,7 +7,17 @@ from typing import Any, Literal
 from affinequant.errors import PREFLIGHT, AffineQuantError
 
 Width = Literal[
-    "hidden", "mlp", "query", "value", "expert", "shared", "gated_query", "delta", "delta_head", "delta_qkv"
+    "hidden",
+    "mlp",
+    "query",
+    "value",
+    "expert",
+    "shared",
+    "gated_query",
+    "delta",
+    "delta_head",
+    "delta_qkv",
+    "delta_qkvz",
 ]
 
 
@@ -85,6 +95,11 @@ class Dims:
     def delta_qkv(self) -> int:
         """Its queries, keys and values."""
         return 2 * self.delta_key_heads * self.delta_key_head + self.delta
+
+    @property
+    def delta_qkvz(self) -> int:
+        """These and the gates of what its heads give, in whichever order."""
+        return self.delta_qkv + self.delta
 
 
 def read_size(config: Mapping[str, Any], key: str, where: str, default: int | None = None) -> int:

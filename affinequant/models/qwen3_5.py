@@ -5,7 +5,7 @@ do. Behind the recurrence a norm stands too, one weight for all heads, which is 
 recurrence itself (`conv1d`, `A_log`, `dt_bias`, and the two small linears that make its decay and its rate) is left alone.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -59,21 +59,23 @@ def delta_layer(projections: Mapping[str, Any], plain: tuple[str, ...]) -> Layer
     )
 
 
-def delta_dims(config: Mapping[str, Any], where: str) -> Dims:
-    """The sizes of a decoder with gated-delta layers.
+def delta_dims(
+    config: Mapping[str, Any], where: str, sizes: Callable[[Mapping[str, Any], str], Dims] = read_dims
+) -> Dims:
+    """The sizes of a decoder with gated-delta layers, beside those that `sizes` reads.
 
     Raises:
         AffineQuantError: a size that is missing or impossible, or `layer_types` that say no kind of some block (exit 3).
     """
-    dims, types = read_dims(config, where), config.get("layer_types")
+    dims, types = sizes(config, where), config.get("layer_types")
     if types is not None and (len(types) != dims.layers or not {*types} <= {*_KINDS}):
         fix = f"give one of {', '.join(_KINDS)} for each of {dims.layers} blocks"
         raise AffineQuantError(f"layer_types = {types!r}"[:200], where, fix, exit_code=PREFLIGHT)
     if types is None:
         read_size(config, "full_attention_interval", where)
-    sizes = ("linear_num_value_heads", "linear_value_head_dim", "linear_num_key_heads", "linear_key_head_dim")
+    keys = ("linear_num_value_heads", "linear_value_head_dim", "linear_num_key_heads", "linear_key_head_dim")
     names = ("delta_heads", "delta_head", "delta_key_heads", "delta_key_head")
-    return replace(dims, **{name: read_size(config, key, where) for name, key in zip(names, sizes, strict=True)})
+    return replace(dims, **{name: read_size(config, key, where) for name, key in zip(names, keys, strict=True)})
 
 
 def delta_kinds(config: Mapping[str, Any], index: int) -> str:
