@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from affinequant.models import Dims, Family
+from affinequant.models.sites import TOGETHER
 from affinequant.recipe.assigned import Schemes
 from affinequant.recipe.recipe import Recipe
 from affinequant.recipe.scheme import Scheme
@@ -124,9 +125,14 @@ def block_cost(recipe: Recipe, dims: Dims, per_block: int, device: str) -> Cost:
     replayed += (
         4 * tokens * (dims.hidden + 2 * dims.routed) * (1 + by_target) * bool(dims.experts)
     )  # what experts are given
-    # Weights in several precisions; the Hessian of the widest input, its factors, and the drift beside it.
+    # The Hessian of the widest input, its factors, and the drift beside it.
     hessian = dims.widest**2 * by_hessian * (28 + 16 * by_target)
-    work = per_block * 30 + hessian + graph_bytes(recipe, dims, _width(recipe, device)) + replayed
+    work = (
+        weight_bytes(recipe, dims, per_block, device)
+        + hessian
+        + graph_bytes(recipe, dims, _width(recipe, device))
+        + replayed
+    )
     passes = 3.0 + (3.5 * recipe.epochs) + (1.5 if by_hessian else 0) + (1.5 if by_target else 0)
     inner = dims.routed * dims.expert**2 + dims.shared**2 if dims.experts else dims.mlp**2
     gram = 2 * tokens * ((3 + dims.routed) * dims.hidden**2 + inner) * (by_hessian + by_target)
@@ -144,6 +150,16 @@ def block_cost(recipe: Recipe, dims: Dims, per_block: int, device: str) -> Cost:
         cpu=int((0 if gpu else work) + judged) + kept_bytes(recipe, dims, device),
         gpu=work if gpu else 0,
     )
+
+
+def weight_bytes(recipe: Recipe, dims: Dims, per_block: int, device: str) -> int:
+    """A block's weights while it is in work, in several precisions; of experts in 16 bits all of them, with what is kept of
+    each, and in the others one at a time. Rotated ones are kept in float32, and learning keeps them as they are rounded."""
+    one = 3 * dims.hidden * dims.expert
+    waiting = min(one * max(dims.experts - 1, 0), per_block - one)
+    kept = 2 + 4 * ("residual" in recipe.transforms) + (2 + _width(recipe, device) * (recipe.epochs > 0))
+    together = min(2 * waiting // 3, TOGETHER) * 24
+    return (per_block - waiting) * 30 + waiting * kept + together
 
 
 def replay_bytes(tokens: int, dims: Dims) -> int:

@@ -19,20 +19,21 @@ from affinequant.learning.selection import select
 from affinequant.learning.starts import ROWS as START_ROWS
 from affinequant.learning.starts import Seen, Watch, build_transforms, looks_at_data, starved_sites
 from affinequant.learning.work import Work
+from affinequant.models.on_demand import each
 from affinequant.progress import Steps
 from affinequant.rounding.block import Rounded, round_block
 from affinequant.rounding.job import BlockJob
 from affinequant.stages import Carry, Stage
 from affinequant.transforms.banded import Banded
 from affinequant.transforms.chain import Chain
-from affinequant.transforms.fold import Tensors, rotate_block
+from affinequant.transforms.fold import rotate_block
 
 
 class _Made(NamedTuple):
     """A block that has been rounded: the real weights that were, and what was noted on the way."""
 
     rounded: Rounded
-    folded: Tensors
+    folded: Mapping[str, Tensor]
     noise: Noise
 
 
@@ -43,8 +44,7 @@ def block_stage(work: Work, stage: Stage, carry: Carry) -> Carry:
     laps, drawn = Laps(device, began), pictured(stage.block, work.made.dims.layers)
     carry = carry or work.run.carry(stage.needs[-1])
     full, quantized = carry["full"], carry.get("quantized", carry["full"])
-    job, exact = _load(work, stage.block)
-    values = {name: tensor.float() for name, tensor in exact.items()}
+    job, exact, values = _load(work, stage.block)
     laps("loading")
     target, watch = _target(job, values, full, drawn)
     seen, starved = watch.seen(), starved_sites(job, watch)
@@ -82,24 +82,25 @@ def block_stage(work: Work, stage: Stage, carry: Carry) -> Carry:
     return carry
 
 
-def _load(work: Work, index: int) -> tuple[BlockJob, Tensors]:
+def _load(work: Work, index: int) -> tuple[BlockJob, Mapping[str, Tensor], Mapping[str, Tensor]]:
     """What is fixed for the block, and its tensors, named within it, the residual stream rotated where the recipe asks for
-    it: in fp64, but for those that stay as they are."""
+    it: in fp64, but for those that stay as they are, and in float32. Those of experts are made on demand from what the
+    source has; rotated ones, which every pass would make again, are kept in float32."""
     rotation, starts = work.rotations
     if rotation is not None:
         rotation.to(work.decoder.device)
     job = replace(work.job(index), starts=starts.get(index, {}), judge=work.judge)
-    changed = job.family.changed()
-    tensors = {
-        name: tensor.double() if name.rpartition(".")[0] in changed else tensor
-        for name, tensor in block_reader(work.made, work.decoder)(index).items()
-    }
-    if rotation is not None:
-        tensors = rotate_block(tensors, job.family, job.sites["residual"], rotation)
-    return job, tensors
+    changed, experts = job.family.changed(), job.family.expert()
+    found = block_reader(work.made, work.decoder)(index)
+    exact = each(found, lambda name, one: one.double() if name.rpartition(".")[0] in changed else one, experts)
+    if rotation is None:
+        return job, exact, each(found, lambda _, one: one.float(), experts)
+    exact = rotate_block(exact, job.family, job.sites["residual"], rotation)
+    kept = {name: tensor.float() for name, tensor in exact.items()}
+    return job, exact, each(kept, lambda _, one: one, experts)
 
 
-def _target(job: BlockJob, values: Tensors, full: Tensor, drawn: bool) -> tuple[Tensor, Watch]:
+def _target(job: BlockJob, values: Mapping[str, Tensor], full: Tensor, drawn: bool) -> tuple[Tensor, Watch]:
     """What the full-precision block gives, and what reaches its sites meanwhile: as much as its transforms start from, or
     as is pictured, or how much comes to each expert."""
     looks = looks_at_data(job)
@@ -118,7 +119,7 @@ def _scarce(rounded: Rounded) -> list[str]:
 def _phases(
     job: BlockJob,
     objective: BlockObjective,
-    values: Tensors,
+    values: Mapping[str, Tensor],
     full: Tensor,
     quantized: Tensor,
     target: Tensor,
@@ -149,7 +150,7 @@ def _phases(
     yield Phase(objective, batches, config, probes | ({"band": bands} if bands and config.probe_every else {}))
 
 
-def _batches(job: BlockJob, values: Tensors, full: Tensor, quantized: Tensor, target: Tensor, told: Steps):
+def _batches(job: BlockJob, values: Mapping[str, Tensor], full: Tensor, quantized: Tensor, target: Tensor, told: Steps):
     """epoch -> (inputs, target[, auxiliary target]) in an order that the seed, the block and the epoch decide; `told`
     hears of each sample."""
     recipe = job.recipe
@@ -166,7 +167,7 @@ def _batches(job: BlockJob, values: Tensors, full: Tensor, quantized: Tensor, ta
 
 def _round(
     job: BlockJob,
-    exact: Tensors,
+    exact: Mapping[str, Tensor],
     quantized: Tensor,
     objective: BlockObjective,
     full: Tensor,

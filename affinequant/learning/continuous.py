@@ -1,5 +1,6 @@
 """A rounded block with what stays continuous in it: scales of weights, gains of norms and ratios of clipping."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from affinequant.formats import STORED
+from affinequant.models.on_demand import OnDemand
 from affinequant.numbers import in_units
 from affinequant.numbers.weights import dequantize
 from affinequant.rounding.job import BlockJob
@@ -56,8 +58,9 @@ class Continuous(nn.Module):
         self.names = list(shapes)
         self.logs = nn.ParameterList(nn.Parameter(torch.zeros(shape, device=device)) for shape in shapes.values())
 
-    def tensors(self) -> tuple[Tensors, Tensors]:
-        """The block's tensors by their names within it, and factors of rows of weights that are left to the outputs.
+    def tensors(self) -> tuple[Mapping[str, Tensor], Tensors]:
+        """The block's tensors by their names within it, those of experts on demand, and factors of rows of weights that are
+        left to the outputs.
 
         A scale per row never meets its weight: the product with what codes stand for is scaled, which spares every step
         the making of the weight and a product for its gradient. Scales per group are in the weights.
@@ -66,13 +69,12 @@ class Continuous(nn.Module):
         tensors = {name: self._here(stored[name]) for name in self.rest} | self._gains()
         factors = {}
         for name, grid in self.linears.items():
-            scale = self._scale(name)
             if grid.fmt.granularity == "channel":
-                tensors[f"{name}.weight"], factors[name] = self._unscaled(name), scale.squeeze(1)
-            else:
-                codes, zero = self._here(stored[f"{name}.codes"]), self._zero(name)
-                tensors[f"{name}.weight"] = dequantize(codes, scale, zero.to(scale), grid)
-        return tensors, factors
+                factors[name] = self._scale(name).squeeze(1)
+        names, experts = {f"{name}.weight": name for name in self.linears}, self.job.family.expert()
+        late = [name for name in names if experts and name.startswith(f"{experts}.")]
+        tensors |= {name: self._weight(names[name]) for name in names if name not in late}
+        return OnDemand(tensors, late, lambda name: self._weight(names[name])), factors
 
     def run_all(self, x: Float[Tensor, "samples tokens hidden"]) -> Float[Tensor, "samples tokens hidden"]:
         """The block on every sample, without gradients."""
@@ -105,6 +107,13 @@ class Continuous(nn.Module):
     def _compute(self, x: Tensor) -> Tensor:
         tensors, factors = self.tensors()
         return self.job.run(tensors, x, self.on_input, self.on_attention, scales=factors)
+
+    def _weight(self, linear: str) -> Tensor:
+        grid = self.linears[linear]
+        if grid.fmt.granularity == "channel":
+            return self._unscaled(linear)
+        codes, scale = self._here(self.stored[f"{linear}.codes"]), self._scale(linear)
+        return dequantize(codes, scale, self._zero(linear).to(scale), grid)
 
     def _unscaled(self, linear: str) -> Tensor:
         """What codes stand for at a scale of one: small numbers, exact in every dtype that is computed in."""

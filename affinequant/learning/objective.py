@@ -4,12 +4,14 @@ from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from affinequant.learning.optimizers import Group
+from affinequant.models.on_demand import OnDemand
 from affinequant.numbers.weights import CLIP_START, LearnedRange, fake_quantize, weight_range
 from affinequant.rounding.job import BlockJob
 from affinequant.transforms import OnlineTransform, Transform
-from affinequant.transforms.fold import Tensors, fold_all
+from affinequant.transforms.fold import Tensors, fold_all, in_parts
 
 
 class BlockObjective:
@@ -18,7 +20,7 @@ class BlockObjective:
     def __init__(
         self,
         job: BlockJob,
-        tensors: Tensors,
+        tensors: Mapping[str, Tensor],
         transforms: Mapping[str, Transform],
         online: Mapping[str, OnlineTransform] | None = None,
         untrained: Collection[str] = (),
@@ -40,8 +42,9 @@ class BlockObjective:
         self.linears = {linear.name: job.weight_grid(read[linear.name]) for linear in family.linears}
         self.ranges: dict[str, LearnedRange] = {}
         if "learn" in job.recipe.weight_clip:
+            shapes = {linear.name: linear.shape(job.decoder.dims) for linear in family.linears}
             for name, grid in self.linears.items():
-                rows, columns = tensors[f"{name}.weight"].shape
+                rows, columns = shapes[name]
                 self.ranges[name] = LearnedRange(rows, grid.fmt.groups(columns)).to(job.decoder.device)
         self.clips = {site: self._clip(site) for site, _ in family.input_groups()}
         self.fraction = -1.0
@@ -90,15 +93,37 @@ class BlockObjective:
             part: tensor.float().contiguous() for module in parts.values() for part, tensor in module.online().items()
         }
 
-    def folded(self) -> Tensors:
+    def folded(self) -> Mapping[str, Tensor]:
         """The block's tensors with every transform folded in."""
-        offset = self.job.family.norm_offset
-        return fold_all(self.tensors, self.job.sites, self.transforms, self.online, norm_offset=offset)
+        return in_parts(self.tensors, self._folded)
 
     def quantized(self) -> Tensors:
-        """The block's tensors folded, with rounded weights."""
-        tensors = self.folded()
+        """The block's tensors folded, with rounded weights. Experts on demand are made one after the other, and once more
+        on the way back, where their gradients need what lies between."""
+        if not isinstance(self.tensors, OnDemand):
+            return self._quantized(self.tensors, False)
+        result, many = self._quantized(self.tensors.there, True), self.tensors
+        for number in range(self.job.decoder.dims.experts):
+            start = f"{self.job.family.expert(number)}."
+            names = [name for name in many.names if name.startswith(start)]
+            made = checkpoint(self._expert, names, use_reentrant=False, preserve_rng_state=False)
+            result |= zip(names, made, strict=True)  # pyright: ignore[reportArgumentType]
+        return result
+
+    def _expert(self, names: Sequence[str]) -> list[Tensor]:
+        """The weights of an expert as they are computed with."""
+        part = self._quantized({name: self.tensors[name] for name in names}, True)
+        return [part[name].to(self.job.decoder.dtype) for name in names]
+
+    def _folded(self, part: Mapping[str, Tensor], partial: bool) -> Tensors:
+        offset, sites = self.job.family.norm_offset, self.job.sites
+        return fold_all(part, sites, self.transforms, self.online, norm_offset=offset, partial=partial)
+
+    def _quantized(self, part: Mapping[str, Tensor], partial: bool) -> Tensors:
+        tensors = self._folded(part, partial)
         for name, grid in self.linears.items():
+            if partial and f"{name}.weight" not in tensors:
+                continue
             weight = tensors[f"{name}.weight"]
             low, high = self.ranges.get(name, weight_range)(weight, grid)
             tensors[f"{name}.weight"] = fake_quantize(weight, low, high, grid, self.job.store)
@@ -110,15 +135,19 @@ class BlockObjective:
         return self.job.site_input(site, online, self.clips[site].sigmoid())(x)
 
 
-def folded_exactly(objective: BlockObjective, exact: Tensors) -> Tensors:
+def folded_exactly(objective: BlockObjective, exact: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """The fp64 tensors of the block with the objective's transforms folded in, for good."""
     job = objective.job
     folded, online = (
         {name: module.double() for name, module in modules.items()}
         for modules in (objective.transforms, objective.online)
     )
-    with torch.no_grad():
-        return fold_all(exact, job.sites, folded, online, norm_offset=job.family.norm_offset)
+
+    @torch.no_grad()
+    def fold(part: Mapping[str, Tensor], partial: bool) -> Tensors:
+        return fold_all(part, job.sites, folded, online, norm_offset=job.family.norm_offset, partial=partial)
+
+    return in_parts(exact, fold)
 
 
 def _relative(y: Tensor, target: Tensor) -> Tensor:

@@ -30,7 +30,6 @@ from affinequant.transforms import Transform
 from affinequant.transforms.banded import Banded
 from affinequant.transforms.chain import Chain
 from affinequant.transforms.diagonal import Diagonal
-from affinequant.transforms.fold import Tensors
 from affinequant.transforms.rope_pair import RopePair
 from affinequant.transforms.shift import Shift
 
@@ -234,7 +233,7 @@ def portrait(
     job: BlockJob,
     objective: BlockObjective,
     seen: Mapping[str, Float[Tensor, "tokens width"]],
-    folded: Tensors,
+    folded: Mapping[str, Tensor],
     source: Callable[[str], Tensor],
     rotation: Transform | None,
 ) -> dict[str, dict[str, Any]]:

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from affinequant.learning.starts import Seen, build_transforms
+from affinequant.models.on_demand import Stacked
 from affinequant.models.sites import named
 from affinequant.numbers.weights import fake_quantize, weight_range
 from affinequant.recipe.recipe import AUTO
 from affinequant.rounding.job import HELD_OUT, BlockJob
-from affinequant.rounding.ways import OutputError, output_error
-from affinequant.transforms.fold import Tensors
+from affinequant.rounding.ways import OutputError, error_of
 from affinequant.transforms.placements import block_flops, candidates, cost_at, first_of, flops_of
 
 CLIPS = (1.0, 0.9, 0.8)
@@ -37,7 +37,7 @@ class Option:
         return self.off.error
 
 
-def select(job: BlockJob, tensors: Tensors, seen: Mapping[str, Seen]) -> tuple[BlockJob, dict[str, Any]]:
+def select(job: BlockJob, tensors: Mapping[str, Tensor], seen: Mapping[str, Seen]) -> tuple[BlockJob, dict[str, Any]]:
     """The job with names in the place of every `auto`, and by site what was chosen, its operations per token and the
     error of each candidate.
 
@@ -101,7 +101,7 @@ def _better(option: Option, other: Option) -> bool:
     return other.error - option.error > CERTAIN * chance
 
 
-def _at_all(job: BlockJob, tensors: Tensors, one: str, name: str, seen: Mapping[str, Seen]) -> Option:
+def _at_all(job: BlockJob, tensors: Mapping[str, Tensor], one: str, name: str, seen: Mapping[str, Seen]) -> Option:
     """A candidate at a site; at those of experts, which take the same, over the tokens of all that have seen enough, and at
     the cost of as many as a token goes to."""
     known = {site for site in seen if len(seen[site].rows) > 1}
@@ -120,23 +120,31 @@ def _at_all(job: BlockJob, tensors: Tensors, one: str, name: str, seen: Mapping[
 
 
 @torch.no_grad()
-def _measure(job: BlockJob, tensors: Tensors, name: str, at: str, seen: Seen) -> Option:
+def _measure(job: BlockJob, tensors: Mapping[str, Tensor], name: str, at: str, seen: Seen) -> Option:
     """A candidate started on the first tokens and judged on the last: x V^T, for the rounded input x and the rounded
     weights V of the site's linears, against what they give in full precision."""
     site, count = job.sites[at], max(1, len(seen.rows) // HELD_OUT)
     x, start = seen.rows[-count:], Seen.of(seen.rows[:-count])
-    w = torch.cat([tensors[f"{reader}.weight"] for reader in site.readers])
-    y = x @ w.mT
+    exact, acting = x, list[Any]()
     if name != "none":
         recipe = replace(job.recipe, transforms={named(at): name})
         alone = replace(job, recipe=recipe, sites={at: site})
         for built in build_transforms(alone, tensors, {at: start}):
-            for transform in built.values():
-                copies = site.sinks[0].copies
-                x, w = transform.on_activations(x, copies), transform.on_weights(w, copies)
-    grid = job.weight_grid(at)
-    v = fake_quantize(w, *weight_range(w, grid), grid, job.store)
-    best = min((output_error(rounded @ v.mT, y) for rounded in _rounded(job, at, x)), key=lambda one: one.error)
+            acting += built.values()
+    copies, grid = site.sinks[0].copies, job.weight_grid(at)
+    for transform in acting:
+        x = transform.on_activations(x, copies)
+    inputs = _rounded(job, at, x)
+    wrong, power = [x.new_zeros(len(x)) for _ in inputs], x.new_zeros(len(x))
+    for w in Stacked(tensors, site.readers):
+        y = exact @ w.mT
+        power += y.square().sum(-1)
+        for transform in acting:
+            w = transform.on_weights(w, copies)
+        v = fake_quantize(w, *weight_range(w, grid), grid, job.store)
+        for total, rounded in zip(wrong, inputs, strict=True):
+            total += (rounded @ v.mT - y).square().sum(-1)
+    best = min((error_of(total, power) for total in wrong), key=lambda one: one.error)
     return Option(name=name, flops=flops_of(name, site), off=best)
 
 

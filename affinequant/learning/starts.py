@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from affinequant.models.decoder import spread
+from affinequant.models.on_demand import Stacked
 from affinequant.models.sites import (
     SHARED,
     Site,
@@ -21,7 +22,6 @@ from affinequant.models.sites import (
 from affinequant.recipe.recipe import AUTO
 from affinequant.rounding.job import BlockJob
 from affinequant.transforms import SHIFT, OnlineTransform, Transform, build, split_parts, structures_of
-from affinequant.transforms.fold import Tensors
 from affinequant.transforms.linalg import orthogonal_factors
 from affinequant.transforms.wush import balance, block_moments, wush, wush_blocks, wush_kronecker_rows
 
@@ -113,7 +113,7 @@ def sites_that_look(job: BlockJob) -> set[str]:
 
 
 def build_transforms(
-    job: BlockJob, tensors: Tensors, seen: Mapping[str, Seen]
+    job: BlockJob, tensors: Mapping[str, Tensor], seen: Mapping[str, Seen]
 ) -> tuple[dict[str, Transform], dict[str, OnlineTransform]]:
     """The recipe's transforms of one block in the order of its sites: those that fold and those that stay online. The
     residual stream's is the model's own and not among them.
@@ -124,8 +124,7 @@ def build_transforms(
     folded, online = {}, {}
     for name, (first, second) in _wanted(job).items():
         site = job.sites[name]
-        weights = [tensors[f"{reader}.weight"] for reader in site.readers]
-        start = shift = None
+        weights, start, shift = Stacked(tensors, site.readers), None, None
         if name in seen:
             reaching = seen[name]
             if first.split("+")[0] == SHIFT:
@@ -173,7 +172,7 @@ def _middle(site: Site, seen: Seen) -> Tensor:
     return (low + high) / 2
 
 
-def _diagonal(job: BlockJob, site: Site, seen: Seen, weights: list[Tensor]) -> Tensor:
+def _diagonal(job: BlockJob, site: Site, seen: Seen, weights: Stacked) -> Tensor:
     """p = w^(1-b) / a^b [width] with a and w the largest magnitudes per feature (SmoothQuant, arXiv 2211.10438, eq. 4)."""
     a, w = (
         _per_head(site, value.float(), "max").clamp_min(1e-5)
@@ -183,19 +182,21 @@ def _diagonal(job: BlockJob, site: Site, seen: Seen, weights: list[Tensor]) -> T
     return (log_p - log_p.mean()).exp()
 
 
-def _online_balance(site: Site, seen: Seen, weights: list[Tensor]) -> Tensor:
+def _online_balance(site: Site, seen: Seen, weights: Stacked) -> Tensor:
     """The diagonal ahead of an online transform, by energies: what it leaves, the transform levels."""
     moment = seen.rows.double().square().mean(0)
-    gram = torch.cat(weights).double().square().mean(0)
+    means = [(len(part), part.double().square().mean(0)) for part in weights]
+    rows = sum(count for count, _ in means)
+    gram = torch.stack([mean * (count / rows) for count, mean in means]).sum(0)
     return balance(_per_head(site, moment, "mean"), _per_head(site, gram, "mean")).float()
 
 
 @torch.no_grad()
-def _head_blocks(site: Site, seen: Seen, weights: list[Tensor]) -> Tensor:
+def _head_blocks(site: Site, seen: Seen, weights: Stacked) -> Tensor:
     """A matrix for each KV head, over the query heads that share it: what a rotation does blindly, on what is there."""
     moment, gram = (
         block_moments(value, site.heads, site.sinks[0].copies) / len(value)
-        for value in (seen.rows, torch.cat(weights).float())
+        for value in (seen.rows, torch.cat(list(weights)).float())
     )
     return wush(moment, gram)
 
@@ -230,20 +231,21 @@ def _free(name: str) -> Structure | None:
 
 @torch.no_grad()
 def _matrices(
-    name: str, site: Site, seen: Seen | None, weights: list[Tensor], folded: Transform | None
+    name: str, site: Site, seen: Seen | None, weights: Stacked, folded: Transform | None
 ) -> Tensor | tuple[Tensor, Tensor] | None:
     """What the first online part starts from, on activations and weights as the folded part leaves them."""
     structure = _free(name)
     if seen is None or structure is None:
         return None
-    x, w, copies = seen.rows, torch.cat(weights).float(), site.sinks[0].copies
+    x, w, copies = seen.rows, weights.each(lambda part: part.float()), site.sinks[0].copies
     if folded is not None:
-        x, w = folded.on_activations(x, copies), folded.on_weights(w, copies)
+        x, w = folded.on_activations(x, copies), w.each(lambda part: folded.on_weights(part, copies))
     if structure == "kronecker":
         n1, n2 = kronecker_factors(site)  # of a slice: all slices share them
-        return wush_kronecker_rows(x.reshape(-1, n1 * n2), w.reshape(-1, n1 * n2), n1, n2)
+        return wush_kronecker_rows(x.reshape(-1, n1 * n2), w.each(lambda part: part.reshape(-1, n1 * n2)), n1, n2)
     if structure in SHARED:
-        x, w = (value.double().reshape(-1, shared_width(structure)) for value in (x, w))
-        return wush(x.mT @ x / len(x), w.mT @ w / len(w))
+        size = shared_width(structure)
+        x, w = x.double().reshape(-1, size), w.each(lambda part: part.double().reshape(-1, size))
+        return wush(x.mT @ x / len(x), w.moment())
     width = block_width(site) if structure == "block" else x.shape[1]
-    return wush_blocks(x.mT @ x / len(x), w.mT @ w / len(w), width)
+    return wush_blocks(x.mT @ x / len(x), w.moment(), width)

@@ -20,7 +20,7 @@ from affinequant.errors import PREFLIGHT, AffineQuantError
 from affinequant.models import Dims, Family
 from affinequant.models.attention import Attended, OnAttention, register
 from affinequant.models.caps import capped_logits
-from affinequant.models.experts import split_experts
+from affinequant.models.experts import lending, split_experts
 from affinequant.models.multimodal import auto_class, beside
 from affinequant.models.norms import check_norms
 from affinequant.models.sites import in_expert
@@ -188,12 +188,15 @@ def run_block(
 
     `on_input(site, x)` is asked once per site and call, whatever the number of linears that read the site;
     `on_attention` gets queries, keys and values after RoPE. `known` holds what some linears give on this `x`: they are
-    not computed. `scales` holds, for some linears, factors of the rows of their weights that are not in these yet.
+    not computed. `scales` holds, for some linears, factors of the rows of their weights that are not in these yet. The
+    tensors of an expert are asked for when its turn comes.
 
     Raises:
         RuntimeError: the block's own code kept `on_attention` from its attention.
     """
-    handles, passed, tensors = [], dict(kwargs), dict(tensors)
+    handles, passed, experts, every = [], dict(kwargs), family.expert(), tensors
+    tensors = {name: every[name] for name in every if not experts or not name.startswith(f"{experts}.")}
+    many: Any = block.get_submodule(experts) if experts else None
     for member, output in (known or {}).items():
         tensors |= {name: tensors[name][:0] for name in (f"{member}.weight", f"{member}.bias") if name in tensors}
         hooked = block.get_submodule(member)
@@ -216,7 +219,8 @@ def run_block(
             hook = _shared_hook(site, on_input, x)
             handles += [block.get_submodule(module).register_forward_pre_hook(hook) for module in modules]
     try:
-        result = functional_call(block, tensors, (x,), passed)
+        with lending(many, every, experts) if experts else contextlib.nullcontext():
+            result = functional_call(block, tensors, (x,), passed)
     finally:
         for handle in handles:
             handle.remove()

@@ -8,11 +8,14 @@ tensors, hooks, lists of what is ignored, verification and `load` go by the name
 router, and what stands beside the experts, stay the model's own code.
 """
 
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from affinequant.models.family import Family
 from affinequant.models.layer import ExpertNames
@@ -44,6 +47,9 @@ class Expert(nn.Module):
 class Experts(nn.ModuleList):
     """The experts of a layer, by number."""
 
+    lent: Callable[[int, str], Tensor] | None = None
+    """(number, linear) -> its weight, where weights are `lending`; each is asked for when its turn comes."""
+
     def __init__(self, fused: Any, names: ExpertNames) -> None:
         """Args:
         fused: transformers' module, whose parameters may lie on `meta`; ours are views of them.
@@ -66,9 +72,25 @@ class Experts(nn.ModuleList):
         total = torch.zeros_like(hidden_states)
         for number in torch.unique(top_k_index).tolist():
             tokens, place = torch.where(top_k_index == number)
-            given = self[number](hidden_states[tokens]) * top_k_weights[tokens, place, None]
+            given = self._of(number, hidden_states[tokens]) * top_k_weights[tokens, place, None]
             total.index_add_(0, tokens, given.to(total.dtype))
         return total
+
+    def _of(self, number: int, rows: Tensor) -> Tensor:
+        expert: Any = self[number]
+        if self.lent is None:
+            return expert(rows)
+        return functional_call(expert, {f"{name}.weight": self.lent(number, name) for name in expert.names}, (rows,))
+
+
+@contextmanager
+def lending(experts: Experts, tensors: Mapping[str, Tensor], module: str) -> Iterator[None]:
+    """Let `experts`, a block's `module` that may have no weights, take each from `tensors` of that block as its turn comes."""
+    experts.lent = lambda number, name: tensors[f"{module}.{number}.{name}.weight"]
+    try:
+        yield
+    finally:
+        del experts.lent
 
 
 def split_experts(model: Any, family: Family) -> Any:

@@ -25,6 +25,8 @@ Structure = Literal[
 ]
 
 STRUCTURES: tuple[Structure, ...] = get_args(Structure)
+TOGETHER = 2**24
+"""Values of the weights of experts behind a site that are put one below the other at once."""
 SHARED: tuple[Structure, ...] = STRUCTURES[-4:]
 """One matrix that all blocks of so many features share."""
 

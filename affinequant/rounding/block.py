@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from affinequant.models.attention import OnAttention
 from affinequant.models.decoder import spread
+from affinequant.models.on_demand import OnDemand, Stacked
 from affinequant.models.sites import in_expert
 from affinequant.numbers import Grid, in_units, unit_for
 from affinequant.numbers.weights import LearnedRange, dequantize, to_integers, weight_range
@@ -49,7 +50,7 @@ class Rounded:
     `roundings` says by site how its linears were rounded."""
 
     stored: Tensors
-    tensors: Tensors
+    tensors: Mapping[str, Tensor]
     clips: Mapping[str, float]
     online: Mapping[str, Tensors]
     after: Float[Tensor, "samples tokens hidden"]
@@ -66,7 +67,7 @@ class Rounded:
 
 def round_block(
     job: BlockJob,
-    tensors: Tensors,
+    tensors: Mapping[str, Tensor],
     x: Float[Tensor, "samples tokens hidden"],
     learned: Learned,
     full: Float[Tensor, "samples tokens hidden"] | None = None,
@@ -80,22 +81,33 @@ def round_block(
         full: what the full-precision block sees; for rounding `auto` and `gptaq`.
         told: hears of each group that is done, how many linears it has.
         noted: hears of what each site's linears read, before and after it is rounded; perhaps more than once.
+
+    Of experts whose `tensors` are on demand one at a time is in work, and afterwards its codes alone are there.
     """
     units: dict[str, float] = {}
     job = replace(job, units=units)  # filled in as sites are reached
     weights = {f"{linear.name}.weight" for linear in job.family.linears}
     changed = job.family.changed()
+    late = {name for name in tensors.names if name in weights} if isinstance(tensors, OnDemand) else set[str]()
+    there = {name: tensors[name] for name in tensors if name not in late}
     stored = {
         name: tensor.to(job.store) if name.rpartition(".")[0] in changed else tensor
-        for name, tensor in tensors.items()
+        for name, tensor in there.items()
         if name not in weights
     }
-    work = {name: (tensor if name in weights else stored[name]).float() for name, tensor in tensors.items()}
+    values = {name: (tensor if name in weights else stored[name]).float() for name, tensor in there.items()}
+    done = dict[str, tuple[Tensor, Tensor, Tensor, Grid]]()
+    work = OnDemand(
+        values,
+        late,
+        lambda name: dequantize(*done[name]) if name in done else tensors[name].float(),
+    )
     clips: dict[str, float] = {}
     online = {site: _plain(module.online()) for site, module in learned.online.items()}
     rotation = learned.after_rope()
     stored |= {stored_name(job.family.attention, part): tensor for part, tensor in rotation.items()}
-    real, passing = dict(work), Replay(job, x, online, learned.on_attention, noted=noted)
+    real = OnDemand(values, late, lambda name: tensors[name].float())
+    passing = Replay(job, x, online, learned.on_attention, noted=noted)
     assert full is not None or job.recipe.rounding not in ("gptaq", "auto"), "a target needs full-precision inputs"
     beside = Replay(job, full, online) if full is not None and job.recipe.rounding in ("gptaq", "auto") else None
     groups, routed, starved = dict(job.family.input_groups()), list[int](), list[str]()
@@ -110,29 +122,33 @@ def round_block(
                 passing.reach(site, work, clips)
             if counts:
                 units[site] = _activation_unit(job, site, passing.values())
-            clips[site] = _activation_clip(job, work, passing, site, groups[site], learned)
+            clips[site] = _activation_clip(job, Stacked(work, groups[site]), passing, site, learned)
             if beside is not None:
                 beside.reach(site, real, {})
         if expert is not None and not routed:
             routed = passing.route(work, clips)
             if beside is not None:
                 beside.route(real, {}, like=passing)
-        scarce = expert is not None and routed[expert] < work[f"{members[0]}.weight"].shape[1]
+        here = {member: work[f"{member}.weight"] for member in members}
+        scarce = expert is not None and routed[expert] < here[members[0]].shape[1]
         starved += members if scarce else ()
         if inner:
             if counts:
                 units[site] = _activation_unit(job, site, values_of(passing, site, expert))
-            clips[site] = _activation_clip(job, work, passing, site, members, learned, expert, scarce=scarce)
+            whole = () if scarce else (torch.cat(list(here.values())),)
+            clips[site] = _activation_clip(job, whole, passing, site, learned, expert)
         looks = _needs_hessian(job) and not scarce
         inputs = gather(job, passing, beside, site, clips[site], expert) if looks else None
         group = site if expert is None or inner else f"{site}.{expert}"
-        rows, unit, roundings[group] = _round_group(job, grid, work, members, inputs, learned, events, plainly=scarce)
+        rows, unit, roundings[group] = _round_group(job, grid, here, inputs, learned, events, plainly=scarce)
         for member, (codes, scale, zero) in rows.items():
-            weight = work[f"{member}.weight"]
-            value = dequantize(codes, scale, zero, grid)
-            figures[member] = {"sqnr": _decibel(weight, value), "clip": clips[site]}
-            work[f"{member}.weight"] = value
+            value, name = dequantize(codes, scale, zero, grid), f"{member}.weight"
+            figures[member] = {"sqnr": _decibel(here.pop(member), value), "clip": clips[site]}
             stored |= {f"{member}.codes": to_integers(codes), f"{member}.scale": scale}
+            if name in late:
+                done[name] = (stored[f"{member}.codes"], scale, zero, grid)
+            else:
+                work.there[name] = value
             if not numbers.weight.symmetric:
                 stored[f"{member}.zero"] = to_integers(zero)
             if unit is not None:
@@ -167,20 +183,18 @@ def _needs_hessian(job: BlockJob) -> bool:
 
 def _activation_clip(
     job: BlockJob,
-    work: Tensors,
+    weight: Iterable[Tensor],
     passing: Replay,
     site: str,
-    members: tuple[str, ...],
     learned: Learned,
     expert: int | None = None,
-    *,
-    scarce: bool = False,
 ) -> float:
+    """The ratio at a site whose linears have this `weight`; where an expert's has none, since it sees too little, one."""
+    scarce = expert is not None and not weight
     if job.activation_grid(site) is None or job.clipping(site) == "none" or scarce:
         return 1.0
     if job.clipping(site) == "learn":
         return float(learned.clips[site].detach().sigmoid())
-    weight = torch.cat([work[f"{member}.weight"] for member in members])
     samples, tokens, _ = passing.x.shape
     if expert is not None:
         rows = torch.cat([value[0].float() for _, value in passing.of_expert(site, expert)])
@@ -203,8 +217,7 @@ def _activation_unit(job: BlockJob, site: str, values: Iterable[tuple[slice, Ten
 def _grids(
     job: BlockJob,
     grid: Grid,
-    work: Tensors,
-    members: tuple[str, ...],
+    weights: Mapping[str, Tensor],
     inputs: Inputs | None,
     learned: Learned,
     *,
@@ -213,8 +226,7 @@ def _grids(
     """(scale, zero, unit) of the linears that read one input, one below the other; engines fuse them, so that they share
     a unit."""
     pairs = []
-    for member in members:
-        weight = work[f"{member}.weight"]
+    for member, weight in weights.items():
         if plainly:
             low, high = weight_range(weight, grid)
         elif "search" in job.recipe.weight_clip:
@@ -234,19 +246,19 @@ def _grids(
 def _round_group(
     job: BlockJob,
     grid: Grid,
-    work: Tensors,
-    members: tuple[str, ...],
+    weights: Mapping[str, Tensor],
     inputs: Inputs | None,
     learned: Learned,
     events: list[str],
     *,
     plainly: bool,
 ) -> tuple[dict[str, tuple[Tensor, Tensor, Tensor]], float | None, dict[str, Any]]:
-    """Linear to (codes, scale, zero) for those that read one input, which are rounded together; the unit of their scales;
-    and how: the name of the way, with `auto` the held-out error of each. `plainly`: to nearest, on full ranges."""
+    """Linear to (codes, scale, zero) for those that read one input, which are rounded together, by their weights; the unit
+    of their scales; and how: the name of the way, with `auto` the held-out error of each. `plainly`: to nearest, on full
+    ranges."""
     damping, sweeps = job.recipe.damping, job.recipe.sweeps
-    scale, zero, unit = _grids(job, grid, work, members, inputs, learned, plainly=plainly)
-    whole = torch.cat([work[f"{member}.weight"] for member in members])
+    scale, zero, unit = _grids(job, grid, weights, inputs, learned, plainly=plainly)
+    whole = torch.cat(list(weights.values()))
     errors: Mapping[str, float] = {}
     way = Way(
         kind=job.recipe.rounding if job.recipe.rounding != "auto" else "gptq",
@@ -261,12 +273,12 @@ def _round_group(
     try:
         codes = round_by(way, whole, inputs.every if inputs else None, scale, zero, grid)
     except GPTQFailure as problem:
-        events.append(f"{', '.join(members)} rounded to nearest: {problem}")
+        events.append(f"{', '.join(weights)} rounded to nearest: {problem}")
         way = Way(kind="nearest")
         codes = round_by(way, whole, None, scale, zero, grid)
-    sizes = [len(work[f"{member}.weight"]) for member in members]
+    sizes = [len(weight) for weight in weights.values()]
     rows = zip(codes.split(sizes), scale.split(sizes), zero.split(sizes), strict=True)
-    return dict(zip(members, rows, strict=True)), unit, {"rounding": str(way), **({"errors": errors} if errors else {})}
+    return dict(zip(weights, rows, strict=True)), unit, {"rounding": str(way), **({"errors": errors} if errors else {})}
 
 
 def _decibel(weight: Tensor, value: Tensor) -> float:

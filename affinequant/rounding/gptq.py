@@ -1,5 +1,6 @@
 """From real weights to codes: GPTQ on the inputs that the layer will see, and ranges found by search."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
@@ -57,17 +58,27 @@ def search_weight_range(
 
 
 def search_activation_clip(
-    x: Float[Tensor, "tokens columns"], weight: Float[Tensor, "rows columns"], site_input: SiteInput
+    x: Float[Tensor, "tokens columns"],
+    weight: Float[Tensor, "rows columns"] | Iterable[Float[Tensor, "rows columns"]],
+    site_input: SiteInput,
 ) -> float:
     """The clip ratio with which `site_input` should round x: it minimises the layer's output error over its power,
-    averaged over tokens."""
-    power = (x @ weight.mT).square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
-    gram = weight.mT @ weight if len(weight) > weight.shape[1] else None
+    averaged over tokens. The weight may come in several matrices, one below the other, which are gone through once."""
+    power, gram, few = x.new_zeros(len(x)), None, list[Tensor]()
+    for part in (weight,) if isinstance(weight, Tensor) else weight:
+        power += (x @ part.mT).square().sum(-1)
+        if len(part) > part.shape[1]:
+            gram = part.mT @ part if gram is None else gram.add_(part.mT @ part)
+        else:
+            few.append(part)
+    power.clamp_min_(torch.finfo(torch.float32).tiny)
 
     def error(ratio: float) -> float:
         wrong = replace(site_input, clip=ratio).rounded(x) - x
-        squared = (wrong @ weight.mT).square() if gram is None else (wrong @ gram) * wrong
-        return float((squared.sum(-1) / power).mean())
+        squared = torch.zeros_like(power) if gram is None else ((wrong @ gram) * wrong).sum(-1)
+        for part in few:
+            squared += (wrong @ part.mT).square().sum(-1)
+        return float((squared / power).mean())
 
     return min(ACTIVATION_RATIOS, key=error)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from affinequant.models import Family
 from affinequant.models.attention import OnAttention
 from affinequant.models.decoder import Decoder, OnInput, like_on_disk, run_block, slices
+from affinequant.models.on_demand import each
 from affinequant.models.sites import Site
 from affinequant.numbers import Grid, grid_of, in_units
 from affinequant.recipe.recipe import Clip, Recipe
@@ -89,7 +90,7 @@ class BlockJob:
     ) -> Tensor:
         """The block on a batch (`run_block`), in the compute dtype whatever the tensors are in. Without `on_input` and
         `on_attention` in full precision: they hold all that acts on activations at run time."""
-        lent = {name: tensor.to(self.decoder.dtype) for name, tensor in tensors.items()}
+        lent = each(tensors, lambda _, tensor: tensor.to(self.decoder.dtype), self.family.expert())
         block = self.decoder.block(self.index)
         factors = {name: scale.to(self.decoder.dtype) for name, scale in (scales or {}).items()}
         return run_block(block, self.family, lent, x, self.kwargs, on_input, on_attention, known, factors)

@@ -101,11 +101,12 @@ class Replay:
         between up and down in this one, on inputs that are rounded."""
         where = self.job.family.expert(number)
         expert: Any = self.job.decoder.block(self.job.index).get_submodule(where)
+        inner = expert.names[:2] if site != self.branch and self.routed else ()
+        weights = [self.tensors[f"{where}.{name}.weight"].to(self.routed[0][0]) for name in inner]
         for sample, (given, index) in enumerate(self.routed):
             rows = given[(index == number).any(-1)]
-            if site != self.branch:
+            if weights:
                 read = self.inputs[self.branch].rounded(rows)
-                weights = (self.tensors[f"{where}.{name}.weight"].to(read) for name in expert.names[:2])
                 gate, up = (torch.nn.functional.linear(read, weight) for weight in weights)
                 rows = self.inputs[site].transformed(expert.act(gate) * up)
             yield slice(sample, sample + 1), rows[None]

@@ -50,8 +50,12 @@ class OutputError:
 
 def output_error(given: Float[Tensor, "tokens rows"], wanted: Float[Tensor, "tokens rows"]) -> OutputError:
     """Held-out outputs against those of full precision."""
-    wrong, power = (given - wanted).square().sum(-1), wanted.square().sum(-1)
-    tiny = torch.finfo(wanted.dtype).tiny
+    return error_of((given - wanted).square().sum(-1), wanted.square().sum(-1))
+
+
+def error_of(wrong: Float[Tensor, " tokens"], power: Float[Tensor, " tokens"]) -> OutputError:
+    """From the squares of what is wrong and of what is wanted, summed over outputs."""
+    tiny = torch.finfo(power.dtype).tiny
     return OutputError(relative=wrong / power.clamp_min(tiny), total=float(wrong.sum() / power.sum().clamp_min(tiny)))
 
 

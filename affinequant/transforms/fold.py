@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from affinequant.models import Family
+from affinequant.models.on_demand import OnDemand
 from affinequant.models.sites import Edge, Site
 from affinequant.transforms import Transform
 from affinequant.transforms.shift import added, shifts
@@ -23,6 +24,7 @@ def fold(
     norm_offset: float = 0.0,
     scope: str = "block",
     online: bool = False,
+    partial: bool = False,
 ) -> Tensors:
     """Let `transform` act at `site` on the tensors of one block (or, with `scope="model"`, on those outside blocks).
 
@@ -30,7 +32,7 @@ def fold(
     parameters; computed in the dtype of the tensors. Edges whose tensors are absent are skipped only when they belong
     to the other scope. With `online`, P acts on activations at run time, so the sources are left as they are, and what
     reads them plainly; between RoPE and attention P and P^-T both do, on queries and keys, so no tensor changes. Of an
-    affine x P + c biases take c up.
+    affine x P + c biases take c up. Of a `partial` block what is not there is left aside.
 
     Raises:
         KeyError: a tensor of this scope is missing, a bias that has something to take up included.
@@ -40,6 +42,8 @@ def fold(
     sinks = () if online and site.kind == "rope" else site.sinks
     for edges, action in ((sources, _linear(transform)), (sinks, transform.on_weights)):
         for edge in edges:
+            if partial and f"{edge.module}.weight" not in result:
+                continue
             if edge.scope == scope and not (online and edge.plain):
                 _act(result, edge, action, norm_offset)
                 if shifts(transform):
@@ -54,20 +58,39 @@ def fold_all(
     online: Mapping[str, Transform] | None = None,
     *,
     norm_offset: float,
+    partial: bool = False,
 ) -> Tensors:
-    """Every block-level transform at its site: those that fold, then what the sinks owe to those that stay online."""
+    """Every block-level transform at its site: those that fold, then what the sinks owe to those that stay online. Of a
+    `partial` block what is not there is left aside."""
     result = dict(tensors)
     for transforms, stays in ((folded, False), (online or {}, True)):
         for name, transform in transforms.items():
-            result = fold(result, sites[name], transform, norm_offset=norm_offset, online=stays)
+            result = fold(result, sites[name], transform, norm_offset=norm_offset, online=stays, partial=partial)
     return result
 
 
+def in_parts(
+    tensors: Mapping[str, Tensor], act: Callable[[Mapping[str, Tensor], bool], Tensors]
+) -> Mapping[str, Tensor]:
+    """What `act(part, partial)` makes of a block: of the whole, or apart of all that is there, and of each tensor on demand
+    beside norms and biases, when it is asked for."""
+    if not isinstance(tensors, OnDemand):
+        return act(tensors, False)
+    beside = {name: tensor for name, tensor in tensors.there.items() if tensor.dim() == 1}
+    own = act(tensors.there, True)
+    return OnDemand(own, tensors.names, lambda name: act(beside | {name: tensors[name]}, True)[name])
+
+
 def fuse_gains(
-    tensors: Mapping[str, Tensor], norms: Sequence[tuple[str, Sequence[str]]], norm_offset: float
+    tensors: Mapping[str, Tensor],
+    norms: Sequence[tuple[str, Sequence[str]]],
+    norm_offset: float,
+    *,
+    partial: bool = False,
 ) -> Tensors:
     """Move each norm's gain into the linears that read it, leaving a gain of one: needed before the residual stream is
-    rotated, and harmful without a rotation, since it makes weights harder to quantise.
+    rotated, and harmful without a rotation, since it makes weights harder to quantise. Of a `partial` block into those
+    that are there.
 
     Raises:
         ValueError: a norm has a bias. Nothing here knows where that would go.
@@ -78,15 +101,22 @@ def fuse_gains(
             raise ValueError(f"{norm} has a bias, which cannot be fused")
         gain = result[f"{norm}.weight"] + norm_offset
         for reader in readers:
-            result[f"{reader}.weight"] = result[f"{reader}.weight"] * gain
+            if not partial or f"{reader}.weight" in result:
+                result[f"{reader}.weight"] = result[f"{reader}.weight"] * gain
         result[f"{norm}.weight"] = torch.ones_like(gain) - norm_offset
     return result
 
 
-def rotate_block(tensors: Mapping[str, Tensor], family: Family, site: Site, rotation: Transform) -> Tensors:
+def rotate_block(
+    tensors: Mapping[str, Tensor], family: Family, site: Site, rotation: Transform
+) -> Mapping[str, Tensor]:
     """One block's tensors with the residual stream rotated (fp64 in, fp64 out)."""
-    fused = fuse_gains(tensors, family.fused_norms(), family.norm_offset)
-    return fold(fused, site, rotation)
+
+    def rotated(part: Mapping[str, Tensor], partial: bool) -> Tensors:
+        fused = fuse_gains(part, family.fused_norms(), family.norm_offset, partial=partial)
+        return fold(fused, site, rotation, partial=partial)
+
+    return in_parts(tensors, rotated)
 
 
 def rotate_outer(tensors: Mapping[str, Tensor], family: Family, site: Site, rotation: Transform) -> Tensors:

@@ -20,6 +20,8 @@ geometric mean of theirs. Damping by a fraction d of the mean energy bounds each
 cond(P) <= (cond M cond G)^(1/4) <= (1 + n / d)^(1/2): 80 for n = 64 at d = 0.01, and rank does not matter.
 """
 
+from collections.abc import Iterable
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -126,7 +128,7 @@ def wush_kronecker(
 
 def wush_kronecker_rows(
     x: Float[Tensor, "*batch n"],
-    w: Float[Tensor, "rows n"],
+    w: Float[Tensor, "rows n"] | Iterable[Float[Tensor, "rows n"]],
     n1: int,
     n2: int,
     *,
@@ -137,14 +139,18 @@ def wush_kronecker_rows(
     entry where this costs n1 + n2.
 
     Give activations as they are, first token included, after a `balance` that folds: on SmolLM2-135M at W4A4 both matter
-    more than anything else here (tokens scaled to one length: 14 % more perplexity; no balance: 19 %).
+    more than anything else here (tokens scaled to one length: 14 % more perplexity; no balance: 19 %). Weights may come in
+    several matrices, which are gone through twice a round.
     """
-    x, w = (rows.reshape(-1, n1, n2).double() for rows in (x, w))
+    x, parts = x.reshape(-1, n1, n2).double(), (w,) if isinstance(w, Tensor) else w
     first, second = None, None
     for _ in range(rounds):
         inverse = None if second is None else torch.linalg.inv(second).mT
-        first = wush(_trace_second(x, second), _trace_second(w, inverse), damping)
-        second = wush(_trace_first(x, first), _trace_first(w, torch.linalg.inv(first).mT), damping)
+        gram = torch.stack([_trace_second(part.reshape(-1, n1, n2).double(), inverse) for part in parts]).sum(0)
+        first = wush(_trace_second(x, second), gram, damping)
+        inverse = torch.linalg.inv(first).mT
+        gram = torch.stack([_trace_first(part.reshape(-1, n1, n2).double(), inverse) for part in parts]).sum(0)
+        second = wush(_trace_first(x, first), gram, damping)
     assert first is not None and second is not None, "at least one round"
     return first, second
 
