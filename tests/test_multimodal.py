@@ -158,6 +158,14 @@ def logits(model: Any, ids: Tensor = IDS, **more: Any) -> Tensor:
     return model.eval()(ids, use_cache=False, **more).logits.float()
 
 
+PIXELS = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+def with_image(count: int) -> Tensor:
+    """Tokens around those of an image."""
+    return torch.cat([IDS[:1, :5], torch.full((1, count), IMAGE), IDS[:1, 5:9]], 1)
+
+
 @pytest.mark.parametrize("name", ["hub", "modules"])
 @pytest.mark.parametrize("tier", SCHEMES)
 def test_the_decoder_is_what_it_is_alone_and_the_rest_is_copied(
@@ -196,16 +204,14 @@ def test_config_and_side_files_keep_the_shape_of_the_source(
 
 @pytest.mark.parametrize("tier", SCHEMES)
 def test_load_gives_the_whole_model(tier: str, made: Callable[[str, str], Any]) -> None:
-    alone = affinequant.load(made(tier, "alone").path, device="cpu", dtype="float32")
-    pixels = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    ids = torch.cat([IDS[:1, :5], torch.full((1, 4), IMAGE), IDS[:1, 5:9]], 1)
+    alone: Any = affinequant.load(made(tier, "alone").path, device="cpu", dtype="float32")
     seen = []
     for name in ("hub", "modules"):
         model: Any = affinequant.load(made(tier, name).path, device="cpu", dtype="float32")
         assert type(model).__name__ == "Gemma3ForConditionalGeneration"
         assert torch.equal(logits(model), logits(alone))
         assert torch.equal(*(one.generate(IDS, max_new_tokens=4, do_sample=False) for one in (model, alone)))
-        seen += [logits(model, ids, pixel_values=pixel) for pixel in (pixels, 1 - pixels)]
+        seen += [logits(model, with_image(4), pixel_values=pixels) for pixels in (PIXELS, 1 - PIXELS)]
     assert torch.equal(seen[0], seen[2]) and torch.equal(seen[1], seen[3]) and not torch.allclose(seen[0], seen[1])
 
 
@@ -252,7 +258,7 @@ def test_every_format_takes_it_or_says_why_not(
         with pytest.raises(AffineQuantError, match=r"decoder alone; .*vision_tower"):
             affinequant.export(first.path, format=form, out=tmp_path / "out")
         return
-    given = {"scheme": "w8a8"} if form == "int-quantized" else {}
+    given: dict[str, Any] = {"scheme": "w8a8"} if form == "int-quantized" else {}
     report = affinequant.export(first.path, format=form, out=tmp_path / "out", **given).report
     assert report["verified"]["passed"]
     before, after = tensors(sources["hub"]), tensors(tmp_path / "out")
@@ -299,6 +305,20 @@ def test_relatives_go_the_same_way(
     before, after = tensors(source), tensors(made.path)
     copied = [key for key in before if "language_model" not in key and "lm_head" not in key]
     assert copied and all(torch.equal(before[key], after[key]) for key in copied)
+
+
+def test_an_image_means_what_it_did(tiny: Tiny, fields: dict[str, Any], tmp_path: Path) -> None:
+    """Its features enter the stream as they are: what folds is not to change what they are added to."""
+    source = wrapped("LlavaForConditionalGeneration", tiny(tied=True), tmp_path / "source")
+    asked = {**fields, "scheme": "w8a16", "tier": "merged", "preset": "fast"}
+    plan = affinequant.plan(source, **asked)
+    assert "residual" not in plan.recipe.transforms and any("features of their own" in note for note in plan.notes)
+    with pytest.raises(AffineQuantError, match="features of their own"):
+        affinequant.plan(source, transforms={"residual": "hadamard"}, **asked | {"preset": "rtn"})
+    made = affinequant.quantize(source, out=tmp_path / "out", **asked)
+    ours, theirs = (affinequant.load(folder, device="cpu", dtype="float32") for folder in (made.path, source))
+    one, other = (logits(model, with_image(16), pixel_values=PIXELS) for model in (ours, theirs))
+    assert float((one - other).abs().mean()) < 0.05 * float(other.std())
 
 
 def described(architecture: str, text: dict[str, Any], **whole: Any) -> dict[str, Any]:

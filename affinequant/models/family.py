@@ -29,6 +29,8 @@ class Family:
     """The module that embeds positions, where they are learned."""
     layer_norm: bool = False
     """Whether norms take away the mean and add a bias: rotations of the residual stream do not commute with these."""
+    inside: bool = False
+    """Whether it is one part of a model, whose others put what they see into the residual stream as they have learned to."""
     bos: bool = False
     """Whether its models make nonsense of a text that does not begin with a BOS, whatever the tokenizer does."""
     defaults: Mapping[str, Any] = field(default_factory=dict)

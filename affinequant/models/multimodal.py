@@ -79,11 +79,12 @@ def decoder_type(config: Mapping[str, Any]) -> str:
 
 
 def inside(family: Family) -> Family:
-    """A family as it is found in a model of several parts. Caps are refused: the code around the decoder has none."""
+    """A family as it is found in a model of several parts, what is seen in an image being put in the place of tokens'
+    embeddings. Caps are refused: the code around the decoder has none."""
     paths = {part: getattr(family, part) for part in ("blocks", "embedding", "norm", "positions")}
     moved = {part: f"{_DECODER}.{path.removeprefix('model.')}" for part, path in paths.items() if path}
     uncapped = {"attn_logit_softcapping": (None,), "final_logit_softcapping": (None,)}
-    return replace(family, **moved, settings={**family.settings, **uncapped})
+    return replace(family, **moved, inside=True, settings={**family.settings, **uncapped})
 
 
 def by_module(

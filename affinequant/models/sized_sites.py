@@ -48,6 +48,8 @@ def resolve_sites(family: Family, dims: Dims, tp: int = 1) -> tuple[Site, ...]:
 
 def _stream_closed(family: Family) -> str:
     """Why no map passes the residual stream; "" where rotations do."""
+    if family.inside:
+        return "parts of the model beside the decoder put features of their own into the stream, which stay as they are"
     if family.layer_norm:
         return "its norms take away the mean, which rotations do not leave alone"
     behind = next((layer.post_norm for layer in family.layers.values() if layer.post_norm), "")
