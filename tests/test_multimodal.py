@@ -36,6 +36,8 @@ VISION = {
     "image_size": 16,
 }
 VISION |= {"patch_size": 4}
+QWENS = {"depth": 1, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 4}
+QWENS |= {"out_hidden_size": 64, "num_position_embeddings": 16}
 PARTS: dict[str, dict[str, Any]] = {
     "Gemma3ForConditionalGeneration": {
         "vision_config": VISION | {"vision_use_head": False},
@@ -44,10 +46,8 @@ PARTS: dict[str, dict[str, Any]] = {
         "eoi_token_index": 302,
         "image_token_index": IMAGE,
     },
-    "Qwen3_5ForConditionalGeneration": {
-        "vision_config": {"depth": 1, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 4}
-        | {"out_hidden_size": 64, "num_position_embeddings": 16}
-    },
+    "Qwen3_5ForConditionalGeneration": {"vision_config": QWENS},
+    "Qwen3_5MoeForConditionalGeneration": {"vision_config": QWENS},
     "LlavaForConditionalGeneration": {
         "vision_config": VISION | {"model_type": "clip_vision_model"},
         "image_token_index": IMAGE,
@@ -86,16 +86,15 @@ def wrapped(architecture: str, decoder: Path, folder: Path, *, hub: bool = True)
         dtype="bfloat16",
         **PARTS[architecture],
     )
-    model = kind(config).bfloat16()
-    generator, inside = torch.Generator().manual_seed(1), load_file(decoder / "model.safetensors")
-    state = model.state_dict()
-    for name, tensor in state.items():
-        own = name.replace("model.language_model.", "model.")
-        value = inside[own] if own in inside else torch.randn(tensor.shape, generator=generator) * 0.2
-        state[name] = value.to(tensor.dtype)
-    if tied:
-        del state["lm_head.weight"]
-    stored = {published(name) if hub else name: tensor.contiguous() for name, tensor in state.items()}
+    model, generator = kind(config), torch.Generator().manual_seed(1)
+    beside = {
+        name: (torch.randn(tensor.shape, generator=generator) * 0.2).bfloat16()
+        for name, tensor in model.state_dict().items()
+        if not name.startswith(("model.language_model.", "lm_head."))
+    }
+    inside = load_file(decoder / "model.safetensors").items()
+    state = beside | {re.sub(r"^model\.", "model.language_model.", name): tensor for name, tensor in inside}
+    stored = {published(name) if hub else name: tensor for name, tensor in state.items()}
     shutil.copytree(decoder, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
     model.config.save_pretrained(folder)

@@ -19,6 +19,7 @@ Named = TypeVar("Named")
 WRAPPERS: Mapping[str, tuple[str, ...]] = {
     "Gemma3ForConditionalGeneration": ("gemma3",),
     "Qwen3_5ForConditionalGeneration": ("qwen3_5",),
+    "Qwen3_5MoeForConditionalGeneration": ("qwen3_5_moe",),
     "LlavaForConditionalGeneration": ("llama", "mistral", "qwen2"),
     "Mistral3ForConditionalGeneration": ("mistral",),
 }

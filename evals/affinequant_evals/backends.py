@@ -28,7 +28,7 @@ from affinequant_evals.environment import package_version
 
 BACKENDS: dict[str, str] = {
     "affinequant": "this package's runtime (affinequant.load): the default",
-    "transformers": "AutoModelForCausalLM, as other programs load a folder",
+    "transformers": "from_pretrained, as other programs load a folder",
     "vllm": "a vLLM engine, in a process of its own",
     "URL": "a server that speaks OpenAI's completions protocol, at http://HOST:PORT",
 }
