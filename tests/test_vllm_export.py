@@ -198,6 +198,8 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, *, qutlass: bool) -> None:
         monkeypatch.setattr(module, f"init_{kind}_linear_kernel", lambda *_, kernel=kernel, **__: kernel)
     monkeypatch.setattr(importlib.import_module(schemes + "nvfp4"), "expose_input_quant_key", lambda *_: None)
     transform = quantization + "compressed_tensors.transform."
+    # It remembers matrices that it has divided by where they lay, beyond the life of a model.
+    monkeypatch.setattr(importlib.import_module(transform + "module").HadamardTransform, "scaled_data_ptrs", set())
     platform = SimpleNamespace(has_device_capability=lambda *_: qutlass)
     monkeypatch.setattr(importlib.import_module(transform + "linear"), "current_platform", platform)
     fused = importlib.import_module(transform + "schemes.linear_qutlass_nvfp4")
