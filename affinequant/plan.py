@@ -35,6 +35,7 @@ from affinequant.transforms.placements import (
     fitted,
     online_bytes,
     place_all,
+    shared_alone,
 )
 
 
@@ -263,9 +264,8 @@ def _notes(
         notes.append(f"engines without this package run this checkpoint with 16-bit activations; {ours}, on integers")
     if floats and rounded:
         online = [recipe.transforms[site] for site, placement in placements.items() if placement.how == "online"]
-        held = all(name.rpartition("+")[2].startswith("shared-") for name in online)
         what = " of an export as transform-config or fp_quant" if online else ""
-        if held:
+        if shared_alone(online):
             where = "on Blackwell; elsewhere their values, in 16 or 32 bits"
             notes.append(f"4-bit floats: stock vLLM multiplies them{what} {where}")
     if recipe.parsed_scheme.kv is not None:

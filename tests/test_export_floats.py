@@ -16,6 +16,7 @@ from compressed_tensors.quantization.utils import calculate_qparams
 from torch import Tensor
 
 import affinequant
+from affinequant.cli import main
 from affinequant.errors import PREFLIGHT, AffineQuantError
 from affinequant.export import read_back
 from affinequant.formats import find_format
@@ -220,3 +221,22 @@ def test_families_that_vllm_gives_no_transforms_are_named() -> None:
     reasons = {family.name: find_format("transform-config").lacks(family) for family in FAMILIES.values()}
     assert reasons["llama"] is None and "fused" in str(reasons["phi3"]) and "experts" in str(reasons["mixtral"])
     assert "model.decoder.layers" in str(reasons["opt"])
+
+
+def test_what_to_type_next_is_what_an_engine_takes(
+    shared: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from affinequant.cli.quantize import next_commands
+    from affinequant.deliver import Result
+
+    def after(folder: Path) -> list[str]:
+        report = json.loads((folder / "report.json").read_text())
+        return [line.replace(str(folder), "DIR") for line in next_commands(Result(path=folder, report=report))]
+
+    assert after(shared("nvfp4")) == ["affinequant export DIR --format transform-config", "affinequant eval DIR"]
+    assert after(shared("nvfp4", "merged")) == ["vllm serve DIR", "affinequant eval DIR"]
+    assert after(shared("nvfp4", transforms={"vo": "kronecker"})) == ["affinequant eval DIR"]
+    out = tmp_path / "out"
+    assert main(["export", str(shared("mxfp4")), "--format", "fp_quant", "-o", str(out)]) == 0
+    assert f"vllm serve {out} --dtype bfloat16 --allow-deprecated-quantization" in capsys.readouterr().out
+    assert "--allow-deprecated-quantization" in (out / "README.md").read_text()

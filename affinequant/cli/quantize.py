@@ -13,6 +13,8 @@ from affinequant.cli.plan import fetch_demo, header, model_help, print_plan
 from affinequant.cli.report import report_on
 from affinequant.recipe.presets import PRESETS
 from affinequant.recipe.recipe import Recipe
+from affinequant.recipe.scheme import Scheme
+from affinequant.transforms.placements import shared_alone
 
 if TYPE_CHECKING:
     from affinequant_evals.gates import Limits
@@ -173,9 +175,14 @@ def outcome(done: "Result") -> dict[str, str]:
 
 
 def next_commands(done: "Result") -> list[str]:
-    """What to type next."""
+    """What to type next; no engine is named that would refuse the folder."""
     folder = spoken(done.path)
-    return [f"vllm serve {folder}", f"affinequant eval {folder}"]
+    serve, evaluate = f"vllm serve {folder}", f"affinequant eval {folder}"
+    online = [one["transform"] for one in done.report["plan"]["sites"] if one["placement"] == "online"]
+    if not online or Scheme.parse(done.report["scheme"]).weight.kind == "int":
+        return [serve, evaluate]
+    export = f"affinequant export {folder} --format transform-config"
+    return [*([export] if shared_alone(online) else []), evaluate]
 
 
 def print_next(commands: list[str], screen: Screen) -> None:

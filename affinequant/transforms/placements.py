@@ -1,7 +1,7 @@
 """What becomes of the transforms that a recipe asks for: folded, online at a cost, or refused with the reason."""
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +19,11 @@ CANDIDATES: Mapping[Kind, tuple[str, ...]] = {
     "linear": ("none", "diagonal", "hadamard", "diagonal+hadamard", "diagonal+block", "diagonal+kronecker"),
 }
 """What a block chooses from, the simplest first: transforms with a closed-form start, and none as large as a layer."""
+
+
+def shared_alone(names: Iterable[str]) -> bool:
+    """Whether all that stays online of these transforms is one matrix for all blocks, which stock engines of floats hold."""
+    return all(name.rpartition("+")[2].startswith("shared-") for name in names)
 
 
 def block_flops(family: Family, dims: Dims) -> int:
