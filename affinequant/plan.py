@@ -20,7 +20,7 @@ from affinequant.models.divided import check_groups, check_slices
 from affinequant.models.linears import bound, keeping, shapes_of, sites_read
 from affinequant.models.multimodal import said_of_copies
 from affinequant.models.sites import Placement, Site
-from affinequant.models.source import Source, check_tensors, is_local, locate, open_source, parts_beside, settle_tie
+from affinequant.models.source import Source, check_tensors, is_local, locate, open_source, parts_beside, settle
 from affinequant.recipe.assigned import Schemes, assign, differing
 from affinequant.recipe.recipe import AUTO, Recipe, parse_bytes
 from affinequant.recipe.recipe import resolve as resolve_recipe
@@ -143,7 +143,7 @@ def _planned(recipe: Recipe, folder: Path, has_weights: bool) -> Plan:
     family, dims = resolve(source.config, where=str(folder / "config.json"))
     check_code(source.config, "model", folder, trusted=recipe.trust_remote_code)
     if has_weights:
-        source, dims = settle_tie(source, family, dims)
+        source, dims = settle(source, family, dims)
         check_tensors(source, family, dims)
     side = find_side_files(folder, skip=recipe.output_folder())  # refuses links and pipes before anything opens them
     required = has_weights or not is_local(recipe.model)
@@ -155,7 +155,7 @@ def _planned(recipe: Recipe, folder: Path, has_weights: bool) -> Plan:
     schemes = assign(recipe, fused, read, family.left_alone(dims))
     family = keeping(family, (name for name, scheme in schemes.items() if scheme is None))
     recipe = choosing(recipe, family)
-    sites = {site.name: site for site in resolve_sites(family, dims, recipe.tp)}
+    sites = {site.name: site for site in resolve_sites(family, dims, recipe.tp, parts_beside(source, family))}
     recipe, left_out = fitted(recipe, sites, sites_read(family, dims))
     placements = place_all(recipe, sites, block_flops(family, dims))
     check_groups(recipe, schemes, family, dims)

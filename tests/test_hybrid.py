@@ -99,13 +99,20 @@ def fields(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {"preset": "fast", "samples": 4, "seq_len": 32, "data": text}
 
 
-@pytest.fixture(scope="module")
-def source(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As published: the recurrence in float32, everything else in bfloat16."""
-    folder = Path(shutil.copytree(tiny(family="qwen3_5"), tmp_path_factory.mktemp("source") / "model"))
+@pytest.fixture(scope="module", params=["qwen3_5", "qwen3_next"])
+def source(request: pytest.FixtureRequest, tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As published: the recurrence in float32, everything else in bfloat16, and a Qwen3-Next with what guesses several tokens."""
+    folder = Path(shutil.copytree(tiny(family=request.param), tmp_path_factory.mktemp("source") / "model"))
     stored = load_file(folder / "model.safetensors")
     for name in [name for name in stored if name.endswith("A_log")]:
         stored[name] = stored[name].float() + 2.0**-12
+    if request.param == "qwen3_next":
+        block = {"model.layers.1.self_attn.": "self_attn.", "model.layers.0.mlp.": "mlp."}
+        ahead = {"mtp.fc.weight": torch.ones(64, 128).bfloat16(), "mtp.norm.weight": torch.ones(64).bfloat16()}
+        for start, part in block.items():
+            found = {name: tensor for name, tensor in stored.items() if name.startswith(start)}
+            ahead |= {f"mtp.layers.0.{part}{name[len(start) :]}": tensor + 1 for name, tensor in found.items()}
+        stored |= ahead
     save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
@@ -123,19 +130,22 @@ def logits(model: Any) -> Tensor:
 
 
 def test_projections_are_quantised_and_the_recurrence_is_left_alone(made: Any, source: Path) -> None:
-    assert made.report["verified"]["passed"] and made.report["events"] == []
+    assert made.report["verified"]["passed"]
+    assert all("experts see fewer tokens" in event for event in made.report["events"])
     delta, attention = (set(block["linears"]) for block in made.report["blocks"])
-    assert delta - attention == {f"linear_attn.{name}" for name in ("in_proj_qkv", "in_proj_z", "out_proj")}
-    assert attention - delta == {f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
-    declared = json.loads((made.path / "config.json").read_text())["quantization_config"]
-    small = {f"model.layers.0.linear_attn.in_proj_{name}" for name in "ba"}
-    assert set(declared["ignore"]) == {"lm_head", *small}
     before, after = load_file(source / "model.safetensors"), load_file(made.path / "affinequant.safetensors")
+    start, fused = "model.layers.0.", "model.layers.0.linear_attn.in_proj_qkvz.weight" in before
+    read = ["in_proj_qkvz"] if fused else ["in_proj_qkv", "in_proj_z"]
+    assert {name for name in delta if "attn" in name} == {f"linear_attn.{name}" for name in (*read, "out_proj")}
+    assert {name for name in attention if "attn" in name} == {f"self_attn.{name}_proj" for name in "qkvo"}
+    declared = json.loads((made.path / "config.json").read_text())["quantization_config"]
+    small = {f"{start}linear_attn.in_proj_{name}" for name in (["ba"] if fused else "ba")}
+    routers = {f"{start}mlp.{name}" for name in ("gate", "shared_expert_gate")}
+    patterns = {"re:(.*\\.)?mtp\\..*", "re:(.*\\.)?lm_head"}
+    assert set(declared["ignore"]) == {"lm_head", *small, *(routers | patterns if fused else ())}
     for name in RECURRENCE:
-        kept = after[f"model.layers.0.{name}"]
-        assert kept.dtype == before[f"model.layers.0.{name}"].dtype and torch.equal(
-            kept, before[f"model.layers.0.{name}"]
-        )
+        kept = after[f"{start}{name}"]
+        assert kept.dtype == before[f"{start}{name}"].dtype and torch.equal(kept, before[f"{start}{name}"])
     # What reads the norm took up what was folded into it, and is still in 16 bits.
     assert all(f"{name}.weight" in after and not torch.equal(after[f"{name}.weight"], before[f"{name}.weight"])
                for name in small)  # fmt: skip
@@ -160,28 +170,61 @@ def test_stock_transformers_loads_our_own_format(made: Any) -> None:
     assert torch.equal(logits(model), logits(affinequant.load(made.path, device="cpu", dtype="float32")))
 
 
+def test_what_guesses_several_tokens_is_copied_and_closes_the_stream(
+    made: Any, source: Path, fields: dict[str, Any], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """vLLM drafts with it, on the hidden states, the embedding and the head that it was trained with."""
+    before, after = load_file(source / "model.safetensors"), load_file(made.path / "affinequant.safetensors")
+    names = {name for name in before if name.startswith("mtp.")}
+    assert names == {name for name in after if name.startswith("mtp.")} == made.report["unknown_tensors"].keys()
+    assert all(torch.equal(before[name], after[name]) for name in names)
+    merged = affinequant.plan(source, **fields, tier="merged")
+    notes = [note for note in merged.notes if "mtp" in note]
+    if not names:
+        assert not notes and not merged.copied and merged.recipe.transforms["residual"] == "hadamard"
+        return
+    assert merged.copied == made.report["plan"]["copied"] == {"mtp": sum(before[name].nbytes for name in names)}
+    assert len(notes) == 2 and "copied: mtp" in notes[0]
+    assert notes[1].endswith("is left out: mtp stays as it is, and would meet a stream that is rotated")
+    for name in ("model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"):
+        assert torch.equal(before[name], after[name])
+    with pytest.raises(AffineQuantError, match="residual is refused: mtp stays as it is"):
+        affinequant.plan(source, **fields | {"preset": "rtn"}, transforms={"residual": "hadamard"})
+    capfd.readouterr()
+    affinequant.load(made.path)
+    assert "mtp" not in "".join(capfd.readouterr())
+
+
+@pytest.fixture(scope="module")
+def merged(source: Path, fields: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Weights in four bits, rounded to nearest."""
+    out = tmp_path_factory.mktemp("merged") / "out"
+    return affinequant.quantize(source, scheme="w4a16-g32-sym", tier="merged", out=out, **fields | {"preset": "rtn"})
+
+
 @pytest.mark.parametrize("form", ["compressed-tensors", "dense", "gptq", "int-quantized"])
-def test_every_format_takes_it(form: str, source: Path, fields: dict[str, Any], tmp_path: Path) -> None:
-    scheme = "w8a8" if form == "int-quantized" else "w4a16-g32"
-    first = affinequant.quantize(
-        source, scheme=scheme, tier="merged", out=tmp_path / "first", **fields | {"preset": "rtn"}
-    )
-    out = first.path
+def test_every_format_takes_it(form: str, merged: Any, source: Path, tmp_path: Path) -> None:
+    out = merged.path
     if form != "compressed-tensors":
-        out = tmp_path / "out"
-        report = affinequant.export(first.path, format=form, out=out).report
-        assert report["verified"]["passed"]
-    assert first.report["verified"]["passed"]
+        out, asked = tmp_path / "out", {"scheme": "w4a8"} if form == "int-quantized" else {}
+        assert affinequant.export(merged.path, format=form, out=out, **asked).report["verified"]["passed"]
+    assert merged.report["verified"]["passed"]
     model, _ = read_back(find_format(form), out, "float32")
+    if form in ("compressed-tensors", "gptq"):  # the others round activations too, or weights to 16 bits
+        ours = affinequant.load(merged.path, device="cpu", dtype="float32")
+        torch.testing.assert_close(logits(model), logits(ours), rtol=1e-4, atol=1e-4)
     assert bool(logits(model).isfinite().all())
+    before, after = load_file(source / "model.safetensors"), load_file(out / "model.safetensors")
+    ahead = [name for name in before if name.startswith("mtp.")]
+    assert all(torch.equal(before[name], after[name]) for name in ahead)
+    if form == "gptq" and ahead:  # by which vLLM knows that its drafter is not quantised
+        declared = json.loads((out / "config.json").read_text())["quantization_config"]
+        assert "-:(.*\\.)?mtp\\..*" in declared["dynamic"]
 
 
-def test_gguf_is_refused_by_name(source: Path, fields: dict[str, Any], tmp_path: Path) -> None:
-    first = affinequant.quantize(
-        source, scheme="w4a16-sym", tier="merged", out=tmp_path / "first", **fields | {"preset": "rtn"}
-    )
-    with pytest.raises(AffineQuantError, match="qwen3_5"):
-        affinequant.export(first.path, format="gguf", out=tmp_path / "out")
+def test_gguf_is_refused_by_name(merged: Any, tmp_path: Path) -> None:
+    with pytest.raises(AffineQuantError, match=r"llama.cpp's form of qwen3_(5|next) is not known here"):
+        affinequant.export(merged.path, format="gguf", out=tmp_path / "out")
 
 
 def test_an_interrupted_run_ends_in_the_same_bytes(

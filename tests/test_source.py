@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from affinequant import progress
 from affinequant.errors import AffineQuantError
 from affinequant.models import resolve
-from affinequant.models.source import Source, check_tensors, locate, open_source, read_through, settle_tie
+from affinequant.models.source import Source, check_tensors, locate, open_source, read_through, settle
 from affinequant.models.source_files import revision
 
 Tiny = Callable[..., Path]
@@ -357,7 +357,7 @@ def test_biases_that_the_config_promises_are_there(tiny_copy: Tiny, flag: str, n
 
 def settled(folder: Path) -> tuple[Source, bool]:
     source = open_source(folder)
-    source, dims = settle_tie(source, *resolve(source.config, where=""))
+    source, dims = settle(source, *resolve(source.config, where=""))
     return source, dims.tied
 
 

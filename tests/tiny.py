@@ -58,7 +58,7 @@ OWN: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4},
     "qwen2_moe": {**_MIXED, "shared_expert_intermediate_size": 48},
     "qwen3_moe": {**_MIXED, "norm_topk_prob": True, "mlp_only_layers": [1]},
-    "qwen3_next": {"head_dim": 16, **_DELTA, **_MIXED, "shared_expert_intermediate_size": 48},
+    "qwen3_next": {"head_dim": 16, **_DELTA, **_MIXED, "shared_expert_intermediate_size": 64, "mlp_only_layers": [1]},
     "qwen3_5_moe": {"head_dim": 16, **_DELTA, **_MIXED, "shared_expert_intermediate_size": 64},
 }
 """By family, what a tiny model of it needs in its config: sizes whose defaults are large, and what it alone has."""

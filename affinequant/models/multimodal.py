@@ -32,6 +32,9 @@ LEFT_OUT: Mapping[str, Mapping[str, Any]] = {
     "llama": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
 }
 """By the decoder's `model_type`, sizes that published configs leave to transformers' defaults, and these."""
+PREDICTOR = "mtp"
+"""The part that guesses several tokens at once, from what the decoder gives. transformers has no code for it and passes it
+over; vLLM drafts with it where it is asked to, in 16 bits as long as it is named among what is not quantised."""
 _WHOLE = ("architectures", "quantization_config", "auto_map", "dtype", "torch_dtype", "tie_word_embeddings")
 """What the whole model's config says of the decoder too, and rather than it."""
 _DECODER = "model.language_model"

@@ -1,13 +1,16 @@
 """The sites of a family with their sizes: what transforms are placed at."""
 
+from collections.abc import Collection
+
 from affinequant.models.dims import Dims
 from affinequant.models.family import Family
 from affinequant.models.layer import End, SiteSpec
 from affinequant.models.sites import READ, Edge, Site, in_expert
 
 
-def resolve_sites(family: Family, dims: Dims, tp: int = 1) -> tuple[Site, ...]:
-    """The family's sites with their sizes; with `tp` slices of those whose sinks tensor parallelism cuts by columns."""
+def resolve_sites(family: Family, dims: Dims, tp: int = 1, beside: Collection[str] = ()) -> tuple[Site, ...]:
+    """The family's sites with their sizes; with `tp` slices of those whose sinks tensor parallelism cuts by columns. The
+    parts of the model `beside` the decoder stay as they are."""
     rounded = {linear.name for linear in family.linears}
     kept = (linear for layer in family.layers.values() for linear in layer.kept)
     linears = {linear.name: linear for linear in (*family.linears, *kept)}
@@ -40,17 +43,20 @@ def resolve_sites(family: Family, dims: Dims, tp: int = 1) -> tuple[Site, ...]:
             share=dims.routed / dims.experts if in_expert(spec.name) else 1.0,
             sources=tuple(edge(end, spec) for end in spec.sources),
             sinks=tuple(edge(end, spec) for end in spec.sinks),
-            closed=_stream_closed(family) if spec.kind == "residual" else "",
+            closed=_stream_closed(family, beside) if spec.kind == "residual" else "",
         )
 
     return tuple(site(spec) for spec in family.sites)
 
 
-def _stream_closed(family: Family) -> str:
+def _stream_closed(family: Family, beside: Collection[str]) -> str:
     """Why no map passes the residual stream; "" where rotations do."""
     if family.inside:
         return "parts of the model beside the decoder put features of their own into the stream, which stay as they are"
     if family.layer_norm:
         return "its norms take away the mean, which rotations do not leave alone"
     behind = next((layer.post_norm for layer in family.layers.values() if layer.post_norm), "")
-    return f"the gain of {behind} acts on what a layer adds: no map passes it" if behind else ""
+    if behind:
+        return f"the gain of {behind} acts on what a layer adds: no map passes it"
+    parts = " and ".join(beside)
+    return f"{parts} stays as it is, and would meet a stream that is rotated" if parts else ""

@@ -15,8 +15,9 @@ from affinequant.data.offline import MODELS_OFFLINE, offline_setting
 from affinequant.data.wheels import Say, quiet
 from affinequant.errors import PREFLIGHT, USAGE, AffineQuantError
 from affinequant.models import Dims, Family
-from affinequant.models.multimodal import beside, by_module, part_of, text_config, wraps
+from affinequant.models.multimodal import PREDICTOR, beside, by_module, part_of, text_config, wraps
 from affinequant.models.source_files import Entry, broken, check_adapter, check_inside, find_weights, same_bytes
+from affinequant.models.stacked import unstacked
 from affinequant.progress import Steps
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ class Source:
         found = {}
         for file, members in wanted.items():
             with safe_open(self.folder / file, framework="pt", device=device) as handle:
-                found |= {name: handle.get_tensor(self.entries[name].key) for name in members}
+                found |= {name: _read(handle, self.entries[name]) for name in members}
         return found
 
     def holding(self, names: Iterable[str]) -> "Source":
@@ -61,6 +62,13 @@ class Source:
     def names_under(self, prefix: str) -> list[str]:
         """Names of the tensors inside a module."""
         return [name for name in self.entries if name.startswith(prefix + ".")]
+
+
+def _read(handle: Any, entry: Entry) -> "Tensor":
+    if entry.piece is None:
+        return handle.get_tensor(entry.key)
+    place, first, behind = entry.piece
+    return handle.get_slice(entry.key)[place, first:behind]
 
 
 def is_local(model: str) -> bool:
@@ -120,10 +128,12 @@ def open_source(folder: Path, *, weights: bool = True) -> Source:
 
 
 def parts_beside(source: Source, family: Family) -> dict[str, int]:
-    """The parts of a model of several whose tensors stand beside the decoder's, and their bytes; none of any other model."""
+    """The parts of a model whose tensors stand beside the decoder's, and their bytes: of any other model than one of several
+    parts it is `PREDICTOR` alone."""
     found: dict[str, int] = {}
-    for name in beside(family, source.entries) if wraps(source.config) else ():
-        found[part_of(name)] = found.get(part_of(name), 0) + source.entries[name].size
+    for name in beside(family, source.entries):
+        if wraps(source.config) or part_of(name) == PREDICTOR:
+            found[part_of(name)] = found.get(part_of(name), 0) + source.entries[name].size
     return found
 
 
@@ -154,9 +164,10 @@ def unquantized(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key != "quantization_config"}
 
 
-def settle_tie(source: Source, family: Family, dims: Dims) -> tuple[Source, Dims]:
-    """The source and its sizes with the tie that the weights have, as transformers loads them: a head of its own is used
-    whatever the config says, and one without an embedding beside it stands for both."""
+def settle(source: Source, family: Family, dims: Dims) -> tuple[Source, Dims]:
+    """The source and its sizes as transformers loads them: experts that lie stacked are taken apart, and the tie is that of
+    the weights. A head of its own is used whatever the config says, and one without an embedding beside it stands for both."""
+    source = replace(source, entries=unstacked(source.entries, family))
     head, embedding = f"{family.head}.weight", f"{family.embedding}.weight"
     own, table = source.entries.get(head), source.entries.get(embedding)
     if not dims.tied or own is None:
@@ -185,9 +196,10 @@ def check_tensors(source: Source, family: Family, dims: Dims) -> None:
             "merge it into the model first: peft's merge_and_unload(), then save_pretrained",
             exit_code=PREFLIGHT,
         )
-    if fused := next((name for name in source.entries if name.endswith(".experts.down_proj")), None):
+    inside = (name for name in source.entries if name.startswith(f"{family.blocks}."))
+    if fused := next((name for name in inside if name.endswith(".experts.down_proj")), None):
         raise AffineQuantError(
-            f"tensor {fused} holds all experts of a layer in one, which is transformers' own layout and no engine's",
+            f"tensor {fused} holds all experts of a layer in one, which is transformers' own layout and not {family.name}'s",
             str(source.folder),
             "save the model as it was published, expert by expert: save_pretrained(..., save_original_format=True)",
             exit_code=PREFLIGHT,

@@ -23,13 +23,15 @@ _CHUNK = 2**24
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
     """Where a tensor is and what it looks like, from its file's header. `file` is relative to the folder, `key` the
-    tensor's name in that file, `start` where its bytes begin."""
+    tensor's name in that file, `start` where its bytes begin. Of a tensor that is stacked there with others `piece` is its place
+    among them, its first row in it and the first behind."""
 
     file: str
     key: str
     dtype: str
     shape: tuple[int, ...]
     start: int
+    piece: tuple[int, int, int] | None = None
 
     @property
     def size(self) -> int:

@@ -12,7 +12,7 @@ from affinequant.data.wheels import Say, quiet
 from affinequant.models import Dims, Family, resolve
 from affinequant.models.decoder import open_decoder, run_block, slices
 from affinequant.models.device import check_device, compute_device, compute_dtype
-from affinequant.models.source import Source, check_tensors, open_source, settle_tie
+from affinequant.models.source import Source, check_tensors, open_source, settle
 from affinequant.progress import Steps
 from affinequant.recipe.recipe import Device, Dtype
 
@@ -39,7 +39,7 @@ def open_reader(folder: Path) -> Reader:
     """
     source = open_source(folder)
     family, dims = resolve(source.config, where=str(folder / "config.json"))
-    source, dims = settle_tie(source, family, dims)
+    source, dims = settle(source, family, dims)
     check_tensors(source, family, dims)
     return Reader(source=source, family=family, dims=dims)
 

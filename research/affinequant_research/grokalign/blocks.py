@@ -29,7 +29,7 @@ from affinequant.data.wheels import Say
 from affinequant.errors import AffineQuantError
 from affinequant.models import resolve
 from affinequant.models.decoder import Decoder, open_decoder, run_block
-from affinequant.models.source import Source, open_source, settle_tie
+from affinequant.models.source import Source, open_source, settle
 from affinequant.numbers import grid_of
 from affinequant.numbers.activations import fake_quantize_activation
 from affinequant.numbers.weights import fake_quantize, weight_range
@@ -176,7 +176,7 @@ def _opened(config: Blocks, seed: int, say: Say) -> Iterator[tuple[Source, Decod
         folder = _tiny(Path(scratch)) if tiny else demo_model(say) if config.model == "demo" else Path(config.model)
         source = open_source(folder)
         family, dims = resolve(source.config, where=str(folder))
-        source, dims = settle_tie(source, family, dims)
+        source, dims = settle(source, family, dims)
         decoder = open_decoder(source, family, dims, torch.device("cpu"), torch.float32)
         if tiny:
             ids = torch.randint(dims.vocab, (config.samples, config.tokens))
