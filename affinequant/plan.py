@@ -161,7 +161,7 @@ def _planned(recipe: Recipe, folder: Path, has_weights: bool) -> Plan:
     check_groups(recipe, schemes, family, dims)
     form, used = find_format(recipe.format, placements), list(dict.fromkeys(one for one in schemes.values() if one))
     clipped = [one for one in used if recipe.clipping(one) != "none"]
-    if reason := unheld(form, used, placements, clipped):
+    if reason := unheld(form, used, placements, clipped, family):
         raise AffineQuantError(
             f"format {recipe.format} cannot hold this: {reason}", "--format", "see `affinequant list formats`"
         )

@@ -15,7 +15,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 import affinequant
 from affinequant import AffineQuantError, deliver
-from affinequant.errors import PREFLIGHT
+from affinequant.errors import PREFLIGHT, USAGE
 from affinequant.export import read_back
 from affinequant.formats import find_format
 from affinequant.formats.reread import read_finished
@@ -211,6 +211,26 @@ def test_what_no_engine_runs_of_experts_is_refused_by_name(mixture: Make, tmp_pa
     for scheme, fits in (("w4a16", True), ("w8a16-sym", True), ("w8a16", False), ("w2a16", False)):
         contents = replace(found.contents, scheme=Scheme.parse(scheme))
         assert (find_format("compressed-tensors").refuses(contents, found.shapes) is None) is fits, scheme
+
+
+@pytest.mark.parametrize("scheme", ["w2a16", "w2a16-g32", "w8a16"])
+def test_what_an_export_refuses_of_experts_is_refused_before_anything_runs(
+    scheme: str, tiny: Tiny, tmp_path: Path
+) -> None:
+    fields = {
+        "scheme": scheme,
+        "tier": "merged",
+        "preset": "rtn",
+        "seq_len": 32,
+        "data": tmp_path,
+        "out": tmp_path / "out",
+    }
+    (tmp_path / "text.txt").write_text("some text")
+    with pytest.raises(AffineQuantError, match=f"experts of {scheme[1]} .*vLLM has kernels for 4 bits") as caught:
+        affinequant.quantize(tiny(family="mixtral"), **fields)
+    assert caught.value.exit_code == USAGE and not (tmp_path / "out").exists()
+    assert affinequant.plan(tiny(family="mixtral"), format="affinequant", **fields)
+    assert affinequant.plan(tiny(), **fields)
 
 
 @pytest.mark.parametrize(

@@ -113,8 +113,8 @@ class Format(Protocol):
         """None, or why linears of these schemes cannot be held together, each of which can be held."""
         ...
 
-    def lacks(self, family: Family) -> str | None:
-        """None, or why no model of this family can be held, whatever its numbers."""
+    def lacks(self, family: Family, schemes: Sequence[Scheme] = ()) -> str | None:
+        """None, or why no model of this family can be held, whatever its numbers, or in these."""
         ...
 
     def refuses(self, contents: Contents, shapes: Shapes) -> str | None:
@@ -178,11 +178,17 @@ def rounds_inputs(ours: Mapping[str, Any]) -> bool:
 
 
 def unheld(
-    form: Format, schemes: Sequence[Scheme], placements: Mapping[str, Placement], clipped: Collection[Scheme] = ()
+    form: Format,
+    schemes: Sequence[Scheme],
+    placements: Mapping[str, Placement],
+    clipped: Collection[Scheme] = (),
+    family: Family | None = None,
 ) -> str | None:
-    """None, or why a format cannot hold linears of these schemes, of which the activations of some are `clipped`."""
+    """None, or why a format cannot hold linears of these schemes, of which the activations of some are `clipped`, in a model
+    of this family."""
     each = (form.supports(scheme, placements, clipped=scheme in clipped) for scheme in schemes)
-    return next(filter(None, each), None) or (form.mixes(schemes) if len(schemes) > 1 else None)
+    reason = next(filter(None, each), None) or (form.mixes(schemes) if len(schemes) > 1 else None)
+    return reason or (form.lacks(family, schemes) if family else None)
 
 
 def online_reason(placements: Mapping[str, Placement], engine: str) -> str | None:

@@ -22,6 +22,7 @@ from affinequant.formats import (
     Shapes,
     float_packed,
     left_alone,
+    mixed,
     network_of,
     online_reason,
 )
@@ -66,20 +67,24 @@ def mixes(schemes: Sequence[Scheme]) -> str | None:
     return None
 
 
-def lacks(family: Family) -> str | None:
-    """None: every family can be written."""
+def lacks(family: Family, schemes: Sequence[Scheme] = ()) -> str | None:
+    """None: every family can be written; or that no engine runs experts in these numbers."""
+    if not mixed(family):
+        return None
+    for weight in (scheme.weight for scheme in schemes if scheme.weight.kind == "int"):
+        if weight.bits not in (4, 8) or (weight.bits == 8 and not weight.symmetric):
+            kind = "" if weight.symmetric else "asymmetric "
+            kernels = "vLLM has kernels for 4 bits, and for 8 symmetric ones"
+            return f"experts of {weight.bits} {kind}bits: {kernels}; the form affinequant holds others"
     return None
 
 
 def refuses(contents: Contents, shapes: Shapes) -> str | None:
     """None, or that what would read it back packs such codes differently, or that no engine runs experts of them; any size
     can be written."""
-    experts = network_of(contents)[1].experts
-    for weight in (scheme.weight for scheme in contents.schemes):
-        bits = weight.bits
-        if experts and (bits not in (4, 8) or (bits == 8 and not weight.symmetric)):
-            kind = "" if weight.symmetric else "asymmetric "
-            return f"experts of {bits} {kind}bits: vLLM has kernels for 4 bits, and for 8 symmetric ones"
+    if reason := lacks(network_of(contents)[0], contents.schemes):
+        return reason
+    for bits in (scheme.weight.bits for scheme in contents.schemes):
         if not library_packs(bits):
             return f"the compressed-tensors that is installed packs {bits}-bit weights another way; 0.20 reads what is written"
     return None

@@ -33,7 +33,7 @@ def mixes(schemes: Sequence[Scheme]) -> str | None:
     return None
 
 
-def lacks(family: Family) -> str | None:
+def lacks(family: Family, schemes: Sequence[Scheme] = ()) -> str | None:
     """None: every family can be written."""
     return None
 

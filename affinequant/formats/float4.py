@@ -46,7 +46,7 @@ class Float4:
         """None: all are rounded to the same floats."""
         return None
 
-    def lacks(self, family: Family) -> str | None:
+    def lacks(self, family: Family, schemes: Sequence[Scheme] = ()) -> str | None:
         """None, or that there are experts, where there is a scale per matrix."""
         if self.layout == "nvfp4-pack-quantized" and mixed(family):
             return "of experts transformers leaves the scale per matrix out, and computes something else without a word"

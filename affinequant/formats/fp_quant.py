@@ -71,7 +71,7 @@ def mixes(schemes: Sequence[Scheme]) -> str | None:
     return "it is for one scheme alone"
 
 
-def lacks(family: Family) -> str | None:
+def lacks(family: Family, schemes: Sequence[Scheme] = ()) -> str | None:
     """None, or that there are experts."""
     return "experts are not rounded to 4-bit floats" if mixed(family) else None
 

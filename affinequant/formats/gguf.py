@@ -82,7 +82,7 @@ def mixes(schemes: Sequence[Scheme]) -> str | None:
     return None
 
 
-def lacks(family: Family) -> str | None:
+def lacks(family: Family, schemes: Sequence[Scheme] = ()) -> str | None:
     """None, or that llama.cpp does not have the family, or how it does is not known here."""
     if family.name in ARCHITECTURES:
         return None

@@ -46,7 +46,7 @@ def mixes(schemes: Sequence[Scheme]) -> str | None:
     return "this layout has one set of numbers for all linears that all its engines read"
 
 
-def lacks(family: Family) -> str | None:
+def lacks(family: Family, schemes: Sequence[Scheme] = ()) -> str | None:
     """None: every family can be written."""
     return None
 

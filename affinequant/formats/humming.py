@@ -44,7 +44,7 @@ def mixes(schemes: Sequence[Scheme]) -> str | None:
     return "it is for one scheme alone: 4-bit weights and activations"
 
 
-def lacks(family: Family) -> str | None:
+def lacks(family: Family, schemes: Sequence[Scheme] = ()) -> str | None:
     """None, or that there are experts."""
     return "vLLM has no 4-bit activations for experts" if mixed(family) else None
 

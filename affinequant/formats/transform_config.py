@@ -83,7 +83,7 @@ def mixes(schemes: Sequence[Scheme]) -> str | None:
     return "it is for one scheme alone"
 
 
-def lacks(family: Family) -> str | None:
+def lacks(family: Family, schemes: Sequence[Scheme] = ()) -> str | None:
     """None, or why vLLM applies no transform to such linears."""
     if mixed(family):
         return "experts are not rounded to 4-bit floats"
