@@ -1,6 +1,7 @@
 """What stands on the axes, for each kind of figure, by matplotlib; and the colours that all of them share."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from affinequant.report.figure import Axis, Figure, Series
@@ -17,6 +18,8 @@ FEW_DOTS = 60
 """Points up to which those of one colour are drawn large."""
 PRINTED = 10
 """Columns up to which there is room for a number in each cell."""
+NAMED = 16
+"""Columns up to which there is room for the name of each."""
 _INK, MUTED, _RULE = "#010101", "#010102", "#010103"
 _COLOURS = tuple(f"#0202{index:02d}" for index in range(1, 6))
 VARIABLES = {_INK: "ink", MUTED: "muted", _RULE: "rule"} | {
@@ -76,7 +79,8 @@ def is_ramp(figure: Figure) -> bool:
 
 def scale_of(figure: Figure) -> tuple[float, float] | None:
     """The values that the palest and the strongest colour of a picture stand for; None for other kinds."""
-    numbers = [v for one in figure.series for row in one.cells for v in row if v is not None]
+    every = [v for one in figure.series for row in one.cells for v in row if v is not None]
+    numbers = [v for v in every if v or not figure.value.log]
     return (min(numbers), max(numbers)) if numbers else None
 
 
@@ -173,16 +177,23 @@ def _named_rows(axes: "Axes", figure: Figure, small: bool) -> None:
 
 
 def _heat(axes: "Axes", figure: Figure, series: Sequence[Series], small: bool) -> None:
-    [one] = series[:1]
+    one, *marked = series
     shades = _shades(one.cells, figure.value, scale_of(figure))
+    for other in marked:  # what is marked is bad, and the worse the less there is
+        bad = _shades(other.cells, replace(figure.value, better="higher"), scale_of(figure))
+        there = [[value is not None for value in row] for row in other.cells]
+        shades[there] = bad[there]
     axes.imshow(shades, aspect="auto", interpolation="none")
     if len(figure.x.names) <= PRINTED:
         for row, values in enumerate(one.cells):
             for column, value in enumerate(values):
                 if value is not None:
-                    shown = f"{value:.1f}" if abs(value) < 1000 else f"{value:.0e}"
+                    plain = f"{value:.0f}" if float(value).is_integer() else f"{value:.1f}"
+                    shown = plain if abs(value) < 10_000 else f"{value:.0e}"
                     axes.text(column, row, shown, ha="center", va="center_baseline", fontsize=10)
-    axes.set_xticks(range(len(figure.x.names)), [name.replace(" ", "\n") for name in figure.x.names])
+    step = -(-len(figure.x.names) // NAMED)
+    places = range(0, len(figure.x.names), step)
+    axes.set_xticks(places, [figure.x.names[place].replace(" ", "\n") for place in places])
     axes.set_yticks(range(len(figure.y.names)), list(figure.y.names))
     axes.xaxis.tick_top()
     axes.tick_params(length=0)
@@ -200,9 +211,11 @@ def _shades(cells: Sequence[Sequence[float | None]], axis: Axis, ends: tuple[flo
     import numpy as np
 
     values = np.array([_gaps(row) for row in cells], dtype=float)
-    low, high = ends or (0.0, 1.0)
+    low, high = ends or ((1.0, 1.0) if axis.log else (0.0, 1.0))
     if axis.log:
-        values, low, high = np.log(values), float(np.log(low)), float(np.log(high))
+        least = low if axis.better == "higher" else np.nan  # where nothing is is nothing to see, unless that is bad
+        values = np.log(np.where(values == 0, least, values))
+        low, high = float(np.log(low)), float(np.log(high))
     strength = (values - low) / ((high - low) or 1.0)
     if axis.better == "higher":
         strength = 1 - strength

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from affinequant.errors import PREFLIGHT, AffineQuantError
-from affinequant.report import blocks, checked, made, measured, origin, transforms
+from affinequant.report import blocks, checked, experts, made, measured, origin, transforms
 from affinequant.report.compared import comparison_page
 from affinequant.report.figure import Figure
 from affinequant.report.intervals import gather
@@ -60,6 +60,7 @@ def run_page(run: Made, scores: Sequence[Object]) -> Page:
         sections=(
             *(measured.score_sections(scores) if metrics else made.calibration_section(report)),
             *blocks.error_section(steps),
+            *experts.expert_section(steps),
             *blocks.learning_section(report, steps),
             *transforms.transform_section(steps),
             *transforms.value_section(steps),

@@ -77,7 +77,7 @@ class Figure:
     | line | y over x, a band where `low` and `high` are given | x, y, low, high |
     | bars | a bar a name of `y`, side by side for several series | y (lengths along x) |
     | interval | a point and its interval a name of `y` | y, low, high (along x) |
-    | heat | a coloured cell for each name of `y` and of `x` | cells |
+    | heat | a coloured cell for each name of `y` and of `x`; of a second series those that are marked as bad | cells |
     | matrix | a matrix as a picture, each series its own | cells |
     | histogram | how often, over x | x (edges), y (counts) |
     | scatter | points, or lines through them | x, y, joined |
@@ -159,11 +159,11 @@ class Figure:
     def _check(self, one: Series) -> None:
         self._check_lengths(one)
         self._check_numbers(one.x, self.x.log)
-        # An empty bin is nothing to take a logarithm of: it stays empty.
+        # An empty bin, or a cell of a heat map that counts nothing, is nothing to take a logarithm of: it stays empty.
         values = [v for v in one.y if v != 0] if self.kind == "histogram" else (*one.y, *one.low, *one.high)
         self._check_numbers(values, self._along.log)
         for row in one.cells:
-            self._check_numbers(row, self.value.log)
+            self._check_numbers([v for v in row if v != 0] if self.kind == "heat" else row, self.value.log)
 
     @property
     def _along(self) -> Axis:
