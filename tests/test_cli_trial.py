@@ -13,6 +13,7 @@ from affinequant.learning.trial import trials
 from affinequant.pipeline import decoder_of, tokens_of
 from affinequant.plan import plan
 from affinequant.progress import Silent
+from affinequant.recipe.recipe import read_toml, resolve
 
 Tiny = Callable[..., Path]
 Capture = pytest.CaptureFixture[str]
@@ -93,3 +94,14 @@ def test_a_file_that_is_no_text_is_refused(tiny: Tiny, tmp_path: Path, capsys: p
     (tmp_path / "arms.toml").write_bytes(b"\xff\xfe[none]")
     assert main(["compare", str(tiny()), "--trial", "--variants", str(tmp_path / "arms.toml")]) == 2
     assert "is not TOML" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "file", sorted((Path(__file__).parents[1] / "evals").glob("*.toml")), ids=lambda file: file.name
+)
+def test_the_variants_that_tables_come_from_are_recipes(file: Path) -> None:
+    tables = read_toml(file, "--variants", "")
+    shared = {name: value for name, value in tables.items() if not isinstance(value, dict)}
+    named = {name: fields for name, fields in tables.items() if isinstance(fields, dict)}
+    recipes = [resolve({"model": "demo"} | shared | fields) for fields in named.values()]
+    assert len({recipe.to_toml() for recipe in recipes}) == len(recipes) > 1
