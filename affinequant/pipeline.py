@@ -14,7 +14,9 @@ from affinequant.data.tokenizer import load_tokenizer
 from affinequant.data.tokens import Tokens, calibration_tokens
 from affinequant.deliver import Result, deliver, phases, publish, spent
 from affinequant.errors import AffineQuantError
+from affinequant.learning.allocation import allocated
 from affinequant.learning.network import Laps, peak_bytes
+from affinequant.learning.sensitivity import looked_at
 from affinequant.learning.work import Work
 from affinequant.models.decoder import Decoder, open_decoder
 from affinequant.models.device import check_device, compute_dtype
@@ -23,11 +25,12 @@ from affinequant.models.source_files import revision
 from affinequant.plan import Plan, with_weights
 from affinequant.plan import plan as make_plan
 from affinequant.progress import Console, Progress, Silent, tally_lines
+from affinequant.recipe.budget import undecided
 from affinequant.recipe.recipe import Recipe
 from affinequant.recipe.recipe import resolve as resolve_recipe
 from affinequant.recipe.tables import flat
 from affinequant.run.run import Run
-from affinequant.run.workspace import Workspace, check_disk, empty, expect, open_workspace
+from affinequant.run.workspace import RUN_FOLDER, Workspace, check_disk, empty, expect, open_workspace
 from affinequant.runtime.integer_linear import check_engine
 from affinequant.stages import fingerprint_of, run_stages
 from affinequant.version import __version__
@@ -65,6 +68,9 @@ def quantize(
     check_device(made.device)
     laps = Laps(torch.device(made.device), began)
     check_engine()
+    if undecided(made.recipe, made.schemes):
+        made = make_plan(decided(made, listen, anew=overwrite))
+        laps("allocating bits")
     with open_workspace(
         recipe.output_folder(), made.source.folder, overwrite=overwrite, resume=resume, keep=recipe.data
     ) as workspace:
@@ -115,6 +121,20 @@ def _open(made: Plan, workspace: Workspace, listen: Progress, *, overwrite: bool
     else:
         expect(workspace, made.side.targets)
     return Work(made=made, run=run, tokens=tokens, decoder=decoder, listen=listen), content
+
+
+def decided(made: Plan, listen: Progress, *, anew: bool = False) -> Recipe:
+    """The plan's recipe with the schemes of all linears, of which a budget decides some: those of the run that the output
+    folder holds, where it is one for this budget, or by what is measured now. `anew`: whatever it holds."""
+    folder = made.recipe.output_folder() / RUN_FOLDER
+    there = {} if anew or not Run.exists(folder) else Run(folder).fingerprint()
+    if there.get("avg_bits") == made.recipe.avg_bits and made.recipe.set.items() <= there.get("set", {}).items():
+        return replace(made.recipe, set=there["set"])
+    listen.say("measuring what rounding each group of linears costs")
+    few = looked_at(with_weights(made))
+    recipe, choices = allocated(few, decoder_of(few), tokens_of(few, listen), listen.say)
+    listen.say(f"{len(choices)} groups of linears have their schemes, {made.recipe.avg_bits:g} bits on average at most")
+    return replace(made.recipe, set=recipe.set)
 
 
 def make_stages(work: Work) -> None:

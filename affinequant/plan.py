@@ -22,6 +22,7 @@ from affinequant.models.multimodal import said_of_copies
 from affinequant.models.sites import Placement, Site
 from affinequant.models.source import Source, check_tensors, is_local, locate, open_source, parts_beside, settle
 from affinequant.recipe.assigned import Schemes, assign, differing
+from affinequant.recipe.budget import check_budget, undecided
 from affinequant.recipe.recipe import AUTO, Recipe, parse_bytes
 from affinequant.recipe.recipe import resolve as resolve_recipe
 from affinequant.stages import ROTATED, Stage, stages_of
@@ -159,6 +160,7 @@ def _planned(recipe: Recipe, folder: Path, has_weights: bool) -> Plan:
     recipe, left_out = fitted(recipe, sites, sites_read(family, dims))
     placements = place_all(recipe, sites, block_flops(family, dims))
     check_groups(recipe, schemes, family, dims)
+    check_budget(recipe, schemes, shapes_of(family, dims))
     form, used = find_format(recipe.format, placements), list(dict.fromkeys(one for one in schemes.values() if one))
     clipped = [one for one in used if recipe.clipping(one) != "none"]
     if reason := unheld(form, used, placements, clipped, family):
@@ -184,6 +186,9 @@ def _with_costs(
     scheme, rotated = recipe.parsed_scheme, "residual" in recipe.transforms
     flops, blocks, per_block = block_flops(family, dims), list(family.each_block(dims)), block_weights(family, dims)
     inside, bits = linear_bits(schemes, shapes_of(family, dims))
+    if undecided(recipe, schemes):
+        bits = recipe.avg_bits * inside
+        notes = (*notes, "which linears get how many bits is measured first")
     table = dims.vocab * dims.hidden
     untied = 2 * table if dims.tied and rotated else 0
     outer = 2 * table * (1 if dims.tied and not rotated else 2)

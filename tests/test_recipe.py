@@ -22,7 +22,7 @@ def other(name: str, value: Any) -> Any:
         "model": "other", "scheme": "w8a8", "tier": "online", "preset": "fast", "format": "dense",
         "transforms": {"vo": "diagonal"}, "rounding": "nearest", "weight_clip": "none", "activation_clip": "none",
         "schedule": "constant", "start": "hadamard", "finish": "kl", "loss": "mse", "propagate": "quantized", "data": "c4",
-        "dtype": "bfloat16", "judge": "kl", "keep": ("*.down_proj",), "set": {"*.down_proj": "w8a8"},
+        "dtype": "bfloat16", "judge": "kl", "keep": ("*.down_proj",), "set": {"*.down_proj": "w8a8"}, "avg_bits": 5.0,
     }  # fmt: skip
     if isinstance(value, bool):
         return not value

@@ -13,7 +13,8 @@ from affinequant.cli.output import Screen, kept_text, minutes, size
 from affinequant.cli.report import add_report, check_report
 from affinequant.cli.sensitivity import measure, print_sensitivity, write_page
 from affinequant.errors import AffineQuantError
-from affinequant.recipe.assigned import counted, differing
+from affinequant.recipe.assigned import KEPT, counted, differing, placed
+from affinequant.recipe.budget import undecided
 from affinequant.recipe.recipe import Recipe
 from affinequant.recipe.scheme import SCHEMES
 
@@ -29,6 +30,9 @@ arithmetic, not measurements. A config.json without weights is enough.
 --sensitivity measures what the rest is arithmetic for: every site of every block is rounded alone, to nearest and without
 transforms, and the table says by how many nats per token the model's predictions diverge (2 samples of 512 tokens of the
 calibration text; minutes on a small model, and four times that on one of twice as many blocks). --report makes a page of it.
+
+--avg-bits measures the same for every group of linears that share an input and every scheme that they may have (the scheme
+with other widths of weights; where activations are rounded, with w8a8), and prints which gets which, as `quantize` would take it.
 
 --for says what another device would gain from this scheme and its neighbours: sm_80, sm_86, sm_89, sm_90, sm_100, cpu-amx,
 cpu-vnni, cpu-avx2. On GPUs these are bounds, by bytes and by rates of products; on CPUs measurements.
@@ -68,11 +72,33 @@ def run(args: argparse.Namespace, screen: Screen) -> int:
     check_report(args.report, Path())
     fetch_demo(recipe.model, screen)
     made = plan(recipe)
+    if undecided(made.recipe, made.schemes):
+        from affinequant.pipeline import decided
+
+        made = plan(decided(made, screen.listener()))
+        _print_allocation(made, screen)
     found = measure(made, screen) if args.sensitivity else None
     print_plan(made, screen, args.target or "", found)
     if found and args.report is not None:
         write_page(found, args.report, screen)
     return 0
+
+
+def _print_allocation(made: "Plan", screen: Screen) -> None:
+    """Blocks x inputs: which scheme the linears have."""
+    from affinequant.models.linears import bound
+
+    rows: dict[int, dict[str, str]] = {}
+    for name, one in bound(made.family, made.dims).items():
+        block, inside = placed(name)
+        scheme = made.schemes[name]
+        read = one.read.removeprefix(name.removesuffix(inside))
+        rows.setdefault(block, {})[read] = scheme.name if scheme else KEPT
+    names = list(dict.fromkeys(read for row in rows.values() for read in row))
+    cells = [[str(block), *(row.get(read, "-") for read in names)] for block, row in rows.items()]
+    title = f"which linears get how many bits: {made.bits_per_weight:.3f} per weight on average"
+    screen.table(["block", *names], cells, right=(0,), title=title)
+    screen.print()
 
 
 def fetch_demo(model: str, screen: Screen) -> None:

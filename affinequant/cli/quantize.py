@@ -11,6 +11,7 @@ from affinequant.cli.gates import add_gates, gate_code, judged, limits_of, print
 from affinequant.cli.output import Screen, minutes, size, spoken
 from affinequant.cli.plan import fetch_demo, header, model_help, print_plan
 from affinequant.cli.report import report_on
+from affinequant.recipe.budget import undecided
 from affinequant.recipe.presets import PRESETS
 from affinequant.recipe.recipe import Recipe
 from affinequant.recipe.scheme import Scheme
@@ -135,7 +136,10 @@ def prepare(recipe: Recipe, args: argparse.Namespace, screen: Screen) -> "Plan":
         check_device(made.device)
     check_output(out, made.source.folder, overwrite=args.overwrite, resume=args.resume)
     if Run.exists(out / RUN_FOLDER) and not args.overwrite:
-        Run(out / RUN_FOLDER).check_same(recipe.fingerprint(), all_fields=False)
+        fields = recipe.fingerprint()
+        if undecided(made.recipe, made.schemes):
+            fields.pop("set", None)  # what a budget has decided is added to it
+        Run(out / RUN_FOLDER).check_same(fields, all_fields=False)
     if args.overwrite or not (out / "report.json").exists():
         check_disk(out, made.disk_bytes)
     return made

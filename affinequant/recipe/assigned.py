@@ -1,7 +1,7 @@
 """Which numbers each linear gets: the scheme's, those that a pattern sets, or none: it stays in 16 bits. Decided here alone."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from fnmatch import fnmatchcase
 
 from affinequant.errors import AffineQuantError, unknown_name
@@ -71,7 +71,9 @@ def placed(name: str) -> tuple[int, str]:
     return int(parts[place]), ".".join(parts[place + 1 :])
 
 
-def _matching(pattern: str, names: Iterable[str]) -> list[str]:
+def _matching(pattern: str, names: Collection[str]) -> list[str]:
+    if pattern in names:  # a recipe may name all linears one by one
+        return [pattern]
     return [name for name in names if fnmatchcase(name, pattern)]
 
 

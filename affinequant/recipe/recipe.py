@@ -38,6 +38,7 @@ EVERY, CHOICE_SITES = "*", ("attn_in", "vo", "mlp_in", "mlp_mid")
 """All sites that can choose, until the model says which; and those of most models, where presets have other transforms."""
 PATTERNS = ("keep", "set")
 """Fields that are patterns of linears' names: what a file and a flag give is taken together."""
+_MOST = {"alpha": 1.0, "balance": 1.0, "damping": 1.0, "cost_budget": 100.0, "avg_bits": 16.0}
 NAMES = {"model": ("demo",), "data": ("wikitext2", "c4", "demo")}
 """Fields that may name files, and the names that are looked up before any file."""
 
@@ -72,6 +73,9 @@ class Recipe:
         "what",
         "linears whose full names match get another scheme, such as '*.down_proj=w8a8'; of several patterns the last",
         factory=dict,
+    )
+    avg_bits: float = option(
+        0.0, "what", "stored bits per weight on average: linears that suffer get more of them, others fewer"
     )
     keep_tokens: int = option(
         0, "what", "of a quantised KV cache keep the latest tokens, as many as this, and the first 4 in 16 bits"
@@ -141,7 +145,7 @@ class Recipe:
         for name, least in (smallest | {"rotation_steps": 1, "rotation_len": 8, "sweeps": 0, "keep_tokens": 0}).items():
             if getattr(self, name) < least:
                 raise AffineQuantError(f"{name} = {getattr(self, name)}", flag(name), f"use {least} or more")
-        for name, most in (("alpha", 1.0), ("balance", 1.0), ("damping", 1.0), ("cost_budget", 100.0)):
+        for name, most in _MOST.items():
             if not 0 <= getattr(self, name) <= most:
                 raise AffineQuantError(f"{name} = {getattr(self, name)}", flag(name), f"use 0.0 to {most}")
         if self.samples < 2 and (self.rounding == "auto" or AUTO in self.transforms.values()):
@@ -177,7 +181,9 @@ class Recipe:
     def fingerprint(self) -> dict[str, Any]:
         """The options that decide the bytes of the result, by their flat names, as plain JSON values."""
         skipped = {name for name, (entry, _) in options().items() if entry.metadata["same_bytes"]}
-        skipped |= {name for name in PATTERNS if not getattr(self, name)}  # which older runs knew nothing of
+        skipped |= {
+            name for name in (*PATTERNS, "avg_bits") if not getattr(self, name)
+        }  # older runs knew nothing of them
         return {name: value for name, value in flat(asdict(self)).items() if name not in skipped}
 
     def to_toml(self) -> str:
@@ -185,7 +191,7 @@ class Recipe:
         lines, tables = [], []
         for entry in fields(self):
             value = getattr(self, entry.name)
-            if entry.name in PATTERNS and not value:
+            if entry.name in (*PATTERNS, "avg_bits") and not value:
                 continue  # older versions read it then
             if isinstance(value, dict):
                 # What the preset has and this recipe has not must be taken away again by whoever reads the file.

@@ -54,13 +54,17 @@ class Run:
         """Whether `folder` holds a run."""
         return (Path(folder) / FINGERPRINT).exists()
 
+    def fingerprint(self) -> dict[str, Any]:
+        """What it was opened with."""
+        return json.loads((self.folder / FINGERPRINT).read_text())
+
     def check_same(self, fields: Mapping[str, Any], *, all_fields: bool = True) -> None:
         """Compare a fingerprint, or with `all_fields=False` a part of one, with the run's own.
 
         Raises:
             AffineQuantError: naming each field that differs, with both values.
         """
-        old, new = json.loads((self.folder / FINGERPRINT).read_text()), json.loads(json.dumps(fields))
+        old, new = self.fingerprint(), json.loads(json.dumps(fields))
         names = sorted({*old, *new} if all_fields else new)
         differ = [one for name in names for one in _differences(name, old.get(name), new.get(name))]
         if differ:
