@@ -249,7 +249,7 @@ def test_stock_vllm_multiplies_with_the_matrix_as_we_do(
             for child in module.children():
                 child.cpu_linear = torch.nn.functional.linear  # vLLM's CPU build forgets it
             where = f"model.layers.{layer}.{name.partition('.')[0]}"
-            parts = [ours.get_submodule(f"{where}.{one}_proj") for one in members.split()]
+            parts: list[Any] = [ours.get_submodule(f"{where}.{one}_proj") for one in members.split()]
             inputs = x[parts[0].in_features]
             got = module.quant_method.apply(module, inputs).float()
             expected = torch.cat([part(inputs.float()) for part in parts], -1)

@@ -79,5 +79,5 @@ def by_input(contents: Contents) -> Mapping[str, tuple[str, ...]]:
     for index, block in enumerate(family.each_block(dims)):
         for site, members in block.input_groups():
             names = (f"{family.blocks}.{index}.{member}" for member in members)
-            found[f"layer_{index}_{site}"] = tuple(name for name in names if name in contents.linears)
+            found[f"layer_{index}_{site.replace('.', '_')}"] = tuple(name for name in names if name in contents.linears)
     return found

@@ -89,6 +89,8 @@ def lacks(family: Family, schemes: Sequence[Scheme] = ()) -> str | None:
         return "experts are not rounded to 4-bit floats"
     if family.blocks != "model.layers":
         return f"vLLM calls {family.blocks} otherwise, and would leave the transforms out"
+    if cut := next((linear.name for linear in family.linears if linear.name.endswith(".in_proj_qkv")), ""):
+        return f"vLLM cuts {cut} in three, and takes no transform of what it cuts"
     fused = [linear.name for linear in family.linears if not isinstance(linear.rows, str)]
     return f"vLLM takes no transform of {fused[0]}, which lies fused in the files" if fused else None
 
