@@ -19,6 +19,7 @@ from affinequant.formats import find_format
 from affinequant.models import FAMILIES, resolve, resolve_sites
 from affinequant.models.experts import split_experts
 from affinequant.models.sites import STRUCTURES, place
+from tests.test_vllm_export import loaded
 from tests.tiny import OWN
 
 HYBRIDS = [name for name, family in FAMILIES.items() if "delta" in family.layers]
@@ -225,6 +226,31 @@ def test_every_format_takes_it(form: str, merged: Any, source: Path, tmp_path: P
 def test_gguf_is_refused_by_name(merged: Any, tmp_path: Path) -> None:
     with pytest.raises(AffineQuantError, match=r"llama.cpp's form of qwen3_(5|next) is not known here"):
         affinequant.export(merged.path, format="gguf", out=tmp_path / "out")
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("source", ["qwen3_next"], indirect=True)
+def test_stock_vllm_reads_it_and_drafts_in_16_bits(source: Path, merged: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fused linears row by row as they are written. Its code of a Qwen3.5 would ask for torchvision."""
+    from vllm.model_executor.kernels.linear.mixed_precision.cpu import CPUWNA16LinearKernel
+
+    monkeypatch.setattr(CPUWNA16LinearKernel, "process_weights_after_loading", lambda *_: None)
+    stored, start = load_file(merged.path / "model.safetensors"), "model.layers.0.linear_attn."
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with loaded(merged.path, monkeypatch) as model, torch.no_grad():
+        found = dict(model.named_parameters())
+        for name in (
+            f"{start}{one}.weight_{part}" for one in ("in_proj_qkvz", "out_proj") for part in ("packed", "scale")
+        ):
+            assert torch.equal(found[name], stored[name]), name
+        small, name = model.get_submodule(f"{start}in_proj_ba"), f"{start}in_proj_ba.weight"
+        torch.testing.assert_close(small(x)[0], x @ stored[name].T, rtol=0.02, atol=0.02)
+        drafter = ("mtp.fc", "mtp.layers.0.self_attn.qkv_proj", "mtp.layers.0.mlp.experts.0.gate_proj")
+        for name in ("model.layers.1.self_attn.o_proj", *drafter):
+            asked = model.quant_config.get_scheme_dict(nn.Linear(1, 1), name)
+            assert (asked is None) == name.startswith("mtp."), name
 
 
 def test_an_interrupted_run_ends_in_the_same_bytes(
