@@ -1,5 +1,6 @@
 """Which config.json is understood, with what sizes, and which are refused by name."""
 
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -86,6 +87,7 @@ def test_a_family_is_complete(family) -> None:
     assert family.rope in ("half", "interleaved")
     assert {spec.kind for spec in family.sites} >= {"residual", "norm"}
     assert family.site("residual").name == "residual"
+    assert find_spec(f"affinequant.models.{family.name}"), "the file that a refusal says to start from"
 
 
 WRONG_TYPES: dict[str, list[Any]] = {

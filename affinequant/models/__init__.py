@@ -8,7 +8,8 @@ from typing import Any
 from affinequant.errors import PREFLIGHT, AffineQuantError
 from affinequant.models.dims import Dims as Dims
 from affinequant.models.family import Family as Family
-from affinequant.models.gemma import GEMMA2, GEMMA3
+from affinequant.models.gemma2 import GEMMA2
+from affinequant.models.gemma3 import GEMMA3
 from affinequant.models.keys import check_keys
 from affinequant.models.keys import check_length as check_length
 from affinequant.models.keys import context_length as context_length
@@ -22,8 +23,9 @@ from affinequant.models.qwen2 import QWEN2
 from affinequant.models.qwen2_moe import QWEN2_MOE
 from affinequant.models.qwen3 import QWEN3
 from affinequant.models.qwen3_5 import QWEN3_5
+from affinequant.models.qwen3_5_moe import QWEN3_5_MOE
 from affinequant.models.qwen3_moe import QWEN3_MOE
-from affinequant.models.qwen3_next import QWEN3_5_MOE, QWEN3_NEXT
+from affinequant.models.qwen3_next import QWEN3_NEXT
 from affinequant.models.sized_sites import resolve_sites as resolve_sites
 from affinequant.models.smollm3 import SMOLLM3
 

@@ -1,17 +1,17 @@
-"""Gemma 2 and 3 (text): gains are 1 + w, a norm stands before and behind each layer, and embeddings are tied and scaled.
+"""Gemma 2: gains are 1 + w, a norm stands before and behind each layer, and embeddings are tied and scaled.
 
 The norms behind the layers keep rotations of the residual stream out. Caps on scores are the attention's business, caps on
-logits the head's. Windows, and the two kinds of RoPE of Gemma 3, alternate over blocks.
+logits the head's. Windows alternate over blocks.
 """
 
 from dataclasses import replace
 
 from affinequant.models.layer import Layer
 from affinequant.models.llama import ATTENTION, LLAMA, MLP
-from affinequant.models.qwen3 import NORMED
 
 
-def _layers(attention: Layer) -> dict[str, Layer]:
+def sandwiched(attention: Layer) -> dict[str, Layer]:
+    """Attention and the MLP, each between two norms."""
     mlp = MLP.with_site("mlp_in", sources=(("pre_feedforward_layernorm", "gain"),))
     return {
         "attention": replace(attention, post_norm="post_attention_layernorm"),
@@ -25,8 +25,7 @@ GEMMA2 = replace(
     architectures=("Gemma2ForCausalLM",),
     norm_offset=1.0,
     bos=True,
-    layers=_layers(ATTENTION),
+    layers=sandwiched(ATTENTION),
     settings={"hidden_activation": ("gelu_pytorch_tanh",), "use_bidirectional_attention": (False,)},
     defaults={"head_dim": 256, "num_key_value_heads": 4, "tie_word_embeddings": True},
 )
-GEMMA3 = replace(GEMMA2, name="gemma3", architectures=("Gemma3ForCausalLM",), layers=_layers(NORMED))
