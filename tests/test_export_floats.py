@@ -113,6 +113,18 @@ def test_no_engine_reads_it_without_its_transforms(shared: Make, tmp_path: Path)
         AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
+def test_weights_alone_have_no_unit_for_activations(shared: Make, tmp_path: Path) -> None:
+    done = affinequant.export(shared("nvfp4a16"), format="transform-config", out=tmp_path / "out")
+    source = open_source(done.path)
+    assert done.report["verified"]["passed"] and not any("input_global_scale" in name for name in source.entries)
+    assert "input_activations" not in source.config["quantization_config"]["config_groups"]["group_0"]
+    again = affinequant.export(shared("nvfp4a16"), format="transform-config", out=tmp_path / "again")
+    files = [
+        sorted(file.read_bytes() for file in one.path.iterdir() if file.name != "report.json") for one in (done, again)
+    ]
+    assert files[0] == files[1]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_fp_quant_has_one_size_of_block_for_all(kind: str, shared: Make, tmp_path: Path) -> None:
     done = affinequant.export(shared(kind), format="fp_quant", out=tmp_path / "out")
