@@ -98,6 +98,34 @@ def test_an_expert_that_nobody_asks_is_rounded_all_the_same(text: Path, tmp_path
         assert bool(torch.isfinite(model(torch.arange(12)[None]).logits).all())
 
 
+WHOLE: list[tuple[str, dict[str, Any]]] = [
+    ("mixtral", {"preset": "best", "scheme": "w4a4kv4"}),
+    ("qwen2_moe", {"preset": "default", "transforms": "auto", "rounding": "auto", "cost_budget": 60.0}),
+    ("qwen3_moe", {"preset": "best", "tier": "merged", "judge": "kl"}),
+]
+
+
+@pytest.mark.parametrize(("family", "fields"), WHOLE)
+def test_what_takes_most_comes_to_its_end(
+    family: str, fields: dict[str, Any], tiny: Tiny, text: Path, tmp_path: Path
+) -> None:
+    """Learned, chosen, refined in sweeps, finished; and what is loaded is what was made."""
+    made = quantized(tiny(family=family), text, tmp_path / "out", epochs=1, finish_epochs=1, **fields)
+    report = made.report
+    assert report["verified"]["passed"] and report["finish"]["steps"] == 7  # the eighth sample judges
+    blocks = [block for block in report["blocks"] if "experts" in block]
+    for block in blocks:
+        names = {name.split(".experts.")[0] for name in block["linears"] if ".experts." in name}
+        assert len(names) == 1 and block["steps"] > 0 and not block["non_finite"]
+        if fields.get("transforms") == "auto":
+            assert list(block["transforms"]) == ["attn_in", "vo", "mlp_in", "mlp_mid"]
+            fed = {name for name, one in block["roundings"].items() if "errors" in one}
+            assert any(in_expert(site) for site in fed) and any(site.startswith("mlp_in.") for site in fed)
+    model = affinequant.load(made.path)
+    with torch.no_grad():
+        assert bool(torch.isfinite(model(torch.arange(12)[None]).logits).all())
+
+
 def test_twice_and_after_a_kill_the_same_bytes(
     tiny: Tiny, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
