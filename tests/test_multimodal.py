@@ -309,9 +309,21 @@ def test_relatives_go_the_same_way(
     stock = AutoModelForImageTextToText.from_pretrained(made.path, dtype=torch.float32)
     assert type(one).__name__ == architecture
     assert torch.equal(logits(one), logits(other)) and torch.equal(logits(stock), logits(other))
+    if architecture.startswith("Qwen"):  # here transformers makes the decoder alone where a causal model is asked for
+        with pytest.raises(AffineQuantError, match="decoder alone"):
+            AutoModelForCausalLM.from_pretrained(made.path)
     before, after = tensors(source), tensors(made.path)
     copied = [key for key in before if "language_model" not in key and "lm_head" not in key]
     assert copied and all(torch.equal(before[key], after[key]) for key in copied)
+
+
+def test_stock_transformers_loads_the_decoder_alone(tiny: Tiny, fields: dict[str, Any], tmp_path: Path) -> None:
+    """What is not quantised in it has a name there that is neither the folder's nor the whole model's."""
+    source = wrapped("Qwen3_5ForConditionalGeneration", tiny(family="qwen3_5"), tmp_path / "source", hub=False)
+    asked = {**fields, "scheme": "w4a16-sym", "tier": "merged", "preset": "rtn"}
+    out = affinequant.quantize(source, out=tmp_path / "out", **asked).path
+    alone, whole = AutoModelForCausalLM.from_pretrained(out), affinequant.load(out, device="cpu", dtype="bfloat16")
+    assert type(alone).__name__ == "Qwen3_5ForCausalLM" and torch.equal(logits(alone), logits(whole))
 
 
 def test_an_image_means_what_it_did(tiny: Tiny, fields: dict[str, Any], tmp_path: Path) -> None:

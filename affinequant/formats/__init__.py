@@ -215,8 +215,8 @@ def network_of(contents: Contents) -> tuple[Family, Dims]:
 def left_alone(contents: Contents) -> list[str]:
     """The linears that are not quantised, by their full names and as patterns: engines take all others to be."""
     family, dims = network_of(contents)
-    patterned = (f"re:{pattern}" for pattern in patterns(contents.beside))
-    return [*keeping(family, contents.kept).left_alone(dims), *patterned]
+    names = keeping(family, contents.kept).left_alone(dims)
+    return [*names, *(f"re:{pattern}" for pattern in patterns(contents.beside, names))]
 
 
 def split_stage(

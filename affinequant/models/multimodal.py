@@ -138,11 +138,13 @@ def said_of_copies(parts: Mapping[str, int]) -> str:
     return ", ".join(f"{name} ({count / 2**20:,.1f} MB)" for name, count in parts.items()) + ", as they are"
 
 
-def patterns(parts: Iterable[str]) -> list[str]:
+def patterns(parts: Collection[str], linears: Iterable[str] = ()) -> list[str]:
     """Regular expressions that fit, from the beginning, the names that vLLM and transformers give the modules of these
-    parts, and the head: they differ in what stands before a part, and within it."""
-    found = [rf"(.*\.)?{re.escape(part)}\..*" for part in parts]
-    return [*found, r"(.*\.)?lm_head"] if found else []
+    parts, the head, and these linears of the decoder: they differ in what stands before, which is less where transformers
+    is asked for the decoder alone, and within a part. None where there are no parts."""
+    within = [name.removeprefix(f"{_DECODER}.") for name in linears if name.startswith(f"{_DECODER}.")]
+    found = [*(rf"{re.escape(part)}\..*" for part in parts), "lm_head", *map(re.escape, within)]
+    return [rf"(.*\.)?{one}" for one in found] if parts else []
 
 
 def is_ignored(name: str, ignored: Collection[str]) -> bool:

@@ -31,6 +31,7 @@ from affinequant.formats import check_readable, numbers_of, rounds_inputs
 from affinequant.formats.native import STEM
 from affinequant.models import resolve
 from affinequant.models.experts import split_experts
+from affinequant.models.multimodal import wraps
 from affinequant.models.source import Source, by_block, open_source, unquantized
 from affinequant.runtime.load import check_finite, keep_from_saving, pack_cache, read_linear, replace_linears
 from affinequant.transforms.online import stored_name
@@ -111,6 +112,12 @@ class AffineQuantizer(HfQuantizer):
         declared = self.quantization_config.to_dict()
         self._source = _open(Path(checkpoint_files[0]), declared)
         ours = declared["affinequant"]
+        if wraps(self._source.config) and not hasattr(model.base_model, "language_model"):
+            raise AffineQuantError(
+                f"{type(model).__name__} is the decoder alone of the model that this folder holds",
+                str(self._source.folder),
+                "load all of it: AutoModelForImageTextToText.from_pretrained, or affinequant.load",
+            )
         split_experts(model, resolve(unquantized(self._source.config), where=str(self._source.folder))[0])
         replace_linears(
             model, declared["ignore"], lambda name, linear: _Place(name, linear, numbers_of(ours, name).weight.bits)
