@@ -13,7 +13,7 @@ from affinequant.costs import PROCESS_BYTES, device_of, kept_bytes, kept_in_cach
 from affinequant.data.text import announced
 from affinequant.data.tokenizer import check_code, check_tokenizer, without_bos
 from affinequant.errors import PREFLIGHT, AffineQuantError
-from affinequant.formats import find_format, unheld
+from affinequant.formats import find_format, holdable, unheld
 from affinequant.formats.side_files import SideFiles, find_side_files
 from affinequant.models import Dims, Family, check_length, resolve, resolve_sites
 from affinequant.models.divided import check_groups, check_slices
@@ -22,7 +22,7 @@ from affinequant.models.multimodal import said_of_copies
 from affinequant.models.sites import Placement, Site
 from affinequant.models.source import Source, check_tensors, is_local, locate, open_source, parts_beside, settle
 from affinequant.recipe.assigned import Schemes, assign, differing
-from affinequant.recipe.budget import check_budget, undecided
+from affinequant.recipe.budget import check_budget, choices_of, undecided
 from affinequant.recipe.recipe import AUTO, Recipe, parse_bytes
 from affinequant.recipe.recipe import resolve as resolve_recipe
 from affinequant.stages import ROTATED, Stage, stages_of
@@ -160,13 +160,14 @@ def _planned(recipe: Recipe, folder: Path, has_weights: bool) -> Plan:
     recipe, left_out = fitted(recipe, sites, sites_read(family, dims))
     placements = place_all(recipe, sites, block_flops(family, dims))
     check_groups(recipe, schemes, family, dims)
-    check_budget(recipe, schemes, shapes_of(family, dims))
     form, used = find_format(recipe.format, placements), list(dict.fromkeys(one for one in schemes.values() if one))
     clipped = [one for one in used if recipe.clipping(one) != "none"]
     if reason := unheld(form, used, placements, clipped, family):
         raise AffineQuantError(
             f"format {recipe.format} cannot hold this: {reason}", "--format", "see `affinequant list formats`"
         )
+    choice = holdable(recipe.format, choices_of(recipe.parsed_scheme), placements, family)
+    check_budget(recipe, schemes, shapes_of(family, dims), choice)
     fetched, said_of_bos = announced(recipe.data), without_bos(folder) if family.bos else ()
     notes = (*said_of_bos, *left_out, *fetched)
     return _with_costs(recipe, source, family, dims, schemes, sites, placements, side, notes)

@@ -19,7 +19,7 @@ from affinequant.learning.sensitivity import sensitivities
 from affinequant.pipeline import decoder_of, tokens_of
 from affinequant.plan import plan
 from affinequant.progress import Silent
-from affinequant.recipe.budget import candidates, undecided
+from affinequant.recipe.budget import choices_of, undecided
 from affinequant.recipe.recipe import Recipe
 from affinequant.recipe.scheme import SCHEMES, Scheme
 
@@ -36,7 +36,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", [*SCHEMES, "w4a16-g32-sym", "w8a16", "nvfp4a16", "w8a8-asym", "w2a16"])
 def test_the_scheme_is_among_its_candidates_and_they_rise(name: str) -> None:
     scheme = Scheme.parse(name)
-    found = candidates(scheme)
+    found = choices_of(scheme)
     assert found.count(scheme) == 1 and len({one.activation is None for one in found}) == 1
     bits = [one.bits_per_weight(1024) for one in found]
     assert bits == sorted(bits) and len(set(bits)) == len(bits) > 1
@@ -83,7 +83,7 @@ NOW: dict[str, Any] = {"seq_len": 64, "preset": "rtn"}
 def test_each_scheme_is_measured_as_it_would_be_alone(tiny: Tiny, text: Path) -> None:
     made = plan(tiny(), data=text, samples=2, seq_len=16, scheme="w4a4", device="cpu")
     decoder, tokens = decoder_of(made), tokens_of(made, Silent())
-    both = sensitivities(made, decoder, tokens, schemes=candidates(made.recipe.parsed_scheme))
+    both = sensitivities(made, decoder, tokens, schemes=choices_of(made.recipe.parsed_scheme))
     alone = sensitivities(made, decoder, tokens)
     assert [one for one in both if one.scheme == "w4a4"] == alone
     wide = [one.kl for one in both if one.scheme == "w8a8"]
@@ -91,9 +91,12 @@ def test_each_scheme_is_measured_as_it_would_be_alone(tiny: Tiny, text: Path) ->
 
 
 def test_experts_share_one_choice_with_what_reads_the_same(tiny: Tiny, text: Path) -> None:
-    made = plan(tiny(family="qwen2_moe"), data=text, samples=2, seq_len=16, scheme="w4a16", avg_bits=4.8, preset="rtn")
+    made = plan(
+        tiny(family="qwen2_moe"), data=text, samples=2, seq_len=16, scheme="w4a16-sym", avg_bits=4.8, preset="rtn"
+    )
     recipe, choices = allocated(made, decoder_of(made), tokens_of(made, Silent()))
     experts = [choice for choice in choices if any(".experts." in name for name in choice.linears)]
+    assert {*choices[0].bits} == {"w4a16-sym", "w8a16-sym"}  # no engine runs experts of 2 or 3 bits
     assert len(choices) == 2 * 4 and {len(choice.linears) for choice in experts} == {4 * 3 + 2}
     settled = plan(recipe)
     assert not undecided(settled.recipe, settled.schemes) and settled.bits_per_weight <= 4.8

@@ -479,3 +479,16 @@ def test_vllm_quantises_the_decoder_alone(made: Callable[[str, str], Any]) -> No
                 assert isinstance(method, AffineQuantLinear if name in decoder else UnquantizedLinearMethod), name
                 members = config.members(name)
                 assert name in rest or (config.matrices(members) and config.clip(members) > 0)
+
+
+@pytest.mark.parametrize("name", ["hub", "modules"])
+def test_linears_with_numbers_of_their_own_are_found_whatever_an_engine_calls_them(
+    name: str, sources: dict[str, Path], fields: dict[str, Any], tmp_path: Path
+) -> None:
+    asked: dict[str, Any] = {"keep": ["*.down_proj"], "set": {"*.o_proj": "w8a16-sym"}, **SCHEMES["merged"]}
+    made = affinequant.quantize(sources[name], out=tmp_path / "out", **fields, **asked)
+    model = AutoModelForImageTextToText.from_pretrained(made.path, dtype=torch.bfloat16)
+    ours = affinequant.load(made.path, device="cpu", dtype="bfloat16")
+    assert torch.equal(logits(model), logits(ours))
+    done = affinequant.export(made.path, format="compressed-tensors", out=tmp_path / "export")
+    assert done.report["verified"]["passed"]

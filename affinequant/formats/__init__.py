@@ -1,7 +1,8 @@
 """What a checkpoint is written as. A format has the face of `Format`, be it a module or data, and a line in `FORMATS`."""
 
 import importlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
@@ -191,6 +192,12 @@ def unheld(
     return reason or (form.lacks(family, schemes) if family else None)
 
 
+def holdable(name: str, schemes: Iterable[Scheme], placements: Mapping[str, Placement], family: Family) -> list[Scheme]:
+    """Those of the schemes that the format of that name holds each by itself."""
+    form = find_format(name, placements)
+    return [scheme for scheme in schemes if unheld(form, (scheme,), placements, (), family) is None]
+
+
 def online_reason(placements: Mapping[str, Placement], engine: str) -> str | None:
     """None, or at which sites a transform acts at run time; `engine` says in words what cannot follow."""
     online = sorted(site for site, placement in placements.items() if placement.how == "online")
@@ -217,6 +224,16 @@ def left_alone(contents: Contents) -> list[str]:
     family, dims = network_of(contents)
     names = keeping(family, contents.kept).left_alone(dims)
     return [*names, *(f"re:{pattern}" for pattern in patterns(contents.beside, names))]
+
+
+def named_to_engines(contents: Contents, linears: Iterable[str]) -> list[str]:
+    """Linears as engines are told of them: by their names; in a model of several parts, whose decoder each engine calls
+    otherwise, by patterns."""
+    if not contents.beside:
+        return list(linears)
+    blocks = network_of(contents)[0].blocks.rpartition(".")[2]
+    inside = (name[name.index(f"{blocks}.") :] for name in linears)
+    return [rf"re:(.*\.)?{re.escape(name)}$" for name in inside]
 
 
 def split_stage(

@@ -23,6 +23,7 @@ from affinequant.formats import (
     float_packed,
     left_alone,
     mixed,
+    named_to_engines,
     network_of,
     online_reason,
 )
@@ -176,8 +177,9 @@ def quantization_config(
     activations (default: where engines have a kernel for them)."""
     declared = declares_activations(*contents.schemes) if declared is None else declared
     linears = dict[Scheme, list[str]]()
-    for name in contents.linears if contents.others else ():
-        linears.setdefault(contents.numbers(name), []).append(name)
+    told = named_to_engines(contents, contents.linears) if contents.others else ()
+    for name, called in zip(contents.linears, told, strict=False):
+        linears.setdefault(contents.numbers(name), []).append(called)
     # By name, where there are several: some versions of vLLM ask for a fused layer's class before its parts.
     parts = linears or {contents.scheme: ["Linear"]}
     forms = {scheme: _form(scheme, declared=declared) for scheme in parts}
@@ -225,7 +227,7 @@ def our_config(contents: Contents, found: Mapping[str, Any]) -> dict[str, Any]:
     """
     experts = network_of(contents)[1].experts
     kv, others = contents.scheme.kv, contents.others
-    mixed = {
+    more = {
         "linears": {name: scheme.name for name, scheme in others.items()},
         "schemes": {scheme.name: _numbers(scheme) for scheme in others.values()},
     }
@@ -236,7 +238,7 @@ def our_config(contents: Contents, found: Mapping[str, Any]) -> dict[str, Any]:
         **_numbers(contents.scheme),
         "kv": kv.stored() if kv else None,
         **({"experts": experts} if experts else {}),
-        **(mixed if others else {}),
+        **(more if others else {}),
         **found,
     }
 

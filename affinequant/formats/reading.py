@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from affinequant.data.files import first_line
 from affinequant.errors import AffineQuantError
 from affinequant.models import resolve
-from affinequant.models.multimodal import auto_class, wraps
+from affinequant.models.multimodal import auto_class, is_ignored, wraps
 from affinequant.models.source import Source, by_block, open_source, unquantized
 
 if TYPE_CHECKING:  # a plan asks `supports`, and must not wait for torch
@@ -51,8 +51,8 @@ def decompressed_tensors(source: Source) -> "tuple[dict[str, Tensor], str]":
     from compressed_tensors.quantization import QuantizationScheme
 
     declared = source.config["quantization_config"]
-    scheme = QuantizationScheme(**next(iter(declared["config_groups"].values())))
-    compressor: Any = BaseCompressor.get_value_from_registry(declared["format"])
+    groups = declared["config_groups"].values()
+    numbers = [(group["targets"], QuantizationScheme(**group), group.get("format")) for group in groups]
     of, tensors = by_block(source), {}
     for name in source.entries:
         linear, _, part = name.rpartition(".")
@@ -62,6 +62,9 @@ def decompressed_tensors(source: Source) -> "tuple[dict[str, Tensor], str]":
             state = {one.rpartition(".")[2]: tensor for one, tensor in there.read(beside).items()}
             if state["weight_scale"].is_floating_point():  # else powers of two by their exponents
                 state["weight_scale"] = state["weight_scale"].float()
+            every = (one for one in numbers if is_ignored(linear, one[0]) or "Linear" in one[0])
+            _, scheme, form = next(every)
+            compressor: Any = BaseCompressor.get_value_from_registry(form or declared["format"])
             tensors[f"{linear}.weight"] = compressor.decompress(state, scheme)["weight"]
         elif f"{linear}.weight_scale" not in source.entries or part == "bias":
             tensors |= of(name).read([name])

@@ -11,11 +11,12 @@ from itertools import takewhile
 from affinequant.costs import linear_bits
 from affinequant.data.tokens import Tokens
 from affinequant.errors import AffineQuantError
+from affinequant.formats import holdable
 from affinequant.learning.sensitivity import Part, Sensitivity, sensitivities
 from affinequant.models.decoder import Decoder
 from affinequant.models.linears import bound, shapes_of
 from affinequant.plan import Plan
-from affinequant.recipe.budget import candidates, undecided
+from affinequant.recipe.budget import choices_of, undecided
 from affinequant.recipe.recipe import Recipe
 from affinequant.rounding.job import BlockJob
 
@@ -43,7 +44,8 @@ def allocated(
         made: a plan whose recipe has a budget, and linears that no pattern has decided.
         tokens: on which the cost is measured.
     """
-    recipe, schemes = made.recipe, candidates(made.recipe.parsed_scheme)
+    recipe = made.recipe
+    schemes = holdable(recipe.format, choices_of(recipe.parsed_scheme), made.placements, made.family)
     free, ties = undecided(recipe, made.schemes), bound(made.family, made.dims)
     groups = dict[str, list[str]]()
     for name in free:

@@ -13,7 +13,7 @@ WIDTHS = (2, 3, 4, 8)
 """Bits of weights beside 16-bit activations."""
 
 
-def candidates(scheme: Scheme) -> tuple[Scheme, ...]:
+def choices_of(scheme: Scheme) -> tuple[Scheme, ...]:
     """What linears choose from under a budget, by rising bits: the scheme and its relatives. Weights alone come in every width,
     in groups and as symmetric as the scheme's. Where activations are rounded too, W8A8 is the wider one: eight bits of
     activations beside four of weights would cost no stored bit, so that nothing would be left of four."""
@@ -36,11 +36,14 @@ def undecided(recipe: Recipe, schemes: Schemes) -> tuple[str, ...]:
     return tuple(name for name, one in schemes.items() if one and not _matched(name, recipe.set))
 
 
-def check_budget(recipe: Recipe, schemes: Schemes, shapes: Mapping[str, tuple[int, int]]) -> None:
+def check_budget(
+    recipe: Recipe, schemes: Schemes, shapes: Mapping[str, tuple[int, int]], choice: Collection[Scheme]
+) -> None:
     """Whether linears can have so many bits per weight on average.
 
     Args:
         shapes: rows and columns of each.
+        choice: what those have that the budget decides.
 
     Raises:
         AffineQuantError: with what they can have.
@@ -51,12 +54,12 @@ def check_budget(recipe: Recipe, schemes: Schemes, shapes: Mapping[str, tuple[in
     least = most = 0.0
     for name, (rows, columns) in shapes.items():
         fixed = schemes[name]
-        choice = candidates(recipe.parsed_scheme) if name in free else (fixed,)
-        bits = [16.0 if one is None else one.bits_per_weight(columns) for one in choice]
+        mine = choice if name in free else (fixed,)
+        bits = [16.0 if one is None else one.bits_per_weight(columns) for one in mine]
         least, most = least + rows * columns * min(bits), most + rows * columns * max(bits)
     weights = sum(rows * columns for rows, columns in shapes.values())
     if not least <= recipe.avg_bits * weights <= most:
-        names = ", ".join(one.name for one in candidates(recipe.parsed_scheme))
+        names = ", ".join(one.name for one in choice)
         what = f"{recipe.avg_bits:g} bits per weight on average cannot be had of {names}"
         raise AffineQuantError(
             what, "--avg-bits", f"use {ceil(1e3 * least / weights) / 1e3} to {floor(1e3 * most / weights) / 1e3}"
