@@ -200,14 +200,15 @@ def test_what_guesses_several_tokens_is_copied_and_closes_the_stream(
 def merged(source: Path, fields: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Weights in four bits, rounded to nearest."""
     out = tmp_path_factory.mktemp("merged") / "out"
-    return affinequant.quantize(source, scheme="w4a16-g32-sym", tier="merged", out=out, **fields | {"preset": "rtn"})
+    asked: dict[str, Any] = {**fields, "preset": "rtn", "scheme": "w4a16-g32-sym", "tier": "merged"}
+    return affinequant.quantize(source, out=out, **asked)
 
 
 @pytest.mark.parametrize("form", ["compressed-tensors", "dense", "gptq", "int-quantized"])
 def test_every_format_takes_it(form: str, merged: Any, source: Path, tmp_path: Path) -> None:
     out = merged.path
     if form != "compressed-tensors":
-        out, asked = tmp_path / "out", {"scheme": "w4a8"} if form == "int-quantized" else {}
+        out, asked = tmp_path / "out", dict[str, Any]({"scheme": "w4a8"} if form == "int-quantized" else {})
         assert affinequant.export(merged.path, format=form, out=out, **asked).report["verified"]["passed"]
     assert merged.report["verified"]["passed"]
     model, _ = read_back(find_format(form), out, "float32")
