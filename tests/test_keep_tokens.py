@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import affinequant
+from affinequant.cli import main
 from affinequant.errors import AffineQuantError
 from affinequant.formats.reread import read_finished
 from affinequant.numbers import grid_of
@@ -150,7 +151,9 @@ def test_what_is_kept_is_nearer_to_a_cache_in_16_bits(make: Any, monkeypatch: An
     assert off[0] < 0.6 * off[1]
 
 
-def test_a_checkpoint_declares_what_it_keeps_and_every_reader_obeys(make: Any) -> None:
+def test_a_checkpoint_declares_what_it_keeps_and_every_reader_obeys(
+    make: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     from transformers import AutoModelForCausalLM
 
     done = make("plain")
@@ -159,6 +162,8 @@ def test_a_checkpoint_declares_what_it_keeps_and_every_reader_obeys(make: Any) -
     assert done.report["verified"]["passed"] and done.report["verified"]["hidden"] < 1e-3
     assert read_finished(done.path).contents.scheme.kv == KV4
     assert Recipe.from_toml(done.path / "recipe.toml").keep_tokens == KEPT
+    assert main(["inspect", str(done.path)]) == 0
+    assert "the first 4 tokens and the latest 5 in 16 bits" in " ".join(capsys.readouterr().out.split())
     model: Any = AutoModelForCausalLM.from_pretrained(done.path, dtype=torch.float32)
     assert torch.equal(one_pass(model), one_pass(affinequant.load(done.path)))
 
