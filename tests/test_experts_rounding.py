@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import affinequant
+from affinequant.learning.objective import BlockObjective
 from affinequant.models.sites import in_expert
+from affinequant.numbers import grid_of
+from affinequant.numbers.weights import codes_of, dequantize, weight_range
+from affinequant.recipe.scheme import Scheme
+from affinequant.rounding.block import round_block
+from affinequant.rounding.gptq import gptq
 from affinequant.rounding.replay import Replay
+from affinequant.rounding.ways import output_error
 from tests.test_objective import make_job
 from tests.tiny import tiny_llama
 
@@ -96,6 +104,68 @@ def test_an_expert_that_nobody_asks_is_rounded_all_the_same(text: Path, tmp_path
     model = affinequant.load(made.path)
     with torch.no_grad():
         assert bool(torch.isfinite(model(torch.arange(12)[None]).logits).all())
+
+
+@pytest.mark.parametrize("scheme", ["w4a16", "w4a4"])
+def test_of_few_tokens_gate_and_up_are_rounded_on_those_of_all_too(scheme: str, tiny: Tiny) -> None:
+    """By moments that are taken anew; an expert that nobody asks takes those of all."""
+    job, tensors, x = make_job(
+        tiny(family="mixtral", num_local_experts=8), preset="rtn", rounding="gptq", scheme=scheme
+    )
+    where = job.family.expert()
+    router = where.replace(".experts", ".gate.weight")
+    tensors[router] = torch.cat(
+        [tensors[router][:7], -1e3 * tensors[router][:1].abs()]
+    )  # is the last one seldom asked?
+    made = round_block(job, tensors, x, BlockObjective(job, tensors, {}))
+    assert 0 < sum(made.routed) == x.shape[0] * x.shape[1] * 2 and set(made.drawn) < set(made.starved)
+    passing = Replay(job, x, {})
+    for site in (site for site, _ in job.family.input_groups() if not in_expert(site)):
+        passing.reach(site, made.tensors, made.clips)
+    assert passing.route(made.tensors, made.clips) == list(made.routed)
+    read = job.site_input(job.family.branch, clip=made.clips[job.family.branch])
+    every = torch.cat([read.rounded(given) for given, _ in passing.routed])
+    for number, count in enumerate(made.routed):
+        own = torch.cat([read.rounded(given[(index == number).any(-1)]) for given, index in passing.routed])
+        hessian = (own.mT @ own + len(every.mT) * every.mT @ every / len(every)) / (count + len(every.mT))
+        for name in ("w1", "w3"):
+            member = f"{where}.{number}.{name}"
+            assert (member in made.drawn) is (count < len(every.mT)), member
+            grid, weight = job.weight_grid(job.family.branch), tensors[f"{member}.weight"]
+            scale, zero = grid.params(*weight_range(weight, grid), job.store)
+            codes = gptq(weight, hessian, scale, zero, grid, damping=job.recipe.damping)
+            if member in made.drawn:  # the sums have another order
+                assert float((codes == made.stored[f"{member}.codes"]).float().mean()) > 0.98, member
+    nearest = round_block(
+        replace(job, recipe=replace(job.recipe, rounding="nearest")), tensors, x, BlockObjective(job, tensors, {})
+    )
+    assert nearest.starved and not nearest.drawn
+
+
+def test_few_tokens_and_those_of_all_err_less_than_nearest_on_others() -> None:
+    """Loud channels, a falling spectrum, and for every expert features of its own."""
+    generator = torch.Generator().manual_seed(0)
+    width, few, grid = 128, 32, grid_of(Scheme.parse("w4a16").weight)
+    fall = torch.diag(torch.arange(1, width + 1).float() ** -0.5) @ torch.randn(width, width, generator=generator)
+    weight = torch.randn(64, width, generator=generator)
+    scale, zero = grid.params(*weight_range(weight, grid), torch.bfloat16)
+
+    def tokens(count: int, own: Tensor) -> Tensor:
+        x = torch.randn(count, width, generator=generator) @ fall + torch.randn(count, 8, generator=generator) @ own
+        x[:, :3] *= 20
+        return x
+
+    experts = [torch.randn(8, width, generator=generator) / 4 for _ in range(8)]
+    every = torch.cat([tokens(200, own) for own in experts])
+    pool = every.mT @ every / len(every)
+    for own in experts:
+        seen, others = tokens(few, own), tokens(2000, own)
+        hessian = (seen.mT @ seen + width * pool) / (few + width)
+        found = [gptq(weight, hessian, scale, zero, grid, damping=0.01), codes_of(weight, scale, zero, grid)]
+        drawn, nearest = (
+            output_error(others @ dequantize(codes, scale, zero, grid).mT, others @ weight.mT).error for codes in found
+        )
+        assert drawn < 0.9 * nearest
 
 
 WHOLE: list[tuple[str, dict[str, Any]]] = [

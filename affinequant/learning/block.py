@@ -109,11 +109,15 @@ def _target(job: BlockJob, values: Mapping[str, Tensor], full: Tensor, drawn: bo
 
 
 def _scarce(rounded: Rounded) -> list[str]:
-    """Which linears of experts saw too little to be rounded on it, in words; a few of them by name."""
-    if not rounded.starved:
-        return []
-    few = ", ".join(rounded.starved[:3]) + (f" and {len(rounded.starved) - 3} more" if len(rounded.starved) > 3 else "")
-    return [f"rounded to nearest, since their experts see fewer tokens than they have inputs: {few}"]
+    """Which linears of experts saw too little to be rounded on it alone, in words; a few of them by name."""
+    plainly = [name for name in rounded.starved if name not in rounded.drawn]
+    how = {"to nearest": plainly, "on what all experts read beside their own": list(rounded.drawn)}
+    return [
+        f"rounded {way}, since their experts see fewer tokens than they have inputs: {', '.join(names[:3])}"
+        + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        for way, names in how.items()
+        if names
+    ]
 
 
 def _phases(
@@ -224,7 +228,11 @@ def _block_report(
         "conditions": conditions,
         "dominance": dominance,
         "linears": dict(rounded.linears),
-        **({"experts": {"tokens": rounded.routed, "starved": rounded.starved}} if rounded.routed else {}),
+        **(
+            {"experts": {"tokens": rounded.routed, "starved": rounded.starved, "drawn": rounded.drawn}}
+            if rounded.routed
+            else {}
+        ),
         **({"roundings": dict(rounded.roundings)} if objective.job.recipe.rounding == "auto" else {}),
         "events": [*events, *rounded.events],
     }

@@ -29,7 +29,7 @@ def expert_section(blocks: Sequence[Object]) -> tuple[Section, ...]:
         y=Axis(label="block", names=tuple(map(str, rows))),
         value=Axis(label="tokens", log=True),
         caption="By number of the expert, on a logarithmic scale. Orange, the stronger the fewer there were: "
-        "experts with a linear of more inputs than tokens came, which was rounded to nearest.",
+        "experts with a linear of more inputs than tokens came, which GPTQ alone has too little for.",
         key="experts",
     )
     count, total = sum(map(len, few.values())), sum(map(len, seen.values()))

@@ -101,6 +101,20 @@ def gather(
     return Inputs(every=fitted.means(rest), fitted=fitted.means(), held=together)
 
 
+def shrunk(job: BlockJob, passing: Replay, site: str, clip: float, own: Inputs | None, expert: int) -> Inputs:
+    """The moments of what an expert reads that few tokens come to, `own` (None where none come), drawn towards those of all
+    tokens, which count as many as there are inputs."""
+    every, site_input = _Sums(), job.site_input(site, clip=clip)
+    for given, _ in passing.routed:
+        every.add(site_input.rounded(given.float()), None)
+    hessian = every.means().hessian
+    if own is not None:
+        tokens = sum(int((index == expert).any(-1).sum()) for _, index in passing.routed)
+        hessian = (tokens * own.every.hessian + len(hessian) * hessian) / (tokens + len(hessian))
+    moments = Moments(hessian=hessian, drift=None)
+    return Inputs(every=moments, fitted=moments, held=None)
+
+
 def values_of(passing: Replay, site: str, expert: int | None) -> Iterator[tuple[slice, Tensor]]:
     """(which samples, what the linears of a site read before it is rounded): of one expert, the tokens that come to it."""
     return passing.values() if expert is None else passing.of_expert(site, expert)
