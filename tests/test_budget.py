@@ -45,6 +45,7 @@ def test_the_scheme_is_among_its_candidates_and_they_rise(name: str) -> None:
 def test_the_choice_is_the_best_of_all() -> None:
     generator = random.Random(0)
     names = ("w3", "w4", "w8")
+    choices: list[Choice] = []
     for trial in range(20):
         choices = [
             Choice(
