@@ -150,7 +150,7 @@ def rotated(case: Tiny, rotation: Any, then: Callable[[Tensors, int], Tensors] =
     return each_block(
         case,
         lambda part, index: then(
-            rotate_block(part, case.blocks[index][0], case.blocks[index][1]["residual"], rotation), index
+            dict(rotate_block(part, case.blocks[index][0], case.blocks[index][1]["residual"], rotation)), index
         ),
         lambda part: rotate_outer(part, case.family, site, rotation),
     )

@@ -110,7 +110,7 @@ def _learned(
     """A block with the recipe's transforms, from what full precision makes of calibration text in it."""
     if arm.rotation is not None:
         exact = {name: tensor.double() for name, tensor in tensors.items()}
-        tensors = rotate_block(exact, job.family, job.sites["residual"], arm.rotation)
+        tensors = dict(rotate_block(exact, job.family, job.sites["residual"], arm.rotation))
     values = {name: tensor.float() for name, tensor in tensors.items()}
     if arm.rotation is not None:
         full, watch = arm.rotation.on_activations(full), Watch(full.shape[0], full.shape[1], job.seed("rows"))
