@@ -20,7 +20,7 @@ from affinequant.formats.compressed_tensors import declares_activations
 Tiny = Callable[..., Path]
 APACHE = "                                 Apache License\n                           Version 2.0, January 2004\n"
 ODD = {
-    "model.mtp.proj.weight": torch.linspace(-1, 1, 64).reshape(8, 8),  # fp32, more than a bfloat16 holds
+    "model.extra.proj.weight": torch.linspace(-1, 1, 64).reshape(8, 8),  # fp32, more than a bfloat16 holds
     "model.layers.0.self_attn.rotary_emb.inv_freq": torch.linspace(0.1, 1, 8).double(),
     "model.layers.2.mlp.up_proj.weight": torch.linspace(-1, 1, 35).reshape(5, 7).half(),  # behind the last block
     "model.norm.steps": torch.arange(3),

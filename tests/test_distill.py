@@ -17,9 +17,10 @@ from affinequant.learning import continuous
 from affinequant.learning import distill as distillation
 from affinequant.learning.distill import Continuous, Distilled, Divergence, distill
 from affinequant.learning.divergence import divergence
-from affinequant.learning.fit import FitReport, fit
+from affinequant.learning.fit import fit
 from affinequant.learning.objective import BlockObjective, folded_exactly
 from affinequant.learning.phases import Phase
+from affinequant.learning.training import FitReport
 from affinequant.models.source import open_source
 from affinequant.recipe.scheme import Scheme
 from affinequant.rounding.block import Rounded, round_block

@@ -281,6 +281,21 @@ def test_a_probe_can_judge_and_the_start_is_judged_too() -> None:
         run(Problem(quadratic), judge="nobody")
 
 
+def test_what_trains_worse_retreats_and_goes_on_more_slowly() -> None:
+    """At a rate of 1.2 every step takes w past the minimum and 1.4 times as far away; at a quarter of that it comes to .4."""
+
+    def values(**fields: Any) -> list[float]:
+        problem = Problem(quadratic, lr=1.2)
+        report = run(
+            problem, probes={"p": lambda: float(quadratic(problem.w.detach(), 0))}, judge="p", epochs=3, **fields
+        )
+        torch.testing.assert_close(float(quadratic(problem.w.detach(), 0)), report.best)
+        return [value / 14 for value in report.series["p"]]
+
+    assert values() == pytest.approx([1, 1.4**2, 1.4**4, 1.4**6], rel=1e-4)
+    assert values(retreat=True) == pytest.approx([1, 1.4**2, 0.4**2, 0.4**4], rel=1e-4)
+
+
 def test_a_judge_sees_an_epoch_that_is_done_again_once() -> None:
     bad = iter([False, False, True, False, False, False])
 
@@ -390,7 +405,11 @@ class Noisy(Problem):
 
 @pytest.mark.parametrize(
     "fields",
-    [{"optimizer": "adamw", "schedule": "cosine"}, {"judge": "p"}, {"keep_best": True, "probe_every": 2}],
+    [
+        {"optimizer": "adamw", "schedule": "cosine"},
+        {"judge": "p", "retreat": True},
+        {"keep_best": True, "probe_every": 2},
+    ],
     ids=lambda fields: next(iter(fields)),
 )
 def test_interrupted_and_taken_up_it_gives_the_same_bytes(tmp_path: Path, fields: dict[str, Any]) -> None:

@@ -13,7 +13,8 @@ from torch import Tensor
 import affinequant
 from affinequant.errors import AffineQuantError
 from affinequant.formats.reading import in_transformers
-from affinequant.learning.fit import FitConfig, fit
+from affinequant.learning.fit import fit
+from affinequant.learning.training import FitConfig
 from affinequant.report.transforms import transform_section
 from affinequant.transforms.shift import Shift
 from tests.test_objective import make_job, objective_of

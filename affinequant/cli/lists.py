@@ -193,8 +193,12 @@ def _presets() -> Listing:
         transforms = preset.settings.get("transforms", {})
         below[name] = dict(transforms) | {key: one for key, one in preset.settings.items() if key != "transforms"}
         below[name] |= {f"online:{site}": one for site, one in preset.online.get("transforms", {}).items()}
-        for tier, floats in preset.floats.items():
-            below[name] |= {f"{tier}, 4-bit floats:{site}": one for site, one in floats.get("transforms", {}).items()}
+        for numbers, by_tier in {
+            "weights narrower than activations": preset.weights,
+            "4-bit floats": preset.floats,
+        }.items():
+            for tier, more in by_tier.items():
+                below[name] |= {f"{tier}, {numbers}:{site}": one for site, one in more.get("transforms", {}).items()}
         below[name] |= {f"online, kv:{site}": one for site, one in preset.kv.items()}
         below[name] |= {f"with biases:{site}": one for site, one in preset.shifted.items()}
     rows = [(name, preset.about) for name, preset in PRESETS.items()]

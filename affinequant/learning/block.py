@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from affinequant.errors import QUALITY, AffineQuantError
-from affinequant.learning.fit import FitConfig, FitReport, fit
+from affinequant.learning.fit import fit
 from affinequant.learning.network import Laps, block_reader, costs, fit_events
 from affinequant.learning.objective import BlockObjective, folded_exactly
 from affinequant.learning.phases import Phase
@@ -18,6 +18,7 @@ from affinequant.learning.record import ROWS, Bands, Noise, pictured, plain, por
 from affinequant.learning.selection import select
 from affinequant.learning.starts import ROWS as START_ROWS
 from affinequant.learning.starts import Seen, Watch, build_transforms, looks_at_data, starved_sites
+from affinequant.learning.training import FitConfig, FitReport
 from affinequant.learning.work import Work
 from affinequant.models.on_demand import each
 from affinequant.progress import Steps

@@ -18,11 +18,12 @@ from affinequant.costs import blocks_kept
 from affinequant.learning.continuous import Continuous as Continuous
 from affinequant.learning.continuous import kept
 from affinequant.learning.divergence import divergence, mean_loss
-from affinequant.learning.fit import FitConfig, FitReport, fit
+from affinequant.learning.fit import fit
 from affinequant.learning.network import scored_samples, whole_report
 from affinequant.learning.optimizers import Group
 from affinequant.learning.phases import Phase, fit_durably
 from affinequant.learning.record import Trace
+from affinequant.learning.training import FitConfig, FitReport
 from affinequant.learning.work import Work
 from affinequant.progress import Steps
 from affinequant.rounding.job import HELD_OUT, BlockJob
@@ -138,7 +139,12 @@ def distill(
         return mean
 
     config = FitConfig(
-        epochs=recipe.distill.epochs, steps_per_epoch=count, schedule="cosine", probe_every=1, judge="held-out"
+        epochs=recipe.distill.epochs,
+        steps_per_epoch=count,
+        schedule="cosine",
+        probe_every=1,
+        judge="held-out",
+        retreat=True,
     )
     fitted = train(Phase(objective, batches, config, {"held-out": held_out}))
     tensors = {name: tensor for block in blocks for name, tensor in block.changed().items()}

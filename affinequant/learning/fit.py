@@ -5,81 +5,19 @@ import copy
 import math
 import operator
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from affinequant.learning.optimizers import SCHEDULES, Group, new_optimizer
+from affinequant.learning.training import FitConfig, FitReport, Loss, Objective, Outcome
 from affinequant.run.generators import generator_states, set_generators
 
-Loss = Tensor | Mapping[str, Tensor]  # named scalars are summed, and logged apart
-Outcome = Literal["done", "nothing to train", "non-finite", "probe", "paused"]
 _FIXED = {"objective", "groups", "config", "parameters", "last_batch"}
 _SIGNS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
-
-
-class Objective(Protocol):
-    """Something to minimise. If it has `progress(t)`, that is told before each step how far training is, 0 to 1, and returns
-    the parameters whose optimizer state starts afresh. `state()` and `load(state)`, if it has them, are for what it knows
-    beside its parameters."""
-
-    def groups(self) -> Sequence[Group]:
-        """What is trained."""
-        ...
-
-    def loss(self, batch: Any) -> Loss | Iterator[tuple[Sequence[str], Loss]]:
-        """What is minimised. An iterator makes several updates of one batch: each item names groups and gives a loss that
-        moves them alone, and the next is asked for when they have moved."""
-        ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FitConfig:
-    """How to minimise. `steps_per_epoch` is the number of batches that `batches(epoch)` gives.
-
-    `optimizer` is a class of torch.optim in lower case. The exponential schedule ends at `last_rate` times the rates, the
-    step is there from `step_at` of training on. `keep_best` puts back the parameters of the epoch with the least loss over
-    its batches. `judge` names a probe that judges instead, after every epoch; then the start is judged as well, and what
-    trains worse than nothing is undone. `stop_when` ends training once a probe has reached a value: `("accuracy", ">", 1)`.
-    After `pause_after` epochs `fit` comes back with a state to go on from. `double_backward` is for losses that hold
-    derivatives: gradients stay on where they are only measured, and fused attention, which has none twice, is not used.
-    """
-
-    epochs: int
-    steps_per_epoch: int
-    optimizer: str = "adamw"
-    schedule: Literal["constant", "cosine", "exponential", "step"] = "constant"
-    last_rate: float = 0.01
-    step_at: float = 0.5
-    clip_norm: float | None = None
-    accumulate: int = 1
-    keep_best: bool = False
-    judge: str = ""
-    probe_every: int = 0
-    stop_when: tuple[str, Literal["<", "<=", ">", ">="], float] | None = None
-    pause_after: int = 0
-    double_backward: bool = False
-    max_backoffs: int = 8
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FitReport:
-    """What happened. Losses are means over an epoch, steps are updates; `stopped` says why training ended. `state`: where
-    it was paused, in tensors and plain values, as `Run.keep` takes them."""
-
-    stopped: Outcome
-    first: float = math.nan
-    last: float = math.nan
-    best: float = math.nan
-    steps: int = 0
-    seconds: float = 0.0
-    non_finite: int = 0
-    series: Mapping[str, Sequence[float]] = field(default_factory=dict)
-    state: Mapping[str, Any] | None = None
 
 
 def fit(
@@ -215,13 +153,11 @@ class _State:
     def back_off(self) -> None:
         """Back to the last good parameters at half the rates; epochs after them are done again."""
         self.non_finite += 1
-        self.rate /= 2
-        self._restore(self.good)
+        self._set_out(self.good, 2)
         for name, values in self.series.items():
             every = self.config.probe_every if name in self.probe_names else 1
             del values[self.good_epoch // every + (name == self.config.judge) :]
         self.epoch = self.good_epoch
-        self.optimizer = new_optimizer(self.config.optimizer, self.groups)
 
     def judge(self, score: float) -> None:
         """Remember the present parameters if `score` is the least so far."""
@@ -231,6 +167,8 @@ class _State:
             self.best = score
             if self.config.keep_best or self.config.judge:
                 self.best_values = self._copies()
+        elif self.config.retreat:
+            self._set_out(self.best_values, 4)
 
     def finish_epoch(self, mean: float, probes: Mapping[str, Callable[[], float]]) -> None:
         """Log the epoch."""
@@ -285,6 +223,11 @@ class _State:
             series=self.series,
             state=self.save() if stopped == "paused" else None,
         )
+
+    def _set_out(self, values: list[Tensor], slower: float) -> None:
+        self.rate /= slower
+        self._restore(values)
+        self.optimizer = new_optimizer(self.config.optimizer, self.groups)
 
     def _restore(self, values: list[Tensor]) -> None:
         self.optimizer.zero_grad(set_to_none=True)

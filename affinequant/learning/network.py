@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from affinequant.data.tokens import Tokens
-from affinequant.learning.fit import FitReport
+from affinequant.learning.training import FitReport
 from affinequant.models import resolve_sites
 from affinequant.models.decoder import Decoder
 from affinequant.plan import Plan

@@ -4,7 +4,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from affinequant.learning.fit import FitConfig, FitReport, Objective, fit
+from affinequant.learning.fit import fit
+from affinequant.learning.training import FitConfig, FitReport, Objective
 from affinequant.run.run import Run
 
 

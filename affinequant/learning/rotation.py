@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from affinequant.learning.divergence import divergence, mean_loss
-from affinequant.learning.fit import FitConfig, FitReport, fit
+from affinequant.learning.fit import fit
 from affinequant.learning.network import block_job, block_reader, read_outer, whole_report
 from affinequant.learning.optimizers import Group
 from affinequant.learning.record import Trace
 from affinequant.learning.starts import build_transforms, sites_that_look
+from affinequant.learning.training import FitConfig, FitReport
 from affinequant.learning.work import Work
 from affinequant.models.decoder import Decoder
 from affinequant.models.sites import named

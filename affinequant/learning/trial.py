@@ -12,12 +12,13 @@ from torch import Tensor
 from affinequant.data.tokens import Tokens
 from affinequant.errors import AffineQuantError
 from affinequant.learning.divergence import stream_divergence
-from affinequant.learning.fit import FitConfig, fit
+from affinequant.learning.fit import fit
 from affinequant.learning.network import block_job, block_reader, read_outer
 from affinequant.learning.objective import BlockObjective
 from affinequant.learning.outer import rotated
 from affinequant.learning.selection import select
 from affinequant.learning.starts import Seen, Watch, build_transforms
+from affinequant.learning.training import FitConfig
 from affinequant.models.decoder import Decoder
 from affinequant.plan import Plan
 from affinequant.progress import Steps

@@ -18,8 +18,8 @@ from affinequant.stages import Stage
 if TYPE_CHECKING:
     from affinequant_evals import Score, Suite
 
-    from affinequant.learning.fit import FitReport
     from affinequant.learning.phases import Phase
+    from affinequant.learning.training import FitReport
     from affinequant.report.figure import Figure
 
 Op = Literal["<=", ">="]

@@ -16,8 +16,8 @@ from affinequant_evals import Score, evaluate
 from torch import Tensor
 
 from affinequant.data.wheels import Say, quiet
-from affinequant.learning.fit import FitConfig, FitReport
 from affinequant.learning.phases import Phase, fit_durably
+from affinequant.learning.training import FitConfig, FitReport
 from affinequant.progress import Steps
 from affinequant.run.durable import write_text
 from affinequant.run.run import Run

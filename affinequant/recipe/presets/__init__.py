@@ -14,13 +14,15 @@ from affinequant.recipe.tables import flat
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preset:
     """`settings`: recipe options by their flat names, which any flag overrides. `online`: what differs in the online
-    tier. `floats`: by tier, what differs further where numbers are 4-bit floats, whose blocks have scales of their own.
-    `kv`: which transforms the online tier adds where the scheme quantises the KV cache. `shifted`: which transforms stand in
-    the place of its own where biases take a shift up. `demo`: what differs on the embedded model, sized for two CPU cores."""
+    tier. `weights`: by tier, what differs further where weights have fewer bits than activations; `floats`: the same where
+    numbers are 4-bit floats, whose blocks have scales of their own. `kv`: which transforms the online tier adds where the
+    scheme quantises the KV cache. `shifted`: which transforms stand in the place of its own where biases take a shift up.
+    `demo`: what differs on the embedded model, sized for two CPU cores."""
 
     about: str
     settings: Mapping[str, Any]
     online: Mapping[str, Any] = field(default_factory=dict)
+    weights: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     floats: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     kv: Mapping[str, str] = field(default_factory=dict)
     shifted: Mapping[str, str] = field(default_factory=dict)
@@ -30,8 +32,9 @@ class Preset:
         """The recipe fields of a tier at these numbers."""
         chosen = dict(self.settings) | ({"data": "demo", **self.demo} if demo else {})
         chosen |= self.online if tier == "online" else {}
-        if scheme.weight.kind != "int":
-            chosen |= self.floats.get(tier, {})
+        narrower = scheme.weight.bits < (scheme.activation.bits if scheme.activation else 16)
+        for there, by_tier in ((narrower, self.weights), (scheme.weight.kind != "int", self.floats)):
+            chosen |= by_tier.get(tier, {}) if there else {}
         if tier == "online" and scheme.kv is not None:
             chosen["transforms"] = dict(chosen.get("transforms", {})) | dict(self.kv)
         return chosen
@@ -47,8 +50,9 @@ def _read(name: str) -> Preset:
     parts: dict[str, Any] = {
         part: flat(read[part], where=f"preset {name}") for part in ("settings", "online", "demo") if part in read
     }
-    floats = {tier: flat(one, where=f"preset {name}") for tier, one in read.get("floats", {}).items()}
-    return Preset(**{**read, **parts, "floats": floats})
+    for part in ("weights", "floats"):
+        parts[part] = {tier: flat(one, where=f"preset {name}") for tier, one in read.get(part, {}).items()}
+    return Preset(**{**read, **parts})
 
 
 PRESETS: dict[str, Preset] = {name: _read(name) for name in ORDER}
