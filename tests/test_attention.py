@@ -78,6 +78,27 @@ def test_with_nothing_to_do_it_is_transformers_own(tiny: Tiny, padded: bool) -> 
         assert torch.equal(model(ids, attention_mask=mask).logits, expected)
 
 
+def test_a_query_that_sees_nothing_gives_numbers_where_scores_are_capped() -> None:
+    """As padding on the left does: what is no number there would reach every token of the next block."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    query, key, value = (heads(1, 2, 5, 8, seed=seed) for seed in range(3))
+    seen = torch.ones(5, 5, dtype=torch.bool).tril()[None, None]
+    padded = seen.clone()
+    padded[..., :2] = False
+
+    def attended(mask: Tensor) -> Tensor:
+        attend = ALL_ATTENTION_FUNCTIONS[register()]
+        return attend(torch.nn.Module(), query, key, value, mask, softcap=3.0, scaling=0.3)[0]
+
+    given = attended(padded)
+    assert given.isfinite().all() and not torch.allclose(given[:, 2:], attended(seen)[:, 2:])
+    alone = ALL_ATTENTION_FUNCTIONS[register()](
+        torch.nn.Module(), *(x[:, :, 2:] for x in (query, key, value)), None, softcap=3.0, scaling=0.3
+    )[0]
+    torch.testing.assert_close(given[:, 2:], alone)
+
+
 def test_the_full_precision_stream_does_not_know_the_scheme(tiny: Tiny) -> None:
     (plain, tensors, x), (job, _, _) = make_job(tiny()), make_job(tiny(), **ROTATED)
     full = plain.run_all(tensors, x)

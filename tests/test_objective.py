@@ -234,7 +234,7 @@ def step_flops(folder: Path, preset: str, tokens: int) -> int:
     (folder / "config.json").write_text(json.dumps(config))
     family, dims = resolve(config, where="")
     with torch.device("meta"):
-        source: Any = SimpleNamespace(folder=folder, entries={})
+        source: Any = SimpleNamespace(folder=folder, entries={}, config=config)
         decoder = open_decoder(source, family, dims, torch.device("meta"), torch.float32)
         recipe = resolve_recipe({"model": str(folder), "preset": preset, "tier": "merged", "seq_len": tokens})
         position = (torch.empty(1, tokens, 128), torch.empty(1, tokens, 128))
