@@ -23,8 +23,9 @@ from affinequant.learning.phases import Phase
 from affinequant.learning.training import FitReport
 from affinequant.models.source import open_source
 from affinequant.recipe.scheme import Scheme
-from affinequant.rounding.block import Rounded, round_block
+from affinequant.rounding.block import round_block
 from affinequant.rounding.job import BlockJob
+from affinequant.rounding.rounded import Rounded
 from affinequant.transforms.online import parts_of
 from affinequant.transforms.placements import block_flops
 from tests.test_objective import make_job, started

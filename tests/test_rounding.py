@@ -14,8 +14,9 @@ from affinequant.numbers.activations import fake_quantize_activation
 from affinequant.numbers.weights import codes_of, dequantize
 from affinequant.rounding import block as rounding
 from affinequant.rounding import replay, ways
-from affinequant.rounding.block import Rounded, round_block
+from affinequant.rounding.block import round_block
 from affinequant.rounding.gptq import ACTIVATION_RATIOS, GPTQFailure, gptq
+from affinequant.rounding.rounded import Rounded
 from affinequant.rounding.ways import Way
 from tests.test_objective import make_job, unlearned
 from tests.tiny import quantized_input

@@ -22,8 +22,9 @@ from affinequant.learning.training import FitConfig, FitReport
 from affinequant.learning.work import Work
 from affinequant.models.on_demand import each
 from affinequant.progress import Steps
-from affinequant.rounding.block import Rounded, round_block
+from affinequant.rounding.block import round_block
 from affinequant.rounding.job import BlockJob
+from affinequant.rounding.rounded import Rounded
 from affinequant.stages import Carry, Stage
 from affinequant.transforms.banded import Banded
 from affinequant.transforms.chain import Chain

@@ -1,73 +1,30 @@
 """One block from real weights to codes, input group by input group, each on what the rounded part before it gives."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from affinequant.models.attention import OnAttention
 from affinequant.models.decoder import spread
 from affinequant.models.on_demand import OnDemand, Stacked
 from affinequant.models.sites import in_expert
 from affinequant.numbers import Grid, in_units, unit_for
-from affinequant.numbers.weights import LearnedRange, dequantize, to_integers, weight_range
+from affinequant.numbers.weights import dequantize, to_integers, weight_range
+from affinequant.recipe.scheme import Scheme
 from affinequant.rounding.gptq import GPTQFailure, search_activation_clip, search_weight_range
 from affinequant.rounding.job import BlockJob
 from affinequant.rounding.moments import Inputs, gather, shrunk, values_of
 from affinequant.rounding.replay import Noted, Replay
+from affinequant.rounding.rounded import Learned, Rounded
 from affinequant.rounding.ways import Way, choose, round_by
-from affinequant.transforms import OnlineTransform
 from affinequant.transforms.fold import Tensors
 from affinequant.transforms.online import stored_name
 
 SEARCHED_TOKENS = 1024
 """Tokens on which activation clipping is searched, about: some of every sample."""
-
-
-class Learned(Protocol):
-    """What a block has learned, as rounding takes it."""
-
-    online: dict[str, OnlineTransform]
-    """By site, what acts on activations at run time."""
-    on_attention: OnAttention | None
-    ranges: dict[str, LearnedRange]
-    """By linear, the range of its weights."""
-    clips: dict[str, nn.Parameter]
-    """By site, the logit of its ratio of clipping."""
-
-    def after_rope(self) -> Tensors:
-        """The rotation of queries and keys after RoPE."""
-        ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rounded:
-    """A rounded block. `stored` goes to disk (codes, scales, zeros, clips, the rest); `tensors` holds the values, `clips`
-    and `online` are what acts on each site's activations, and `after` is what the block then gives,
-    `roundings` says by site how its linears were rounded."""
-
-    stored: Tensors
-    tensors: Mapping[str, Tensor]
-    clips: Mapping[str, float]
-    online: Mapping[str, Tensors]
-    after: Float[Tensor, "samples tokens hidden"]
-    linears: Mapping[str, Mapping[str, float]]
-    roundings: Mapping[str, Mapping[str, Any]]
-    events: tuple[str, ...] = ()
-    routed: tuple[int, ...] = ()
-    """Of a block with experts, how many tokens come to each."""
-    starved: tuple[str, ...] = ()
-    """The linears of experts that see fewer tokens than they have inputs: rounded on their full ranges, to nearest, but for
-    those that are `drawn`. GPTQ on fewer errs more than that on other tokens (width 256, inputs whose spectrum falls as 1/i:
-    1.02 to 1.11 times as much on 1/16 to 1/2 of a token for each input, 0.84 times on one, 0.58 on two; where it falls less,
-    two or four are needed)."""
-    drawn: tuple[str, ...] = ()
-    """Those of them that read what all experts read: rounded by GPTQ on moments drawn towards those of all tokens (made up
-    with loud channels and 32 experts: 0.50 to 0.77 times the error of nearest on other tokens with 16-bit activations, at most
-    0.92 in any expert; with 4-bit ones, whose own rounding weighs most, 0.96 to 0.995, and at most 1.016)."""
 
 
 def round_block(
@@ -153,20 +110,13 @@ def round_block(
         for member, (codes, scale, zero) in rows.items():
             value, name = dequantize(codes, scale, zero, grid), f"{member}.weight"
             figures[member] = {"sqnr": _decibel(here.pop(member), value), "clip": clips[site]}
-            stored |= {f"{member}.codes": to_integers(codes), f"{member}.scale": scale}
+            made = _stored(numbers, codes, scale, zero, unit, clips[site], units.get(site))
+            stored |= {f"{member}.{part}": tensor for part, tensor in made.items()}
+            stored |= {stored_name(member, part): tensor.clone() for part, tensor in online.get(site, {}).items()}
             if name in late:
-                done[name] = (stored[f"{member}.codes"], scale, zero, grid)
+                done[name] = (made["codes"], scale, zero, grid)
             else:
                 work.there[name] = value
-            if not numbers.weight.symmetric:
-                stored[f"{member}.zero"] = to_integers(zero)
-            if unit is not None:
-                stored[f"{member}.weight_unit"] = torch.tensor(unit)
-            if numbers.activation is not None:
-                stored[f"{member}.input_clip"] = torch.tensor(clips[site])
-            if site in units:
-                stored[f"{member}.input_unit"] = torch.tensor(units[site])
-            stored |= {stored_name(member, part): tensor.clone() for part, tensor in online.get(site, {}).items()}
         told(len(members))
     return Rounded(
         stored=stored,
@@ -181,6 +131,25 @@ def round_block(
         starved=tuple(starved),
         drawn=tuple(drawn),
     )
+
+
+def _stored(
+    numbers: Scheme,
+    codes: Float[Tensor, "rows n"],
+    scale: Float[Tensor, "rows groups"],
+    zero: Float[Tensor, "rows groups"],
+    unit: float | None,
+    clip: float,
+    input_unit: float | None,
+) -> Tensors:
+    """What goes to disk of a linear, by part: its units and what its inputs are rounded with where its numbers have such."""
+    parts: Tensors = {"codes": to_integers(codes), "scale": scale}
+    if not numbers.weight.symmetric:
+        parts["zero"] = to_integers(zero)
+    if numbers.activation is not None:
+        parts["input_clip"] = torch.tensor(clip)
+    units = {"weight_unit": unit, "input_unit": input_unit}
+    return parts | {name: torch.tensor(value) for name, value in units.items() if value is not None}
 
 
 def _plain(tensors: Mapping[str, Tensor]) -> Tensors:
