@@ -386,7 +386,7 @@ def test_stock_checkpoints_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> No
     declared = {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"input_activations": None}}}
     assert override(declared, None) is None
     assert override(declared | {"affinequant": {"activation": None}}, None) is None
-    ours = declared | {"affinequant": {"activation": {"bits": 4}}}
+    ours = declared | {"affinequant": {"activation": {"bits": 4}, "scheme": "w4a4"}}
     assert override(ours, None, hf_config=None) == "affinequant"
     assert said == []
     assert override(ours, "compressed-tensors") is None

@@ -119,9 +119,10 @@ def _models() -> Listing:
         for words in said | {f"{one}: {reason}" for one, reason in lacking.items()}:
             reasons.setdefault(words, []).append(name)
         exports = f"all but {', '.join(lacking)}" if lacking else "all"
+        few = exports if len(lacking) <= 3 else f"all but {', '.join([*lacking][:2])}, {len(lacking) - 2} more"
         nowhere = "; ".join(f"{site}: {reason}" for site, reason in bare.items())
         rows.append(
-            (name, ", ".join(family.architectures), ", ".join(sites), exports, nowhere, status, ", ".join(bare))
+            (name, ", ".join(family.architectures), ", ".join(sites), exports, nowhere, status, ", ".join(bare), few)
         )
         tiers[name] = {
             "inside": [wrapper for wrapper, decoders in WRAPPERS.items() if name in decoders],
@@ -131,7 +132,16 @@ def _models() -> Listing:
             },
             "refused": {**bare, **lacking} | ({} if status == "proven" else {"vllm": meaning}),
         }
-    columns = ("family", "architectures in config.json", "sites", "exports", "where nothing folds", "vllm", "unfolded")
+    columns = (
+        "family",
+        "architectures in config.json",
+        "sites",
+        "exports",
+        "where nothing folds",
+        "vllm",
+        "unfolded",
+        "few",
+    )
     return Listing(
         columns=columns,
         rows=rows,
@@ -141,7 +151,7 @@ def _models() -> Listing:
             columns[1]: "architecture",
             "unfolded": "folds not at",
             "vllm": "vLLM",
-            "exports": "exports",
+            "few": "exports",
         },
         notes=[
             *(f"{words} ({', '.join(names)})" for words, names in sorted(reasons.items())),
