@@ -204,7 +204,7 @@ def _presets() -> Listing:
         below[name] = dict(transforms) | {key: one for key, one in preset.settings.items() if key != "transforms"}
         below[name] |= {f"online:{site}": one for site, one in preset.online.get("transforms", {}).items()}
         for numbers, by_tier in {
-            "weights narrower than activations": preset.weights,
+            "weights alone in groups": preset.weights,
             "4-bit floats": preset.floats,
         }.items():
             for tier, more in by_tier.items():

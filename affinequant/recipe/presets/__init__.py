@@ -14,7 +14,7 @@ from affinequant.recipe.tables import flat
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preset:
     """`settings`: recipe options by their flat names, which any flag overrides. `online`: what differs in the online
-    tier. `weights`: by tier, what differs further where weights have fewer bits than activations; `floats`: the same where
+    tier. `weights`: by tier, what differs further where weights alone are quantised, in groups; `floats`: the same where
     numbers are 4-bit floats, whose blocks have scales of their own. `kv`: which transforms the online tier adds where the
     scheme quantises the KV cache. `shifted`: which transforms stand in the place of its own where biases take a shift up.
     `demo`: what differs on the embedded model, sized for two CPU cores."""
@@ -32,9 +32,10 @@ class Preset:
         """The recipe fields of a tier at these numbers."""
         chosen = dict(self.settings) | ({"data": "demo", **self.demo} if demo else {})
         chosen |= self.online if tier == "online" else {}
-        narrower = scheme.weight.bits < (scheme.activation.bits if scheme.activation else 16)
-        for there, by_tier in ((narrower, self.weights), (scheme.weight.kind != "int", self.floats)):
-            chosen |= by_tier.get(tier, {}) if there else {}
+        if scheme.weight.kind != "int":
+            chosen |= self.floats.get(tier, {})
+        elif scheme.activation is None and scheme.weight.granularity == "group":
+            chosen |= self.weights.get(tier, {})
         if tier == "online" and scheme.kv is not None:
             chosen["transforms"] = dict(chosen.get("transforms", {})) | dict(self.kv)
         return chosen
