@@ -5,6 +5,7 @@ floats (E4M3), counted in a unit of the whole tensor's. Engines hold any float a
 that scales and what codes stand for are exact in 16 bits. All else is rounded as compressed-tensors and vLLM round it.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +27,7 @@ QUARTER = 1 << 21
 """Of a power of two, in the bits of a float's fraction."""
 
 
-class _Floats:
+class _Floats(ABC):
     """What both have in common: value = code / 2 * scale, with a code from -12 to 12 and no zero point."""
 
     __slots__ = ()
@@ -36,6 +37,17 @@ class _Floats:
         reach = x.abs().amax(-1, keepdim=True)
         return -reach, reach
 
+    @abstractmethod
+    def scale_of(self, reach: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
+        """The scale of a block whose largest magnitude this is; the gradient passes straight through its rounding."""
+
+    def params(
+        self, low: Float[Tensor, "*s"], high: Float[Tensor, "*s"], store: torch.dtype = torch.float32
+    ) -> tuple[Float[Tensor, "*s"], Float[Tensor, "*s"]]:
+        """(scale, 0)."""
+        reach = torch.maximum(high, -low)
+        return self.scale_of(reach), torch.zeros_like(reach)
+
     def nearest(self, x: Tensor, scale: Tensor, zero: Tensor, out: Tensor | None = None) -> Tensor:
         """Twice the 4-bit float that is nearest to x / scale; of two that are as near, the even one."""
         return _to_floats(torch.div(x, scale, out=out)).mul_(2)
@@ -43,6 +55,16 @@ class _Floats:
     def value(self, codes: Tensor, scale: Tensor, zero: Tensor, out: Tensor | None = None) -> Tensor:
         """code / 2 * scale."""
         return torch.mul(codes, scale * 0.5, out=out)
+
+    def fake(
+        self,
+        x: Float[Tensor, "*b n"],
+        low: Float[Tensor, "*b 1"],
+        high: Float[Tensor, "*b 1"],
+        store: torch.dtype = torch.float32,
+    ) -> Float[Tensor, "*b n"]:
+        """As the codes give x back."""
+        return _on_floats(x, self.params(low, high, store)[0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,27 +77,14 @@ class MXFP4(_Floats):
 
     fmt: NumberFormat
 
-    def params(
-        self, low: Float[Tensor, "*s"], high: Float[Tensor, "*s"], store: torch.dtype = torch.float32
-    ) -> tuple[Float[Tensor, "*s"], Float[Tensor, "*s"]]:
-        """(scale, 0)."""
-        reach = torch.maximum(high, -low)
+    def scale_of(self, reach: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
+        """The power of two."""
         scale = (_power_below(reach.detach(), QUARTER) / 4).clamp_min(SMALLEST)
-        return _through(reach / LARGEST, scale), torch.zeros_like(reach)
+        return _through(reach / LARGEST, scale)
 
     def kept(self, scale: Tensor, store: torch.dtype = torch.float32) -> Tensor:
         """The power of two that is nearest by ratio."""
         return _through(scale, _power_below(scale.detach() * 2**0.5).clamp_min(SMALLEST))
-
-    def fake(
-        self,
-        x: Float[Tensor, "*b n"],
-        low: Float[Tensor, "*b 1"],
-        high: Float[Tensor, "*b 1"],
-        store: torch.dtype = torch.float32,
-    ) -> Float[Tensor, "*b n"]:
-        """As the codes give x back."""
-        return _on_floats(x, self.params(low, high, store)[0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,27 +94,13 @@ class NVFP4(_Floats):
     fmt: NumberFormat
     unit: float | None = None
 
-    def params(
-        self, low: Float[Tensor, "*s"], high: Float[Tensor, "*s"], store: torch.dtype = torch.float32
-    ) -> tuple[Float[Tensor, "*s"], Float[Tensor, "*s"]]:
-        """(scale, 0): reach / 6, rounded."""
-        reach = torch.maximum(high, -low)
-        scale = _divide(reach)
-        return _through(scale, self._rounded(scale.detach())), torch.zeros_like(reach)
+    def scale_of(self, reach: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
+        """reach / 6, rounded."""
+        return self.kept(_divide(reach))
 
     def kept(self, scale: Tensor, store: torch.dtype = torch.float32) -> Tensor:
         """The nearest 8-bit float."""
         return _through(scale, self._rounded(scale.detach()))
-
-    def fake(
-        self,
-        x: Float[Tensor, "*b n"],
-        low: Float[Tensor, "*b 1"],
-        high: Float[Tensor, "*b 1"],
-        store: torch.dtype = torch.float32,
-    ) -> Float[Tensor, "*b n"]:
-        """As the codes give x back."""
-        return _on_floats(x, self.params(low, high, store)[0])
 
     def _rounded(self, scale: Tensor) -> Tensor:
         unit = unit_of(scale) if self.unit is None else self.unit

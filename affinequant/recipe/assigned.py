@@ -28,8 +28,8 @@ def assign(recipe: Recipe, fused: Mapping[str, str], read: Mapping[str, str], al
     """
     alone, kept = list(alone), set[str]()
     for pattern in recipe.keep:
-        found = _matching(pattern, fused)
-        if not found and not _matching(pattern, alone):
+        found = matching(pattern, fused)
+        if not found and not matching(pattern, alone):
             raise unknown_name("linear or pattern", pattern, _patterns(fused), where="--keep")
         kept.update(found)
     scheme, chosen = recipe.parsed_scheme, dict[str, Scheme]()
@@ -38,7 +38,7 @@ def assign(recipe: Recipe, fused: Mapping[str, str], read: Mapping[str, str], al
         what = "every linear would stay in 16 bits: nothing is left to quantise"
         raise AffineQuantError(what, "--keep", "keep fewer, or use the model as it is")
     for pattern, text in recipe.set.items():
-        found, other = _matching(pattern, fused), Scheme.parse(text)
+        found, other = matching(pattern, fused), Scheme.parse(text)
         if not found:
             raise unknown_name("linear or pattern", pattern, _patterns(fused), where="--set")
         same = (other.weight, other.activation) == (scheme.weight, scheme.activation)
@@ -71,7 +71,8 @@ def placed(name: str) -> tuple[int, str]:
     return int(parts[place]), ".".join(parts[place + 1 :])
 
 
-def _matching(pattern: str, names: Collection[str]) -> list[str]:
+def matching(pattern: str, names: Collection[str]) -> list[str]:
+    """The linears that a pattern of `--keep` or `--set` means, of these."""
     if pattern in names:  # a recipe may name all linears one by one
         return [pattern]
     return [name for name in names if fnmatchcase(name, pattern)]

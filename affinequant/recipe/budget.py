@@ -1,11 +1,10 @@
 """Bits per weight on average: what a budget lets linears choose from, and whether it can be met."""
 
 from collections.abc import Collection, Mapping
-from fnmatch import fnmatchcase
 from math import ceil, floor
 
 from affinequant.errors import AffineQuantError
-from affinequant.recipe.assigned import Schemes
+from affinequant.recipe.assigned import Schemes, matching
 from affinequant.recipe.recipe import Recipe
 from affinequant.recipe.scheme import Scheme
 
@@ -33,7 +32,8 @@ def undecided(recipe: Recipe, schemes: Schemes) -> tuple[str, ...]:
     """The linears whose numbers a budget decides: those that no pattern has decided."""
     if not recipe.avg_bits:
         return ()
-    return tuple(name for name, one in schemes.items() if one and not _matched(name, recipe.set))
+    decided = {name for pattern in recipe.set for name in matching(pattern, schemes)}
+    return tuple(name for name, one in schemes.items() if one and name not in decided)
 
 
 def check_budget(
@@ -64,7 +64,3 @@ def check_budget(
         raise AffineQuantError(
             what, "--avg-bits", f"use {ceil(1e3 * least / weights) / 1e3} to {floor(1e3 * most / weights) / 1e3}"
         )
-
-
-def _matched(name: str, patterns: Collection[str]) -> bool:
-    return name in patterns or any(fnmatchcase(name, pattern) for pattern in patterns)

@@ -38,6 +38,8 @@ EVERY, CHOICE_SITES = "*", ("attn_in", "vo", "mlp_in", "mlp_mid")
 """All sites that can choose, until the model says which; and those of most models, where presets have other transforms."""
 PATTERNS = ("keep", "set")
 """Fields that are patterns of linears' names: what a file and a flag give is taken together."""
+_UNSAID = (*PATTERNS, "avg_bits")
+"""Fields that neither a fingerprint nor a file has where they ask for nothing: older runs and versions do not know them."""
 _MOST = {"alpha": 1.0, "balance": 1.0, "damping": 1.0, "cost_budget": 100.0, "avg_bits": 16.0}
 NAMES = {"model": ("demo",), "data": ("wikitext2", "c4", "demo")}
 """Fields that may name files, and the names that are looked up before any file."""
@@ -181,9 +183,7 @@ class Recipe:
     def fingerprint(self) -> dict[str, Any]:
         """The options that decide the bytes of the result, by their flat names, as plain JSON values."""
         skipped = {name for name, (entry, _) in options().items() if entry.metadata["same_bytes"]}
-        skipped |= {
-            name for name in (*PATTERNS, "avg_bits") if not getattr(self, name)
-        }  # older runs knew nothing of them
+        skipped |= {name for name in _UNSAID if not getattr(self, name)}
         return {name: value for name, value in flat(asdict(self)).items() if name not in skipped}
 
     def to_toml(self) -> str:
@@ -191,8 +191,8 @@ class Recipe:
         lines, tables = [], []
         for entry in fields(self):
             value = getattr(self, entry.name)
-            if entry.name in (*PATTERNS, "avg_bits") and not value:
-                continue  # older versions read it then
+            if entry.name in _UNSAID and not value:
+                continue
             if isinstance(value, dict):
                 # What the preset has and this recipe has not must be taken away again by whoever reads the file.
                 base = PRESETS[self.preset].fields(self.tier, self.parsed_scheme)
