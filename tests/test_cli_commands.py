@@ -103,7 +103,9 @@ def test_help_of_quantize_has_every_field_and_explains_presets(capsys: Capture, 
     assert "calibration sequences (default: by preset; 128)" in shown
     assert "seed of every random choice (default: 0)" in shown
     words = " ".join(shown.split())
-    assert "(default: by preset; online at 4-bit activations where it has transforms for that, else merged)" in words
+    assert (
+        "(default: by preset; online where 4-bit weights or activations need our kernels anyway, else merged)" in words
+    )
 
 
 # plan and --dry-run.

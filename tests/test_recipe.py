@@ -92,7 +92,11 @@ def test_where_weights_alone_are_rounded_in_groups_the_stream_is_not_rotated(
     assert merged.transforms == dict.fromkeys(("attn_in", "mlp_in", "mlp_mid"), "diagonal")
     path = written(tmp_path, merged.to_toml())
     assert Recipe.from_toml(path) == merged
-    for other in ({"scheme": "w4a4-g64", "tier": "merged"}, {"scheme": "w4a16"}, {"scheme": "w4a8-g64"}):
+    for other in (
+        {"scheme": "w4a4-g64", "tier": "merged"},
+        {"scheme": "w4a16"},
+        {"scheme": "w4a8-g64", "tier": "merged"},
+    ):
         rotated = resolve(asked | other)
         assert Recipe.from_toml(path, **other) == rotated and rotated.transforms["residual"] == "hadamard"
 
@@ -131,7 +135,9 @@ TIERS = [
     ({"format": "affinequant"}, "online"),
     ({"format": "compressed-tensors"}, "merged"),
     ({"format": "dense"}, "merged"),
-    ({"scheme": "w4a8"}, "merged"),
+    ({"scheme": "w4a8"}, "online"),
+    ({"scheme": "w4a8-g64-sym", "preset": "fast"}, "online"),
+    ({"scheme": "w4a8", "format": "compressed-tensors"}, "merged"),
     ({"scheme": "w8a8"}, "merged"),
     ({"scheme": "w4a16-g64"}, "merged"),
     ({"scheme": "w4a16kv4"}, "merged"),
@@ -146,7 +152,7 @@ TIERS = [
 
 @pytest.mark.parametrize(("values", "tier"), TIERS, ids=lambda value: str(value)[:60])
 def test_the_tier_where_none_is_asked_for(tmp_path: Path, values: dict[str, Any], tier: str) -> None:
-    """Online at 4-bit activations, where preset and format have room for it; who asks wins, and a file keeps it."""
+    """Online where engines would not run 4 bits as they are, if preset and format have room; a file keeps it."""
     values = {"model": "m"} | values
     recipe = resolve(values)
     assert recipe.tier == tier and recipe == resolve(values | {"tier": tier})

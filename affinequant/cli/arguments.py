@@ -23,7 +23,7 @@ _GROUPS = {
 }
 _METAVARS = {"data": "SOURCE", "out": "DIR", "gpu_memory": "SIZE", "cpu_memory": "SIZE"}
 _BY_PRESET = {name for preset in PRESETS.values() for name in preset.settings}
-_DEFAULTS = {"tier": "online at 4-bit activations where it has transforms for that, else merged"}
+_DEFAULTS = {"tier": "online where 4-bit weights or activations need our kernels anyway, else merged"}
 """Defaults that are no one value."""
 
 

@@ -285,11 +285,11 @@ def _chosen(values: Mapping[str, Any], *, where: str) -> dict[str, Any]:
 
 
 def _tier(preset: Preset, scheme: Scheme, form: str) -> str:
-    """The tier where none is asked for: the preset's own; else online for activations in 4-bit integers, which are hardly
-    usable without, where the preset has transforms for it and the format that was asked for can hold them. 4-bit floats are
-    for stock engines, which run what is merged."""
-    narrow = scheme.activation is not None and scheme.activation.bits <= 4 and not scheme.engines_round_activations
-    online = bool(preset.online) and narrow and form in ("auto", "affinequant")
+    """The tier where none is asked for: the preset's own; else online where weights have at most 4 bits and activations are
+    integers, which loses far less, where the preset has transforms for it and the format that was asked for can hold them.
+    4-bit floats, weights alone and 8-bit weights are for stock engines, which run what is merged."""
+    narrow = scheme.activation is not None and min(scheme.weight.bits, scheme.activation.bits) <= 4
+    online = bool(preset.online) and narrow and not scheme.unclipped and form in ("auto", "affinequant")
     return str(preset.settings.get("tier", "online" if online else "merged"))
 
 
