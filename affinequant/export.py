@@ -16,7 +16,7 @@ from torch import Tensor
 from affinequant.data.tokenizer import load_tokenizer
 from affinequant.deliver import Result
 from affinequant.errors import PREFLIGHT, QUALITY, AffineQuantError
-from affinequant.formats import Format, find_format, network_of, unheld
+from affinequant.formats import FORMATS, Format, find_format, held_elsewhere, network_of, unheld
 from affinequant.formats.dense import dense_stage
 from affinequant.formats.reading import Dtype, from_tensors
 from affinequant.formats.reread import Finished, read_finished
@@ -118,8 +118,8 @@ def _prepare(source: Path, name: str, scheme: str | None, out: Path | None, over
         found = full_range(found)
     reason = reason or form.refuses(contents, found.shapes)
     if reason:
-        what, fix = f"format {name} cannot hold this: {reason}", "see `affinequant list formats`"
-        raise AffineQuantError(what, "--format", fix, exit_code=PREFLIGHT)
+        fix = held_elsewhere(name, FORMATS, contents.schemes, found.placements, found.narrowed)
+        raise AffineQuantError(f"format {name} cannot hold this: {reason}", "--format", fix, exit_code=PREFLIGHT)
     words = [source.resolve().name, name, *([contents.scheme.name] if scheme else [])]
     out = out or Path("-".join(words))
     check_output(out, source, overwrite=overwrite, resume=False)

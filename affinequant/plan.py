@@ -7,13 +7,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from affinequant.costs import PROCESS_BYTES, device_of, kept_bytes, kept_in_cache, linear_bits, minutes, stream_bytes
 from affinequant.data.text import announced
 from affinequant.data.tokenizer import check_code, check_tokenizer, without_bos
 from affinequant.errors import PREFLIGHT, AffineQuantError
-from affinequant.formats import find_format, holdable, unheld
+from affinequant.formats import find_format, held_elsewhere, holdable, unheld
 from affinequant.formats.side_files import SideFiles, find_side_files
 from affinequant.models import Dims, Family, check_length, resolve, resolve_sites
 from affinequant.models.divided import check_groups, check_slices
@@ -25,6 +25,7 @@ from affinequant.recipe.assigned import Schemes, assign, differing
 from affinequant.recipe.budget import check_budget, choices_of, undecided
 from affinequant.recipe.recipe import AUTO, Recipe, parse_bytes
 from affinequant.recipe.recipe import resolve as resolve_recipe
+from affinequant.recipe.values import Format
 from affinequant.stages import ROTATED, Stage, stages_of
 from affinequant.transforms.placements import (
     block_flops,
@@ -163,9 +164,8 @@ def _planned(recipe: Recipe, folder: Path, has_weights: bool) -> Plan:
     form, used = find_format(recipe.format, placements), list(dict.fromkeys(one for one in schemes.values() if one))
     clipped = [one for one in used if recipe.clipping(one) != "none"]
     if reason := unheld(form, used, placements, clipped, family):
-        raise AffineQuantError(
-            f"format {recipe.format} cannot hold this: {reason}", "--format", "see `affinequant list formats`"
-        )
+        fix = held_elsewhere(recipe.format, get_args(Format), used, placements, clipped)
+        raise AffineQuantError(f"format {recipe.format} cannot hold this: {reason}", "--format", fix)
     choice = holdable(recipe.format, choices_of(recipe.parsed_scheme), placements, family)
     check_budget(recipe, schemes, shapes_of(family, dims), choice)
     fetched, said_of_bos = announced(recipe.data), without_bos(folder) if family.bos else ()

@@ -194,7 +194,12 @@ REFUSALS = [
     ),
     ({"transforms": {"mlp_mid": "kronecker+diagonal"}}, "but follows kronecker", "diagonal+kronecker", 2),
     ({"transforms": {"qk": "hadamard"}, "tier": "online"}, "only a quantised K cache", "rope-pair", 3),
-    ({"tier": "online", "preset": "fast", "format": "compressed-tensors"}, "acts at run time", "list formats", 2),
+    (
+        {"tier": "online", "preset": "fast", "format": "compressed-tensors"},
+        "acts at run time",
+        "affinequant can; --tier merged",
+        2,
+    ),
     ({"transforms": {"residual": "hadamard+orthogonal"}}, "one rotation acts", "residual=orthogonal", 3),
     (
         {"transforms": {"residual": "orthogonal"}, "scheme": "w4a16"},

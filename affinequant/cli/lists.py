@@ -88,8 +88,8 @@ def _schemes() -> Listing:
 
     pattern = (
         "wNaM[kvK][-gG][-agG][-sym|-asym]",
-        "w 4 or 8, a 4, 8 or 16, KV cache 4 or 8 bits; a scale per G inputs of weights (g) and of a token's activations "
-        "(ag), where both of one G; symmetric or not",
+        "w 4 or 8 with a 4, 8 or 16, w 2 or 3 with a16; KV cache 4 or 8 bits; a scale per G inputs of weights (g) and of "
+        "a token's activations (ag), where both of one G; symmetric or not",
     )
     return Listing(columns=("name", "about"), rows=[*SCHEMES.items(), pattern])
 

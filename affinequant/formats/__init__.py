@@ -198,6 +198,21 @@ def holdable(name: str, schemes: Iterable[Scheme], placements: Mapping[str, Plac
     return [scheme for scheme in schemes if unheld(form, (scheme,), placements, (), family) is None]
 
 
+def held_elsewhere(
+    name: str,
+    among: Iterable[str],
+    schemes: Sequence[Scheme],
+    placements: Mapping[str, Placement],
+    clipped: Collection[Scheme] = (),
+) -> str:
+    """What to do where the format of that name cannot hold this: which `among` the others can, and how transforms fold."""
+    others = [other for other in among if other in FORMATS and other != name]
+    able = [other for other in others if unheld(find_format(other), schemes, placements, clipped) is None]
+    folds = any(placement.how == "online" for placement in placements.values())
+    fixes = [f"{', '.join(able)} can" if able else "", "--tier merged folds transforms away" if folds else ""]
+    return "; ".join((*filter(None, fixes), "`affinequant list formats` says what each is"))
+
+
 def online_reason(placements: Mapping[str, Placement], engine: str) -> str | None:
     """None, or at which sites a transform acts at run time; `engine` says in words what cannot follow."""
     online = sorted(site for site, placement in placements.items() if placement.how == "online")
