@@ -112,6 +112,16 @@ def test_it_is_rounded_with_second_order_information(kind: str) -> None:
     assert all(set(codes.abs().unique().tolist()) <= FLOATS for codes in found)
 
 
+def test_a_block_of_nvfp4_may_end_at_four() -> None:
+    """4, 3 and 2 are floats, 6, 4.5 and 3 are not: the largest value is best left at 4, which a search of ranges finds."""
+    grid = grid_of(Scheme.parse("nvfp4").weight)
+    weight = torch.tensor([4.0, 3.0, 2.0, 1.5, 1.0, 0.5, 0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, 3.0, -3.0, 0.0])[None]
+    low, high = search_weight_range(weight, torch.eye(16), grid, torch.bfloat16)
+    assert float(high) == 6.0 == -float(low)
+    scale, zero = grid.params(low, high, torch.bfloat16)
+    assert torch.equal(dequantize(codes_of(weight, scale, zero, grid), scale, zero, grid), weight)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_block_learns_for_it(tiny: Tiny, kind: str) -> None:
     job, tensors, x = make_job(tiny(), preset="rtn", scheme=kind, weight_clip="learn", activation_clip="learn")

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -34,6 +34,7 @@ TOKEN = replace(CHANNEL, granularity="token", dynamic=True)
 class Ternary:
     """-scale, 0 and scale; the scale is half of what a row spans."""
 
+    WIDER: ClassVar[tuple[float, ...]] = ()
     fmt: NumberFormat
 
     def range(self, x: Tensor) -> tuple[Tensor, Tensor]:

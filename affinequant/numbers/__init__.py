@@ -6,7 +6,7 @@ A format's arithmetic is one class, its `Grid`: whoever rounds asks it and knows
 
 import importlib
 from dataclasses import replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from affinequant.recipe.scheme import NumberFormat
 
@@ -21,6 +21,9 @@ class Grid(Protocol):
     `fmt` says how many bits a code takes, and what a row is: an output channel, a group of inputs, a token, a token's
     head. `low`, `high`, `scale` and `zero` belong to rows and broadcast against what lies in them.
     """
+
+    WIDER: ClassVar[tuple[float, ...]]
+    """By how much more than what a row holds its grid may span and err less; a search tries these."""
 
     @property
     def fmt(self) -> NumberFormat:

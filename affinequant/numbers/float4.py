@@ -7,6 +7,7 @@ that scales and what codes stand for are exact in 16 bits. All else is rounded a
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -31,6 +32,7 @@ class _Floats(ABC):
     """What both have in common: value = code / 2 * scale, with a code from -12 to 12 and no zero point."""
 
     __slots__ = ()
+    WIDER: ClassVar[tuple[float, ...]] = ()
 
     def range(self, x: Float[Tensor, "*b n"]) -> tuple[Float[Tensor, "*b 1"], Float[Tensor, "*b 1"]]:
         """The largest magnitude on both sides."""
@@ -89,8 +91,13 @@ class MXFP4(_Floats):
 
 @dataclass(frozen=True, slots=True)
 class NVFP4(_Floats):
-    """Scales are 8-bit floats in units of `unit`; None for that of each tensor by itself (`unit_of`)."""
+    """Scales are 8-bit floats in units of `unit`; None for that of each tensor by itself (`unit_of`).
 
+    Between 4 and 6 lies nothing: a block may lose less where its largest value becomes 4 (Four Over Six, arXiv 2512.02010),
+    or anything between the two.
+    """
+
+    WIDER: ClassVar[tuple[float, ...]] = (1.1, 1.2, 1.3, 1.4, 1.5)
     fmt: NumberFormat
     unit: float | None = None
 

@@ -1,6 +1,7 @@
 """Integer grids: ranges to scales, values to codes, and the straight-through forms that training needs."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -25,6 +26,7 @@ class Integer:
     exactly; those of weights, made once, by division.
     """
 
+    WIDER: ClassVar[tuple[float, ...]] = ()
     fmt: NumberFormat
 
     def range(self, x: Float[Tensor, "*b n"]) -> tuple[Float[Tensor, "*b 1"], Float[Tensor, "*b 1"]]:
@@ -86,6 +88,7 @@ class Cached:
     cache do, so that codes agree exactly.
     """
 
+    WIDER: ClassVar[tuple[float, ...]] = ()
     fmt: NumberFormat
 
     @property

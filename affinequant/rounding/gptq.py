@@ -44,7 +44,7 @@ def search_weight_range(
 
     best_error = error(low, high)
     best_low, best_high = low, high
-    for ratio in WEIGHT_RATIOS:
+    for ratio in (*WEIGHT_RATIOS, *grid.WIDER):
         candidate = (low * ratio, high * ratio)
         best_low, best_high, best_error = _better(best_low, best_high, best_error, *candidate, error(*candidate))
     if grid.fmt.symmetric:
