@@ -23,6 +23,7 @@ def other(name: str, value: Any) -> Any:
         "transforms": {"vo": "diagonal"}, "rounding": "nearest", "weight_clip": "none", "activation_clip": "none",
         "schedule": "constant", "start": "hadamard", "finish": "kl", "loss": "mse", "propagate": "quantized", "data": "c4",
         "dtype": "bfloat16", "judge": "kl", "keep": ("*.down_proj",), "set": {"*.down_proj": "w8a8"}, "avg_bits": 5.0,
+        "balance_by": "rms",
     }  # fmt: skip
     if isinstance(value, bool):
         return not value
@@ -89,7 +90,8 @@ def test_where_weights_alone_are_rounded_in_groups_the_stream_is_not_rotated(
 ) -> None:
     asked = {"model": "m", "preset": preset, "scheme": scheme}
     merged = resolve(asked)
-    assert merged.transforms == dict.fromkeys(("attn_in", "mlp_in", "mlp_mid"), "diagonal")
+    assert merged.transforms == dict.fromkeys(("attn_in", "vo", "mlp_in", "mlp_mid"), "diagonal")
+    assert (merged.balance, merged.balance_by) == (0.2, "rms")
     path = written(tmp_path, merged.to_toml())
     assert Recipe.from_toml(path) == merged
     for other in (

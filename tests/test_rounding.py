@@ -166,7 +166,7 @@ def test_each_group_is_rounded_by_what_errs_least_and_says_so(tiny: Tiny, monkey
         assert one["rounding"] == min(one["errors"], key=one["errors"].get)
     # What is chosen is what is done, on all samples.
     for kind in ("nearest", "gptq", "gptaq"):
-        way = Way(kind=kind, damping=0.01, pull=0.01)
+        way = Way(kind=kind, damping=0.01, pull=1.0)
         monkeypatch.setattr(rounding, "choose", lambda *_, way=way: (way, {str(way): 0.0}))
         forced, plain = (rounded(tiny(), preset="fast", rounding=name)[0] for name in ("auto", kind))
         assert {one["rounding"] for one in forced.roundings.values()} == {str(way)}

@@ -18,16 +18,17 @@ Tiny = Callable[..., Path]
 DIAGONALS = dict.fromkeys(("attn_in", "vo", "mlp_in", "mlp_mid"), "diagonal")
 
 
+@pytest.mark.parametrize("by", ["maximum", "rms"])
 @pytest.mark.parametrize("balance", [0.0, 0.5, 0.8])
-def test_a_diagonal_balances_activations_against_weights(tiny: Tiny, balance: float) -> None:
-    job, tensors, x = make_job(tiny(), preset="rtn", transforms=DIAGONALS, balance=balance)
+def test_a_diagonal_balances_activations_against_weights(tiny: Tiny, balance: float, by: str) -> None:
+    job, tensors, x = make_job(tiny(), preset="rtn", transforms=DIAGONALS, balance=balance, balance_by=by)
     found, online = started(job, tensors, x)
     assert not online and set(found) == set(DIAGONALS)
     scales = {name: module.on_activations(torch.ones(job.sites[name].width)) for name, module in found.items()}
     seen: dict[str, Tensor] = {}  # all four samples count, not only the first batch
     job.run(tensors, x, lambda site, value: seen.update({site: value}) or value)
-    a = seen["mlp_mid"].abs().flatten(0, -2).amax(0)
-    w = tensors["mlp.down_proj.weight"].abs().amax(0)
+    a, w = seen["mlp_mid"].abs().flatten(0, -2), tensors["mlp.down_proj.weight"].abs()
+    a, w = (part.amax(0) if by == "maximum" else part.square().mean(0).sqrt() for part in (a, w))
     expected = w ** (1 - balance) / a**balance
     torch.testing.assert_close(scales["mlp_mid"].detach(), expected / expected.log().mean().exp(), rtol=1e-4, atol=0)
 

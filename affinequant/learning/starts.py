@@ -173,22 +173,29 @@ def _middle(site: Site, seen: Seen) -> Tensor:
 
 
 def _diagonal(job: BlockJob, site: Site, seen: Seen, weights: Stacked) -> Tensor:
-    """p = w^(1-b) / a^b [width] with a and w the largest magnitudes per feature (SmoothQuant, arXiv 2211.10438, eq. 4)."""
-    a, w = (
-        _per_head(site, value.float(), "max").clamp_min(1e-5)
-        for value in (seen.largest, torch.stack([weight.abs().amax(0) for weight in weights]).amax(0))
-    )
-    log_p = (1 - job.recipe.balance) * w.log() - job.recipe.balance * a.log()
+    """p = w^(1-b) / a^b [width] with a and w the largest magnitudes per feature (SmoothQuant, arXiv 2211.10438, eq. 4), or
+    their root mean squares."""
+    if job.recipe.balance_by == "rms":
+        a, w = (energy.sqrt().float() for energy in _energies(site, seen, weights))
+    else:
+        largest = seen.largest, torch.stack([weight.abs().amax(0) for weight in weights]).amax(0)
+        a, w = (_per_head(site, value.float(), "max") for value in largest)
+    log_p = (1 - job.recipe.balance) * w.clamp_min(1e-5).log() - job.recipe.balance * a.clamp_min(1e-5).log()
     return (log_p - log_p.mean()).exp()
 
 
 def _online_balance(site: Site, seen: Seen, weights: Stacked) -> Tensor:
     """The diagonal ahead of an online transform, by energies: what it leaves, the transform levels."""
+    return balance(*_energies(site, seen, weights)).float()
+
+
+def _energies(site: Site, seen: Seen, weights: Stacked) -> tuple[Tensor, Tensor]:
+    """Mean squares of each feature of the site [width]: over tokens, and over the rows of what reads it."""
     moment = seen.rows.double().square().mean(0)
     means = [(len(part), part.double().square().mean(0)) for part in weights]
     rows = sum(count for count, _ in means)
     gram = torch.stack([mean * (count / rows) for count, mean in means]).sum(0)
-    return balance(_per_head(site, moment, "mean"), _per_head(site, gram, "mean")).float()
+    return _per_head(site, moment, "mean"), _per_head(site, gram, "mean")
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ from affinequant.recipe.values import (
     Propagate,
     Rounding,
     Schedule,
+    Size,
     Start,
     Tier,
     check_type,
@@ -107,10 +108,9 @@ class Recipe:
     propagate: Propagate = option("full", "method", "train a block on full-precision or on quantised inputs")
     aux_loss: bool = option(False, "method", "add the error against the full-precision block on the same inputs")
     alpha: float = option(0.1, "method", "stability factor: weight of entries off the diagonal in the gradual mask")
-    balance: float = option(0.5, "method", "start of a diagonal: activation maximum to this power over weight's rest")
-    start: Start = option(
-        "closed-form", "method", "what matrices that stay online start from: the closed form, or a fixed rotation"
-    )
+    balance: float = option(0.5, "method", "start of a diagonal: size of activations to this power over weights' rest")
+    balance_by: Size = option("maximum", "method", "that size of a feature: its largest magnitude, or root mean square")
+    start: Start = option("closed-form", "method", "what online matrices start from: closed form, or a fixed rotation")
     judge: Divergence = option("none", "method", "kl: the epoch stands after which held-out text diverges least")
     distill: Distill = option(MISSING, "method", "the end-to-end finish", factory=Distill)
     rotation: Rotation = option(MISSING, "method", "the learned rotation", factory=Rotation)
@@ -274,7 +274,7 @@ def _chosen(values: Mapping[str, Any], *, where: str) -> dict[str, Any]:
     """A file's values without those that its own preset and scheme had filled in: another preset fills them anew."""
     names = {name: values[name] for name in ("model", "scheme", "preset", "tier", "format") if name in values}
     base = resolve({"model": "demo"} | names, where=where)
-    filled = {"activation_clip"}.union(*({*p.settings, *p.online, *p.demo} for p in PRESETS.values())) - {"tier"}
+    filled = {"activation_clip"}.union(*(preset.names for preset in PRESETS.values())) - {"tier"}
     kept = {name: value for name, value in values.items() if name not in filled or value != getattr(base, name)}
     if kept.get("tier") == _tier(PRESETS[base.preset], base.parsed_scheme, base.format):
         del kept["tier"]

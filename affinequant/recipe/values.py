@@ -17,6 +17,7 @@ Dtype = Literal["auto", "float32", "bfloat16"]
 Offload = Literal["auto", "cpu", "disk"]
 Format = Literal["auto", "compressed-tensors", "affinequant", "dense"]
 Schedule = Literal["constant", "cosine"]
+Size = Literal["maximum", "rms"]
 Start = Literal["closed-form", "hadamard"]
 
 EXPORTS = ("int-quantized", "humming", "gptq", "gguf", "nvfp4", "mxfp4", "transform-config", "fp_quant")

@@ -19,7 +19,7 @@ from affinequant.rounding.job import BlockJob
 from affinequant.rounding.moments import Inputs, gather, shrunk, values_of
 from affinequant.rounding.replay import Noted, Replay
 from affinequant.rounding.rounded import Learned, Rounded
-from affinequant.rounding.ways import Way, choose, round_by
+from affinequant.rounding.ways import Way, choose, pulled, round_by
 from affinequant.transforms.fold import Tensors
 from affinequant.transforms.online import stored_name
 
@@ -242,7 +242,7 @@ def _round_group(
     way = Way(
         kind=job.recipe.rounding if job.recipe.rounding != "auto" else "gptq",
         damping=damping,
-        pull=damping,
+        pull=pulled(damping),
         sweeps=sweeps,
     )
     if plainly:

@@ -14,6 +14,8 @@ from affinequant.rounding.gptq import GPTQFailure, follow_target, gptq, refine
 from affinequant.rounding.moments import Inputs, Moments
 
 Kind = Literal["nearest", "gptq", "gptaq"]
+PULLS = (10, 100)
+"""How much more than GPTQ's Hessian that of a target from full-precision inputs is damped: a little and a lot."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,6 +116,10 @@ def ways(damping: float, sweeps: int = 0) -> tuple[Way, ...]:
     inputs, which a few thousand tokens determine badly, pulled back a little and a lot."""
     least, more = (min(1.0, max(damping, 1e-4) * factor) for factor in (1, 10))
     plain = (Way(kind="gptq", damping=step, sweeps=sweeps) for step in (least, more))
-    pulls = (min(10.0, least * factor) for factor in (10, 100))
-    drawn = (Way(kind="gptaq", damping=least, pull=pull, sweeps=sweeps) for pull in pulls)
+    drawn = (Way(kind="gptaq", damping=least, pull=pulled(least, factor), sweeps=sweeps) for factor in PULLS)
     return (Way(kind="nearest"), *plain, *drawn)
+
+
+def pulled(damping: float, factor: float = PULLS[-1]) -> float:
+    """The damping of a target, by GPTQ's own."""
+    return min(10.0, damping * factor)

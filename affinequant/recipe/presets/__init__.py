@@ -40,6 +40,11 @@ class Preset:
             chosen["transforms"] = dict(chosen.get("transforms", {})) | dict(self.kv)
         return chosen
 
+    @property
+    def names(self) -> set[str]:
+        """The recipe fields that it sets, whatever the tier and the numbers."""
+        return set().union(self.settings, self.online, self.demo, *self.weights.values(), *self.floats.values())
+
 
 ORDER = ("rtn", "smoothquant", "omniquant", "paper", "quarot", "spinquant", "flatquant", "fast", "default", "best")
 ALIASES = {"affinequant-paper": "paper"}
