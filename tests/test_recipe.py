@@ -83,7 +83,7 @@ def test_what_4_bit_floats_get_is_aligned_with_their_blocks(tmp_path: Path, pres
         assert integers == resolve({"model": "m", "preset": preset, "scheme": "w4a4", "tier": recipe.tier})
 
 
-@pytest.mark.parametrize("preset", ["default", "best"])
+@pytest.mark.parametrize("preset", ["fast", "default", "best"])
 @pytest.mark.parametrize("scheme", ["w4a16-g32", "w3a16-g64", "w4a16kv4-g64"])
 def test_where_weights_alone_are_rounded_in_groups_the_stream_is_not_rotated(
     tmp_path: Path, preset: str, scheme: str
@@ -91,7 +91,7 @@ def test_where_weights_alone_are_rounded_in_groups_the_stream_is_not_rotated(
     asked = {"model": "m", "preset": preset, "scheme": scheme}
     merged = resolve(asked)
     assert merged.transforms == dict.fromkeys(("attn_in", "vo", "mlp_in", "mlp_mid"), "diagonal")
-    assert (merged.balance, merged.balance_by) == (0.2, "rms")
+    assert (merged.balance, merged.balance_by, merged.rounding) == (0.15, "rms", "gptaq")
     path = written(tmp_path, merged.to_toml())
     assert Recipe.from_toml(path) == merged
     for other in (
