@@ -59,7 +59,7 @@ def make(folder: Path, numbers: Scheme | None = None, **fields: Any) -> Case:
         if index == 0:
             full = quantized = embedded = x
         learned = BlockObjective(job, tensors, *started(job, tensors, x))
-        made = round_block(job, folded_exactly(learned, tensors), quantized, learned)
+        made = round_block(job, folded_exactly(learned, tensors), quantized, learned, full)
         on_input = quantized_input(job, made.clips, made.online)
         quantized = job.run_all(made.tensors, quantized, on_input, learned.on_attention)
         full = job.run_all(tensors, full)

@@ -47,9 +47,13 @@ class Listing:
         places = [self.columns.index(name) for name in self.shown or self.columns]
         for row in self.rows:
             shown.append([row[place] for place in places])
-            settings = [f"{name}={value}" for name, value in self.below.get(row[0], {}).items()]
-            for start in range(0, len(settings), 3):
-                shown.append(("", "  " + " ".join(settings[start : start + 3])))
+            where = dict[str, list[str]]()
+            for name, value in self.below.get(row[0], {}).items():
+                place, _, name = name.rpartition(":")
+                where.setdefault(place, [f"{place}:"] if place else []).append(f"{name}={value}")
+            for words in where.values():
+                text = textwrap.fill(" ".join(words), 76, subsequent_indent="  ", break_on_hyphens=False)
+                shown += [("", f"  {line}") for line in text.splitlines()]
         return shown
 
 
@@ -200,19 +204,20 @@ def _presets() -> Listing:
 
     below = {}
     for name, preset in PRESETS.items():
-        transforms = preset.settings.get("transforms", {})
-        below[name] = dict(transforms) | {key: one for key, one in preset.settings.items() if key != "transforms"}
-        below[name] |= {f"online:{site}": one for site, one in preset.online.get("transforms", {}).items()}
-        for numbers, by_tier in {
-            "weights alone in groups": preset.weights,
-            "4-bit floats": preset.floats,
-        }.items():
+        below[name] = _settings(preset.settings) | _settings(preset.online, "online:")
+        for numbers, by_tier in {"weights alone in groups": preset.weights, "4-bit floats": preset.floats}.items():
             for tier, more in by_tier.items():
-                below[name] |= {f"{tier}, {numbers}:{site}": one for site, one in more.get("transforms", {}).items()}
+                below[name] |= _settings(more, f"{tier}, {numbers}:")
         below[name] |= {f"online, kv:{site}": one for site, one in preset.kv.items()}
         below[name] |= {f"with biases:{site}": one for site, one in preset.shifted.items()}
     rows = [(name, preset.about) for name, preset in PRESETS.items()]
     return Listing(columns=("name", "about"), rows=rows, below=below)
+
+
+def _settings(part: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    """What a part of a preset sets, its transforms first, under names that say where it holds."""
+    plain = {name: value for name, value in part.items() if name != "transforms"}
+    return {f"{where}{name}": value for name, value in (dict(part.get("transforms", {})) | plain).items()}
 
 
 def _data() -> Listing:
