@@ -19,7 +19,7 @@ from affinequant.models import Dims, Family, check_length, resolve, resolve_site
 from affinequant.models.divided import check_groups, check_slices
 from affinequant.models.linears import bound, keeping, shapes_of, sites_read
 from affinequant.models.multimodal import said_of_copies
-from affinequant.models.sites import Placement, Site
+from affinequant.models.sites import Placement, Site, online_sites
 from affinequant.models.source import Source, check_tensors, is_local, locate, open_source, parts_beside, settle
 from affinequant.recipe.assigned import Schemes, assign, differing
 from affinequant.recipe.budget import check_budget, choices_of, undecided
@@ -164,7 +164,7 @@ def _planned(recipe: Recipe, folder: Path, has_weights: bool) -> Plan:
     form, used = find_format(recipe.format, placements), list(dict.fromkeys(one for one in schemes.values() if one))
     clipped = [one for one in used if recipe.clipping(one) != "none"]
     if reason := unheld(form, used, placements, clipped, family):
-        fix = held_elsewhere(recipe.format, get_args(Format), used, placements, clipped)
+        fix = held_elsewhere(recipe.format, get_args(Format), used, placements, clipped, family)
         raise AffineQuantError(f"format {recipe.format} cannot hold this: {reason}", "--format", fix)
     choice = holdable(recipe.format, choices_of(recipe.parsed_scheme), placements, family)
     check_budget(recipe, schemes, shapes_of(family, dims), choice)
@@ -263,13 +263,13 @@ def _notes(
         notes.append("the residual stream's rotation is learned first, without transforms that start from data")
     floats = any(scheme.weight.kind != "int" for scheme in recipe.schemes)
     rounded = [scheme for scheme in recipe.schemes if scheme.activation is not None]
-    if any(placement.how == "online" for placement in placements.values()):
+    if online_sites(placements):
         readers = "affinequant.load" if floats else ours
         notes.append(f"transforms stay online: {readers} can run this checkpoint, others refuse it")
     elif not all(scheme.engines_round_activations for scheme in rounded):
         notes.append(f"engines without this package run this checkpoint with 16-bit activations; {ours}, on integers")
     if floats and rounded:
-        online = [recipe.transforms[site] for site, placement in placements.items() if placement.how == "online"]
+        online = [recipe.transforms[site] for site in online_sites(placements)]
         what = " of an export as transform-config or fp_quant" if online else ""
         if shared_alone(online):
             where = "on Blackwell; elsewhere their values, in 16 or 32 bits"

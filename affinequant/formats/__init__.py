@@ -11,7 +11,7 @@ from affinequant.errors import AffineQuantError, unknown_name
 from affinequant.models import Dims, Family, resolve
 from affinequant.models.linears import keeping
 from affinequant.models.multimodal import in_file, patterns
-from affinequant.models.sites import Placement
+from affinequant.models.sites import Placement, online_sites
 from affinequant.models.source import unquantized
 from affinequant.recipe.scheme import NumberFormat, Scheme
 from affinequant.version import __version__
@@ -204,18 +204,19 @@ def held_elsewhere(
     schemes: Sequence[Scheme],
     placements: Mapping[str, Placement],
     clipped: Collection[Scheme] = (),
+    family: Family | None = None,
 ) -> str:
     """What to do where the format of that name cannot hold this: which `among` the others can, and how transforms fold."""
     others = [other for other in among if other in FORMATS and other != name]
-    able = [other for other in others if unheld(find_format(other), schemes, placements, clipped) is None]
-    folds = any(placement.how == "online" for placement in placements.values())
-    fixes = [f"{', '.join(able)} can" if able else "", "--tier merged folds transforms away" if folds else ""]
+    able = [other for other in others if unheld(find_format(other), schemes, placements, clipped, family) is None]
+    folding = "--tier merged folds transforms away" if online_sites(placements) else ""
+    fixes = [f"{', '.join(able)} can" if able else "", folding]
     return "; ".join((*filter(None, fixes), "`affinequant list formats` says what each is"))
 
 
 def online_reason(placements: Mapping[str, Placement], engine: str) -> str | None:
     """None, or at which sites a transform acts at run time; `engine` says in words what cannot follow."""
-    online = sorted(site for site, placement in placements.items() if placement.how == "online")
+    online = sorted(online_sites(placements))
     return f"the transform at {', '.join(online)} acts at run time, which {engine}" if online else None
 
 
@@ -278,8 +279,7 @@ def find_format(name: str, placements: Mapping[str, Placement] | None = None) ->
         AffineQuantError: unknown name.
     """
     if name == "auto":
-        online = any(placement.how == "online" for placement in (placements or {}).values())
-        name = "affinequant" if online else "compressed-tensors"
+        name = "affinequant" if online_sites(placements or {}) else "compressed-tensors"
     if name not in FORMATS:
         raise unknown_name("format", name, FORMATS, where="--format", listing="formats")
     module, _, attribute = FORMATS[name].partition(":")

@@ -15,7 +15,7 @@ from affinequant.formats.float_packed import UNITS
 from affinequant.formats.linear_tensors import read_units, unpack_linear
 from affinequant.models import resolve
 from affinequant.models.linears import shapes_of
-from affinequant.models.sites import Placement
+from affinequant.models.sites import Placement, online_sites
 from affinequant.models.source import Source, open_source, parts_beside, unquantized
 from affinequant.recipe.scheme import NumberFormat, Scheme
 from affinequant.run.run import Run
@@ -71,7 +71,7 @@ def read_finished(folder: Path) -> Finished:
     placements = {name: Placement(**one) for name, one in ours.get("placements", {}).items()}
     beside = {module_of(name) for name in source.entries} - {""}
     online = [name for name in linears if name in beside]
-    if online and not any(placement.how == "online" for placement in placements.values()):
+    if online and not online_sites(placements):
         placements[online[0]] = Placement(how="online", reason="its matrices are in the folder")
     schemes = {called: Scheme.parse(called) for called in (ours["scheme"], *ours.get("schemes", {}))}
     for called, part in {ours["scheme"]: ours, **ours.get("schemes", {})}.items():

@@ -93,6 +93,11 @@ class Placement:
     flops: int = 0
 
 
+def online_sites(placements: Mapping[str, Placement]) -> list[str]:
+    """The sites whose transform acts at run time."""
+    return [site for site, placement in placements.items() if placement.how == "online"]
+
+
 def named(site: str) -> str:
     """What a recipe calls a site: those of the experts of a layer, `mlp_mid.3` or `mlp_mid.shared`, share a name."""
     return site.partition(".")[0]

@@ -289,7 +289,8 @@ def _tier(preset: Preset, scheme: Scheme, form: str) -> str:
     integers, which loses far less, where the preset has transforms for it and the format that was asked for can hold them.
     4-bit floats, weights alone and 8-bit weights are for stock engines, which run what is merged."""
     narrow = scheme.activation is not None and min(scheme.weight.bits, scheme.activation.bits) <= 4
-    online = bool(preset.online) and narrow and not scheme.unclipped and form in ("auto", "affinequant")
+    narrow = narrow and not scheme.engines_round_activations
+    online = bool(preset.online) and narrow and form in ("auto", "affinequant")
     return str(preset.settings.get("tier", "online" if online else "merged"))
 
 
