@@ -31,7 +31,7 @@ from affinequant_kernels.cpu import native
 from affinequant_kernels.cpu.candidates import ALWAYS, CANDIDATES, inexact, reason, sample
 
 # Classes of sizes, by the most rows, and how many rows stand for the class where it is timed and checked.
-ROWS = {"one row": (1, 1, 1), "few rows": (32, 16, 5), "many rows": (math.inf, 256, 40)}
+ROWS = {"one row": (1, 1, 1), "few rows": (32, 16, 24), "many rows": (math.inf, 256, 40)}
 # Classes of weights, by the largest |code - zero|. Pairs of products with 8-bit activations overflow int16 at 128 alone.
 RANGES = {"4 bits": 15, "8 bits": 128}
 # (n, k) that are timed one after the other, as long as a candidate is quick.
