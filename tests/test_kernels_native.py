@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from affinequant_kernels import cache, online_linear, prepare_weight, reference
-from affinequant_kernels.cpu import engines, layer, native
+from affinequant_kernels.cpu import compiling, engines, layer, native
 from affinequant_kernels.weight import Weight
 from torch import Tensor
 
@@ -21,11 +21,29 @@ GENERATOR = torch.Generator().manual_seed(0)
 compiled = pytest.mark.skipif(native.available() is not None, reason=f"no compiled code: {native.available()}")
 
 
+each = pytest.mark.parametrize("arithmetic", compiling.UNITS, indirect=True)
+
+
 @pytest.fixture(autouse=True)
 def threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def arithmetic(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The code with the arithmetic of a file, also where there is a better one."""
+    lacking, compiler = compiling.lacking()[request.param], compiling.find_compiler()
+    if native.available() is not None or lacking:
+        pytest.skip(f"no compiled code: {native.available()}" if not lacking else f"this CPU has no {lacking[0]}")
+    assert compiler is not None
+    before = native._LIBRARY[:]
+    layer.clear_cache()
+    native._load(compiling.library(compiler, cache.private_folder(), request.param))
+    yield
+    native._LIBRARY[:] = before
+    layer.clear_cache()
 
 
 def random(*shape: int) -> Tensor:
@@ -55,7 +73,8 @@ def dense(factor: tuple[Tensor, ...]) -> Tensor:
     return torch.block_diag(*factor[0].double().expand(K // factor[0].shape[1], -1, -1))
 
 
-@compiled
+@each
+@pytest.mark.usefixtures("arithmetic")
 @pytest.mark.parametrize("factors", FACTORS.values(), ids=FACTORS)
 @pytest.mark.parametrize("m", [1, 3, 6])
 def test_a_transform_is_that_of_fp64_up_to_fp32(factors: list[tuple[Tensor, ...]], m: int) -> None:
@@ -69,7 +88,8 @@ def test_a_transform_is_that_of_fp64_up_to_fp32(factors: list[tuple[Tensor, ...]
     assert torch.equal(rows.rowsum, rows.q.sum(1, dtype=torch.int32))
 
 
-@compiled
+@each
+@pytest.mark.usefixtures("arithmetic")
 @pytest.mark.parametrize("dtype", native.TYPES)
 @pytest.mark.parametrize("name", ["kronecker", "three"])
 def test_roundings_between_and_within_factors_are_the_references(dtype: torch.dtype, name: str) -> None:
@@ -84,7 +104,8 @@ def test_roundings_between_and_within_factors_are_the_references(dtype: torch.dt
     assert torch.equal(layer.linear_dyn(x, given, None, factors=factors, **settings), wanted)
 
 
-@compiled
+@each
+@pytest.mark.usefixtures("arithmetic")
 @pytest.mark.parametrize("act_bits", [4, 8])
 def test_a_token_comes_out_the_same_whatever_its_company(act_bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     given, matrices = weight(), [matrix for factor in FACTORS["three"] for matrix in factor]
@@ -95,9 +116,12 @@ def test_a_token_comes_out_the_same_whatever_its_company(act_bits: int, monkeypa
         assert torch.equal(online_linear(x[:count], matrices, given, act_bits=act_bits, clip=0.9), many[:count])
 
 
-@pytest.mark.skipif(not native.multiplies(), reason="no AVX2 code here")
+@each
+@pytest.mark.usefixtures("arithmetic")
 @pytest.mark.parametrize("largest", [15, 127, 128])
-@pytest.mark.parametrize("m, n, k", [(1, 1, 1), (3, 5, 17), (4, 4, 128), (6, 7, 200), (9, 3, 1300), (70, 6, 2056)])
+@pytest.mark.parametrize(
+    "m, n, k", [(1, 1, 1), (3, 5, 17), (4, 4, 128), (6, 7, 200), (9, 3, 1300), (37, 70, 384), (300, 6, 2056)]
+)
 def test_no_sum_of_products_is_cut_off(m: int, n: int, k: int, largest: int) -> None:
     codes = torch.randint(-largest, min(largest, 127) + 1, (n, k), dtype=torch.int8, generator=GENERATOR)
     q = torch.randint(-128, 128, (m, k), dtype=torch.int8, generator=GENERATOR)
@@ -109,16 +133,16 @@ def test_no_sum_of_products_is_cut_off(m: int, n: int, k: int, largest: int) -> 
         assert got.dtype == torch.int32 and torch.equal(got.long(), q.long() @ codes.long().t())
 
 
-@compiled
+@each
+@pytest.mark.usefixtures("arithmetic")
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("m, n, k", [(1, 3, 20), (7, 9, 129), (50, 6, 1416)])
+@pytest.mark.parametrize("m, n, k", [(1, 3, 20), (7, 9, 129), (43, 50, 257), (50, 6, 1416), (600, 33, 1000)])
 def test_a_layer_in_one_call_is_the_references_at_any_size(m: int, n: int, k: int, bits: int) -> None:
     half = 1 << (bits - 1)
     codes = torch.randint(-half, half, (n, k), dtype=torch.int8, generator=GENERATOR)
     zero = torch.randint(-half, half, (n,), dtype=torch.int8, generator=GENERATOR)
     given = prepare_weight(codes, torch.rand(n, generator=GENERATOR) + 0.01, zero, bits=bits)
-    if not native.serves(given, k):
-        pytest.skip("8 bits go through oneDNN with AVX512-VNNI")
+    assert native.serves(given, k)
     for dtype in native.TYPES:
         x, bias = (random(m, k) + 0.2).to(dtype), random(n)
         made = native.prepare(given, k, (), dtype)
@@ -129,23 +153,25 @@ def test_a_layer_in_one_call_is_the_references_at_any_size(m: int, n: int, k: in
             assert torch.equal(got, wanted), (dtype, act_bits)
 
 
-@compiled
+@each
+@pytest.mark.usefixtures("arithmetic")
 @pytest.mark.parametrize("size", [24, 32, 64, 128, 384])
 @pytest.mark.parametrize("with_zero", [True, False])
 @pytest.mark.parametrize("of", ["the weight", "rows", "both"])
 def test_a_layer_in_groups_in_one_call_is_the_references(of: str, size: int, with_zero: bool) -> None:
-    k, n = 3 * size, 7
+    k, n = 3 * size, 39
     codes = torch.randint(-8, 8, (n, k), dtype=torch.int8, generator=GENERATOR)
     codes[0], codes[1] = -8, 7
     groups, act_group = 1 if of == "rows" else 3, 0 if of == "the weight" else size
     zero = torch.randint(-8, 8, (n, groups), dtype=torch.int8, generator=GENERATOR) if with_zero else None
     given = prepare_weight(codes, torch.rand(n, groups, generator=GENERATOR) + 0.01, zero, act_group=act_group)
-    assert native.serves(given, k) == (native.multiplies() and size != 24)
+    assert native.serves(given, k) == (size != 24)
     if not native.serves(given, k):
         return
-    for m in (1, 2, 3, 4, 9):
+    for m in (1, 2, 3, 4, 9, 61):
         x, bias = random(m, k).bfloat16() + 0.2, random(n)
         x[0] = 3.0  # all of a row's codes at their largest
+        x[-1] = -3.0
         made = native.prepare(given, k, (), x.dtype)
         for act_bits, symmetric in ((4, True), (8, False)):
             settings = {"symmetric": symmetric, "clip": 0.9}
@@ -154,23 +180,53 @@ def test_a_layer_in_groups_in_one_call_is_the_references(of: str, size: int, wit
             assert torch.equal(got, reference.linear_dyn(x, given, bias, act_bits=act_bits, **settings))
 
 
-@pytest.mark.skipif(not native.multiplies(), reason="no AVX2 code here")
-@pytest.mark.parametrize("m", [1, 40])
-def test_a_layer_is_one_call_only_where_that_is_the_fastest(m: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    given, x, right, calls = weight(), random(m, K), native.linear, []
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The rows of each layer in one call."""
+    right, seen = native.linear, []
 
     def linear(*given: Any, **settings: Any) -> Tensor:
-        calls.append(given[1].shape[0])
+        seen.append(given[1].shape[0])
         return right(*given, **settings)
 
     monkeypatch.setattr(native, "linear", linear)
+    return seen
+
+
+@each
+@pytest.mark.usefixtures("arithmetic")
+@pytest.mark.parametrize("m", [1, layer.FEW_ROWS + 8])
+def test_a_layer_is_one_call_only_where_that_is_the_fastest(
+    m: int, calls: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given, x = weight(), random(m, K)
     wanted = reference.linear_dyn(x, given)
-    for name, expected in (("native", [m]), (engines.ALWAYS, [m])):  # the second adds no call
+    always = m == 1 and native.in_lanes()  # few rows: it alone reads 4 bits
+    for name, expected in (("native", [m]), (engines.ALWAYS, [m] * (1 + always))):
         monkeypatch.setattr(engines, "choose", lambda *_, name=name: name)
         assert torch.equal(online_linear(x, [], given), wanted) and calls == expected
 
 
-@compiled
+@each
+@pytest.mark.usefixtures("arithmetic")
+@pytest.mark.parametrize("forced", [None, "native", engines.ALWAYS])
+@pytest.mark.parametrize("of", ["the weight", "rows"])
+def test_a_layer_in_groups_is_one_call_unless_another_way_is_asked_for(
+    of: str, forced: str | None, calls: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codes = torch.randint(-8, 8, (N, K), dtype=torch.int8, generator=GENERATOR)
+    scale = torch.rand(N, 1 if of == "rows" else 9, generator=GENERATOR) + 0.01
+    given = prepare_weight(codes, scale, act_group=64 if of == "rows" else 0)
+    monkeypatch.setattr(engines, "choose", lambda *_: engines.ALWAYS)
+    monkeypatch.setattr(engines, "overridden", lambda: forced)
+    for m in (1, 100):
+        x = random(m, K)
+        assert torch.equal(online_linear(x, [], given), reference.linear_dyn(x, given))
+    assert calls == ([] if forced == engines.ALWAYS else [1, 100])
+
+
+@each
+@pytest.mark.usefixtures("arithmetic")
 @pytest.mark.parametrize("kind", ["channel", "group", "integer"])
 def test_a_layer_does_not_keep_its_weight_alive(kind: str) -> None:
     for _ in range(4):
@@ -199,7 +255,7 @@ def test_without_it_the_reason_is_known_and_the_result_the_same(
     wanted = reference.linear_dyn(x, given)
     monkeypatch.setenv("AFFQ_CACHE", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
-    monkeypatch.setattr(native, "UNITS", {"native_avx2.h": ()})
+    monkeypatch.setattr(compiling, "UNITS", {"native_avx2.h": ()})
     if hindrance == "no compiler":
         monkeypatch.setenv("PATH", str(tmp_path))
         expected = "no C compiler"
@@ -243,7 +299,7 @@ def test_compiling_at_once_in_several_processes_leaves_one_whole_library(tmp_pat
 
 
 def refused(monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(native, "UNITS", {"native_avx2.h": ()})
+    monkeypatch.setattr(compiling, "UNITS", {"native_avx2.h": ()})
     monkeypatch.delenv("AFFQ_NATIVE", raising=False)
 
     def loaded(*_: object) -> None:
@@ -284,7 +340,7 @@ def test_an_unsafe_folder_is_refused(fault: str, tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize("planted", ["writable by all", "a link", "another user's"])
 def test_a_planted_library_is_not_loaded(planted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AFFQ_CACHE", str(tmp_path))
-    monkeypatch.setattr(native, "UNITS", {"native_avx2.h": ()})
+    monkeypatch.setattr(compiling, "UNITS", {"native_avx2.h": ()})
     names: list[Path] = []
     monkeypatch.setattr(native, "_load", names.append)
     monkeypatch.setattr(native, "_right", lambda: True)

@@ -30,9 +30,8 @@ T = TypeVar("T")
 
 # Rows of the output worked on at once: bounds the fp32 intermediate, which costs page faults when it is large.
 CHUNK_ROWS = 512
-# Up to so many rows reading a weight takes longer than multiplying, and native.c reads it in 4 bits; less of a large one,
-# where the time of oneDNN's call no longer counts.
-FEW_ROWS, FEW_ROWS_OF_LARGE, LARGE = 16, 8, 1 << 22
+# Up to so many rows reading a weight takes longer than multiplying with AVX512, and native.c reads it in 4 bits.
+FEW_ROWS = 32
 
 
 # One weight, ready to multiply.
@@ -244,8 +243,9 @@ def linear_dyn(
         return _weight_only(reference.transform(x, factors).to(x.dtype), weight, bias, out_dtype)
     settings = {"bits": act_bits, "symmetric": act_symmetric, "clip": clip}
     if native.available() is None:
-        layer = _native(weight, x, factors)
-        if layer.served and out_dtype in native.TYPES and _at_once(x.shape[0], layer, weight):
+        whole = out_dtype in native.TYPES and native.serves(weight, x.shape[1]) and _at_once(x.shape[0], weight)
+        layer = _native(weight, x, factors, whole)
+        if whole:
             return native.linear(layer, x, bias, out_dtype=out_dtype, **settings)
         rows = native.rows(layer, x, **settings)
     else:
@@ -255,20 +255,18 @@ def linear_dyn(
     return linear(rows.q, rows.scale, None if act_symmetric else rows.zero, weight, bias, out_dtype, act_bits)
 
 
-def _at_once(m: int, layer: native.Layer, weight: Weight) -> bool:
-    """Whether m rows go through the compiled code in one call: it multiplies as fast as any, or it alone needs no product
-    for each group, or, with AVX512-VNNI, where others multiply as fast but only it reads 4 bits, rows are few."""
-    if native.multiplies():
-        if weight.scale.ndim == 2 or weight.colsum.ndim == 2:
-            return engines.overridden() in (None, "native")
-        return engines.choose(min(m, CHUNK_ROWS), _largest(weight), False) == "native"
-    few = FEW_ROWS if layer.n * layer.k < LARGE else FEW_ROWS_OF_LARGE
-    return m <= few and not engines.overridden()
+def _at_once(m: int, weight: Weight) -> bool:
+    """Whether m rows go through the compiled code in one call: it alone needs no product for each group; or, with AVX512, it
+    alone reads 4 bits and rows are few; or it multiplies as fast as any."""
+    groups = weight.scale.ndim == 2 or weight.colsum.ndim == 2
+    if groups or (m <= FEW_ROWS and weight.qweight.dtype == torch.uint8 and native.in_lanes()):
+        return engines.overridden() in (None, "native")
+    return engines.choose(min(m, CHUNK_ROWS), _largest(weight), False) == "native"
 
 
-def _native(weight: Weight, x: Tensor, factors: Sequence[tuple[Tensor, ...]]) -> native.Layer:
+def _native(weight: Weight, x: Tensor, factors: Sequence[tuple[Tensor, ...]], whole: bool) -> native.Layer:
     k, parts = x.shape[1], (*weight, *(matrix for factor in factors for matrix in factor))
-    return _made(parts, ("native", k, x.dtype), lambda: native.prepare(weight, k, factors, x.dtype))
+    return _made(parts, ("native", k, x.dtype, whole), lambda: native.prepare(weight, k, factors, x.dtype, whole=whole))
 
 
 def _weight_only(

@@ -15,14 +15,15 @@
 #define BLOCK 128     // columns of a block of the layout hs128
 #define SCALE_FLOOR 1e-8f
 #define INFINITE 0x7f800000
-#define NEAR (1 << 17) // bytes of quantised rows that a core's own cache holds while the weights go by
 
-// INTEGER [n]: sums of products, neither scaled nor with a bias; with AVX2 alone.
+// INTEGER: sums of products, neither scaled nor with a bias.
 enum type { FLOAT32, BFLOAT16, FLOAT16, INTEGER };
 
-// How codes lie: NIBBLES [n, k / 2] in the layout hs128; SMALL [n, k] unsigned, the code + 16, which is below 32, filled up
-// to whole blocks; WIDE [n, k] signed bytes.
-enum kind { NIBBLES, SMALL, WIDE };
+// How codes lie. With AVX2: NIBBLES [n, k / 2] in the layout hs128; SMALL [n, k] unsigned, the code + 16, which is below 32,
+// filled up to whole blocks; WIDE [n, k] signed bytes. With AVX512, filled up to whole blocks and sixteen features:
+// NIBBLE_LANES [n / 16, k / 8, 16, 4], the code + 8, of eight columns the first four in low nibbles; BYTE_LANES
+// [n / 16, k / 4, 16, 4], the code + 128.
+enum kind { NIBBLES, SMALL, WIDE, NIBBLE_LANES, BYTE_LANES };
 
 // One factor of a transform: left [rows, rows] and right [columns, columns] of a Kronecker product, or, where left is
 // null, `rows` blocks [columns, columns] that act one after the other (one of them on every piece).
@@ -33,8 +34,8 @@ typedef struct {
 
 typedef struct {
     int64_t n, k, factors, kind;
-    // Columns that share a scale, of the weight, of rows or of both, of NIBBLES and with AVX2 alone: 32, 64 or whole blocks;
-    // 0: all. Whether those of the weight, and into how many groups rows are quantised; 0: a row has one scale.
+    // Columns that share a scale, of the weight, of rows or of both, where codes are nibbles: 32, 64 or whole blocks; 0: all.
+    // Whether those of the weight, and into how many groups rows are quantised; 0: a row has one scale.
     int64_t group, weight_groups, row_groups;
     const void *codes;
     const float *scale;      // [n], or [groups, n]
@@ -59,6 +60,8 @@ static const void *at(const void *x, enum type type, int64_t index)
 
 static int64_t whole(int64_t k) { return (k + BLOCK - 1) / BLOCK * BLOCK; }
 
+// Each header says whether it reads codes IN_LANES, how many output FEATURES come together, and how many bytes of quantised
+// rows are NEAR: held by a core's own cache while the weights go by.
 #ifdef __AVX512VNNI__
 #include "native_avx512.h"
 #else
@@ -180,19 +183,6 @@ static void quantise_row(const Layer *layer, const void *x, enum type type, int 
         sum_groups(layer, rows, row);
 }
 
-// Four output features from `at` on, of the rows `row` to `end`.
-static void multiply(const Layer *layer, Rows rows, int64_t row, int64_t end, int64_t at, const float *bias, void *out,
-                     enum type type)
-{
-    for (; row + 4 <= end; row += 4)
-        multiply_tile(4, layer, rows, row, at, bias, out, type);
-    switch (end - row) {
-    case 3: multiply_tile(3, layer, rows, row, at, bias, out, type); break;
-    case 2: multiply_tile(2, layer, rows, row, at, bias, out, type); break;
-    case 1: multiply_tile(1, layer, rows, row, at, bias, out, type); break;
-    }
-}
-
 // Bytes that m rows take for a layer, and where in them what lies.
 static int64_t rows_size(const Layer *layer, int64_t m)
 {
@@ -261,15 +251,14 @@ int affq_linear(const Layer *layer, const void *x, int x_type, int64_t m, int bi
         for (int64_t row = 0; row < here; row++)
             quantise_row(layer, at(x, x_type, start * layer->k), x_type, bits, symmetric, clip, rows, row, own);
 #pragma omp for schedule(static)
-        for (int64_t n = 0; n < layer->n; n += 4)
+        for (int64_t n = 0; n < layer->n; n += FEATURES)
             multiply(layer, rows, 0, here, n, bias, (char *)at(out, out_type, start * layer->n), out_type);
     }
     free(scratch);
     return 0;
 }
 
-// Whether the arithmetic knows codes other than NIBBLES, groups, and hands out integers.
-int affq_multiplies(void) { return MULTIPLIES; }
+int affq_in_lanes(void) { return IN_LANES; }
 
 // The product alone: out int32 [m, n] of q [m, k] and codes of a kind. Returns 0, or 1: no memory.
 int affq_product(const void *codes, int kind, int64_t n, int64_t k, const int8_t *q, int64_t m, int threads, int32_t *out)
@@ -287,7 +276,7 @@ int affq_product(const void *codes, int kind, int64_t n, int64_t k, const int8_t
         for (int64_t row = 0; row < here; row++)
             take_row(q + (start + row) * k, k, rows, row);
 #pragma omp for schedule(static)
-        for (int64_t at = 0; at < n; at += 4)
+        for (int64_t at = 0; at < n; at += FEATURES)
             multiply(&layer, rows, 0, here, at, NULL, out + start * n, INTEGER);
     }
     free(scratch);

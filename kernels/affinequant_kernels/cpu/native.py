@@ -1,19 +1,15 @@
 """native.c: compiled once by the machine's own C compiler, kept in the cache, checked against the reference, and called.
 
-It serves layers with a scale per row: with AVX512-VNNI those of 4-bit codes, with AVX2 those of 8 bits and of groups too, and
-it is one of the ways to multiply that `engines.py` times. `layer.py` decides when. Where there is no such CPU or no compiler, or
-AFFQ_NATIVE=0, everything goes the way of `layer.py`. `affinequant env` tells which it is.
+It serves whole layers, and is one of the ways to multiply that `engines.py` times. `layer.py` decides when. Where there is no
+such CPU or no compiler, or AFFQ_NATIVE=0, everything goes the way of `layer.py`. `affinequant env` tells which it is.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import os
-import shutil
 import subprocess
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,25 +19,16 @@ from torch import Tensor
 
 from affinequant_kernels import reference
 from affinequant_kernels.cache import check_private, private_folder
+from affinequant_kernels.cpu import compiling, lanes
+from affinequant_kernels.layout import BLOCK
 from affinequant_kernels.reference import Rows
 from affinequant_kernels.weight import Weight, integer_weight, kind_of, prepare_weight, row_group, unpack
 
-SOURCE = Path(__file__).with_name("native.c")
-UNITS = {
-    "native_avx512.h": ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni", "fma", "f16c"),
-    "native_avx2.h": ("avx2", "fma", "f16c"),
-}
-"""By the file with its arithmetic, the best first: what a CPU must have."""
-FLAGS = (
-    *("-std=gnu11", "-O3", "-fPIC", "-shared", "-fopenmp"),
-    *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
-)
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # Multiplications (tokens x features in x features out) below which a second thread costs more than it saves.
 SERIAL = 1 << 20
 # How codes lie, as native.c numbers it.
-NIBBLES, SMALL, WIDE = range(3)
-BLOCK = 128
+NIBBLES, SMALL, WIDE, NIBBLE_LANES, BYTE_LANES = range(5)
 
 
 class _Factor(ctypes.Structure):
@@ -67,12 +54,14 @@ class Layer:
     n: int
     k: int
     row_groups: int  # into how many groups `rows` quantises each; 0: whole rows
-    served: bool  # `serves` of the weight: otherwise `rows` alone may be asked
     held: tuple[object, ...]
 
 
-def prepare(weight: Weight, k: int, factors: Sequence[tuple[Tensor, ...]], dtype: torch.dtype) -> Layer:
-    """A layer for inputs [m, k] of a type, to whose precision the matrices of its factors are rounded."""
+def prepare(
+    weight: Weight, k: int, factors: Sequence[tuple[Tensor, ...]], dtype: torch.dtype, *, whole: bool = True
+) -> Layer:
+    """A layer for inputs [m, k] of a type, to whose precision the matrices of its factors are rounded. `whole`: for `linear`,
+    of a weight that `serves` knows; otherwise `rows` alone may be asked."""
     held: list[object] = []
 
     def address(tensor: Tensor) -> int:
@@ -89,37 +78,40 @@ def prepare(weight: Weight, k: int, factors: Sequence[tuple[Tensor, ...]], dtype
         right = second[0] if second else first
         place.right, place.columns = address(right), right.shape[-1]
     pointer = ctypes.addressof(made) if factors else None
-    served, row_size = serves(weight, k), row_group(weight, k)
-    read = _as_read(weight, k) if served else (*weight[:3], weight.colsum)
+    row_size, of_weight = row_group(weight, k), weight.scale.ndim == 2
+    kind, read = _as_read(weight, k) if whole else (WIDE, ())
     held += [t for t in read if not any(t is own for own in weight)]  # the weight's own would never die
-    n, kind = weight.qweight.shape[0], NIBBLES if read[0].dtype == torch.uint8 else WIDE
-    parts = [None if t is None else t.data_ptr() for t in read]
-    of_weight, of_rows = weight.scale.ndim == 2, k // row_size if row_size else 0
+    parts = [None if t is None else t.data_ptr() for t in read] or [None] * 4
+    of_rows, n = k // row_size if row_size else 0, weight.qweight.shape[0]
     size = row_size or (k // weight.scale.shape[1] if of_weight else 0)
-    layer = _Layer(n, k, len(factors), kind, size if served else 0, of_weight, of_rows, *parts, pointer)
-    return Layer(ctypes.addressof(layer), n, k, of_rows, served, (layer, made, *held))
+    layer = _Layer(n, k, len(factors), kind, size if whole else 0, of_weight, of_rows, *parts, pointer)
+    return Layer(ctypes.addressof(layer), n, k, of_rows, (layer, made, *held))
 
 
-def _as_read(weight: Weight, k: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """Codes, scale, zero points and column sums: with multipliers their products, in groups [groups, n]; else the weight's
-    own memory."""
+def _as_read(weight: Weight, k: int) -> tuple[int, tuple[Tensor, Tensor, Tensor | None, Tensor]]:
+    """How codes lie; codes, scale, zero points and column sums: with multipliers their products, in groups [groups, n].
+    With AVX512 codes are copied, in the order in which it reads them; with AVX2 what can be is the weight's own memory."""
+    four, zero = weight.qweight.dtype == torch.uint8 and weight.mul is None, weight.zero
+    codes = weight.qweight
     if weight.mul is not None:
-        codes = integer_weight(unpack(weight.qweight, k), weight.zero, weight.mul).to(torch.int8)
-        return codes, weight.scale, None, weight.colsum
-    parts = (weight.scale, weight.zero, weight.colsum)
-    scale, zero, colsum = (t.t().contiguous() if t is not None and t.ndim == 2 else t for t in parts)
-    return weight.qweight, scale, zero, colsum  # pyright: ignore[reportReturnType]
+        codes, zero = integer_weight(unpack(codes, k), zero, weight.mul).to(torch.int8), None
+    if in_lanes():
+        codes = lanes.nibbles(unpack(codes, k)) if four else lanes.whole_bytes(codes)
+    scale, zero, colsum = (
+        t.t().contiguous() if t is not None and t.ndim == 2 else t for t in (weight.scale, zero, weight.colsum)
+    )
+    kind = (NIBBLE_LANES if four else BYTE_LANES) if in_lanes() else NIBBLES if four else WIDE
+    return kind, (codes, scale, zero, colsum)  # pyright: ignore[reportReturnType]
 
 
 def serves(weight: Weight, k: int) -> bool:
-    """Whether the compiled code knows this kind of weight: 4 bits with a scale and at most a zero point per row; with AVX2
-    also 8 bits, multipliers, and 4 bits with groups, the weight's or the rows', of a size that fits its registers."""
-    more = _MULTIPLIES == [True]  # of the code that is loaded: `available` asks too, before it says so
-    kind, four, of_rows = kind_of(weight.scale, weight.mul), weight.qweight.dtype == torch.uint8, row_group(weight, k)
-    if kind == "channel" and not of_rows:
-        return four or more
-    size = k // weight.scale.shape[1] if kind == "group" else of_rows or BLOCK
-    return four and more and (size in (32, 64) or size % BLOCK == 0)
+    """Whether the compiled code knows this kind of weight: 4 or 8 bits with a scale and at most a zero point per row,
+    multipliers, and 4 bits with groups, the weight's or the rows', of a size that fits its registers."""
+    kind, of_rows = kind_of(weight.scale, weight.mul), row_group(weight, k)
+    if kind != "group" and not of_rows:
+        return True
+    size = of_rows or k // weight.scale.shape[1]
+    return weight.qweight.dtype == torch.uint8 and (size in (32, 64) or size % BLOCK == 0)
 
 
 def linear(
@@ -174,28 +166,33 @@ def epilogue(
     return out
 
 
-def multiplies() -> bool:
-    """Whether `product` is there: with AVX2, where oneDNN has no instruction of its own for bytes."""
-    return available() is None and _MULTIPLIES[0]
-
-
 def hold(codes: Tensor) -> tuple[Tensor, ...]:
-    """A copy of codes int8 [n, k] for `product`: those below 16 in magnitude as uint8, filled up to whole blocks."""
+    """A copy of codes int8 [n, k] for `product`; with AVX2 those below 16 in magnitude as uint8, filled up to whole blocks.
+    Raises NotImplementedError where there is no compiled code."""
+    _must_be_available()
+    if in_lanes():
+        return (lanes.whole_bytes(codes),)
     if int(codes.max()) >= 16 or int(codes.min()) <= -16:
         return (codes.clone(memory_format=torch.contiguous_format),)
     return (torch.nn.functional.pad(codes + 16, (0, -codes.shape[1] % BLOCK)).view(torch.uint8),)
 
 
 def product(q: Tensor, codes: Tensor) -> Tensor:
-    """q int8 [m, k] by what `hold` made: int32 [m, n]. Raises NotImplementedError where there is no such code."""
-    if not multiplies():
-        raise NotImplementedError(available() or "AVX512-VNNI has instructions that oneDNN uses")
+    """q int8 [m, k] by what `hold` made: int32 [m, n]. Raises NotImplementedError where there is no compiled code."""
+    _must_be_available()
     (m, k), n = q.shape, codes.shape[0]
     out = torch.empty(m, n, dtype=torch.int32)
-    kind, threads = SMALL if codes.dtype == torch.uint8 else WIDE, torch.get_num_threads() if m * k * n > SERIAL else 1
+    kind = BYTE_LANES if in_lanes() else SMALL if codes.dtype == torch.uint8 else WIDE
+    threads = torch.get_num_threads() if m * k * n > SERIAL else 1
     if _loaded().affq_product(codes.data_ptr(), kind, n, k, q.data_ptr(), m, threads, out.data_ptr()):
         raise MemoryError(f"no memory for {m} tokens of {k} features")
     return out
+
+
+def _must_be_available() -> None:
+    why = available()
+    if why is not None:
+        raise NotImplementedError(why)
 
 
 @functools.cache
@@ -203,15 +200,11 @@ def available() -> str | None:
     """None where the compiled code can be used, or why it cannot. The first call may compile it: some two seconds."""
     if os.environ.get("AFFQ_NATIVE") == "0":
         return "switched off by AFFQ_NATIVE=0"
-    # The units of the CPU as Linux names them; elsewhere there are none, and other code does the work.
-    facts = Path("/proc/cpuinfo")
-    units = facts.read_text().replace("avx512_", "avx512").split() if facts.exists() else []
-    lacking = {name: [unit for unit in wanted if unit not in units] for name, wanted in UNITS.items()}
+    lacking = compiling.lacking()
     name = next((name for name, missing in lacking.items() if not missing), None)
     if name is None:
         return f"this CPU has no {list(lacking.values())[-1][0]}"
-    compilers = (os.environ.get("CC"), "cc", "gcc", "clang")
-    compiler = next((found for word in compilers if word and (found := shutil.which(word))), None)
+    compiler = compiling.find_compiler()
     if compiler is None:
         return "no C compiler (cc, gcc or clang) was found"
     try:
@@ -219,21 +212,25 @@ def available() -> str | None:
     except OSError as problem:
         return f"there is no safe place for compiled code: {problem}"
     try:
-        _load(_compiled(compiler, folder, name))
+        _load(compiling.library(compiler, folder, name))
         return None if _right() else "its results on this machine are not the reference's"
     except PermissionError as problem:
         return f"compiled code that is not safe to load: {problem}"
     except (OSError, subprocess.CalledProcessError) as problem:
         said = getattr(problem, "stderr", None) or str(problem)
-        return f"{compiler} could not compile {SOURCE.name}: {said.strip().splitlines()[-1]}"
+        return f"{compiler} could not compile {compiling.SOURCE.name}: {said.strip().splitlines()[-1]}"
 
 
 _LIBRARY: list[ctypes.CDLL] = []
-_MULTIPLIES: list[bool] = []
 
 
 def _loaded() -> ctypes.CDLL:
     return _LIBRARY[0]
+
+
+def in_lanes() -> bool:
+    """Whether the compiled code, which must be available, is that of AVX512, and reads codes in an order of its own."""
+    return bool(_loaded().affq_in_lanes())
 
 
 def _load(path: Path) -> None:
@@ -246,42 +243,25 @@ def _load(path: Path) -> None:
     library.affq_epilogue.argtypes = [pointer, size, size, *[pointer] * 5, whole, pointer, whole]
     library.affq_epilogue.restype = None
     library.affq_product.argtypes = [pointer, whole, size, size, pointer, size, whole, pointer]
-    _LIBRARY[:], _MULTIPLIES[:] = [library], [bool(library.affq_multiplies())]
-
-
-def _compiled(compiler: str, folder: Path, name: str) -> Path:
-    """The shared library in the folder; named by all that it was made from, so that a change makes another."""
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    flags = (*FLAGS, *(f"-m{unit}" for unit in UNITS[name]))
-    made_from = "\0".join((SOURCE.read_text(), SOURCE.with_name(name).read_text(), *flags, version))
-    path = folder / f"native-{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.so"
-    if not os.path.lexists(path):
-        with tempfile.TemporaryDirectory(dir=folder) as building:
-            fresh = Path(building) / path.name
-            # Threads come from the OpenMP that torch has loaded: two of them would wait for each other's cores.
-            subprocess.run(
-                [compiler, *flags, "-o", str(fresh), str(SOURCE)], capture_output=True, text=True, check=True
-            )
-            fresh.chmod(0o600)
-            fresh.replace(path)
-    return path
+    _LIBRARY[:] = [library]
 
 
 def _right() -> bool:
     """Whether extreme codes, ragged sizes and each type come out as the reference's."""
     generator = torch.Generator().manual_seed(0)
-    for bits in (4, 8) if _MULTIPLIES[0] else (4,):
+    for bits, k, groups in ((4, 200, 1), (8, 200, 1), (4, 192, 3)):
         half = 1 << (bits - 1)
         codes, zero = (
-            torch.randint(-half, half, shape, dtype=torch.int8, generator=generator) for shape in ((9, 200), (9,))
+            torch.randint(-half, half, shape, dtype=torch.int8, generator=generator) for shape in ((9, k), (9, groups))
         )
         codes[0], codes[1] = -half, half - 1
-        weight = prepare_weight(codes, torch.rand(9, generator=generator) + 0.01, zero, bits=bits)
+        scale, act_group = torch.rand(9, groups, generator=generator) + 0.01, 0 if groups == 1 else k // groups
+        weight = prepare_weight(codes, scale, zero, bits=bits, act_group=act_group)
         for dtype in TYPES:
-            x = (torch.randn(7, 200, generator=generator) + 0.3).to(dtype)
+            x = (torch.randn(13, k, generator=generator) + 0.3).to(dtype)
             for symmetric in (True, False):
                 settings = {"symmetric": symmetric, "clip": 0.9}
-                got = linear(prepare(weight, 200, (), dtype), x, None, bits=8, out_dtype=dtype, **settings)
+                got = linear(prepare(weight, k, (), dtype), x, None, bits=8, out_dtype=dtype, **settings)
                 wanted = reference.linear_dyn(x, weight, act_bits=8, act_symmetric=symmetric, clip=0.9)
                 if not torch.equal(got, wanted):
                     return False

@@ -3,7 +3,9 @@
 // maddubs adds pairs of products of unsigned by signed bytes in int16. With weights of at most 31 and activations of at most
 // 128 in magnitude four such pairs are at most 31744, so that no sum of four can saturate; wider weights go as int16.
 
-#define MULTIPLIES 1
+#define IN_LANES 0
+#define FEATURES 4
+#define NEAR (1 << 17)
 #define STRETCH 1024 // columns of four rows that a first-level cache holds while four output features go by
 
 // Eight numbers of any type as fp32; those after `count` are 0.
@@ -438,6 +440,19 @@ static inline __attribute__((always_inline)) void multiply_tile(
     case 32: group_tile(height, 32, layer, rows, row, at, bias, out, type); break;
     case 64: group_tile(height, 64, layer, rows, row, at, bias, out, type); break;
     default: group_tile(height, BLOCK, layer, rows, row, at, bias, out, type);
+    }
+}
+
+// Four output features from `at` on, of the rows `row` to `end`.
+static void multiply(const Layer *layer, Rows rows, int64_t row, int64_t end, int64_t at, const float *bias, void *out,
+                     enum type type)
+{
+    for (; row + 4 <= end; row += 4)
+        multiply_tile(4, layer, rows, row, at, bias, out, type);
+    switch (end - row) {
+    case 3: multiply_tile(3, layer, rows, row, at, bias, out, type); break;
+    case 2: multiply_tile(2, layer, rows, row, at, bias, out, type); break;
+    case 1: multiply_tile(1, layer, rows, row, at, bias, out, type); break;
     }
 }
 

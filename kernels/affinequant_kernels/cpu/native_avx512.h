@@ -1,6 +1,13 @@
 // The arithmetic of native.c with AVX512-VNNI.
+//
+// Sixteen output features lie in the lanes of a vector, four columns in the bytes of a lane: sums never go across lanes, so
+// that a group costs a scale and no more.
 
-#define MULTIPLIES 0
+#define IN_LANES 1
+#define VECTORS 2             // of sixteen output features, that come together
+#define FEATURES (16 * VECTORS)
+#define NEAR (1 << 19)
+#define AHEAD 2048            // bytes of codes that are asked for before their turn
 
 static __mmask16 first(int64_t count) { return count >= 16 ? 0xffff : (__mmask16)((1u << (count < 0 ? 0 : count)) - 1); }
 
@@ -124,61 +131,192 @@ static int32_t to_codes(const float *x, int64_t k, float inverse, float shift, f
     return _mm512_reduce_add_epi32(sum);
 }
 
-// The sums of the elements of four vectors.
-static __m128i sums(const __m512i v[4])
+// Sums of products and of outputs: of at most 8 rows, FEATURES output features each.
+typedef __m512i Sums[8][VECTORS];
+typedef __m512 Outputs[8][VECTORS];
+
+// Columns that share a scale, of the weight or of rows: all where neither has groups.
+static int64_t group_size(const Layer *layer) { return layer->group ? layer->group : whole(layer->k); }
+
+// Two numbers of 16 bits in 32.
+static inline int32_t pair(int32_t low, int32_t high) { return (low & 0xffff) | (int32_t)((uint32_t)high << 16); }
+
+// What the columns of a group add to the sums of `height` rows: acc += codes q.
+static inline __attribute__((always_inline)) void add_group(int height, enum kind kind, const uint8_t *const codes[VECTORS],
+                                                            Rows rows, int64_t row, int64_t begin, int64_t end, Sums acc)
 {
-    __m512i a = _mm512_add_epi32(_mm512_unpacklo_epi32(v[0], v[1]), _mm512_unpackhi_epi32(v[0], v[1]));
-    __m512i b = _mm512_add_epi32(_mm512_unpacklo_epi32(v[2], v[3]), _mm512_unpackhi_epi32(v[2], v[3]));
-    __m512i c = _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
-    __m256i d = _mm256_add_epi32(_mm512_castsi512_si256(c), _mm512_extracti64x4_epi64(c, 1));
-    return _mm_add_epi32(_mm256_castsi256_si128(d), _mm256_extracti128_si256(d, 1));
+    const __m512i nibble = _mm512_set1_epi8(0x0f);
+    Sums more; // of few rows, whose sums would wait for each other
+    for (int i = 0; i < height; i++)
+        for (int v = 0; v < VECTORS; v++)
+            acc[i][v] = more[i][v] = _mm512_setzero_si512();
+    for (int64_t c = begin; c < end; c += 8) {
+        __m512i low[VECTORS], high[VECTORS];
+        for (int v = 0; v < VECTORS; v++)
+            if (kind == NIBBLE_LANES) {
+                const uint8_t *here = codes[v] + 8 * c;
+                _mm_prefetch((const char *)here + AHEAD, _MM_HINT_T0);
+                __m512i two = _mm512_loadu_si512(here);
+                low[v] = _mm512_and_si512(two, nibble);
+                high[v] = _mm512_and_si512(_mm512_srli_epi16(two, 4), nibble);
+            } else {
+                const uint8_t *here = codes[v] + 16 * c;
+                _mm_prefetch((const char *)here + AHEAD, _MM_HINT_T0);
+                _mm_prefetch((const char *)here + AHEAD + 64, _MM_HINT_T0);
+                low[v] = _mm512_loadu_si512(here);
+                high[v] = _mm512_loadu_si512(here + 64);
+            }
+        for (int i = 0; i < height; i++) {
+            const int8_t *q = rows.q + (row + i) * rows.stride + c;
+            int32_t first_four, next_four; // apart: eight bytes would be loaded at once, and then taken apart
+            memcpy(&first_four, q, 4);
+            memcpy(&next_four, q + 4, 4);
+            for (int v = 0; v < VECTORS; v++)
+                acc[i][v] = _mm512_dpbusd_epi32(acc[i][v], low[v], _mm512_set1_epi32(first_four));
+            for (int v = 0; v < VECTORS; v++)
+                if (height <= 2)
+                    more[i][v] = _mm512_dpbusd_epi32(more[i][v], high[v], _mm512_set1_epi32(next_four));
+                else
+                    acc[i][v] = _mm512_dpbusd_epi32(acc[i][v], high[v], _mm512_set1_epi32(next_four));
+        }
+    }
+    for (int i = 0; height <= 2 && i < height; i++)
+        for (int v = 0; v < VECTORS; v++)
+            acc[i][v] = _mm512_add_epi32(acc[i][v], more[i][v]);
 }
 
-// Four output features from `at` on, of `height` rows from `row` on; codes are 4 bits.
-static inline __attribute__((always_inline)) void multiply_tile(
-    int height, const Layer *layer, Rows rows, int64_t row, int64_t at, const float *bias, void *out, enum type type)
+// Takes off sums of group g what zero points are worth: offset * sum of the row's codes + column sum * zero point of the row.
+static inline __attribute__((always_inline)) void take_off(int height, enum kind kind, const Layer *layer, Rows rows,
+                                                           int64_t row, int64_t at, int64_t g, Sums acc)
 {
-    const int64_t k = whole(layer->k), n = layer->n, left = n - at < 4 ? n - at : 4;
-    const __m512i nibble = _mm512_set1_epi8(0x0f), flip = _mm512_set1_epi8((char)0x88);
-    const uint8_t *codes[4];
-    __m512i acc[4][4];
-    for (int r = 0; r < 4; r++)
-        codes[r] = (const uint8_t *)layer->codes + (at + (r < left ? r : left - 1)) * (k / 2);
-    for (int i = 0; i < height; i++)
-        for (int r = 0; r < 4; r++)
-            acc[i][r] = _mm512_setzero_si512();
-    for (int64_t b = 0; b < k; b += BLOCK) {
-        __m512i low[4], high[4];
-        for (int r = 0; r < 4; r++) { // code + 8, which the instruction wants unsigned
-            _mm_prefetch((const char *)codes[r] + b / 2 + 4 * k, _MM_HINT_T0); // eight rows on
-            __m512i both = _mm512_xor_si512(_mm512_loadu_si512(codes[r] + b / 2), flip);
-            low[r] = _mm512_and_si512(both, nibble);
-            high[r] = _mm512_and_si512(_mm512_srli_epi16(both, 4), nibble);
+    const int64_t n = layer->n, size = group_size(layer), groups = layer->group ? layer->k / size : 1;
+    const int by_row = layer->row_groups || !layer->group;
+    const int32_t *sums = by_row ? rows.sum : rows.groups;
+    __m512i off[VECTORS], colsum[VECTORS];
+    for (int v = 0; v < VECTORS; v++) {
+        const int64_t place = at + 16 * v;
+        const __mmask16 mask = first(n - place);
+        off[v] = _mm512_set1_epi32(kind == NIBBLE_LANES ? 8 : 128);
+        if (layer->zero) {
+            const int8_t *zero = layer->zero + (layer->weight_groups ? g * n : 0);
+            off[v] = _mm512_add_epi32(off[v], _mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(mask, zero + place)));
         }
+        colsum[v] = _mm512_setzero_si512();
+        if (by_row && layer->colsum)
+            colsum[v] = _mm512_maskz_loadu_epi32(mask, layer->colsum + g * n + place);
+    }
+    if (kind == NIBBLE_LANES && size <= BLOCK) { // all fit 16 bits: both products are one instruction
+        for (int v = 0; v < VECTORS; v++)
+            off[v] = _mm512_or_si512(off[v], _mm512_slli_epi32(colsum[v], 16));
         for (int i = 0; i < height; i++) {
-            const int8_t *q = rows.q + (row + i) * rows.stride + b;
-            __m512i begin = _mm512_loadu_si512(q), end = _mm512_loadu_si512(q + BLOCK / 2);
-            for (int r = 0; r < 4; r++)
-                acc[i][r] = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(acc[i][r], low[r], begin), high[r], end);
+            const int64_t place = (row + i) * groups + g;
+            const __m512i less = _mm512_set1_epi32(pair(-sums[place], by_row ? -rows.zero[place] : 0));
+            for (int v = 0; v < VECTORS; v++)
+                acc[i][v] = _mm512_dpwssd_epi32(acc[i][v], off[v], less);
+        }
+    } else
+        for (int i = 0; i < height; i++) {
+            const int64_t place = (row + i) * groups + g;
+            const __m512i sum = _mm512_set1_epi32(sums[place]), zero = _mm512_set1_epi32(by_row ? rows.zero[place] : 0);
+            for (int v = 0; v < VECTORS; v++) {
+                __m512i less = _mm512_add_epi32(_mm512_mullo_epi32(off[v], sum), _mm512_mullo_epi32(colsum[v], zero));
+                acc[i][v] = _mm512_sub_epi32(acc[i][v], less);
+            }
+        }
+}
+
+// y += acc scaled: each scale that is a group's, or that there is one of.
+static inline __attribute__((always_inline)) void add_scaled(int height, const Layer *layer, Rows rows, int64_t row, int64_t at,
+                                                             int64_t g, Sums acc, Outputs y)
+{
+    const int64_t groups = layer->group ? layer->k / layer->group : 1;
+    const int by_row = layer->row_groups || !layer->group, by_weight = layer->weight_groups || !layer->group;
+    __m512 scale[VECTORS]; // 1 where there is none: that rounds nothing
+    for (int v = 0; v < VECTORS; v++) {
+        const int64_t place = at + 16 * v;
+        scale[v] = by_weight ? _mm512_maskz_loadu_ps(first(layer->n - place), layer->scale + g * layer->n + place) : _mm512_set1_ps(1);
+    }
+    for (int i = 0; i < height; i++) {
+        const __m512 by = _mm512_set1_ps(by_row ? rows.scale[(row + i) * groups + g] : 1);
+        for (int v = 0; v < VECTORS; v++)
+            y[i][v] = _mm512_add_ps(y[i][v], _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(acc[i][v]), scale[v]), by));
+    }
+}
+
+// Outputs, but for what is not a group's: a zero point or a scale of the row, or a scale of the weight; and the bias.
+static inline __attribute__((always_inline)) void store_outputs(int height, const Layer *layer, Rows rows, int64_t row,
+                                                                int64_t at, const float *bias, void *out, enum type type,
+                                                                Outputs y)
+{
+    for (int v = 0; v < VECTORS; v++) {
+        const int64_t place = at + 16 * v;
+        const __mmask16 mask = first(layer->n - place);
+        for (int i = 0; i < height; i++) {
+            if (layer->group && !layer->row_groups) {
+                __m512 colsum = _mm512_maskz_loadu_ps(mask, (const float *)layer->colsum + place);
+                __m512 less = _mm512_mul_ps(_mm512_set1_ps((float)rows.zero[row + i]), colsum);
+                y[i][v] = _mm512_mul_ps(_mm512_sub_ps(y[i][v], less), _mm512_set1_ps(rows.scale[row + i]));
+            } else if (layer->group && !layer->weight_groups)
+                y[i][v] = _mm512_mul_ps(y[i][v], _mm512_maskz_loadu_ps(mask, layer->scale + place));
+            if (bias)
+                y[i][v] = _mm512_add_ps(y[i][v], _mm512_maskz_loadu_ps(mask, bias + place));
+            store(out, type, (row + i) * layer->n + place, mask, y[i][v]);
         }
     }
-    const __mmask8 mask = (__mmask8)((1 << left) - 1);
-    __m128i off = _mm_set1_epi32(8);
-    if (layer->zero) {
-        int32_t zeros = 0;
-        memcpy(&zeros, layer->zero + at, left);
-        off = _mm_add_epi32(off, _mm_cvtepi8_epi32(_mm_cvtsi32_si128(zeros)));
+}
+
+// FEATURES output features from `at` on, of `height` rows from `row` on.
+static inline __attribute__((always_inline)) void multiply_tile(
+    int height, enum kind kind, const Layer *layer, Rows rows, int64_t row, int64_t at, const float *bias, void *out,
+    enum type type)
+{
+    const int64_t n = layer->n, size = group_size(layer), panel = whole(layer->k) * (kind == NIBBLE_LANES ? 8 : 16);
+    const uint8_t *codes[VECTORS];
+    Sums acc;
+    Outputs y;
+    for (int v = 0; v < VECTORS; v++) {
+        codes[v] = (const uint8_t *)layer->codes + (at / 16 + (at + 16 * v < n ? v : 0)) * panel;
+        for (int i = 0; i < height; i++)
+            y[i][v] = _mm512_setzero_ps();
     }
-    __m128i colsum = _mm_maskz_loadu_epi32(mask, layer->colsum + at);
-    __m128 scale = _mm_maskz_loadu_ps(mask, layer->scale + at);
-    for (int i = 0; i < height; i++) {
-        __m128i value = _mm_sub_epi32(sums(acc[i]), _mm_mullo_epi32(off, _mm_set1_epi32(rows.sum[row + i])));
-        value = _mm_sub_epi32(value, _mm_mullo_epi32(colsum, _mm_set1_epi32(rows.zero[row + i])));
-        __m128 y = _mm_mul_ps(_mm_mul_ps(_mm_cvtepi32_ps(value), scale), _mm_set1_ps(rows.scale[row + i]));
-        if (bias)
-            y = _mm_add_ps(y, _mm_maskz_loadu_ps(mask, bias + at));
-        store(out, type, (row + i) * n + at, mask, _mm512_castps128_ps512(y));
+    for (int64_t g = 0; g * size < layer->k; g++) {
+        add_group(height, kind, codes, rows, row, g * size, (g + 1) * size, acc);
+        take_off(height, kind, layer, rows, row, at, g, acc);
+        if (type != INTEGER)
+            add_scaled(height, layer, rows, row, at, g, acc, y);
     }
+    if (type != INTEGER)
+        store_outputs(height, layer, rows, row, at, bias, out, type, y);
+    else
+        for (int i = 0; i < height; i++)
+            for (int v = 0; v < VECTORS; v++)
+                _mm512_mask_storeu_epi32((int32_t *)out + (row + i) * n + at + 16 * v, first(n - at - 16 * v), acc[i][v]);
+}
+
+// FEATURES output features from `at` on, of the rows `row` to `end`.
+static inline __attribute__((always_inline)) void multiply_rows(enum kind kind, const Layer *layer, Rows rows, int64_t row,
+                                                                int64_t end, int64_t at, const float *bias, void *out, enum type type)
+{
+    for (; row + 8 <= end; row += 8)
+        multiply_tile(8, kind, layer, rows, row, at, bias, out, type);
+    if (row + 4 <= end) {
+        multiply_tile(4, kind, layer, rows, row, at, bias, out, type);
+        row += 4;
+    }
+    switch (end - row) {
+    case 3: multiply_tile(3, kind, layer, rows, row, at, bias, out, type); break;
+    case 2: multiply_tile(2, kind, layer, rows, row, at, bias, out, type); break;
+    case 1: multiply_tile(1, kind, layer, rows, row, at, bias, out, type); break;
+    }
+}
+
+static void multiply(const Layer *layer, Rows rows, int64_t row, int64_t end, int64_t at, const float *bias, void *out,
+                     enum type type)
+{
+    if (layer->kind == NIBBLE_LANES)
+        multiply_rows(NIBBLE_LANES, layer, rows, row, end, at, bias, out, type);
+    else
+        multiply_rows(BYTE_LANES, layer, rows, row, end, at, bias, out, type);
 }
 
 // One row of affq_epilogue.
