@@ -63,7 +63,9 @@ def test_scores_are_those_of_lm_evals_own_command(tiny: Callable[..., Path], tmp
             metric, _, kind = column.partition(",")
             if kind == "none" and not metric.endswith("_stderr"):
                 score = card.score(f"{task},{metric}")
-                assert score and score.value == value, f"{task},{metric}: {score and score.value!r} for {value!r}"
+                # An exponential of 40 nats, which another process may sum in another order in float32.
+                wanted = pytest.approx(value, rel=1e-5) if metric == "perplexity" else value
+                assert score and score.value == wanted, f"{task},{metric}: {score and score.value!r} for {value!r}"
                 compared += 1
     assert compared == 5 and {row.name for row in card.rows} == {
         "piqa,acc",

@@ -24,14 +24,13 @@ def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
         return request.param
     if request.param != "native":
         monkeypatch.setattr(native, "available", lambda: "another engine is tested")
-    wrong = engines.inexact(engines.CANDIDATES[request.param], 5, 15)
-    if wrong:
-        pytest.skip(f"{request.param} on this machine: {wrong}")
-    exact = [
-        largest
-        for largest in (15, 128)
-        if not any(engines.inexact(engines.CANDIDATES[request.param], m, largest) for _, _, m in engines.ROWS.values())
-    ]
+    wrong = {
+        largest: next(filter(None, (engines.inexact_in(request.param, rows, width) for rows in engines.ROWS)), None)
+        for width, largest in engines.RANGES.items()
+    }
+    if wrong[15]:
+        pytest.skip(f"{request.param} on this machine: {wrong[15]}")
+    exact = [largest for largest, problem in wrong.items() if not problem]
 
     def choose(m: int, largest: int, integers: bool) -> str:
         possible = largest <= max(exact) and not (integers and engines.CANDIDATES[request.param].rounds)

@@ -88,6 +88,23 @@ def test_what_is_slow_for_many_rows_alone_is_used_for_few(monkeypatch: Patch) ->
     assert [engines.choose(m, 8, False) for m in (1, 7, 300)] == ["few", "few", engines.ALWAYS]
 
 
+@pytest.mark.parametrize("rows", ["few rows", "many rows"])
+def test_a_candidate_that_is_exact_for_the_least_rows_of_a_class_alone_is_never_chosen(
+    rows: str, monkeypatch: Patch
+) -> None:
+    """As oneDNN's unsigned product with AMX: up to 11 rows its sums are whole, from 12 on they are fp32 before the zero
+    point is taken off."""
+    least, most = engines.ROWS[rows][2]
+
+    def rounded(q: Tensor, held: candidates.Held, scale: Tensor | None, total: Tensor | None) -> Tensor:
+        product = BEST.product(q, held, scale, total)
+        return product if len(q) <= least else product + 1
+
+    add(monkeypatch, "fast", rounded)
+    monkeypatch.setattr(engines, "_race", lambda *_: {engines.ALWAYS: 1.0, "fast": 1e-9})
+    assert engines.choose(most, 128, False) == engines.ALWAYS
+
+
 def test_an_inexact_candidate_is_never_chosen(monkeypatch: Patch) -> None:
     def saturating(q: Tensor, held: candidates.Held, scale: Tensor | None, total: Tensor | None) -> Tensor:
         if scale is None and total is None:  # without VNNI sums of pairs stop at what int16 holds

@@ -51,8 +51,8 @@ def test_stock_vllm_computes_an_export(
 
 @contextmanager
 def loaded(folder: Path, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> Iterator[Any]:
-    """A folder in vLLM's own model, without an engine. The parameters of experts are as they were read: for those kernels that
-    would arrange them anew a CPU needs AMX."""
+    """A folder in vLLM's own model, without an engine. Parameters are as they were read: those of experts for kernels that
+    would arrange them anew and need AMX, others because a CPU that has it gets copies in their place."""
     from vllm.config import set_current_vllm_config
     from vllm.distributed import (
         destroy_distributed_environment,
@@ -70,6 +70,7 @@ def loaded(folder: Path, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> It
     monkeypatch.setattr(packed, "select_wna16_moe_backend", lambda **_: (WNA16MoEBackend.MARLIN, None))
     monkeypatch.setattr(packed, "check_moe_marlin_supports_config", lambda *_, **__: True)
     monkeypatch.setattr(whole, "select_int8_moe_backend", lambda **_: (None, None))
+    monkeypatch.setattr("vllm.model_executor.layers.utils.dispatch_cpu_unquantized_gemm", lambda *_, **__: None)
     for kind in (packed.CompressedTensorsWNA16MoEMethod, whole.CompressedTensorsW8A8Int8MoEMethod):
         monkeypatch.setattr(kind, "process_weights_after_loading", lambda *_: None)
     config = EngineArgs(model=str(folder), max_model_len=64, enforce_eager=True, **settings).create_engine_config()

@@ -30,8 +30,9 @@ from affinequant_kernels.cache import private_folder, write_whole
 from affinequant_kernels.cpu import native
 from affinequant_kernels.cpu.candidates import ALWAYS, CANDIDATES, inexact, reason, sample
 
-# Classes of sizes, by the most rows, and how many rows stand for the class where it is timed and checked.
-ROWS = {"one row": (1, 1, 1), "few rows": (32, 16, 24), "many rows": (math.inf, 256, 40)}
+# Classes of sizes, by the most rows, and how many rows stand for the class where it is timed, and where it is checked:
+# libraries have other code for a few rows than for the most, exact in its own way.
+ROWS = {"one row": (1, 1, (1,)), "few rows": (32, 16, (5, 32)), "many rows": (math.inf, 256, (40, 256))}
 # Classes of weights, by the largest |code - zero|. Pairs of products with 8-bit activations overflow int16 at 128 alone.
 RANGES = {"4 bits": 15, "8 bits": 128}
 # (n, k) that are timed one after the other, as long as a candidate is quick.
@@ -89,7 +90,7 @@ def _forced(rows: str, width: str) -> str | None:
         return None
     if name not in CANDIDATES:
         raise ValueError(f"AFFQ_ENGINE: expected one of {', '.join(CANDIDATES)}, got {name}")
-    wrong = inexact(CANDIDATES[name], ROWS[rows][2], RANGES[width])
+    wrong = inexact_in(name, rows, width)
     if wrong is not None:
         raise ValueError(f"AFFQ_ENGINE: {name} cannot be used on this CPU for {rows} and weights of {width}: {wrong}")
     return name
@@ -196,14 +197,20 @@ def measure(rows: str, width: str) -> dict[str, Outcome]:
     """Every candidate's outcome in a class, the quickest checked first."""
     native.available()  # which may compile, and is no part of anybody's time
     late = _deadline()
-    (_, m, few), largest = ROWS[rows], RANGES[width]
+    (_, m, _), largest = ROWS[rows], RANGES[width]
     with torch.no_grad():
         outcomes = _race(m, largest, late)
         seconds = {name: outcome for name, outcome in outcomes.items() if isinstance(outcome, float)}
         for name in sorted(seconds, key=seconds.__getitem__):
-            wrong = LATE if late() and name != ALWAYS else inexact(CANDIDATES[name], few, largest)
+            wrong = LATE if late() and name != ALWAYS else inexact_in(name, rows, width)
             outcomes[name] = wrong or seconds[name]
     return outcomes
+
+
+def inexact_in(name: str, rows: str, width: str) -> str | None:
+    """None where a candidate is exact in a class, or what is wrong."""
+    found = (inexact(CANDIDATES[name], m, RANGES[width]) for m in ROWS[rows][2])
+    return next((wrong for wrong in found if wrong), None)
 
 
 def _deadline() -> Callable[[], bool]:
