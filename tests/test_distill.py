@@ -208,6 +208,27 @@ def test_what_harms_is_undone(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> No
     assert all(torch.equal(tensor, stored[name]) for name, tensor in done.tensors.items())
 
 
+@pytest.mark.parametrize("units", [True, False])
+def test_training_alone_multiplies_in_bfloat16_and_only_where_a_cpu_can(
+    tiny: Tiny, units: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case, seen = make(tiny()), set[tuple[bool, str]]()
+    setting = torch.backends.mkldnn.matmul
+    before, loss = setting.fp32_precision, Divergence.loss
+
+    def watched(self: Divergence, batch: Any) -> Tensor:
+        seen.add((torch.is_grad_enabled(), setting.fp32_precision))
+        return loss(self, batch)
+
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: units)
+    monkeypatch.setattr(Divergence, "loss", watched)
+    finished(case, finish_epochs=1)
+    trained, judged = ("bf16", "ieee") if units else (before, before)
+    assert {precision for learns, precision in seen if learns} == {trained}
+    assert judged in {precision for learns, precision in seen if not learns}
+    assert setting.fp32_precision == before
+
+
 def test_full_ranges_stay_full_where_clipping_was_refused(tiny: Tiny) -> None:
     done = finished(make(tiny(), activation_clip="none"), finish_lr=1e-2)
     clips = [float(tensor) for name, tensor in done.tensors.items() if name.endswith("input_clip")]

@@ -25,6 +25,7 @@ from affinequant.learning.phases import Phase, fit_durably
 from affinequant.learning.record import Trace
 from affinequant.learning.training import FitConfig, FitReport
 from affinequant.learning.work import Work
+from affinequant.models.device import coarse_products
 from affinequant.progress import Steps
 from affinequant.rounding.job import HELD_OUT, BlockJob
 from affinequant.stages import OUTER, Carry, Stage, stage_name
@@ -134,7 +135,8 @@ def distill(
             yield embedded[chosen][None], full[chosen][None]
 
     def held_out() -> float:
-        mean = mean_loss(objective.loss, embedded[-held:], full[-held:])
+        with coarse_products(objective.decoder.device, False):
+            mean = mean_loss(objective.loss, embedded[-held:], full[-held:])
         say(f"finish  divergence from full precision {mean:.4f} nats per token, on {held} held-out samples")
         return mean
 
@@ -146,7 +148,9 @@ def distill(
         judge="held-out",
         retreat=True,
     )
-    fitted = train(Phase(objective, batches, config, {"held-out": held_out}))
+    # What training gains by exact products is far below what 4 bits lose; what judges it, and what is kept, has them.
+    with coarse_products(objective.decoder.device):
+        fitted = train(Phase(objective, batches, config, {"held-out": held_out}))
     tensors = {name: tensor for block in blocks for name, tensor in block.changed().items()}
     tensors[objective.norm] = objective.final_norm().detach().to(outer[objective.norm].dtype)
     after = embedded[:keep]
