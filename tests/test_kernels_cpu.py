@@ -37,6 +37,7 @@ def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
         return request.param if possible else engines.ALWAYS
 
     monkeypatch.setattr(engines, "choose", choose)
+    monkeypatch.setattr(layer, "_at_once", lambda *_: False)  # the product of `native` alone
     return request.param
 
 

@@ -83,6 +83,13 @@ def test_a_candidate_as_slow_as_onednns_reference_code_gets_small_products_only(
     assert max(slow.seen) <= 1 << 23 and CLOCK.now - before < 1.0
 
 
+@pytest.mark.parametrize("nanoseconds", [20.0, 50.0])  # the first product of many rows takes 0.08 s, or 0.2
+def test_a_slow_candidate_takes_no_time_from_those_after_it(nanoseconds: float, monkeypatch: Patch) -> None:
+    add(monkeypatch, "slow", Timed(nanoseconds))
+    add(monkeypatch, "fast", Timed(0.01))
+    assert engines.choose(300, 8, False) == "fast"
+
+
 def test_what_is_slow_for_many_rows_alone_is_used_for_few(monkeypatch: Patch) -> None:
     add(monkeypatch, "few", Timed(0.01, of_many=0.03))
     assert [engines.choose(m, 8, False) for m in (1, 7, 300)] == ["few", "few", engines.ALWAYS]
@@ -103,6 +110,20 @@ def test_a_candidate_that_is_exact_for_the_least_rows_of_a_class_alone_is_never_
     add(monkeypatch, "fast", rounded)
     monkeypatch.setattr(engines, "_race", lambda *_: {engines.ALWAYS: 1.0, "fast": 1e-9})
     assert engines.choose(most, 128, False) == engines.ALWAYS
+
+
+@pytest.mark.parametrize("seconds, forced, expected", [
+    (0.9, None, True), (1.2, None, True), (1.3, None, False), ("not exact", None, False),
+    (0.9, engines.ALWAYS, False), (1.3, "native", True),
+])  # fmt: skip
+def test_a_whole_layer_is_one_call_where_its_product_takes_little_longer(
+    seconds: engines.Outcome, forced: str | None, expected: bool, monkeypatch: Patch
+) -> None:
+    add(monkeypatch, "native", BEST.product)
+    monkeypatch.setattr(engines, "measure", lambda *_: {engines.ALWAYS: 1.0, "native": seconds})
+    if forced:
+        monkeypatch.setenv("AFFQ_ENGINE", forced)
+    assert engines.at_once(300, 8) == expected
 
 
 def test_an_inexact_candidate_is_never_chosen(monkeypatch: Patch) -> None:

@@ -109,7 +109,8 @@ def test_roundings_between_and_within_factors_are_the_references(dtype: torch.dt
 @pytest.mark.parametrize("act_bits", [4, 8])
 def test_a_token_comes_out_the_same_whatever_its_company(act_bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     given, matrices = weight(), [matrix for factor in FACTORS["three"] for matrix in factor]
-    monkeypatch.setattr(engines, "choose", lambda m, *_: "native" if m <= layer.FEW_ROWS else engines.ALWAYS)
+    monkeypatch.setattr(engines, "at_once", lambda m, _: m <= layer.FEW_ROWS)
+    monkeypatch.setattr(engines, "choose", lambda *_: engines.ALWAYS)
     x = random(layer.FEW_ROWS + 9, K).bfloat16()
     many = online_linear(x, matrices, given, act_bits=act_bits, clip=0.9)
     for count in (1, 2, 7, layer.FEW_ROWS):
@@ -202,8 +203,9 @@ def test_a_layer_is_one_call_only_where_that_is_the_fastest(
     given, x = weight(), random(m, K)
     wanted = reference.linear_dyn(x, given)
     always = m == 1 and native.in_lanes()  # few rows: it alone reads 4 bits
-    for name, expected in (("native", [m]), (engines.ALWAYS, [m] * (1 + always))):
-        monkeypatch.setattr(engines, "choose", lambda *_, name=name: name)
+    monkeypatch.setattr(engines, "choose", lambda *_: engines.ALWAYS)
+    for fastest, expected in ((True, [m]), (False, [m] * (1 + always))):
+        monkeypatch.setattr(engines, "at_once", lambda *_, fastest=fastest: fastest)
         assert torch.equal(online_linear(x, [], given), wanted) and calls == expected
 
 

@@ -43,6 +43,8 @@ GIVE_UP_SECONDS, SLOW, SLOW_SECONDS = 0.1, 8.0, 5e-4
 CPU_SECONDS, WALL_SECONDS = 0.15, 0.6
 ROUNDS = 5
 SCHEMA = 1
+# A whole layer in one call of `native` saves passes over its input and output. Its product may take so much longer.
+LONGER = 1.25
 
 
 Outcome = float | str  # seconds of one product, or why there are none
@@ -77,6 +79,17 @@ def _chosen(rows: str, width: str, integers: bool, threads: int) -> str:
         if isinstance(outcome, float) and not (integers and CANDIDATES[name].rounds)
     }
     return min(seconds, key=seconds.__getitem__, default=ALWAYS)
+
+
+def at_once(m: int, largest: int) -> bool:
+    """Whether a whole layer in one call of `native` is the fastest: where that is chosen, or takes little longer. Raises as
+    `choose`."""
+    chosen = choose(m, largest, False)
+    if overridden() is not None or chosen == "native":
+        return chosen == "native"
+    timed = _timed(*_class_of(m, largest), torch.get_num_threads())
+    own, best = timed.get("native"), timed.get(chosen)
+    return isinstance(own, float) and isinstance(best, float) and own <= LONGER * best
 
 
 def overridden() -> str | None:
@@ -196,7 +209,7 @@ LATE = "no time was left"
 def measure(rows: str, width: str) -> dict[str, Outcome]:
     """Every candidate's outcome in a class, the quickest checked first."""
     native.available()  # which may compile, and is no part of anybody's time
-    late = _deadline()
+    late = _Deadline()
     (_, m, _), largest = ROWS[rows], RANGES[width]
     with torch.no_grad():
         outcomes = _race(m, largest, late)
@@ -213,12 +226,25 @@ def inexact_in(name: str, rows: str, width: str) -> str | None:
     return next((wrong for wrong in found if wrong), None)
 
 
-def _deadline() -> Callable[[], bool]:
-    computed, waited = time.thread_time() + CPU_SECONDS, time.perf_counter() + WALL_SECONDS
-    return lambda: time.thread_time() > computed or time.perf_counter() > waited
+def _clocks() -> list[float]:
+    return [time.thread_time(), time.perf_counter()]
 
 
-def _race(m: int, largest: int, late: Callable[[], bool]) -> dict[str, Outcome]:
+class _Deadline:
+    """When called, whether it is late."""
+
+    def __init__(self) -> None:
+        self.ends = [now + span for now, span in zip(_clocks(), (CPU_SECONDS, WALL_SECONDS), strict=True)]
+
+    def __call__(self) -> bool:
+        return any(now > end for now, end in zip(_clocks(), self.ends, strict=True))
+
+    def put_off(self, begun: list[float]) -> None:
+        """By all that has happened since the clocks showed `begun`."""
+        self.ends = [end + now - then for end, now, then in zip(self.ends, _clocks(), begun, strict=True)]
+
+
+def _race(m: int, largest: int, late: _Deadline) -> dict[str, Outcome]:
     """Seconds of one product of m rows on the last size of the ladder, or why a candidate did not get there."""
     outcomes: dict[str, Outcome] = {}
     calls: dict[str, Callable[[], Tensor]] = {}
@@ -229,9 +255,12 @@ def _race(m: int, largest: int, late: Callable[[], bool]) -> dict[str, Outcome]:
         for name in running:
             outcome = LATE
             if not late():
+                begun = _clocks()
                 outcome, call = _start(name, q, codes, best)
                 if call is not None:
                     calls[name], best = call, min(best, float(outcome))
+                else:
+                    late.put_off(begun)  # a slow one must not take the others' time
             outcomes[name] = outcome
         running = list(calls)
     for _ in range(ROUNDS):  # in turns, so that what else runs on the machine meets all alike

@@ -261,7 +261,7 @@ def _at_once(m: int, weight: Weight) -> bool:
     groups = weight.scale.ndim == 2 or weight.colsum.ndim == 2
     if groups or (m <= FEW_ROWS and weight.qweight.dtype == torch.uint8 and native.in_lanes()):
         return engines.overridden() in (None, "native")
-    return engines.choose(min(m, CHUNK_ROWS), _largest(weight), False) == "native"
+    return engines.at_once(min(m, CHUNK_ROWS), _largest(weight))
 
 
 def _native(weight: Weight, x: Tensor, factors: Sequence[tuple[Tensor, ...]], whole: bool) -> native.Layer:
