@@ -46,9 +46,10 @@ def compute_dtype(name: Dtype, device: torch.device) -> torch.dtype:
 
 @contextlib.contextmanager
 def coarse_products(device: torch.device, coarse: bool = True) -> Iterator[None]:
-    """Within it a CPU that has instructions for bfloat16 multiplies float32 matrices with them, 2 to 4 times as fast: operands
-    are rounded to 8 bits, products summed in float32. Elsewhere nothing changes. With `coarse` off: a part that must not."""
-    setting = torch.backends.mkldnn.matmul
+    """Within it a CPU that has instructions for bfloat16 multiplies float32 matrices with them, twice as fast where they are
+    large: operands are rounded to 8 bits, products summed in float32. Elsewhere nothing changes. With `coarse` off: a part
+    that must not."""
+    setting = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
     before = setting.fp32_precision
     if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
         setting.fp32_precision = "bf16" if coarse else "ieee"
