@@ -70,7 +70,10 @@ def loaded(folder: Path, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> It
     monkeypatch.setattr(packed, "select_wna16_moe_backend", lambda **_: (WNA16MoEBackend.MARLIN, None))
     monkeypatch.setattr(packed, "check_moe_marlin_supports_config", lambda *_, **__: True)
     monkeypatch.setattr(whole, "select_int8_moe_backend", lambda **_: (None, None))
-    monkeypatch.setattr("vllm.model_executor.layers.utils.dispatch_cpu_unquantized_gemm", lambda *_, **__: None)
+    plain = {"cpu_linear": torch.nn.functional.linear}
+    monkeypatch.setattr(
+        "vllm.model_executor.layers.utils.dispatch_cpu_unquantized_gemm", lambda layer, **_: vars(layer).update(plain)
+    )
     for kind in (packed.CompressedTensorsWNA16MoEMethod, whole.CompressedTensorsW8A8Int8MoEMethod):
         monkeypatch.setattr(kind, "process_weights_after_loading", lambda *_: None)
     config = EngineArgs(model=str(folder), max_model_len=64, enforce_eager=True, **settings).create_engine_config()
