@@ -1,9 +1,9 @@
-"""Bit layouts of int4 weights. The only file that knows the order of bits.
+"""Bit layouts of int4 weights as they are kept and exchanged. (`cpu/lanes.py` has the order of a copy that AVX512 reads.)
 
-`hs128` ("half split, 128") is what every kernel reads: uint8 [n, ceil(k/128)*64]. Columns go in blocks of 128; byte j
-of block b holds column 128b+j in its low nibble and column 128b+64+j in its high nibble, both in two's complement. A
-kernel thus unpacks a tile of bytes into two tiles of 64 *consecutive* columns, and activations stay in natural order.
-Columns past k are code 0.
+`hs128` ("half split, 128") is what a weight has and all other kernels read: uint8 [n, ceil(k/128)*64]. Columns go in
+blocks of 128; byte j of block b holds column 128b+j in its low nibble and column 128b+64+j in its high nibble, both in
+two's complement. A kernel thus unpacks a tile of bytes into two tiles of 64 *consecutive* columns, and activations stay
+in natural order. Columns past k are code 0.
 
 Shapes: n rows (output features), k columns (input features).
 """
