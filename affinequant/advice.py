@@ -107,7 +107,7 @@ def this_cpu() -> str:
     """The name in `HARDWARE` of the CPU at hand; "" where it is none of them."""
     path = Path("/proc/cpuinfo")
     flags = set(path.read_text().split()) if path.exists() else set[str]()
-    kinds = {"amx_int8": "cpu-amx", "avx512_vnni": "cpu-vnni", "avx_vnni": "cpu-vnni", "avx2": "cpu-avx2"}
+    kinds = {"amx_int8": "cpu-amx", "avx512_vnni": "cpu-vnni", "avx2": "cpu-avx2"}
     return next((name for flag, name in kinds.items() if flag in flags), "")
 
 

@@ -39,6 +39,19 @@ def test_an_unknown_device_is_refused_with_the_nearest() -> None:
     assert this_cpu() in ("", *HARDWARE)
 
 
+@pytest.mark.parametrize("units, expected", [
+    ("avx2 avx512_vnni amx_int8", "cpu-amx"), ("avx2 avx512_vnni avx_vnni", "cpu-vnni"), ("avx2 avx_vnni", "cpu-avx2"),
+    ("sse4_2", ""),
+])  # fmt: skip
+def test_a_cpu_is_known_by_the_compiled_code_that_it_gets(
+    units: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With AVX-VNNI alone that is AVX2's: figures of AVX512's say nothing of it."""
+    monkeypatch.setattr(Path, "exists", lambda _: True)
+    monkeypatch.setattr(Path, "read_text", lambda _: f"flags : {units}")
+    assert this_cpu() == expected
+
+
 def test_plan_says_what_another_device_gains(
     tmp_path: Path, tiny: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
